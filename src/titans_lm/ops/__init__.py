@@ -1,0 +1,130 @@
+"""The memory operation, `memory_scan`, in several forms that compute the same numbers; and its state.
+
+Dimensions, everywhere in this project: `B` rows, `T` tokens, `H` heads, `C` tokens of a chunk, `N` chunks, `K` key
+width, `V` value width, `P` persistent tokens, `W` window, `D` model width, `L` layers of the memory.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from titans_lm.ops.chunked import chunked, retrieve
+from titans_lm.ops.naive import naive
+from titans_lm.ops.ragged import left_align
+from titans_lm.ops.step import step
+from titans_lm.ops.types import Activation, MemoryForm, MemoryState, Surprise, initial_state, where_rows
+
+__all__ = [
+    "Activation",
+    "Backend",
+    "MemoryForm",
+    "MemoryState",
+    "Surprise",
+    "initial_state",
+    "left_align",
+    "memory_scan",
+    "resolve_backend",
+    "retrieve",
+    "where_rows",
+]
+
+Backend = Literal["auto", "naive", "step", "chunked"]
+_FORMS = {"naive": naive, "step": step, "chunked": chunked}
+
+
+def resolve_backend(backend: Backend, tokens: int) -> str:
+    """The form that `memory_scan` runs for `backend` on `tokens` tokens: "auto" chooses, anything else is taken as it is.
+
+    Raises ValueError for a name that is not a backend, or one that cannot run this many tokens.
+    """
+    if backend == "auto":
+        return "step" if tokens == 1 else "chunked"
+    if backend not in _FORMS:
+        raise ValueError(f"backend={backend!r} is not one of: auto, {', '.join(_FORMS)}")
+    if backend == "step" and tokens != 1:
+        raise ValueError(f'backend="step" decodes one token, got T={tokens}; use "chunked"')
+    return backend
+
+
+def memory_scan(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    theta: Float[Tensor, "B T H"],
+    eta: Float[Tensor, "B T H"],
+    alpha: Float[Tensor, "B T H"],
+    state: MemoryState,
+    *,
+    chunk_size: int,
+    form: MemoryForm = MemoryForm(),  # noqa: B008 - immutable
+    mask: Bool[Tensor, "B T"] | None = None,
+    surprise: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Float[Tensor, "B T H V"], MemoryState] | tuple[Float[Tensor, "B T H V"], MemoryState, Surprise]:
+    """Read T tokens with a memory that learns while it reads (arXiv:2501.00663, eqs. 10 to 15).
+
+        S_t = eta_t S_{t-1} - theta_t grad || M(k_t) - v_t ||^2       M_t = (1 - alpha_t) M_{t-1} + S_t
+        y_t = M_t(q_t)
+
+    The gradient is taken at the weights that held when the token's chunk of `chunk_size` tokens began (`chunk_size=1`
+    is the paper to the letter). Every token reads its own M_t. Gates lie in [0, 1]; exactly 0 and 1 work. Any T >= 0
+    may start at any position in a chunk: cutting a sequence into calls changes nothing but rounding.
+
+    `mask` is False at padding, which is invisible: not written, no decay, no step in the chunk, output 0. With
+    `surprise=True` a `Surprise` is returned as well. Work is done in the state's dtype; y has v's dtype.
+
+    Raises ValueError for shapes, sizes or names that do not fit.
+    """
+    _check(q, k, v, (theta, eta, alpha), state, chunk_size, form, mask)
+    run = _FORMS[resolve_backend(backend, q.shape[1])]
+    dtype = state.weights[0].dtype
+    gates = (theta.to(dtype), eta.to(dtype), alpha.to(dtype))
+    if form.norm is not None:
+        form = form._replace(norm=(form.norm[0].to(dtype), form.norm[1].to(dtype)))
+    with torch.autocast(q.device.type, enabled=False):  # state and decays are never rounded to half precision
+        y, state, seen = run(q.to(dtype), k.to(dtype), v.to(dtype), gates, state, chunk_size, form, mask)
+    y = y.to(v.dtype)
+    return (y, state, seen) if surprise else (y, state)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: tuple[Tensor, ...],
+    state: MemoryState,
+    chunk_size: int,
+    form: MemoryForm,
+    mask: Tensor | None,
+) -> None:
+    if q.dim() != 4 or q.shape != k.shape or q.shape[:3] != v.shape[:3]:
+        raise ValueError(f"q, k must be [B, T, H, K] and v [B, T, H, V], got {_shapes(q, k, v)}")
+    for name, gate in zip(("theta", "eta", "alpha"), gates, strict=True):
+        if gate.shape != q.shape[:3]:
+            raise ValueError(f"{name} must be [B, T, H] = {list(q.shape[:3])}, got {list(gate.shape)}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if mask is not None and mask.shape != q.shape[:2]:
+        raise ValueError(f"mask must be [B, T] = {list(q.shape[:2])}, got {list(mask.shape)}")
+    batch, heads, width = q.shape[0], q.shape[2], q.shape[3]
+    for w in state.weights:
+        if w.dim() != 4 or w.shape[:3] != (batch, heads, width):
+            raise ValueError(
+                f"the state's weights must chain [B, H, in, out] from [{batch}, {heads}, {width}, ...], "
+                f"got {_shapes(*state.weights)}"
+            )
+        width = w.shape[3]
+    if width != v.shape[3]:
+        raise ValueError(f"the state's last layer gives width {width}, but v has {v.shape[3]}")
+    if form.norm is not None and v.shape[3] != q.shape[3]:
+        raise ValueError(f"the residual form needs V == K, got K={q.shape[3]}, V={v.shape[3]}")
+    if form.activation not in ("silu", "gelu"):
+        raise ValueError(f'activation={form.activation!r} is not "silu" or "gelu"')
+    if form.clip is not None and form.clip <= 0:
+        raise ValueError(f"clip must be above 0 or None, got {form.clip}")
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(list(t.shape)) for t in tensors)

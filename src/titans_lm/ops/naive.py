@@ -1,0 +1,92 @@
+"""The definition: one token at a time, the inner gradient by autograd. Slow, and right by construction.
+
+Nothing here is derived by hand: the memory is written down, its loss is written down, and autograd does the rest.
+Every other form of the operation is tested against this file.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titans_lm.ops.types import NORM_EPS, MemoryForm, MemoryState, Surprise, where_rows
+
+
+def mlp(x: Tensor, weights: tuple[Tensor, ...], form: MemoryForm) -> Tensor:
+    """x `[B, H, K]` through the layers `[B, H, in, out]`, activation between them -> `[B, H, V]`."""
+    for layer, w in enumerate(weights):
+        if layer > 0:
+            x = F.silu(x) if form.activation == "silu" else F.gelu(x, approximate="tanh")
+        x = torch.einsum("bhi,bhio->bho", x, w)
+    return x
+
+
+def finish(x: Tensor, z: Tensor, form: MemoryForm) -> Tensor:
+    """M(x), given z = MLP(x): plain z, or x + layer_norm(z)."""
+    if form.norm is None:
+        return z
+    weight, bias = form.norm
+    centred = z - z.mean(-1, keepdim=True)
+    normed = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + NORM_EPS)
+    return x + normed * weight + bias
+
+
+def inner_gradient(
+    k: Tensor, v: Tensor, anchor: tuple[Tensor, ...], form: MemoryForm
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Eq. 12 for one token k `[B, H, K]`, v `[B, H, V]`: its loss `[B, H]`, its gradient's norm `[B, H]`, and the
+    gradient for each layer `[B, H, in, out]`. Rows and heads do not mix, so one sum gives every gradient."""
+    outer = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not outer:
+            anchor = tuple(w.detach() for w in anchor)
+        anchor = tuple(w if w.requires_grad else w.detach().requires_grad_() for w in anchor)
+        z = mlp(k, anchor, form)
+        loss = (finish(k, z, form) - v).square().sum(-1)
+        (output_gradient,) = torch.autograd.grad(loss.sum(), z, create_graph=outer)
+        if form.clip is not None:
+            length = torch.linalg.vector_norm(output_gradient, dim=-1, keepdim=True)
+            output_gradient = output_gradient * form.clip / (length + form.clip)
+        gradient = torch.autograd.grad(z, anchor, output_gradient, create_graph=outer)
+    norm = torch.stack([g.detach().square().sum((-2, -1)) for g in gradient]).sum(0).sqrt()
+    return (loss, norm, gradient) if outer else (loss.detach(), norm, gradient)
+
+
+def naive(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: tuple[Tensor, Tensor, Tensor],
+    state: MemoryState,
+    chunk_size: int,
+    form: MemoryForm,
+    mask: Tensor | None,
+) -> tuple[Tensor, MemoryState, Surprise]:
+    """Equations 10 to 15 over q, k `[B, T, H, K]`, v `[B, T, H, V]`, gates (theta, eta, alpha) `[B, T, H]`.
+
+    `mask` `[B, T]`: False tokens are not there: no write, no decay, no step in the chunk, output 0.
+    """
+    anchor, weights, momentum, position = state
+    outputs, losses, norms = [], [], []
+    for t in range(q.shape[1]):
+        theta, eta, alpha = (gate[:, t, :, None, None] for gate in gates)
+        here = torch.ones_like(position, dtype=torch.bool) if mask is None else mask[:, t]
+        anchor = where_rows(position == 0, weights, anchor)
+        loss, norm, gradient = inner_gradient(k[:, t], v[:, t], anchor, form)
+        if form.threshold is not None:
+            theta = theta * (loss > form.threshold)[..., None, None]
+        new_momentum = tuple(eta * s - theta * g for s, g in zip(momentum, gradient, strict=True))  # eq. 10
+        new_weights = tuple((1 - alpha) * w + s for w, s in zip(weights, new_momentum, strict=True))  # eq. 13
+        momentum = where_rows(here, new_momentum, momentum)
+        weights = where_rows(here, new_weights, weights)
+        position = torch.where(here, (position + 1) % chunk_size, position)
+        y = finish(q[:, t], mlp(q[:, t], weights, form), form)  # eq. 15
+        outputs.append(y * here[:, None, None])
+        losses.append(loss * here[:, None])
+        norms.append(norm * here[:, None])
+    anchor = where_rows(position == 0, weights, anchor)
+    surprise = Surprise(_stack(losses, q[..., 0]), _stack(norms, q[..., 0]))
+    return _stack(outputs, v), MemoryState(anchor, weights, momentum, position), surprise
+
+
+def _stack(tokens: list[Tensor], empty: Tensor) -> Tensor:
+    return torch.stack(tokens, 1) if tokens else torch.zeros_like(empty)
