@@ -12,21 +12,25 @@ from torch import Tensor
 
 from titans_lm.ops.chunked import chunked, retrieve
 from titans_lm.ops.naive import naive
-from titans_lm.ops.ragged import left_align
+from titans_lm.ops.ragged import Layout, lay_out, left_align, restore, take
 from titans_lm.ops.step import step
 from titans_lm.ops.types import Activation, MemoryForm, MemoryState, Surprise, initial_state, where_rows
 
 __all__ = [
     "Activation",
     "Backend",
+    "Layout",
     "MemoryForm",
     "MemoryState",
     "Surprise",
     "initial_state",
+    "lay_out",
     "left_align",
     "memory_scan",
     "resolve_backend",
+    "restore",
     "retrieve",
+    "take",
     "where_rows",
 ]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from titans_lm.ops.ragged import slots, take
+from titans_lm.ops.ragged import lay_out
 from titans_lm.ops.types import NORM_EPS, MemoryForm, MemoryState, Surprise, where_rows
 
 # ------------------------------------------------------------------------------------------------ the memory, M(x)
@@ -145,7 +145,13 @@ def _products(gate: Tensor) -> Tensor:
 
 
 def _read_chunk(
-    q: Tensor, k: Tensor, v: Tensor, scores: Tensor, decay: Decays, state: tuple[tuple[Tensor, ...], ...], form: MemoryForm
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    decay: Decays,
+    state: tuple[tuple[Tensor, ...], ...],
+    form: MemoryForm,
 ) -> tuple[Tensor, KeyPass, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """q, k, v `[B, H, C, *]` -> y, what the keys gave, and the weights and momentum after the chunk."""
     anchor, weights, momentum = state
@@ -247,35 +253,19 @@ def chunked(
     mask: Tensor | None,
 ) -> tuple[Tensor, MemoryState, Surprise]:
     """The same function as `naive`, by matmuls: q, k `[B, T, H, K]`, v `[B, T, H, V]`, gates `[B, T, H]`, mask `[B, T]`."""
-    tokens, position = q.shape[1], state.position
-    inputs = (q, k, v, *gates)
-    first = int(position[0])
-    if mask is None and bool((position == first).all()):
-        layout, present, head, size = None, None, min(tokens, -first % chunk_size), tokens
-        read = torch.full_like(position, tokens)
-    else:
-        mask = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if mask is None else mask
-        layout = slots(mask, position, chunk_size)
-        present, head, size = layout.present, layout.head, layout.present.shape[1]
-        inputs = tuple(take(x, layout.index) for x in inputs)
-        read = mask.sum(1)
-    body = (size - head) // chunk_size * chunk_size
-    spans = [(0, head, head), (head, head + body, chunk_size), (head + body, size, size - head - body)]
+    layout = lay_out(mask, state.position, q.shape[1], chunk_size)
+    inputs = tuple(layout.arrange(x) for x in (q, k, v, *gates))
     parts, now = [], (state.anchor, state.weights, state.momentum)
-    for start, end, width in spans:
-        if end > start:
-            here = tuple(x[:, start:end] for x in inputs)
-            there = None if present is None else present[:, start:end]
-            *part, now = _read_span(here, there, now, width, form, at_boundary=start >= head)
-            parts.append(part)
+    for start, end, width in layout.spans():
+        here = tuple(x[:, start:end] for x in inputs)
+        present = None if layout.present is None else layout.present[:, start:end]
+        *part, now = _read_span(here, present, now, width, form, at_boundary=start >= layout.head)
+        parts.append(part)
     anchor, weights, momentum = now
     if parts:
-        y, loss, norm = (torch.cat(x, 1) for x in zip(*parts, strict=True))
+        y, loss, norm = (layout.restore(torch.cat(x, 1)) for x in zip(*parts, strict=True))
     else:  # no token, or all masked
         y, loss, norm = torch.zeros_like(v), torch.zeros_like(gates[0]), torch.zeros_like(gates[0])
-    if parts and layout is not None:
-        y = take(y, layout.slot_of) * mask[:, :, None, None]
-        loss, norm = (take(x, layout.slot_of) * mask[:, :, None] for x in (loss, norm))
-    position = (position + read) % chunk_size
+    position = (state.position + layout.length) % chunk_size
     anchor = where_rows(position == 0, weights, anchor)
     return y, MemoryState(anchor, weights, momentum, position), Surprise(loss, norm)

@@ -1,0 +1,23 @@
+"""Titans: models and layers with a long-term memory that keeps learning while it reads (arXiv:2501.00663)."""
+
+from titans_lm.config import DEFAULT_CONFIG, VARIANT_CONFIGS, TitansConfig, preset
+from titans_lm.memory import NeuralMemory, NeuralMemoryState
+from titans_lm.model import TitansForCausalLM, TitansModel
+from titans_lm.ops import MemoryState, Surprise, memory_scan
+from titans_lm.state import TitansState
+
+__all__ = [
+    "DEFAULT_CONFIG",
+    "VARIANT_CONFIGS",
+    "MemoryState",
+    "NeuralMemory",
+    "NeuralMemoryState",
+    "Surprise",
+    "TitansConfig",
+    "TitansForCausalLM",
+    "TitansModel",
+    "TitansState",
+    "memory_scan",
+    "preset",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,316 @@
+"""The architectures, side by side: how attention, memory and persistent tokens are joined (section 4 of the paper).
+
+Each block is x + branch(norm(x)), then x + MLP(norm(x)). What a block remembers goes in and comes out as a `LayerState`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from titans_lm.attention import KeyValues, Rotation, SegmentAttention, WindowAttention
+from titans_lm.config import TitansConfig
+from titans_lm.memory import NeuralMemory, NeuralMemoryState
+from titans_lm.ops import Surprise, lay_out, where_rows
+
+
+class Reading(NamedTuple):
+    """What all blocks know of the tokens at hand. Rows are left-aligned: `present` is True for each row's first tokens."""
+
+    position: Tensor  # [B], tokens each row has read before
+    turn: Rotation
+    present: Tensor | None  # [B, T]; None: all are there
+    frozen: bool  # the memory is read but not written
+
+
+class Retrieval(NamedTuple):
+    """What MAC reads within a segment: the memory as it was when the segment began."""
+
+    weights: tuple[Tensor, ...]
+    tail: Tensor
+
+
+class LayerState(NamedTuple):
+    """What one block remembers, of constant size (but for attention without a window); None where it has no such part."""
+
+    attention: KeyValues | None = None
+    memory: NeuralMemoryState | None = None
+    retrieval: Retrieval | None = None
+    prefix: Tensor | None = None
+    """MAL: what the memory layer made of the persistent tokens, `[B, P, D]`."""
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))"""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ProductGate(nn.Module):
+    """y (x) m: both sides normalised with learned weights, a sigmoid on the memory's side (eqs. 25, 28)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.y_norm, self.m_norm = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
+
+    def forward(self, y: Tensor, m: Tensor) -> Tensor:
+        return self.y_norm(y) * torch.sigmoid(self.m_norm(m))
+
+
+class ConvexGate(nn.Module):
+    """g * y + (1 - g) * m, g = sigmoid(W_g [y; m] + b_g)"""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.mix = nn.Linear(2 * dim, dim)
+
+    def forward(self, y: Tensor, m: Tensor) -> Tensor:
+        g = torch.sigmoid(self.mix(torch.cat([y, m], -1)))
+        return g * y + (1 - g) * m
+
+
+class TitansBlock(GradientCheckpointingLayer):
+    """What all variants share: the norm and residual around the branch, and the MLP after it.
+
+    A variant says what its branch is (`branch`), and what it remembers before the first token (`initial_state`).
+    """
+
+    def __init__(self, config: TitansConfig):
+        super().__init__()
+        dim, eps = config.hidden_size, config.rms_norm_eps
+        self.norm = nn.RMSNorm(dim, eps=eps)
+        self.mlp_norm = nn.RMSNorm(dim, eps=eps)
+        self.mlp = SwiGLU(dim, config.intermediate_size)
+        size = config.num_persistent_tokens
+        self.persistent = nn.Parameter(torch.empty(size, dim)) if size else None
+
+    def initial_state(self, batch: int) -> LayerState:
+        raise NotImplementedError
+
+    def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
+        """x `[B, T, D]`, the block's input -> what is added to it, what is remembered, how surprised the memory was."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
+        y, state, surprise = self.branch(x, state, reading)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), state, surprise
+
+    def prefix(self) -> Tensor:
+        """The persistent tokens, normalised as the block's input is: `[1, P, D]`; P = 0 if it has none."""
+        if self.persistent is None:
+            return self.norm.weight.new_zeros(1, 0, self.norm.weight.shape[0])
+        return self.norm(self.persistent)[None]
+
+    def begin(self, memory: NeuralMemory, batch: int) -> tuple[Tensor, NeuralMemoryState]:
+        """M(x~) at the persistent tokens, which a stream reads once, first; `[1, P, D]`, and the memory after them.
+        They are the same in all rows, so one row reads them."""
+        y, state = memory(self.prefix(), memory.initial_state(1))
+        return y, _expand(state, batch)
+
+
+def _expand(state: NeuralMemoryState, batch: int) -> NeuralMemoryState:
+    def rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(t.expand(batch, *t.shape[1:]) for t in tensors)
+
+    anchor, weights, momentum, position = state.memory
+    memory = state.memory._replace(
+        anchor=rows(anchor), weights=rows(weights), momentum=rows(momentum), position=position.expand(batch)
+    )
+    return NeuralMemoryState(memory, rows(state.tails))
+
+
+def _remember(
+    memory: NeuralMemory, x: Tensor, state: NeuralMemoryState, present: Tensor | None, frozen: bool
+) -> tuple[Tensor, NeuralMemoryState, Surprise | None]:
+    """M(x): written and read, or only read where the memory is frozen."""
+    if frozen:
+        y, state = memory.frozen(x, state, present)
+        return y, state, None
+    y, state, surprise = memory(x, state, present, surprise=True)
+    return y, state, surprise
+
+
+def _memory(config: TitansConfig) -> NeuralMemory:
+    assert config.num_memory_heads is not None
+    return NeuralMemory(
+        config.hidden_size,
+        config.num_memory_heads,
+        head_dim=config.memory_head_dim,
+        depth=config.memory_layers,
+        hidden=config.memory_dim,
+        chunk_size=config.memory_chunk_size,
+        theta_max=config.memory_lr,
+        form=config.memory_form,
+        activation=config.memory_activation,
+        clip=config.memory_clip,
+        momentum=config.memory_momentum,
+        forgetting=config.memory_forgetting,
+        conv_size=config.memory_conv_size,
+        init=config.memory_init,
+        threshold=config.surprise_threshold,
+    )
+
+
+def _window(config: TitansConfig) -> WindowAttention:
+    assert config.head_dim is not None
+    return WindowAttention(config.hidden_size, config.num_attention_heads, config.head_dim, config.window_size)
+
+
+def _gate(config: TitansConfig) -> nn.Module:
+    if config.gate == "convex":
+        return ConvexGate(config.hidden_size)
+    return ProductGate(config.hidden_size, config.rms_norm_eps)
+
+
+class AttentionBlock(TitansBlock):
+    """No long-term memory: attention over a window, or over everything. The baseline."""
+
+    def __init__(self, config: TitansConfig):
+        super().__init__(config)
+        self.attention = _window(config)
+
+    def initial_state(self, batch: int) -> LayerState:
+        return LayerState(attention=self.attention.initial_state(batch))
+
+    def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
+        assert state.attention is not None
+        y, attention = self.attention(
+            self.norm(x), self.prefix(), state.attention, reading.position, reading.turn, reading.present
+        )
+        return y, LayerState(attention=attention), None
+
+
+class LMMBlock(TitansBlock):
+    """The memory alone: o = M([P, x])."""
+
+    def __init__(self, config: TitansConfig):
+        super().__init__(config)
+        self.memory = _memory(config)
+
+    def initial_state(self, batch: int) -> LayerState:
+        return LayerState(memory=self.begin(self.memory, batch)[1])
+
+    def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
+        assert state.memory is not None
+        y, memory, surprise = _remember(self.memory, self.norm(x), state.memory, reading.present, reading.frozen)
+        return y, LayerState(memory=memory), surprise
+
+
+class MAGBlock(TitansBlock):
+    """Memory as gate: x~ = [P, x]; o = SW-Attn*(x~) (x) M(x~) (eqs. 26 to 28)."""
+
+    def __init__(self, config: TitansConfig):
+        super().__init__(config)
+        self.attention, self.memory, self.gate = _window(config), _memory(config), _gate(config)
+
+    def initial_state(self, batch: int) -> LayerState:
+        return LayerState(self.attention.initial_state(batch), self.begin(self.memory, batch)[1])
+
+    def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
+        assert state.attention is not None and state.memory is not None
+        x = self.norm(x)
+        y, attention = self.attention(
+            x, self.prefix(), state.attention, reading.position, reading.turn, reading.present
+        )
+        m, memory, surprise = _remember(self.memory, x, state.memory, reading.present, reading.frozen)
+        return self.gate(y, m), LayerState(attention, memory), surprise
+
+
+class MALBlock(TitansBlock):
+    """Memory as layer: y = M([P, x]); o = SW-Attn(y) (eqs. 29 to 31), each with its norm and residual."""
+
+    def __init__(self, config: TitansConfig):
+        super().__init__(config)
+        self.attention, self.memory = _window(config), _memory(config)
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def initial_state(self, batch: int) -> LayerState:
+        m, memory = self.begin(self.memory, batch)
+        prefix = m if self.persistent is None else self.attention_norm(self.persistent + m)
+        return LayerState(self.attention.initial_state(batch), memory, prefix=prefix.expand(batch, -1, -1))
+
+    def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
+        assert state.attention is not None and state.memory is not None and state.prefix is not None
+        m, memory, surprise = _remember(self.memory, self.norm(x), state.memory, reading.present, reading.frozen)
+        y, attention = self.attention(
+            self.attention_norm(x + m), state.prefix, state.attention, reading.position, reading.turn, reading.present
+        )
+        return m + y, LayerState(attention, memory, prefix=state.prefix), surprise
+
+
+class MACBlock(TitansBlock):
+    """Memory as context, segment by segment (eqs. 21 to 25).
+
+    h is read from the memory as it was when the segment began; attention sees [P, h, S]; the memory writes the attention's
+    output and is read with it, each token the memory as it is after that token.
+    """
+
+    def __init__(self, config: TitansConfig):
+        super().__init__(config)
+        assert config.head_dim is not None
+        dim, eps = config.hidden_size, config.rms_norm_eps
+        self.segment_size = config.segment_size
+        self.attention = SegmentAttention(dim, config.num_attention_heads, config.head_dim, config.segment_size)
+        self.memory, self.gate = _memory(config), _gate(config)
+        self.retrieved_norm, self.memory_norm = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
+
+    def initial_state(self, batch: int) -> LayerState:
+        memory = self.memory.initial_state(batch)
+        retrieval = Retrieval(memory.memory.weights, memory.tails[0])
+        return LayerState(self.attention.initial_state(batch), memory, retrieval)
+
+    def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
+        layout = lay_out(reading.present, reading.position, x.shape[1], self.segment_size)
+        slots = layout.arrange(self.norm(x))
+        turn = Rotation(*(layout.arrange(part.expand(len(x), -1, -1)) for part in reading.turn))
+        position, outputs, seen = reading.position % self.segment_size, [], []
+        for start, end, width in layout.spans():
+            for first in range(start, end, width):
+                part = slice(first, first + width)
+                present = None if layout.present is None else layout.present[:, part]
+                here = Reading(position, Rotation(*(p[:, part] for p in turn)), present, reading.frozen)
+                y, state, surprise = self._segment(slots[:, part], state, here)
+                outputs.append(y)
+                seen.append(surprise)
+                read = width if present is None else present.sum(1)
+                position = (position + read) % self.segment_size
+        if not outputs:
+            return torch.zeros_like(x), state, None
+        surprise = None
+        if seen[0] is not None:
+            surprise = Surprise(*(layout.restore(torch.cat(parts, 1)) for parts in zip(*seen, strict=True)))
+        return layout.restore(torch.cat(outputs, 1)), state, surprise
+
+    def _segment(self, s: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
+        """Tokens of one segment, or of a part of it: `[B, T, D]`; `reading.position` counts within the segment."""
+        assert state.attention is not None and state.memory is not None and state.retrieval is not None
+        begins = reading.position == 0
+        weights = where_rows(begins, state.memory.memory.weights, state.retrieval.weights)
+        h, tail = self.memory.read(s, weights, state.retrieval.tail, reading.present)
+        y, attention = self.attention(
+            s, self.retrieved_norm(h), self.prefix(), state.attention, reading.position, reading.turn, reading.present
+        )
+        m, memory, surprise = _remember(self.memory, self.memory_norm(y), state.memory, reading.present, reading.frozen)
+        read = s.shape[1] if reading.present is None else reading.present.sum(1)
+        ends = (reading.position + read) % self.segment_size == 0
+        weights = where_rows(ends, memory.memory.weights, weights)
+        return self.gate(y, m), LayerState(attention, memory, Retrieval(weights, tail)), surprise
+
+
+BLOCKS: dict[str, type[TitansBlock]] = {
+    "mac": MACBlock,
+    "mag": MAGBlock,
+    "mal": MALBlock,
+    "lmm": LMMBlock,
+    "attention": AttentionBlock,
+}

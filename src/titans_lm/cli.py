@@ -1,0 +1,53 @@
+"""`titans <verb>`: finds the verb, imports only what it needs, and turns what a user did wrong into one line."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable
+
+VERBS = {
+    "train": "train a model from a YAML file",
+    "infer": "read a text of any length, remember it, answer or go on",
+    "demo": "train a small model, read a long text, see what memory adds",
+}
+"""Each is a module of this package with `add_arguments(parser)` and `run(arguments)`."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `titans` with `arguments` (default: the process's); the exit status: 0, 2 for a user's error, 130 for Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser("titans", description="Language models that keep learning while they read.")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for verb, help_text in VERBS.items():
+        verbs.add_parser(verb, help=help_text, add_help=False)
+    if not arguments or arguments[0] not in VERBS:
+        parser.parse_args(arguments)  # prints help or the error, and exits
+        return 2
+    return _run(arguments[0], arguments[1:])
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    module = importlib.import_module(f"titans_lm.{verb}")
+    parser = argparse.ArgumentParser(f"titans {verb}", description=VERBS[verb])
+    module.add_arguments(parser)
+    parsed = parser.parse_args(arguments)
+    run: Callable[[argparse.Namespace], None] = module.run
+    try:
+        run(parsed)
+    except KeyboardInterrupt:
+        print(f"titans {verb}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"titans {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train() -> int:
+    """`titans-train`"""
+    return _run("train", sys.argv[1:])
+
+
+def infer() -> int:
+    """`titans-infer`"""
+    return _run("infer", sys.argv[1:])

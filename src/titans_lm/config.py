@@ -1,0 +1,194 @@
+"""What a Titans model is made of: `TitansConfig`, presets, and strict validation with names in every error."""
+
+import dataclasses
+import difflib
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+VARIANTS = ("mac", "mag", "mal", "lmm", "attention")
+Variant = Literal["mac", "mag", "mal", "lmm", "attention"]
+
+
+@strict
+class TitansConfig(PreTrainedConfig):
+    """Configuration of `TitansModel` and `TitansForCausalLM`.
+
+    Raises ValueError for an unknown key or an impossible value, with its name and what would be right.
+    """
+
+    model_type = "titans"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - as transformers declares it
+    attribute_map = {"hidden_dim": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}  # noqa: RUF012
+
+    variant: Variant = "mag"
+    """mac: memory as context; mag: as gate; mal: as layer; lmm: memory alone; attention: no memory, the baseline."""
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    head_dim: int | None = None
+    """Width of an attention head; default hidden_size / num_attention_heads."""
+    intermediate_size: int = 2816
+    """Width of the gated MLP (SwiGLU)."""
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int | None = None
+    """A limit on the tokens of a stream, if one is to be declared; None: none."""
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+
+    window_size: int | None = 512
+    """Tokens that sliding-window attention sees, the current one included (mag, mal, attention). None: all (attention)."""
+    segment_size: int = 512
+    """Tokens of a segment (mac)."""
+    num_persistent_tokens: int = 16
+    """Learned tokens before the sequence, in every block (eq. 19)."""
+    gate: Literal["product", "convex"] = "product"
+    """How mac and mag join attention y and memory m: norm(y) * sigmoid(norm(m)), or g * y + (1 - g) * m, g learned."""
+
+    num_memory_heads: int | None = None
+    """Default: hidden_size / memory_head_dim."""
+    memory_head_dim: int = 64
+    memory_layers: int = 2
+    """Depth of the memory, 1 or more; 1 is a matrix."""
+    memory_dim: int | None = None
+    """Hidden width of each head's memory; default 4 * memory_head_dim."""
+    memory_lr: float = 0.1
+    """Upper bound of theta, the memory's step, in (0, 1]."""
+    memory_chunk_size: int = 16
+    """Tokens whose gradients are taken at the same weights; 1 is the paper to the letter."""
+    memory_init: Literal["learned", "zero"] = "learned"
+    memory_form: Literal["residual", "plain"] = "residual"
+    """residual: M(k) = k + norm(MLP(k)), stable; plain: the paper's MLP."""
+    memory_activation: Literal["silu", "gelu"] = "silu"
+    memory_clip: float | None = 1.0
+    """Bound of each token's gradient at the memory's output; None: unbounded."""
+    memory_momentum: bool = True
+    memory_forgetting: bool = True
+    memory_conv_size: int = 4
+    """Width of the causal convolutions on q, k, v; 1: none."""
+    memory_loss_weight: float = 0.0
+    """lambda: weight of the memory's own reconstruction loss in training."""
+    surprise_threshold: float | None = None
+    """A token whose reconstruction loss is not above this is not written; None: all are."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for key in kwargs:
+            if key not in _INHERITED:
+                raise ValueError(unknown_key(key, known_keys(), "TitansConfig"))
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        if self.memory_dim is None:
+            self.memory_dim = 4 * self.memory_head_dim
+        if self.num_memory_heads is None:
+            self.num_memory_heads = max(1, self.hidden_size // max(self.memory_head_dim, 1))
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Every value possible, by itself and with the others."""
+        for key in (
+            "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim intermediate_size segment_size "
+            "num_memory_heads memory_head_dim memory_layers memory_dim memory_chunk_size memory_conv_size"
+        ).split():
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        for key in ("num_persistent_tokens", "memory_loss_weight", "initializer_range"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
+        if not 0 < self.memory_lr <= 1:
+            raise ValueError(f"memory_lr must be in (0, 1], got {self.memory_lr}")
+        if self.memory_clip is not None and self.memory_clip <= 0:
+            raise ValueError(f"memory_clip must be above 0 or null, got {self.memory_clip}")
+        if self.window_size is None and self.variant in ("mag", "mal"):
+            raise ValueError(f"window_size must be a number for variant {self.variant!r}; null is for 'attention'")
+        if self.window_size is not None and self.window_size < 1:
+            raise ValueError(f"window_size must be at least 1, got {self.window_size}")
+        if self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim must be even (rotary positions turn pairs), got {self.head_dim}")
+
+    def own_fields(self) -> dict[str, Any]:
+        """This project's fields and their values, without those that every transformers model has."""
+        return {key: getattr(self, key) for key in DEFAULT_CONFIG}
+
+
+_INHERITED = {f.name for f in dataclasses.fields(PreTrainedConfig)} | {
+    "dtype", "torch_dtype", "attn_implementation", "_attn_implementation", "_commit_hash", "model_type", "name_or_path",
+    "_name_or_path", "transformers_version", "architectures", "auto_map", "experts_implementation",
+}  # fmt: skip
+
+
+def known_keys() -> list[str]:
+    """The keys that a person sets: this project's fields, the special tokens and the aliases."""
+    own = [f.name for f in dataclasses.fields(TitansConfig) if not f.name.startswith("_")]
+    return own + list(TitansConfig.attribute_map)
+
+
+def unknown_key(key: str, known: list[str], where: str) -> str:
+    """One line: the key, where it was, and the nearest right one."""
+    near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+    return f"unknown key {key!r} in {where}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+# ------------------------------------------------------------------------------------------------ presets
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2, "vocab_size": 320, "window_size": 64,
+             "segment_size": 64, "num_persistent_tokens": 4},
+    "small": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 6, "vocab_size": 320,
+              "window_size": 256, "segment_size": 256, "num_persistent_tokens": 8},
+    "170m": {"num_hidden_layers": 12, "hidden_size": 768},
+    "340m": {"num_hidden_layers": 24, "hidden_size": 1024},
+    "400m": {"num_hidden_layers": 24, "hidden_size": 1088},
+    "760m": {"num_hidden_layers": 24, "hidden_size": 1536},
+}  # fmt: skip
+"""Layers and widths. The paper's (its 400M is given nowhere); 16 attention heads, memory heads of width 64."""
+
+PARAMETERS = {"tiny": 0.8e6, "small": 15e6, "170m": 170e6, "340m": 340e6, "400m": 400e6, "760m": 760e6}
+"""What the size's name says; for tiny and small, what was chosen."""
+
+
+def preset(size: str, variant: Variant = "mag", **changes: Any) -> TitansConfig:
+    """The configuration of a named size. The MLP's width is what brings this variant to the size's parameter count, so
+    that variants of one size are a fair comparison; `changes` are set on top.
+
+    Raises ValueError for a size or a key that does not exist.
+    """
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; it is one of {', '.join(SIZES)}")
+    fields = {**SIZES[size], "variant": variant, **changes}
+    if "intermediate_size" not in changes:
+        one, two = (count_parameters(TitansConfig(**fields, intermediate_size=n)) for n in (64, 128))
+        units = 1 + (PARAMETERS[size] - one) / (two - one)
+        fields["intermediate_size"] = 64 * max(1, round(units))
+    return TitansConfig(**fields)
+
+
+def count_parameters(config: TitansConfig) -> int:
+    """The parameters of `TitansForCausalLM(config)`, without building it (a meta-device model is built and counted)."""
+    import torch
+
+    from titans_lm.model import TitansForCausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in TitansForCausalLM(config).parameters())
+
+
+DEFAULT_CONFIG: dict[str, Any] = {
+    f.name: f.default for f in dataclasses.fields(TitansConfig) if f.name in TitansConfig.__annotations__
+}
+"""Every field of our own and its default."""
+
+VARIANT_CONFIGS: dict[str, dict[str, Any]] = {
+    "mac": {"variant": "mac"},
+    "mag": {"variant": "mag"},
+    "mal": {"variant": "mal"},
+    "lmm": {"variant": "lmm"},
+    "attention": {"variant": "attention", "window_size": None, "num_persistent_tokens": 0},
+}
+"""What makes each variant; `TitansConfig(**VARIANT_CONFIGS["mac"])`."""

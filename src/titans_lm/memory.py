@@ -1,0 +1,272 @@
+"""The neural long-term memory as a layer: projections, convolutions, gates, norm around `ops.memory_scan`."""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from titans_lm.ops import (
+    Activation,
+    Backend,
+    MemoryForm,
+    MemoryState,
+    Surprise,
+    initial_state,
+    left_align,
+    memory_scan,
+    restore,
+    retrieve,
+    take,
+)
+
+THETA_BIAS, ALPHA_BIAS = -2.0, -8.0
+"""Where the step and forgetting begin, before the sigmoid: a small step, and a memory that lasts thousands of tokens."""
+
+
+class NeuralMemoryState(NamedTuple):
+    """What a `NeuralMemory` carries from call to call: constant size, whatever was read."""
+
+    memory: MemoryState
+    tails: tuple[Float[Tensor, "B R I"], ...]
+    """For q, k, v: the last projected inputs, `R` = conv_size - 1 of them, that the convolutions still see."""
+
+
+class ShortConvolution(nn.Module):
+    """A causal convolution along time, one filter for each channel, that goes on where the last call ended."""
+
+    def __init__(self, channels: int, size: int):
+        super().__init__()
+        self.size = size
+        self.weight = nn.Parameter(torch.empty(channels, size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.weight, -(self.size**-0.5), self.size**-0.5)
+
+    def forward(
+        self, x: Float[Tensor, "B T I"], tail: Float[Tensor, "B R I"], present: Bool[Tensor, "B T"] | None
+    ) -> tuple[Float[Tensor, "B T I"], Float[Tensor, "B R I"]]:
+        """`present` is True for each row's first tokens and False after them."""
+        past = torch.cat([tail.to(x.dtype), x], 1)
+        y = F.conv1d(past.transpose(1, 2), self.weight[:, None], groups=x.shape[2]).transpose(1, 2)
+        if present is None:
+            return y, past[:, x.shape[1] :].clone()
+        last = present.sum(1)[:, None] + torch.arange(self.size - 1, device=x.device)
+        return y, take(past, last)
+
+
+class NeuralMemory(nn.Module):
+    """A layer whose memory is a small network per head that learns while it reads (arXiv:2501.00663, section 3).
+
+        y, state = memory(x, state)        # x, y [B, T, D]; state None begins; write, then read, token by token
+        y = memory.retrieve(x, state)      # read only, changes nothing
+
+    Args:
+        dim: model width D.
+        heads: memory heads; each has its own memory of width `head_dim` (default D / heads).
+        depth: layers of the memory, L >= 1. One is a matrix; two or more remember what no matrix can.
+        hidden: width between those layers (default 4 x head_dim).
+        chunk_size: tokens C whose gradients are taken at the same weights. 1 is the paper to the letter; more is faster.
+        theta_max: upper bound of the step, in (0, 1].
+        form: "residual", M(k) = k + norm(MLP(k)), the default because it stays finite; or the paper's "plain" MLP.
+        clip: bound of each token's output gradient (see `ops.MemoryForm`); None: unbounded.
+        momentum, forgetting: False fixes eta or alpha at 0.
+        conv_size: width of the causal convolutions on q, k, v; 1: none.
+        init: "learned": M_0 is a parameter. "zero": M_0(k) = 0, its last layer starts at 0.
+        threshold: tokens whose reconstruction loss is not above it are not written (None: all are).
+        backend: see `ops.memory_scan`.
+
+    Raises ValueError for values outside these ranges.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        head_dim: int | None = None,
+        depth: int = 2,
+        hidden: int | None = None,
+        chunk_size: int = 16,
+        theta_max: float = 0.1,
+        form: Literal["residual", "plain"] = "residual",
+        activation: Activation = "silu",
+        clip: float | None = 1.0,
+        momentum: bool = True,
+        forgetting: bool = True,
+        conv_size: int = 4,
+        init: Literal["learned", "zero"] = "learned",
+        threshold: float | None = None,
+        backend: Backend = "auto",
+    ):
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim or dim // max(heads, 1)
+        _check(dim, heads, self.head_dim, depth, chunk_size, theta_max, form, conv_size, init)
+        self.chunk_size, self.theta_max, self.clip, self.threshold = chunk_size, theta_max, clip, threshold
+        self.activation, self.backend = activation, backend
+        inner = heads * self.head_dim
+        self.q_proj = nn.Linear(dim, inner, bias=False)
+        self.k_proj = nn.Linear(dim, inner, bias=False)
+        self.v_proj = nn.Linear(dim, inner, bias=False)
+        self.convs = nn.ModuleList(ShortConvolution(inner, conv_size) for _ in "qkv") if conv_size > 1 else None
+        self.tail_shape = (conv_size - 1, inner)
+        self.theta = nn.Linear(dim, heads)
+        self.eta = nn.Linear(dim, heads) if momentum else None
+        self.alpha = nn.Linear(dim, heads) if forgetting else None
+        self.output_gate = nn.Linear(dim, inner, bias=False)
+        self.output_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.o_proj = nn.Linear(inner, dim, bias=False)
+        widths = [self.head_dim] + [hidden or 4 * self.head_dim] * (depth - 1) + [self.head_dim]
+        self.shapes = [(heads, i, o) for i, o in zip(widths, widths[1:], strict=False)]
+        learned = self.shapes if init == "learned" else self.shapes[:-1]
+        self.initial_memory = nn.ParameterList(nn.Parameter(torch.empty(s)) for s in learned)
+        norm = torch.empty(heads, self.head_dim) if form == "residual" else None
+        self.norm_weight = None if norm is None else nn.Parameter(norm)
+        self.norm_bias = None if norm is None else nn.Parameter(norm.clone())
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set what is the memory's own: M_0 at the scale of its width, where the gates begin, the norm."""
+        for w in self.initial_memory:
+            nn.init.normal_(w, std=w.shape[1] ** -0.5)
+        nn.init.constant_(self.theta.bias, THETA_BIAS)
+        if self.eta is not None:  # momentum begins to span about a chunk: 1 / (1 - eta) = C
+            nn.init.constant_(self.eta.bias, math.log(max(self.chunk_size, 2) - 1))
+        if self.alpha is not None:
+            nn.init.constant_(self.alpha.bias, ALPHA_BIAS)
+        if self.norm_weight is not None and self.norm_bias is not None:
+            nn.init.ones_(self.norm_weight)
+            nn.init.zeros_(self.norm_bias)
+
+    def initial_state(self, batch: int) -> NeuralMemoryState:
+        """A memory that has read nothing, for `batch` rows; gradients flow back to the learned M_0."""
+        weight = self.q_proj.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        learned = tuple(self.initial_memory)
+        zero = tuple(torch.zeros(s, dtype=dtype, device=weight.device) for s in self.shapes[len(learned) :])
+        memory = initial_state(learned + zero, batch)
+        tails = tuple(weight.new_zeros(batch, *self.tail_shape) for _ in "qkv")
+        return NeuralMemoryState(memory, tails)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: NeuralMemoryState | None = None,
+        mask: Bool[Tensor, "B T"] | None = None,
+        *,
+        surprise: bool = False,
+    ) -> tuple[Float[Tensor, "B T D"], NeuralMemoryState] | tuple[Float[Tensor, "B T D"], NeuralMemoryState, Surprise]:
+        """Write each token, then read the memory as it is after it (eqs. 10 to 15). T >= 0; cut anywhere.
+
+        `mask` is False at padding, which leaves no trace; y is 0 there. With `surprise=True` a `Surprise`
+        (`loss` and `gradient_norm`, each `[B, T, H]`) is returned as well.
+        """
+        state = self.initial_state(len(x)) if state is None else state
+        if mask is not None and not _is_aligned(mask):
+            order, length = left_align(mask)
+            aligned = torch.arange(x.shape[1], device=x.device) < length[:, None]
+            y, state, seen = self._learn(take(x, order), state, aligned)
+            y, seen = restore(y, mask), Surprise(restore(seen.loss, mask), restore(seen.gradient_norm, mask))
+        else:
+            y, state, seen = self._learn(x, state, mask)
+            y = y if mask is None else y * mask[..., None]
+        return (y, state, seen) if surprise else (y, state)
+
+    def retrieve(self, x: Float[Tensor, "B T D"], state: NeuralMemoryState) -> Float[Tensor, "B T D"]:
+        """Read the memory with the queries of `x`, the stream's next tokens: nothing is written (eq. 15)."""
+        return self.read(x, state.memory.weights, state.tails[0], None)[0]
+
+    def read(
+        self,
+        x: Float[Tensor, "B T D"],
+        weights: tuple[Tensor, ...],
+        tail: Float[Tensor, "B R I"],
+        present: Bool[Tensor, "B T"] | None,
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B R I"]]:
+        """Read given `weights`, going on from the queries' `tail`; `present` is True for each row's first tokens."""
+        q, tail = self._project(x, 0, tail, present)
+        return self._output(x, retrieve(_unit(self._split(q)), weights, self._form())), tail
+
+    def frozen(
+        self, x: Float[Tensor, "B T D"], state: NeuralMemoryState, present: Bool[Tensor, "B T"] | None
+    ) -> tuple[Float[Tensor, "B T D"], NeuralMemoryState]:
+        """As `forward`, but the memory is only read: the stream goes on, and leaves no trace in the weights."""
+        tails = tuple(self._project(x, i, tail, present)[1] for i, tail in enumerate(state.tails))
+        y, _ = self.read(x, state.memory.weights, state.tails[0], present)
+        return y, NeuralMemoryState(state.memory, tails)
+
+    # ---------------------------------------------------------------------------------------------- parts
+
+    def _learn(
+        self, x: Tensor, state: NeuralMemoryState, present: Tensor | None
+    ) -> tuple[Tensor, NeuralMemoryState, Surprise]:
+        (q, q_tail), (k, k_tail), (v, v_tail) = (
+            self._project(x, i, tail, present) for i, tail in enumerate(state.tails)
+        )
+        q, k, v = _unit(self._split(q)), _unit(self._split(k)), self._split(v)
+        y, memory, seen = memory_scan(
+            q, k, v, *self._gates(x), state.memory,
+            chunk_size=self.chunk_size, form=self._form(), mask=present, surprise=True, backend=self.backend,
+        )  # fmt: skip
+        return self._output(x, y), NeuralMemoryState(memory, (q_tail, k_tail, v_tail)), seen
+
+    def _project(self, x: Tensor, which: int, tail: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Eq. 11, then convolution and SiLU: `[B, T, D]` -> `[B, T, H * head_dim]`, for q, k or v (`which` 0, 1, 2)."""
+        x = (self.q_proj, self.k_proj, self.v_proj)[which](x)
+        if self.convs is not None:
+            x, tail = self.convs[which](x, tail, present)
+        return F.silu(x), tail
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, self.head_dim))
+
+    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """theta, eta, alpha `[B, T, H]`, in float32 at least (section 3.2: functions of the token)."""
+        theta = self.theta_max * _sigmoid(self.theta(x))
+        off = torch.zeros_like(theta)
+        eta = off if self.eta is None else _sigmoid(self.eta(x))
+        alpha = off if self.alpha is None else _sigmoid(self.alpha(x))
+        return theta, eta, alpha
+
+    def _form(self) -> MemoryForm:
+        norm = None if self.norm_weight is None or self.norm_bias is None else (self.norm_weight, self.norm_bias)
+        return MemoryForm(self.activation, norm, self.clip, self.threshold)
+
+    def _output(self, x: Tensor, y: Tensor) -> Tensor:
+        """Normalise each head, gate, project back to the model's width."""
+        return self.o_proj(self.output_norm(y).flatten(-2) * torch.sigmoid(self.output_gate(x)))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """L2-normalised over the last dimension, in float32 at least; finite gradient at 0."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    return torch.sigmoid(x if x.dtype == torch.float64 else x.float())
+
+
+def _is_aligned(mask: Tensor) -> bool:
+    return not bool((mask[:, 1:] & ~mask[:, :-1]).any())
+
+
+def _check(
+    dim: int, heads: int, head_dim: int, depth: int, chunk_size: int, theta_max: float, form: str, conv_size: int,
+    init: str,
+) -> None:  # fmt: skip
+    for name, value in {"dim": dim, "heads": heads, "head_dim": head_dim, "depth": depth, "chunk_size": chunk_size,
+                        "conv_size": conv_size}.items():  # fmt: skip
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 < theta_max <= 1:
+        raise ValueError(f"theta_max must be in (0, 1], got {theta_max}")
+    for name, value, known in (
+        ("form", form, ("residual", "plain")),
+        ("init", init, ("learned", "zero")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -1,0 +1,230 @@
+"""Tokens -> embedding -> blocks -> logits and loss, as transformers models; registered with its Auto classes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from titans_lm.attention import rotation
+from titans_lm.block import BLOCKS, LayerState, Reading, TitansBlock
+from titans_lm.config import TitansConfig
+from titans_lm.memory import NeuralMemory, ShortConvolution
+from titans_lm.ops import Surprise, left_align, restore, take
+from titans_lm.state import TitansState, start_rows
+
+
+@dataclass
+class TitansModelOutput(ModelOutput):
+    """`surprise`: for each layer with a memory a `Surprise` (`loss`, `gradient_norm`, each `[B, T, H]`), if asked for."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: TitansState | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    surprise: tuple[Surprise, ...] | None = None
+
+
+@dataclass
+class TitansCausalLMOutput(ModelOutput):
+    """`loss` includes `memory_loss_weight * memory_loss`; `memory_loss` is the mean reconstruction loss before each write."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: TitansState | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    surprise: tuple[Surprise, ...] | None = None
+    memory_loss: Tensor | None = None
+
+
+class TitansPreTrainedModel(PreTrainedModel):
+    """Initialisation, and what transformers may do with these models."""
+
+    config: TitansConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TitansBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _is_stateful = True  # no assisted decoding: what was read cannot be unread
+    _can_record_outputs = {"hidden_states": TitansBlock}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, NeuralMemory | ShortConvolution):
+            module.reset_parameters()
+        elif isinstance(module, TitansBlock) and module.persistent is not None:
+            init.normal_(module.persistent, std=1.0)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the model makes its own TitansState
+
+
+class TitansModel(TitansPreTrainedModel):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: TitansConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(BLOCKS[config.variant](config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def initial_state(self, batch: int) -> TitansState:
+        """The memory of `batch` streams before their first token. Its gradients flow to the learned first memory."""
+        position = torch.zeros(batch, dtype=torch.long, device=self.device)
+        return TitansState([layer.initial_state(batch) for layer in self.layers], position, self)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: TitansState | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_surprise: bool = False,
+        **kwargs: Any,  # noqa: ARG002 - what transformers passes to every model, position_ids for one: a stream counts itself
+    ) -> TitansModelOutput:
+        """Read tokens `[B, T]` (or embeddings `[B, T, D]`) on from `past_key_values`, which is updated.
+
+        `attention_mask` `[B, T]`, or longer where it covers earlier tokens as well: 0 is padding, at any place, invisible.
+        Raises ValueError for inputs that do not fit, or a stream over `max_position_embeddings`.
+        """
+        x = _embed(self.embed_tokens, input_ids, inputs_embeds)
+        state = past_key_values
+        if state is None:
+            state = self.initial_state(len(x))
+        mask = _token_mask(attention_mask, x, state)
+        layers = self._begin_rows(state)
+        length = torch.full_like(state.position, x.shape[1])
+        present, tokens = None, x.shape[1]
+        if mask is not None:
+            order, length = left_align(mask)
+            x = take(x, order)
+            present = torch.arange(tokens, device=x.device) < length[:, None]
+        self._check_length(state.position + length)
+        time = state.position[:, None] + torch.arange(tokens, device=x.device)
+        assert self.config.head_dim is not None
+        turn = rotation(time, self.config.head_dim, self.config.rope_theta)
+        reading = Reading(state.position, turn, present, state.frozen)
+        after: list[LayerState] = []
+        seen: list[Surprise] = []
+        for layer, before in zip(self.layers, layers, strict=True):
+            x, memory, surprise = layer(x, before, reading)
+            after.append(memory)
+            if surprise is not None and output_surprise:
+                seen.append(surprise)
+        x = self.norm(x)
+        if mask is not None:
+            x = restore(x, mask)
+            seen = [Surprise(*(restore(part, mask) for part in s)) for s in seen]
+        if use_cache or past_key_values is not None:
+            state.memories, state.position, state.columns = after, state.position + length, state.columns + tokens
+        return TitansModelOutput(
+            last_hidden_state=x,
+            past_key_values=state if use_cache or past_key_values is not None else None,
+            surprise=tuple(seen) if output_surprise else None,
+        )
+
+    def _begin_rows(self, state: TitansState) -> list[LayerState]:
+        """The state's layers, where rows that were reset begin with the model's first memory."""
+        fresh = state.position == 0
+        if state.columns == 0 or not bool(fresh.any()):
+            return state.memories
+        begin = [layer.initial_state(state.batch_size) for layer in self.layers]
+        return [start_rows(fresh, b, old) for b, old in zip(begin, state.memories, strict=True)]
+
+    def _check_length(self, total: Tensor) -> None:
+        limit = self.config.max_position_embeddings
+        if limit is not None and int(total.max()) > limit:
+            raise ValueError(f"{int(total.max())} tokens are over this model's max_position_embeddings={limit}")
+
+
+class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
+    """A Titans language model: `generate`, `labels`, `past_key_values` as everywhere in transformers."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: TitansConfig):
+        super().__init__(config)
+        self.model = TitansModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def initial_state(self, batch: int) -> TitansState:
+        """The memory of `batch` streams before their first token."""
+        return self.model.initial_state(batch)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: TitansState | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_surprise: bool = False,
+        **kwargs: Any,
+    ) -> TitansCausalLMOutput:
+        """As `TitansModel.forward`; `labels` `[B, T]` (-100: not counted) give the loss of the next token.
+        `logits_to_keep=n` computes logits of the last n positions only."""
+        weight = self.config.memory_loss_weight if labels is not None else 0.0
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_surprise=output_surprise or weight > 0,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
+        loss = memory_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        if weight > 0 and out.surprise:
+            memory_loss = torch.stack([s.loss.mean() for s in out.surprise]).mean()
+            loss = loss + weight * memory_loss
+        return TitansCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            surprise=out.surprise if output_surprise else None,
+            memory_loss=memory_loss,
+        )
+
+
+def _embed(embedding: nn.Embedding, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("pass input_ids or inputs_embeds, and not both")
+    return embedding(input_ids) if inputs_embeds is None else inputs_embeds
+
+
+def _token_mask(attention_mask: Tensor | None, x: Tensor, state: TitansState) -> Tensor | None:
+    """The part of the mask that is about these tokens, `[B, T]`, True where a token is there; None where all are."""
+    if len(x) != state.batch_size:
+        raise ValueError(f"past_key_values remembers {state.batch_size} rows, the input has {len(x)}")
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or len(attention_mask) != len(x) or attention_mask.shape[1] < x.shape[1]:
+        raise ValueError(f"attention_mask must be [B, T] = {list(x.shape[:2])}, got {list(attention_mask.shape)}")
+    mask = attention_mask[:, attention_mask.shape[1] - x.shape[1] :].bool()
+    return None if bool(mask.all()) else mask
+
+
+AutoConfig.register("titans", TitansConfig, exist_ok=True)
+AutoModel.register(TitansConfig, TitansModel, exist_ok=True)
+AutoModelForCausalLM.register(TitansConfig, TitansForCausalLM, exist_ok=True)

@@ -1,0 +1,274 @@
+"""What a model remembers, as a value: save it, load it, fork it, reset it, reorder its rows. All that touches `Cache`."""
+
+import hashlib
+import json
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Cache
+
+from titans_lm.block import LayerState
+
+if TYPE_CHECKING:
+    from titans_lm.model import TitansModel
+
+FORMAT = "titans-lm memory 1"
+_IDENTITY_FREE = {
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "use_cache",
+    "initializer_range",
+    "memory_loss_weight",
+    "max_position_embeddings",
+}
+
+
+class TitansState(Cache):
+    """The memory of `B` streams, one per row: attention windows, convolution tails, memory weights, of constant size.
+
+    `model.initial_state(batch)` makes one; passing it as `past_key_values` reads on from it and updates it in place. No
+    tensor is ever written in place, so autograd may go through it, and `clone` is a fork.
+    """
+
+    def __init__(self, layers: list[LayerState], position: Tensor, model: "TitansModel"):
+        super().__init__(layers=[])
+        self.memories = layers
+        self.position = position
+        """Tokens each row has read, `[B]`. A row at 0 begins anew with the model's first memory."""
+        self.frozen = False
+        """True: what follows is read but not written to the memory."""
+        self.columns = 0
+        """Columns of `input_ids` so far, padding included: what `generate` calls the sequence length."""
+        self._model = weakref.ref(model)
+
+    # ------------------------------------------------------------------------------------------ as a value
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(t.nbytes for t in self._tensors().values())
+
+    def clone(self) -> "TitansState":
+        """An independent copy: a fork of what was read so far."""
+        return self._with(lambda t: t.clone())
+
+    def detach(self) -> "TitansState":
+        """The same memory without its history of gradients."""
+        return self._with(lambda t: t.detach())
+
+    def to(self, device: str | torch.device) -> "TitansState":
+        return self._with(lambda t: t.to(device))
+
+    def select(self, rows: list[int] | Tensor) -> "TitansState":
+        """The memory of these rows, in this order; a row may be taken several times."""
+        index = torch.as_tensor(rows, device=self.position.device)
+        return self._with(lambda t: t[index])
+
+    def continuation(self) -> "TitansState":
+        """A fork whose sequence length is 0, for `generate(new_ids, past_key_values=state.continuation())`: only tokens
+        that it has not read are passed (otherwise `generate` expects those that it has read before them)."""
+        fork = self.clone()
+        fork.columns = 0
+        return fork
+
+    def reset(self, rows: list[int] | Tensor | None = None) -> None:
+        """Forget everything, in these rows or in all: they begin anew with the model's first memory."""
+        if rows is None:
+            rows = list(range(self.batch_size))
+            self.columns = 0
+        keep = torch.ones(self.batch_size, dtype=torch.bool, device=self.position.device)
+        keep[torch.as_tensor(rows, device=keep.device)] = False
+        self._apply(lambda t: torch.where(keep.view(-1, *[1] * (t.dim() - 1)), t, torch.zeros_like(t)))
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with a fingerprint of the model's configuration and weights; whole or not at all."""
+        model = self._model()
+        if model is None:
+            raise ValueError("the model that this state belongs to no longer exists; save the state before it goes")
+        metadata = {"format": FORMAT, **fingerprints(model), "columns": str(self.columns)}
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self._tensors().items()}
+        path = Path(path)
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, beside, metadata)
+            os.replace(beside, path)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
+        finally:
+            Path(beside).unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, model: "TitansModel") -> "TitansState":
+        """Read a file that `save` wrote, for the same `model` (`TitansModel` or `TitansForCausalLM`).
+
+        Raises ValueError for a file of another model, another configuration, another format, or a damaged one.
+        """
+        model = model.base_model
+        with torch.no_grad():
+            state = model.initial_state(1)
+        try:
+            with safe_open(path, "pt", device=str(model.device)) as file:
+                metadata = file.metadata() or {}
+                _check_metadata(path, metadata, fingerprints(model))
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                _check_shapes(path, shapes, {name: t for name, t in state._tensors().items()}, model.config.window_size)
+                tensors = {name: file.get_tensor(name) for name in shapes}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a memory file, or is damaged: {error}") from None
+        names = iter(state._tensors())
+        for layer in range(len(state.memories)):
+            state.memories[layer] = _map(state.memories[layer], lambda _: tensors[next(names)])
+        state.position = tensors["position"]
+        state.columns = int(metadata["columns"])
+        return state
+
+    # ------------------------------------------------------------------------------------------ as a Cache
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers have read the same
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
+        return self.columns + query_length, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._apply(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._apply(lambda t: t[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._apply(lambda t: t.repeat_interleave(repeats, 0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError(f"a memory cannot unread tokens (crop({tokens_to_remove})); clone() the state before reading")
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.position)
+
+    @property
+    def max_batch_size(self) -> int:
+        return self.batch_size
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return True
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self.memories)
+
+    def __len__(self) -> int:
+        return len(self.memories)
+
+    def __repr__(self) -> str:
+        return f"TitansState(rows={self.batch_size}, position={self.position.tolist()}, nbytes={self.nbytes})"
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name, the order that of `_map`."""
+        named = {f"layers.{i}{name}": t for i, layer in enumerate(self.memories) for name, t in _walk(layer, "")}
+        return {**named, "position": self.position}
+
+    def _apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.memories = [_map(layer, function) for layer in self.memories]
+        self.position = function(self.position)
+
+    def _with(self, function: Callable[[Tensor], Tensor]) -> "TitansState":
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._apply(function)
+        return other
+
+
+def _map(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The same tree of (named) tuples with `function` applied to each tensor."""
+    if tree is None:
+        return None
+    if isinstance(tree, Tensor):
+        return function(tree)
+    parts = [_map(part, function) for part in tree]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+
+
+def _walk(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif tree is not None:
+        fields = getattr(tree, "_fields", range(len(tree)))
+        for field, part in zip(fields, tree, strict=True):
+            yield from _walk(part, f"{name}.{field}")
+
+
+def start_rows(fresh: Tensor, begin: LayerState, layer: LayerState) -> LayerState:
+    """`layer` with the rows `fresh` `[B]` as in `begin` (attention's keys and values are 0 there already)."""
+    values = iter(t for _, t in _walk(begin._replace(attention=None), ""))
+
+    def choose(old: Tensor) -> Tensor:
+        return torch.where(fresh.view(-1, *[1] * (old.dim() - 1)), next(values).to(old.dtype), old)
+
+    return _map(layer._replace(attention=None), choose)._replace(attention=layer.attention)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def fingerprints(model: "TitansModel") -> dict[str, str]:
+    """SHA-256 of what the model is (its configuration) and of what it has learned (every parameter's bytes)."""
+    own = {k: v for k, v in model.config.own_fields().items() if k not in _IDENTITY_FREE}
+    weights = hashlib.sha256()
+    for name, parameter in sorted(model.base_model.named_parameters()):
+        weights.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        weights.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return {
+        "configuration": hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest(),
+        "weights": weights.hexdigest(),
+    }
+
+
+def _check_metadata(path: str | Path, found: dict[str, str], expected: dict[str, str]) -> None:
+    if found.get("format") != FORMAT or not found.get("columns", "").isdigit():
+        raise ValueError(
+            f"{path} is not a memory file of this version ({FORMAT!r}): its format is {found.get('format')!r}"
+        )
+    for part, value in expected.items():
+        if found.get(part) != value:
+            raise ValueError(f"{path} belongs to another model: its {part} differs from this model's")
+
+
+def _check_shapes(
+    path: str | Path, found: dict[str, tuple[int, ...]], expected: dict[str, Tensor], window: int | None
+) -> None:
+    """Every tensor there, and no other, with the model's shapes, and one number of rows."""
+    if found.keys() != expected.keys():
+        odd = sorted(found.keys() ^ expected.keys())[0]
+        raise ValueError(f"{path} does not fit this model: tensor {odd!r} is in only one of them")
+    rows = found["position"][:1]
+    for name, shape in found.items():
+        wanted = rows + tuple(expected[name].shape[1:])
+        if window is None and ".attention." in name:  # grows with what was read
+            wanted, shape = wanted[:2] + wanted[3:], shape[:2] + shape[3:]
+        if shape != wanted:
+            raise ValueError(f"{path} does not fit this model: {name!r} is {list(shape)}, not {list(wanted)}")

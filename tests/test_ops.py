@@ -1,0 +1,558 @@
+"""Laws of `memory_scan`: every form is the definition, any cut, padding is invisible, rows and the future are apart."""
+
+import itertools
+import random
+from typing import NamedTuple
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_close
+from torch import Tensor
+
+from titans_lm.ops import MemoryForm, MemoryState, initial_state, memory_scan, resolve_backend, retrieve
+
+B, H, K, HIDDEN = 2, 2, 4, 6
+law = settings(deadline=None, max_examples=25, derandomize=True)
+
+# ------------------------------------------------------------------------------------------------ cases
+
+
+class Case(NamedTuple):
+    depth: int = 2
+    chunk: int = 4
+    tokens: int = 63
+    residual: bool = False
+    clip: float | None = None
+    activation: str = "silu"
+    threshold: float | None = None
+    gates: str = "inside"
+    mask: str = "none"
+    start: str = "boundary"
+
+    @property
+    def v_width(self) -> int:
+        return K if self.residual else K + 1
+
+
+OPTIONS = {
+    "depth": (1, 2, 3, 4),
+    "chunk": (1, 4, 16, 64),
+    "tokens": (63, 257),
+    "residual": (False, True),
+    "clip": (None, 0.7),
+    "activation": ("silu", "gelu"),
+    "threshold": (None, 2.0),
+    "gates": ("inside", "theta", "eta", "alpha", "all"),  # which gates are exactly 0 or exactly 1 at some tokens
+    "mask": ("none", "random", "left", "empty row"),
+    "start": ("boundary", "same", "ragged"),  # positions in the chunk, with weights that differ from the anchor
+}
+
+
+def pairs(case: Case) -> set[tuple]:
+    return set(itertools.combinations(case._asdict().items(), 2))
+
+
+def covering_cases() -> list[Case]:
+    """Few cases in which every value of every option meets every value of every other option."""
+    draw = random.Random(0)
+    missing = {
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(OPTIONS, 2)
+        for x, y in itertools.product(OPTIONS[a], OPTIONS[b])
+    }
+    cases = []
+    while missing:
+        candidates = [Case(*map(draw.choice, OPTIONS.values())) for _ in range(100)]
+        cases.append(max(candidates, key=lambda case: len(missing & pairs(case))))
+        missing -= pairs(cases[-1])
+    return cases
+
+
+CASES = covering_cases()
+
+
+def name_of(case: Case) -> str:
+    return "-".join(str(value).replace(" ", "_") for value in case)
+
+
+def make_gate(name: str, case: Case, dtype: torch.dtype) -> Tensor:
+    """Inside (0, 1); where the case says so, exactly 0 at some tokens and exactly 1 at some.
+
+    Without a clip a deep or residual memory amplifies rounding exponentially when steps are large or its weights are
+    forgotten: no two forms could agree. There steps are small, and gates of 1 stand at the end.
+    """
+    gentle = case.clip is None and (case.residual or case.depth > 1)
+    top = {"theta": 0.01, "eta": 0.8, "alpha": 0.01} if gentle else {"theta": 0.1, "eta": 0.8, "alpha": 0.3}
+    gate = top[name] * torch.rand(B, case.tokens, H, dtype=dtype)
+    if case.gates not in (name, "all"):
+        return gate
+    place = torch.randint(0, 6, gate.shape)
+    late = torch.arange(case.tokens)[:, None] >= (case.tokens - 8 if gentle else 0)
+    return gate.masked_fill(place == 0, 0.0).masked_fill((place == 1) & late, 1.0)
+
+
+def make_mask(case: Case) -> Tensor | None:
+    token = torch.arange(case.tokens).expand(B, -1)
+    if case.mask == "random":
+        return torch.rand(B, case.tokens) < 0.7
+    if case.mask == "left":
+        return token >= torch.tensor([[case.tokens // 3], [2]])
+    if case.mask == "empty row":
+        return (token % 3 != 1) & torch.tensor([[True], [False]])
+    return None
+
+
+def make_inputs(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
+    """Every input of the operation, by name: tokens, gates, initial state, norm; the initial state is 0 nowhere."""
+    torch.manual_seed(seed)
+    tokens = (B, case.tokens, H)
+    x = {name: torch.nn.functional.normalize(torch.randn(*tokens, K, dtype=dtype), dim=-1) for name in ("q", "k")}
+    x["v"] = torch.randn(*tokens, case.v_width, dtype=dtype)
+    x |= {name: make_gate(name, case, dtype) for name in ("theta", "eta", "alpha")}
+    widths = [K, *[HIDDEN] * (case.depth - 1), case.v_width]
+    for part, scale in (("anchor", 1.0), ("weights", 1.0), ("momentum", 0.3)):
+        for layer, (i, o) in enumerate(itertools.pairwise(widths)):
+            x[f"{part}{layer}"] = scale * torch.randn(B, H, i, o, dtype=dtype) / i**0.5
+    if case.residual:
+        x["norm_weight"] = 1 + 0.3 * torch.randn(H, K, dtype=dtype)
+        x["norm_bias"] = 0.3 * torch.randn(H, K, dtype=dtype)
+    start = {"boundary": (0, 0), "same": (2, 2), "ragged": (1, -1)}[case.start]
+    x["position"] = torch.tensor(start) % case.chunk
+    mask = make_mask(case)
+    return x if mask is None else {**x, "mask": mask}
+
+
+def make_form(x: dict[str, Tensor], case: Case) -> MemoryForm:
+    norm = (x["norm_weight"], x["norm_bias"]) if case.residual else None
+    return MemoryForm(activation=case.activation, norm=norm, clip=case.clip, threshold=case.threshold)
+
+
+def make_state(x: dict[str, Tensor], case: Case) -> MemoryState:
+    parts = (tuple(x[f"{part}{layer}"] for layer in range(case.depth)) for part in ("anchor", "weights", "momentum"))
+    return MemoryState(*parts, x["position"])
+
+
+TOKENS = ("q", "k", "v", "theta", "eta", "alpha")
+
+
+def scan(x: dict[str, Tensor], case: Case, state: MemoryState | None = None, part: slice = slice(None), backend="auto"):
+    """`memory_scan` over tokens `part` -> y, state, surprise."""
+    mask = x["mask"][:, part] if "mask" in x else None
+    return memory_scan(
+        *(x[name][:, part] for name in TOKENS),
+        make_state(x, case) if state is None else state,
+        chunk_size=case.chunk,
+        form=make_form(x, case),
+        mask=mask,
+        surprise=True,
+        backend=backend,
+    )
+
+
+def named(y: Tensor, state: MemoryState, surprise: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """All that comes out, by name."""
+    out = {"y": y, "loss": surprise[0], "gradient_norm": surprise[1], "position": state.position}
+    for part in ("anchor", "weights", "momentum"):
+        out |= {f"{part}{layer}": w for layer, w in enumerate(getattr(state, part))}
+    return out
+
+
+def gradients(out: dict[str, Tensor], x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of one random linear function of all outputs, by every floating input."""
+    torch.manual_seed(1)
+    weigh = (torch.randn(value.shape, dtype=torch.float64).to(value) for value in out.values())
+    total = sum((value * w).sum() for value, w in zip(out.values(), weigh, strict=True) if value.requires_grad)
+    leaves = {name: value for name, value in x.items() if value.requires_grad}
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return {f"d {name}": g for name, g in zip(leaves, found, strict=True)}
+
+
+def outputs_and_gradients(x: dict[str, Tensor], case: Case, backend: str) -> dict[str, Tensor]:
+    leaves = {name: v.clone().requires_grad_() if v.is_floating_point() else v for name, v in x.items()}
+    out = named(*scan(leaves, case, backend=backend))
+    return out | gradients(out, leaves)
+
+
+def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert_close(actual[name], expected[name], name)
+
+
+# ------------------------------------------------------------------------------------------------ forms agree
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_chunked_is_naive_in_outputs_and_all_gradients(case: Case):
+    x = make_inputs(case)
+    assert_all_close(outputs_and_gradients(x, case, "chunked"), outputs_and_gradients(x, case, "naive"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_one_token_is_the_same_in_every_form(case: Case):
+    case = case._replace(tokens=1)
+    x = make_inputs(case)
+    expected = outputs_and_gradients(x, case, "naive")
+    assert_all_close(outputs_and_gradients(x, case, "step"), expected)
+    assert_all_close(outputs_and_gradients(x, case, "chunked"), expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "naive", "chunked"])
+@pytest.mark.parametrize("case", CASES[:8], ids=name_of)
+def test_no_tokens_leave_the_memory_as_it_was(case: Case, backend: str):
+    case = case._replace(tokens=0)
+    x = make_inputs(case)
+    y, state, surprise = scan(x, case, backend=backend)
+    assert y.shape == (B, 0, H, case.v_width)
+    assert surprise.loss.shape == surprise.gradient_norm.shape == (B, 0, H)
+    before = make_state(x, case)
+    assert torch.equal(state.position, before.position)
+    for got, had in zip(state.weights + state.momentum, before.weights + before.momentum, strict=True):
+        assert torch.equal(got, had)
+    for row in range(B):  # at a chunk start the anchor is the weights
+        anchor = before.weights if before.position[row] == 0 else before.anchor
+        assert all(torch.equal(got[row], had[row]) for got, had in zip(state.anchor, anchor, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES[:8], ids=name_of)
+def test_numbers_do_not_depend_on_whether_gradients_are_on(case: Case):
+    case = case._replace(tokens=21)
+    x = make_inputs(case)
+    for backend in ("naive", "chunked"):
+        expected = outputs_and_gradients(x, case, backend)
+        with torch.no_grad():
+            actual = named(*scan(x, case, backend=backend))
+        assert_all_close(actual, {name: expected[name] for name in actual})
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("mask", ["none", "random"])
+def test_gradcheck(residual: bool, mask: str):
+    case = Case(2, 3, 7, residual, clip=0.7 if residual else None, mask=mask, start="ragged", gates="alpha")
+    x = make_inputs(case)
+    leaves = {name: v.requires_grad_() for name, v in x.items() if v.is_floating_point()}
+
+    def outputs(*values: Tensor) -> tuple[Tensor, ...]:
+        out = named(*scan(x | dict(zip(leaves, values, strict=True)), case, backend="chunked"))
+        return tuple(value for value in out.values() if value.requires_grad)
+
+    # finite differences step outside [0, 1] at a gate of exactly 1, where the operation is not defined
+    x["alpha"].data.clamp_(1e-3, 1 - 1e-3)
+    assert torch.autograd.gradcheck(outputs, tuple(leaves.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("chunk", [1, 16, 64])
+@pytest.mark.parametrize("depth", [1, 4])
+def test_chunked_in_float32_is_near_naive_in_float64(depth: int, chunk: int, residual: bool):
+    case = Case(depth, chunk, 130, residual, clip=1.0, gates="all", mask="random", start="ragged")
+    x = make_inputs(case, torch.float32)
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
+    assert_all_close(outputs_and_gradients(x, case, "chunked"), outputs_and_gradients(wide, case, "naive"))
+
+
+# ------------------------------------------------------------------------------------------------ cut, mask, rows
+
+small_cases = st.builds(
+    Case,
+    depth=st.integers(1, 3),
+    chunk=st.sampled_from([1, 3, 4, 16]),
+    tokens=st.integers(1, 40),
+    residual=st.booleans(),
+    clip=st.sampled_from(OPTIONS["clip"]),
+    activation=st.sampled_from(OPTIONS["activation"]),
+    threshold=st.sampled_from(OPTIONS["threshold"]),
+    gates=st.sampled_from(OPTIONS["gates"]),
+    mask=st.sampled_from(OPTIONS["mask"]),
+    start=st.sampled_from(OPTIONS["start"]),
+)
+
+
+def scan_in_pieces(x: dict[str, Tensor], case: Case, cuts: list[int]) -> dict[str, Tensor]:
+    state, parts = make_state(x, case), []
+    for start, end in itertools.pairwise([0, *sorted(min(cut, case.tokens) for cut in cuts), case.tokens]):
+        y, state, surprise = scan(x, case, state, slice(start, end))
+        parts.append((y, *surprise))
+    y, loss, norm = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return named(y, state, (loss, norm))
+
+
+@law
+@given(case=small_cases, cuts=st.lists(st.integers(0, 40), max_size=6), seed=st.integers(0, 99))
+def test_cut_anywhere(case: Case, cuts: list[int], seed: int):
+    x = make_inputs(case, seed=seed)
+    assert_all_close(scan_in_pieces(x, case, cuts), named(*scan(x, case)))
+
+
+def test_gradients_cross_a_cut():
+    case = Case(2, 4, 23, residual=True, mask="random", start="ragged")
+    x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
+    whole, pieces = named(*scan(x, case)), scan_in_pieces(x, case, [1, 2, 9, 16])
+    assert_all_close(gradients(pieces, x), gradients(whole, x))
+
+
+@law
+@given(case=small_cases, junk=st.integers(1, 20), scale=st.sampled_from([1.0, 1e4]), seed=st.integers(0, 99))
+def test_masked_tokens_are_invisible(case: Case, junk: int, scale: float, seed: int):
+    case = case._replace(mask="none")
+    x = make_inputs(case, seed=seed)
+    place = torch.stack([torch.randperm(case.tokens + junk)[: case.tokens].sort().values for _ in range(B)])
+    row = torch.arange(B)[:, None]
+    mixed = dict(x)
+    for name in TOKENS:
+        garbage = scale * torch.randn(B, case.tokens + junk, *x[name].shape[2:], dtype=torch.float64)
+        mixed[name] = garbage.index_put((row, place), x[name]).requires_grad_()
+    mixed["mask"] = torch.zeros(B, case.tokens + junk, dtype=torch.bool).index_put((row, place), torch.tensor(True))
+
+    actual, expected = named(*scan(mixed, case)), named(*scan(x, case))
+    grads = gradients(actual, mixed)
+    for name in ("y", "loss", "gradient_norm"):
+        assert not actual[name][~mixed["mask"]].any(), f"{name} of a masked token is not 0"
+        actual[name] = actual[name][row, place]
+    assert_all_close(actual, expected)
+    for name in TOKENS:
+        assert not grads[f"d {name}"][~mixed["mask"]].any(), f"a masked token's {name} has a gradient"
+
+
+@pytest.mark.parametrize("backend", ["naive", "chunked", "step"])
+def test_a_call_of_padding_alone_changes_nothing(backend: str):
+    case = Case(tokens=1 if backend == "step" else 5, start="ragged")
+    x = make_inputs(case)
+    x["mask"] = torch.zeros(B, case.tokens, dtype=torch.bool)
+    y, state, surprise = scan(x, case, backend=backend)
+    assert not y.any()
+    assert not surprise.loss.any()
+    before = make_state(x, case)
+    assert torch.equal(state.position, before.position)
+    for part in ("anchor", "weights", "momentum"):
+        assert all(map(torch.equal, getattr(state, part), getattr(before, part)))
+
+
+@law
+@given(case=small_cases, row=st.integers(0, B - 1), seed=st.integers(0, 99))
+def test_rows_and_heads_are_independent(case: Case, row: int, seed: int):
+    x = make_inputs(case, seed=seed)
+    one = slice(row, row + 1)  # row 0 and head 0, or row 1 and head 1
+    alone = {name: value[one] for name, value in x.items()}
+    for name in alone.keys() - {"position", "mask", "norm_weight", "norm_bias"}:
+        alone[name] = alone[name][:, :, one] if name in TOKENS else alone[name][:, one]
+    whole, actual = named(*scan(x, case)), named(*scan(alone, case))
+    for name, value in whole.items():
+        expected = value[one]
+        if name in ("y", "loss", "gradient_norm"):
+            expected = expected[:, :, one]
+        elif name != "position":
+            expected = expected[:, one]
+        assert_close(actual[name], expected, name)
+
+
+# ------------------------------------------------------------------------------------------------ causality
+
+
+@law
+@given(case=small_cases, token=st.integers(0, 39), seed=st.integers(0, 99))
+def test_a_token_does_not_change_what_came_before(case: Case, token: int, seed: int):
+    token = token % case.tokens
+    x = make_inputs(case, seed=seed)
+    other = make_inputs(case, seed=seed + 100)
+    changed = dict(x)
+    for name in TOKENS:
+        changed[name] = torch.cat([x[name][:, :token], other[name][:, token:]], 1)
+    before, after = named(*scan(x, case)), named(*scan(changed, case))
+    for name in ("y", "loss", "gradient_norm"):
+        assert torch.equal(before[name][:, :token], after[name][:, :token]), name
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("mask", ["none", "random"])
+def test_no_gradient_comes_from_the_future(residual: bool, mask: str):
+    case = Case(2, 4, 11, residual, mask=mask, start="same")
+    x = make_inputs(case)
+    leaves = [x[name].requires_grad_() for name in TOKENS]
+    y, _, _ = scan(x, case, backend="chunked")
+    for s in range(case.tokens):
+        found = torch.autograd.grad(y[:, s].sum(), leaves, retain_graph=True)
+        for name, gradient in zip(TOKENS, found, strict=True):
+            assert not gradient[:, s + 1 :].any(), f"y[{s}] sees a later {name}"
+            if name not in ("q", "eta") and (mask == "none" or x["mask"][:, s].any()):
+                assert gradient[:, s].any(), f"y[{s}] does not see its own {name}: it is read after its write"
+
+
+# ------------------------------------------------------------------------------------------------ what the arguments mean
+
+
+@pytest.mark.parametrize("case", CASES[:6], ids=name_of)
+def test_a_token_reads_the_memory_after_its_own_write(case: Case):
+    case = case._replace(tokens=1, mask="none")
+    x = make_inputs(case)
+    y, state, _ = scan(x, case, backend="chunked")
+    assert_close(y, retrieve(x["q"], state.weights, make_form(x, case)))
+
+
+@pytest.mark.parametrize("backend", ["naive", "chunked"])
+def test_below_the_threshold_nothing_is_written(backend: str):
+    case = Case(tokens=13, threshold=float("inf"), start="ragged")
+    x = make_inputs(case)
+    unwritten = x | {"theta": torch.zeros_like(x["theta"])}
+    expected = named(*scan(unwritten, case._replace(threshold=None), backend=backend))
+    assert_all_close(named(*scan(x, case, backend=backend)), expected)
+
+
+def test_the_threshold_separates_written_tokens_by_their_loss():
+    case = Case(depth=1, chunk=64, tokens=40)
+    x = make_inputs(case)
+    _, _, surprise = scan(x, case)
+    tau = float(surprise.loss.median())
+    chosen = x | {"theta": x["theta"] * (surprise.loss > tau)}
+    assert 0 < (surprise.loss > tau).double().mean() < 1
+    assert_all_close(named(*scan(x, case._replace(threshold=tau))), named(*scan(chosen, case)))
+
+
+def test_the_clip_bounds_the_gradient_and_keeps_its_direction():
+    case = Case(depth=1, chunk=1, tokens=1)
+    x = make_inputs(case) | {"eta": torch.zeros(B, 1, H).double(), "alpha": torch.zeros(B, 1, H).double()}
+    had = make_state(x, case).weights[0]
+    plain, clipped = (scan(x, case._replace(clip=clip)) for clip in (None, 0.1))
+    assert (clipped[2].gradient_norm < 0.1).all()  # keys have norm 1
+    length = plain[2].gradient_norm[:, 0, :, None, None]
+    assert_close(clipped[1].weights[0] - had, (plain[1].weights[0] - had) * 0.1 / (length + 0.1))
+
+
+def test_auto_decodes_one_token_by_step_and_reads_more_by_chunks():
+    assert [resolve_backend("auto", tokens) for tokens in (0, 1, 2)] == ["chunked", "step", "chunked"]
+    assert resolve_backend("naive", 1) == "naive"
+
+
+def test_a_memory_that_has_read_nothing():
+    weights = tuple(torch.randn(H, i, o, dtype=torch.bfloat16, requires_grad=True) for i, o in ((K, 6), (6, K)))
+    state = initial_state(weights, batch=3)
+    for w, row in zip(weights, state.weights, strict=True):
+        assert row.dtype == torch.float32
+        assert torch.equal(row, w.float().expand(3, *w.shape))
+    assert all(map(torch.equal, state.anchor, state.weights))
+    assert not any(s.any() for s in state.momentum)
+    assert state.position.tolist() == [0, 0, 0]
+    q, gate = torch.randn(3, 5, H, K), torch.full((3, 5, H), 0.1)
+    y, _ = memory_scan(q, q, q, gate, gate, gate, state, chunk_size=2)
+    y.sum().backward()
+    assert all(w.grad.abs().sum() > 0 for w in weights)
+
+
+# ------------------------------------------------------------------------------------------------ dtypes, sizes
+
+
+@pytest.mark.parametrize("backend", ["naive", "chunked", "step"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_bfloat16_tokens_keep_a_float32_state(backend: str, residual: bool):
+    case = Case(tokens=1 if backend == "step" else 20, residual=residual, start="ragged")
+    x = make_inputs(case, torch.float32)
+    half = {name: x[name].bfloat16() for name in (*TOKENS, "norm_weight", "norm_bias") if name in x}
+    actual = named(*scan(x | half, case, backend=backend))
+    expected = named(*scan(x | {name: value.float() for name, value in half.items()}, case, backend=backend))
+    assert actual["y"].dtype == torch.bfloat16
+    for name in expected.keys() - {"y", "position"}:
+        assert actual[name].dtype == torch.float32, name
+    assert_all_close(actual, expected)
+
+
+@pytest.mark.parametrize("backend", ["naive", "chunked", "step"])
+def test_autocast_does_not_round_the_memory(backend: str):
+    case = Case(tokens=1 if backend == "step" else 20)
+    x = make_inputs(case, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = named(*scan(x, case, backend=backend))
+    assert_all_close(actual, named(*scan(x, case, backend=backend)))
+
+
+@pytest.mark.parametrize("mask", ["none", "random"])
+def test_the_state_has_the_same_size_after_any_number_of_tokens(mask: str):
+    def stored(tokens: int) -> int:
+        case = Case(tokens=tokens, mask=mask)
+        _, state, _ = scan(make_inputs(case), case)
+        return sum(w.untyped_storage().nbytes() for w in itertools.chain(*state[:3], [state.position]))
+
+    assert stored(1) == stored(10) == stored(200)
+
+
+def test_a_call_leaves_its_inputs_and_the_given_state_alone():
+    for backend, tokens in (("naive", 6), ("chunked", 6), ("step", 1)):
+        case = Case(tokens=tokens, mask="random", start="ragged")
+        x = make_inputs(case)
+        copy = {name: value.clone() for name, value in x.items()}
+        scan(x, case, backend=backend)
+        assert all(torch.equal(x[name], copy[name]) for name in x)
+
+
+def test_training_keeps_no_weights_per_chunk():
+    def saved_weights(tokens: int) -> int:
+        case = Case(tokens=tokens)
+        x = make_inputs(case)
+        leaves = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in x.items()}
+        count = 0
+
+        def pack(saved: Tensor) -> Tensor:
+            nonlocal count
+            count += saved.shape[-2:] == (K, HIDDEN)
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            scan(leaves, case, backend="chunked")
+        return count
+
+    few, many = saved_weights(4 * 16), saved_weights(4 * 64)  # chunks x4, groups x2
+    assert many <= 2 * few + 2
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.fixture
+def without_shape_checker(monkeypatch):
+    """What a user has: no annotation is checked, so the operation's own messages are what is seen."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+WRONG = {
+    "q, k": {"k": (B, 5, H, K + 1)},
+    "and v": {"v": (B, 4, H, K)},
+    r"q.*\[2, 5, 4\]": {"q": (B, 5, K)},
+    "theta": {"theta": (B, 5, 1)},
+    "eta must": {"eta": (B, 4, H)},
+    "alpha": {"alpha": (B, 5, H, 1)},
+    "mask": {"mask": (B, 4)},
+    "weights must chain": {"weights": (1, H, K, K)},
+    "last layer gives width 4, but v has 3": {"v": (B, 5, H, 3)},
+}
+
+
+@pytest.mark.usefixtures("without_shape_checker")
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_shape_is_named(message: str):
+    shapes = dict.fromkeys(("q", "k", "v"), (B, 5, H, K)) | dict.fromkeys(("theta", "eta", "alpha"), (B, 5, H))
+    shapes |= {"mask": (B, 5), "weights": (B, H, K, K)} | WRONG[message]
+    x = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    state = MemoryState(*[(x["weights"],)] * 3, torch.zeros(B, dtype=torch.long))
+    with pytest.raises(ValueError, match=message):
+        memory_scan(*(x[name] for name in TOKENS), state, chunk_size=4, mask=x["mask"].bool())
+
+
+@pytest.mark.usefixtures("without_shape_checker")
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("chunk_size must be at least 1, got 0", {"chunk_size": 0}),
+        ("clip must be above 0 or None, got 0.0", {"form": MemoryForm(clip=0.0)}),
+        ("activation='relu'", {"form": MemoryForm(activation="relu")}),
+        ("residual form needs V == K, got K=4, V=5", {"form": MemoryForm(norm=(torch.ones(H, 5), torch.ones(H, 5)))}),
+        ("backend='fast' is not one of: auto, naive, step, chunked", {"backend": "fast"}),
+        ('backend="step" decodes one token, got T=5', {"backend": "step"}),
+    ],
+)
+def test_a_wrong_option_is_named(message: str, options: dict):
+    case = Case(tokens=5)
+    x = make_inputs(case)
+    with pytest.raises(ValueError, match=message):
+        memory_scan(*(x[name] for name in TOKENS), make_state(x, case), **{"chunk_size": 4} | options)
