@@ -114,7 +114,7 @@ class WindowAttention(Attention):
 
 
 def _causal(q: Tensor, keys: Tensor, values: Tensor, p_keys: Tensor, p_values: Tensor) -> Tensor:
-    """All of the past, from the beginning. The persistent tokens ask too (in vain): then a plain causal mask is right."""
+    """All of the past, from the beginning. The persistent tokens ask too, in vain, so that a causal mask is right."""
     size = p_keys.shape[2]
     q, keys, values = torch.cat([p_keys, q], 2), torch.cat([p_keys, keys], 2), torch.cat([p_values, values], 2)
     return F.scaled_dot_product_attention(q, keys, values, is_causal=True)[:, :, size:]

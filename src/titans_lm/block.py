@@ -1,6 +1,6 @@
 """The architectures, side by side: how attention, memory and persistent tokens are joined (section 4 of the paper).
 
-Each block is x + branch(norm(x)), then x + MLP(norm(x)). What a block remembers goes in and comes out as a `LayerState`.
+Each block is x + branch(norm(x)), then x + MLP(norm(x)). What a block remembers goes in and out as a `LayerState`.
 """
 
 from typing import NamedTuple
@@ -17,11 +17,11 @@ from titans_lm.ops import Surprise, lay_out, where_rows
 
 
 class Reading(NamedTuple):
-    """What all blocks know of the tokens at hand. Rows are left-aligned: `present` is True for each row's first tokens."""
+    """What all blocks know of the tokens at hand. Rows are left-aligned."""
 
     position: Tensor  # [B], tokens each row has read before
     turn: Rotation
-    present: Tensor | None  # [B, T]; None: all are there
+    present: Tensor | None  # [B, T], True for each row's first tokens; None: all are there
     frozen: bool  # the memory is read but not written
 
 
@@ -33,7 +33,7 @@ class Retrieval(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """What one block remembers, of constant size (but for attention without a window); None where it has no such part."""
+    """What one block remembers; None for a part it does not have. Constant size, but for unlimited attention."""
 
     attention: KeyValues | None = None
     memory: NeuralMemoryState | None = None
@@ -251,8 +251,8 @@ class MALBlock(TitansBlock):
 class MACBlock(TitansBlock):
     """Memory as context, segment by segment (eqs. 21 to 25).
 
-    h is read from the memory as it was when the segment began; attention sees [P, h, S]; the memory writes the attention's
-    output and is read with it, each token the memory as it is after that token.
+    h is read from the memory as it was when the segment began; attention sees [P, h, S]; the memory writes the
+    attention's output and is read with it, each token the memory as it is after that token.
     """
 
     def __init__(self, config: TitansConfig):

@@ -14,7 +14,7 @@ VERBS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run `titans` with `arguments` (default: the process's); the exit status: 0, 2 for a user's error, 130 for Ctrl-C."""
+    """Run `titans` with `arguments` (default: the process's). -> 0, 2 for a user's error, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser("titans", description="Language models that keep learning while they read.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)

@@ -44,7 +44,7 @@ class TitansConfig(PreTrainedConfig):
     use_cache: bool = True
 
     window_size: int | None = 512
-    """Tokens that sliding-window attention sees, the current one included (mag, mal, attention). None: all (attention)."""
+    """Tokens that a window sees, the current one included (mag, mal, attention). None: all of them (attention)."""
     segment_size: int = 512
     """Tokens of a segment (mac)."""
     num_persistent_tokens: int = 16
@@ -92,10 +92,7 @@ class TitansConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Every value possible, by itself and with the others."""
-        for key in (
-            "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim intermediate_size segment_size "
-            "num_memory_heads memory_head_dim memory_layers memory_dim memory_chunk_size memory_conv_size"
-        ).split():
+        for key in _COUNTS:
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
         for key in ("num_persistent_tokens", "memory_loss_weight", "initializer_range"):
@@ -117,6 +114,11 @@ class TitansConfig(PreTrainedConfig):
         return {key: getattr(self, key) for key in DEFAULT_CONFIG}
 
 
+_COUNTS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size",
+    "segment_size", "num_memory_heads", "memory_head_dim", "memory_layers", "memory_dim", "memory_chunk_size",
+    "memory_conv_size",
+)  # fmt: skip
 _INHERITED = {f.name for f in dataclasses.fields(PreTrainedConfig)} | {
     "dtype", "torch_dtype", "attn_implementation", "_attn_implementation", "_commit_hash", "model_type", "name_or_path",
     "_name_or_path", "transformers_version", "architectures", "auto_map", "experts_implementation",

@@ -1,5 +1,6 @@
 """The neural long-term memory as a layer: projections, convolutions, gates, norm around `ops.memory_scan`."""
 
+import itertools
 import math
 from typing import Literal, NamedTuple
 
@@ -23,7 +24,7 @@ from titans_lm.ops import (
 )
 
 THETA_BIAS, ALPHA_BIAS = -2.0, -8.0
-"""Where the step and forgetting begin, before the sigmoid: a small step, and a memory that lasts thousands of tokens."""
+"""Where the step and forgetting begin, before the sigmoid: a small step, a memory that lasts thousands of tokens."""
 
 
 class NeuralMemoryState(NamedTuple):
@@ -69,7 +70,7 @@ class NeuralMemory(nn.Module):
         heads: memory heads; each has its own memory of width `head_dim` (default D / heads).
         depth: layers of the memory, L >= 1. One is a matrix; two or more remember what no matrix can.
         hidden: width between those layers (default 4 x head_dim).
-        chunk_size: tokens C whose gradients are taken at the same weights. 1 is the paper to the letter; more is faster.
+        chunk_size: tokens C whose gradients are taken at the same weights. 1: the paper to the letter; more: faster.
         theta_max: upper bound of the step, in (0, 1].
         form: "residual", M(k) = k + norm(MLP(k)), the default because it stays finite; or the paper's "plain" MLP.
         clip: bound of each token's output gradient (see `ops.MemoryForm`); None: unbounded.
@@ -120,7 +121,7 @@ class NeuralMemory(nn.Module):
         self.output_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
         self.o_proj = nn.Linear(inner, dim, bias=False)
         widths = [self.head_dim] + [hidden or 4 * self.head_dim] * (depth - 1) + [self.head_dim]
-        self.shapes = [(heads, i, o) for i, o in zip(widths, widths[1:], strict=False)]
+        self.shapes = [(heads, i, o) for i, o in itertools.pairwise(widths)]
         learned = self.shapes if init == "learned" else self.shapes[:-1]
         self.initial_memory = nn.ParameterList(nn.Parameter(torch.empty(s)) for s in learned)
         norm = torch.empty(heads, self.head_dim) if form == "residual" else None
@@ -207,7 +208,7 @@ class NeuralMemory(nn.Module):
             self._project(x, i, tail, present) for i, tail in enumerate(state.tails)
         )
         q, k, v = _unit(self._split(q)), _unit(self._split(k)), self._split(v)
-        y, memory, seen = memory_scan(
+        y, memory, seen = memory_scan(  # type: ignore[misc] # three, as surprise=True
             q, k, v, *self._gates(x), state.memory,
             chunk_size=self.chunk_size, form=self._form(), mask=present, surprise=True, backend=self.backend,
         )  # fmt: skip
@@ -264,9 +265,9 @@ def _check(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0 < theta_max <= 1:
         raise ValueError(f"theta_max must be in (0, 1], got {theta_max}")
-    for name, value, known in (
+    for name, word, known in (
         ("form", form, ("residual", "plain")),
         ("init", init, ("learned", "zero")),
     ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if word not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {word!r}")

@@ -21,7 +21,7 @@ from titans_lm.state import TitansState, start_rows
 
 @dataclass
 class TitansModelOutput(ModelOutput):
-    """`surprise`: for each layer with a memory a `Surprise` (`loss`, `gradient_norm`, each `[B, T, H]`), if asked for."""
+    """`surprise`, if asked for: for each layer with a memory, `loss` and `gradient_norm`, each `[B, T, H]`."""
 
     last_hidden_state: Tensor | None = None
     past_key_values: TitansState | None = None
@@ -31,7 +31,7 @@ class TitansModelOutput(ModelOutput):
 
 @dataclass
 class TitansCausalLMOutput(ModelOutput):
-    """`loss` includes `memory_loss_weight * memory_loss`; `memory_loss` is the mean reconstruction loss before each write."""
+    """`loss` includes `memory_loss_weight * memory_loss`, the mean reconstruction loss before each write."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -80,7 +80,11 @@ class TitansModel(TitansPreTrainedModel):
     def initial_state(self, batch: int) -> TitansState:
         """The memory of `batch` streams before their first token. Its gradients flow to the learned first memory."""
         position = torch.zeros(batch, dtype=torch.long, device=self.device)
-        return TitansState([layer.initial_state(batch) for layer in self.layers], position, self)
+        return TitansState([block.initial_state(batch) for block in self.blocks()], position, self)
+
+    def blocks(self) -> list[TitansBlock]:
+        """The layers, as what they are."""
+        return [block for block in self.layers if isinstance(block, TitansBlock)]
 
     @merge_with_config_defaults
     @capture_outputs
@@ -96,7 +100,7 @@ class TitansModel(TitansPreTrainedModel):
     ) -> TitansModelOutput:
         """Read tokens `[B, T]` (or embeddings `[B, T, D]`) on from `past_key_values`, which is updated.
 
-        `attention_mask` `[B, T]`, or longer where it covers earlier tokens as well: 0 is padding, at any place, invisible.
+        `attention_mask` `[B, T]`, or longer where it covers earlier tokens too: 0 is padding, at any place, invisible.
         Raises ValueError for inputs that do not fit, or a stream over `max_position_embeddings`.
         """
         x = _embed(self.embed_tokens, input_ids, inputs_embeds)
@@ -140,7 +144,7 @@ class TitansModel(TitansPreTrainedModel):
         fresh = state.position == 0
         if state.columns == 0 or not bool(fresh.any()):
             return state.memories
-        begin = [layer.initial_state(state.batch_size) for layer in self.layers]
+        begin = [block.initial_state(state.batch_size) for block in self.blocks()]
         return [start_rows(fresh, b, old) for b, old in zip(begin, state.memories, strict=True)]
 
     def _check_length(self, total: Tensor) -> None:
@@ -191,10 +195,11 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
-        loss = memory_loss = None
+        loss: Tensor | None = None
+        memory_loss: Tensor | None = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-        if weight > 0 and out.surprise:
+        if loss is not None and weight > 0 and out.surprise:
             memory_loss = torch.stack([s.loss.mean() for s in out.surprise]).mean()
             loss = loss + weight * memory_loss
         return TitansCausalLMOutput(

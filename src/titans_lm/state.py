@@ -1,4 +1,4 @@
-"""What a model remembers, as a value: save it, load it, fork it, reset it, reorder its rows. All that touches `Cache`."""
+"""What a model remembers, as a value: save, load, fork, reset, reorder. All that touches `Cache` is here."""
 
 import hashlib
 import json
@@ -121,7 +121,7 @@ class TitansState(Cache):
                 metadata = file.metadata() or {}
                 _check_metadata(path, metadata, fingerprints(model))
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-                _check_shapes(path, shapes, {name: t for name, t in state._tensors().items()}, model.config.window_size)
+                _check_shapes(path, shapes, state._tensors(), model.config.window_size)
                 tensors = {name: file.get_tensor(name) for name in shapes}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a memory file, or is damaged: {error}") from None

@@ -39,7 +39,7 @@ _FORMS = {"naive": naive, "step": step, "chunked": chunked}
 
 
 def resolve_backend(backend: Backend, tokens: int) -> str:
-    """The form that `memory_scan` runs for `backend` on `tokens` tokens: "auto" chooses, anything else is taken as it is.
+    """The form that `memory_scan` runs for `backend` on `tokens` tokens: "auto" chooses, the others are what they say.
 
     Raises ValueError for a name that is not a backend, or one that cannot run this many tokens.
     """
@@ -108,10 +108,20 @@ def _check(
     for name, gate in zip(("theta", "eta", "alpha"), gates, strict=True):
         if gate.shape != q.shape[:3]:
             raise ValueError(f"{name} must be [B, T, H] = {list(q.shape[:3])}, got {list(gate.shape)}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if mask is not None and mask.shape != q.shape[:2]:
         raise ValueError(f"mask must be [B, T] = {list(q.shape[:2])}, got {list(mask.shape)}")
+    _check_weights(q, v, state)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if form.norm is not None and v.shape[3] != q.shape[3]:
+        raise ValueError(f"the residual form needs V == K, got K={q.shape[3]}, V={v.shape[3]}")
+    if form.activation not in ("silu", "gelu"):
+        raise ValueError(f'activation={form.activation!r} is not "silu" or "gelu"')
+    if form.clip is not None and form.clip <= 0:
+        raise ValueError(f"clip must be above 0 or None, got {form.clip}")
+
+
+def _check_weights(q: Tensor, v: Tensor, state: MemoryState) -> None:
     batch, heads, width = q.shape[0], q.shape[2], q.shape[3]
     for w in state.weights:
         if w.dim() != 4 or w.shape[:3] != (batch, heads, width):
@@ -122,12 +132,6 @@ def _check(
         width = w.shape[3]
     if width != v.shape[3]:
         raise ValueError(f"the state's last layer gives width {width}, but v has {v.shape[3]}")
-    if form.norm is not None and v.shape[3] != q.shape[3]:
-        raise ValueError(f"the residual form needs V == K, got K={q.shape[3]}, V={v.shape[3]}")
-    if form.activation not in ("silu", "gelu"):
-        raise ValueError(f'activation={form.activation!r} is not "silu" or "gelu"')
-    if form.clip is not None and form.clip <= 0:
-        raise ValueError(f"clip must be above 0 or None, got {form.clip}")
 
 
 def _shapes(*tensors: Tensor) -> str:

@@ -1,7 +1,7 @@
 """The matmul form: a chunk's keys run forward and back once, at its anchor; all its tokens are read at once.
 
-Derivation, and which line is which equation: README.md beside this file. Letters are the README's: X_l inputs of layer l
-for the keys, Z_l = X_l W_l, G_l = dloss/dZ_l, and the decays A, B, E, D, Em.
+Derivation, and which line is which equation: README.md beside this file. Letters are the README's: X_l inputs of layer
+l for the keys, Z_l = X_l W_l, G_l = dloss/dZ_l, and the decays A, B, E, D, Em.
 """
 
 import math
@@ -110,7 +110,7 @@ class Decays(NamedTuple):
 
 
 def decays(theta: Tensor, eta: Tensor, alpha: Tensor, present: Tensor | None) -> Decays:
-    """theta, eta, alpha `[..., C]`. A token that is not `present` has a = eta = 1, theta = 0, and adds no momentum to M."""
+    """theta, eta, alpha `[..., C]`. A token not `present` has a = eta = 1, theta = 0, and adds no momentum to M."""
     a = 1 - alpha
     if present is not None:
         theta = theta * present
@@ -141,7 +141,7 @@ def _products(gate: Tensor) -> Tensor:
     return torch.exp(logs.cumsum(-2)).tril()
 
 
-# ------------------------------------------------------------------------------------------------ one chunk, many chunks
+# ------------------------------------------------------------------------------------------------ one chunk, many
 
 
 def _read_chunk(
@@ -209,7 +209,7 @@ def _read_span(
     form: MemoryForm,
     at_boundary: bool,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[tuple[Tensor, ...], ...]]:
-    """`inputs` (q, k, v, theta, eta, alpha) `[B, S, H, *]`, S a multiple of `width`: y `[B, S, H, V]`, loss, norm, state.
+    """`inputs` (q, k, v, theta, eta, alpha) `[B, S, H, *]`, S a multiple of `width`: y like v, loss, norm, state.
 
     Under autograd the states inside a group of chunks are computed again in the backward pass: what is kept is one
     state for each group, and about as many groups as chunks in a group.
@@ -252,10 +252,11 @@ def chunked(
     form: MemoryForm,
     mask: Tensor | None,
 ) -> tuple[Tensor, MemoryState, Surprise]:
-    """The same function as `naive`, by matmuls: q, k `[B, T, H, K]`, v `[B, T, H, V]`, gates `[B, T, H]`, mask `[B, T]`."""
+    """As `naive`, by matmuls. q, k `[B, T, H, K]`, v `[B, T, H, V]`, gates `[B, T, H]`, mask `[B, T]`."""
     layout = lay_out(mask, state.position, q.shape[1], chunk_size)
     inputs = tuple(layout.arrange(x) for x in (q, k, v, *gates))
-    parts, now = [], (state.anchor, state.weights, state.momentum)
+    parts: list[list[Tensor]] = []
+    now: tuple[tuple[Tensor, ...], ...] = (state.anchor, state.weights, state.momentum)
     for start, end, width in layout.spans():
         here = tuple(x[:, start:end] for x in inputs)
         present = None if layout.present is None else layout.present[:, start:end]

@@ -14,7 +14,7 @@ def take(x: Tensor, index: Int[Tensor, "B S"]) -> Tensor:
 
 
 def left_align(mask: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"]]:
-    """An order of each row's tokens that puts those that are there first, keeping their order; and how many they are."""
+    """An order of each row's tokens that puts first those that are there, else unchanged; and how many they are."""
     return torch.argsort(~mask, dim=1, stable=True), mask.sum(1)
 
 
@@ -25,9 +25,9 @@ def restore(x: Tensor, mask: Bool[Tensor, "B T"]) -> Tensor:
 
 
 class Layout(NamedTuple):
-    """Tokens in slots: first `head` slots that complete each row's current chunk, then whole chunks for all rows at once.
+    """Tokens in slots: first `head` slots that complete each row's current chunk, then whole chunks for all rows.
 
-    With `index` None every row has all its tokens at the same position, and slots are tokens.
+    With `source` None every row has all its tokens at the same position, and slots are tokens.
     """
 
     head: int
@@ -35,7 +35,7 @@ class Layout(NamedTuple):
     chunk: int
     length: Int[Tensor, " B"]
     """Tokens of each row."""
-    index: Int[Tensor, "B S"] | None = None
+    source: Int[Tensor, "B S"] | None = None
     """The token in each slot (any, where none is)."""
     present: Bool[Tensor, "B S"] | None = None
     slot_of: Int[Tensor, "B T"] | None = None
@@ -44,7 +44,7 @@ class Layout(NamedTuple):
 
     def arrange(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` -> `[B, S, ...]`"""
-        return x if self.index is None else take(x, self.index)
+        return x if self.source is None else take(x, self.source)
 
     def restore(self, x: Tensor) -> Tensor:
         """`[B, S, ...]` -> `[B, T, ...]`, 0 where masked."""
@@ -74,7 +74,7 @@ def lay_out(mask: Bool[Tensor, "B T"] | None, position: Int[Tensor, " B"], token
     in_head = slot < head
     rank = torch.where(in_head, slot, slot - head + completing[:, None])  # [B, S], which token of its row
     present = torch.where(in_head, slot < completing[:, None], rank < length[:, None])
-    index = order.gather(1, rank.clamp(max=max(tokens - 1, 0)))
+    source = order.gather(1, rank.clamp(max=max(tokens - 1, 0)))
     rank_of = mask.cumsum(1) - 1
     slot_of = torch.where(rank_of < completing[:, None], rank_of, rank_of - completing[:, None] + head)
-    return Layout(head, len(slot), chunk, length, index, present, slot_of.clamp(min=0), mask)
+    return Layout(head, len(slot), chunk, length, source, present, slot_of.clamp(min=0), mask)

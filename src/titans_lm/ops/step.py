@@ -17,7 +17,7 @@ def step(
     form: MemoryForm,
     mask: Tensor | None,
 ) -> tuple[Tensor, MemoryState, Surprise]:
-    """The same function as `naive` for T = 1: q, k `[B, 1, H, K]`, v `[B, 1, H, V]`, gates `[B, 1, H]`, mask `[B, 1]`."""
+    """As `naive`, for T = 1: q, k `[B, 1, H, K]`, v `[B, 1, H, V]`, gates `[B, 1, H]`, mask `[B, 1]`."""
     theta, eta, alpha = (gate[:, 0, :, None, None] for gate in gates)  # [B, H, 1, 1]
     anchor = where_rows(state.position == 0, state.weights, state.anchor)
     keys = key_pass(k.transpose(1, 2), v.transpose(1, 2), anchor, form)
