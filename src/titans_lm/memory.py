@@ -51,6 +51,8 @@ class ShortConvolution(nn.Module):
         self, x: Float[Tensor, "B T I"], tail: Float[Tensor, "B R I"], present: Bool[Tensor, "B T"] | None
     ) -> tuple[Float[Tensor, "B T I"], Float[Tensor, "B R I"]]:
         """`present` is True for each row's first tokens and False after them."""
+        if x.shape[1] == 0:
+            return x, tail
         past = torch.cat([tail.to(x.dtype), x], 1)
         y = F.conv1d(past.transpose(1, 2), self.weight[:, None], groups=x.shape[2]).transpose(1, 2)
         if present is None:

@@ -1,0 +1,190 @@
+"""Text to tokens: files, folders, Hugging Face data sets; bytes by default; packed into blocks of equal length."""
+
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+STDLIB = "python-stdlib"
+"""In place of a path: the source files of Python's own standard library, which every machine has."""
+_NOT_PROSE = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "__pycache__"}
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Ids 0 to 255 are the bytes themselves (of UTF-8 text), then <pad>, <bos>, <eos>. Needs no download."""
+    characters = _byte_characters()
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<pad>", "<bos>", "<eos>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+        padding_side="left", clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def _byte_characters() -> list[str]:
+    """The printable character by which the byte-level alphabet stands for each byte (as in GPT-2's tokenizer)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(256, 512))
+    return [chr(b) if b in set(printable) else chr(next(others)) for b in range(256)]
+
+
+def is_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether each token below 256 is one byte."""
+    return tokenizer.vocab_size == 256 and tokenizer.convert_tokens_to_ids(_byte_characters()) == list(range(256))
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """ "bytes", or the name or folder of any Hugging Face tokenizer."""
+    if name == "bytes":
+        return byte_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f'tokenizer {name!r} cannot be loaded; give "bytes", a folder or a Hub name: {error}') from error
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np.int64]:
+    """The text's tokens, `[T]`, without special ones."""
+    if is_bytes(tokenizer):  # a megabyte in a millisecond
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+    return np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int64)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def read_text(path: str | Path) -> str:
+    """The text of one UTF-8 file. Raises ValueError or OSError that name it, if there is none to be had."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a text file")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; give the path of a text file") from None
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror}") from error
+    if not data.strip():
+        raise ValueError(f"{path} is empty; give a file with text in it")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text: byte {error.start} is not UTF-8") from None
+    if "\0" in text:
+        raise ValueError(f"{path} is not text: it contains NUL bytes")
+    return text
+
+
+def text_files(paths: Iterable[str], suffixes: Iterable[str]) -> list[Path]:
+    """The files among `paths`, and those with one of `suffixes` in folders among them, in sorted order.
+
+    Raises ValueError for a path that does not exist or has no such file.
+    """
+    found: list[Path] = []
+    for name in paths:
+        path = Path(name)
+        if name == STDLIB:
+            found += stdlib_files()
+        elif path.is_dir():
+            inside = sorted(p for s in suffixes for p in path.rglob(f"*{s}") if p.is_file())
+            if not inside:
+                raise ValueError(f"{path} has no file that ends in {' or '.join(suffixes)}")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise ValueError(f"{path} does not exist; give text files, folders or {STDLIB!r}")
+    return found
+
+
+def stdlib_files() -> list[Path]:
+    """The standard library's own modules that hold text, in sorted order; its tests and bundled packages left out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = (p for p in sorted(root.rglob("*.py")) if not _NOT_PROSE & set(p.relative_to(root).parts))
+    return [p for p in files if _is_text(p)]
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        return bool(read_text(path))
+    except (ValueError, OSError):
+        return False
+
+
+def split_held_out(files: list[Path], held_out: int) -> tuple[list[Path], list[Path]]:
+    """By file, never by line: the last `held_out` files in order are not trained on."""
+    if held_out >= len(files):
+        raise ValueError(f"data.held_out={held_out} leaves nothing to train on: there are {len(files)} files")
+    return files[: len(files) - held_out], files[len(files) - held_out :]
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+
+
+def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[NDArray[np.int64]]:
+    """Each text's tokens, closed by the end token if the tokenizer has one."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for text in texts:
+        yield np.concatenate([encode(tokenizer, text), np.asarray(end, np.int64)])
+
+
+class Blocks(Dataset[dict[str, Tensor]]):
+    """Texts one after another, cut into blocks of `length` tokens; what is left at the end is dropped."""
+
+    def __init__(self, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int):
+        stream = np.concatenate([np.zeros(0, np.int64), *token_stream(texts, tokenizer)])
+        count = len(stream) // length
+        if count == 0:
+            raise ValueError(f"the text has {len(stream)} tokens, fewer than one block of sequence_length={length}")
+        self.blocks = torch.from_numpy(stream[: count * length].astype(np.int32).reshape(count, length))
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        block = self.blocks[index].long()
+        return {"input_ids": block, "labels": block}
+
+
+class StreamedBlocks(IterableDataset[dict[str, Tensor]]):
+    """The same over a Hugging Face data set that is read as it is needed; the order is the data set's own."""
+
+    def __init__(self, rows: Iterable[dict[str, Any]], column: str, tokenizer: PreTrainedTokenizerBase, length: int):
+        self.rows, self.column, self.tokenizer, self.length = rows, column, tokenizer, length
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        rest = np.zeros(0, np.int64)
+        for tokens in token_stream((self._text(row) for row in self.rows), self.tokenizer):
+            rest = np.concatenate([rest, tokens])
+            while len(rest) >= self.length:
+                block = torch.from_numpy(rest[: self.length].copy())
+                rest = rest[self.length :]
+                yield {"input_ids": block, "labels": block}
+
+    def _text(self, row: dict[str, Any]) -> str:
+        if self.column not in row:
+            raise ValueError(f"data.text_column={self.column!r} is not in the data set; it has {', '.join(row)}")
+        return row[self.column]
+
+
+def streamed(name: str, config: str | None, split: str, data_files: list[str] | None) -> Iterable[dict[str, Any]]:
+    """The rows of a Hugging Face data set, or of local files ("json", "parquet", "text" with `data_files`)."""
+    from datasets import load_dataset  # two seconds, only where it is needed
+
+    try:
+        return load_dataset(name, config, split=split, data_files=data_files, streaming=True)
+    except Exception as error:  # the library raises many kinds; all mean that this data set is not to be had
+        raise ValueError(f"data set {name!r} cannot be loaded: {error}") from error
