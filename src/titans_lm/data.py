@@ -53,7 +53,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f'tokenizer {name!r} cannot be loaded; give "bytes", a folder or a Hub name: {error}') from error
+        raise ValueError(
+            f'tokenizer {name!r} cannot be loaded; give "bytes", a folder or a Hub name: {error}'
+        ) from error
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np.int64]:

@@ -35,14 +35,14 @@ def load(folder: Path) -> tuple[TitansForCausalLM, PreTrainedTokenizerBase]:
         raise ValueError(f"{folder} cannot be loaded as a Titans model: {error}") from error
     foreign = sorted(report["missing_keys"] | report["unexpected_keys"])
     if foreign:
-        raise ValueError(f"{folder} does not hold the weights of this model: {foreign[0]!r} does not match its config.json")
+        raise ValueError(
+            f"{folder} does not hold the weights of this model: {foreign[0]!r} does not match its config.json"
+        )
     return model.eval(), tokenizer
 
 
 @torch.no_grad()
-def read(
-    model: TitansForCausalLM, ids: Tensor, state: TitansState, piece: int = PIECE
-) -> Iterator[tuple[Tensor, Any]]:
+def read(model: TitansForCausalLM, ids: Tensor, state: TitansState, piece: int = PIECE) -> Iterator[tuple[Tensor, Any]]:
     """Read ids `[B, T]` on from `state`, which is updated, `piece` tokens a call; yields (ids, output) of each call.
 
     Outputs have all logits and the surprise of each layer.
@@ -74,9 +74,7 @@ def go_on(
 
     `options` are those of transformers' `generate`. The state itself is left as it is.
     """
-    return model.generate(
-        prompt, past_key_values=state.continuation(), pad_token_id=tokenizer.pad_token_id, **options
-    )  # type: ignore[return-value]
+    return model.generate(prompt, past_key_values=state.continuation(), pad_token_id=tokenizer.pad_token_id, **options)  # type: ignore[return-value]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -59,7 +59,7 @@ def train_on_phrases(changes: dict[str, Any], steps: int, dtype: str = "float32"
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
     known, largest, begun = [], 0.0, time.perf_counter()
     finite, step = True, 0
-    for step in range(1, steps + 1):
+    for step in range(1, steps + 1):  # noqa: B007 - told at the end
         ids, mask = phrases(BATCH, TOKENS, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             logits = model(ids, use_cache=False).logits[:, :-1].float()
@@ -118,7 +118,7 @@ def long_runs(steps: int) -> list[tuple[dict[str, Any], int, str]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=5000, help="training steps of each run")
     parser.add_argument(
-        "--sweep", action="store_true", help="all forms, steps, depths and chunks, not the default alone"
+        "--sweep", action="store_true", help="all forms, steps, depths and chunks"
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs side by side, one thread each")
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")

@@ -1,0 +1,204 @@
+"""What a training run is told, from a YAML file and `--set`: strict, every error with the key's full name."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from titans_lm.config import SIZES, TitansConfig, known_keys, preset, unknown_key
+
+
+@dataclass
+class DataSettings:
+    """Where the text comes from: `files`, or `dataset`."""
+
+    files: list[str] = field(default_factory=list)
+    """Text files, folders, or "python-stdlib"."""
+    suffixes: list[str] = field(default_factory=lambda: [".txt"])
+    """Which files of a folder."""
+    held_out: int = 1
+    """How many of the files, the last in order, are for evaluation only. 0: no evaluation."""
+    dataset: str | None = None
+    """A Hugging Face data set, streamed; "json" or "parquet" with data_files for local ones."""
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    data_files: list[str] | None = None
+    text_column: str = "text"
+    tokenizer: str = "bytes"
+    """ "bytes", or any Hugging Face tokenizer."""
+    sequence_length: int = 1024
+
+    def check(self) -> None:
+        if bool(self.files) == bool(self.dataset):
+            raise ValueError("give data.files or data.dataset, and not both")
+        _at_least("data.held_out", self.held_out, 0)
+        _at_least("data.sequence_length", self.sequence_length, 2)
+
+
+@dataclass
+class TrainingSettings:
+    """How it is trained: AdamW, warm-up, cosine down to a part of the rate."""
+
+    output_dir: str = ""
+    max_steps: int = 1000
+    max_minutes: float | None = None
+    """Stop, with the schedule at its end, when this time is over (or max_steps are done)."""
+    batch_size: int = 8
+    """Sequences a device and step."""
+    accumulation: int = 1
+    """Steps whose gradients make one update."""
+    learning_rate: float = 1e-3
+    final_rate: float = 0.1
+    """The last learning rate, as a part of the first."""
+    warmup: float = 0.01
+    """The part of the run in which the rate rises."""
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    bf16: bool = False
+    activation_checkpointing: bool = False
+    segments: int = 1
+    """Each sequence is read in so many pieces, the memory carried, gradients cut between them."""
+    seed: int = 0
+    logging_steps: int = 10
+    eval_steps: int = 200
+    eval_blocks: int = 32
+    """At most so many held-out sequences an evaluation."""
+    save_steps: int = 200
+    resume: bool = False
+    """Go on from the last checkpoint in output_dir."""
+
+    def check(self) -> None:
+        if not self.output_dir:
+            raise ValueError("training.output_dir is missing: say which folder the model goes to")
+        for key in ("max_steps", "batch_size", "accumulation", "segments", "logging_steps", "eval_steps", "eval_blocks",
+                    "save_steps"):  # fmt: skip
+            _at_least(f"training.{key}", getattr(self, key), 1)
+        for key in ("learning_rate", "max_grad_norm", "max_minutes"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ValueError(f"training.{key} must be above 0, got {value}")
+        for key in ("final_rate", "warmup"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"training.{key} must be in [0, 1], got {getattr(self, key)}")
+        _at_least("training.weight_decay", self.weight_decay, 0)
+
+
+@dataclass
+class Settings:
+    """A whole run: `model` (a `size` of the presets and changes, or TitansConfig's fields), `data`, `training`."""
+
+    model: dict[str, Any]
+    data: DataSettings
+    training: TrainingSettings
+
+    def config(self) -> TitansConfig:
+        """The model's configuration. Raises ValueError with the key's full name."""
+        fields = dict(self.model)
+        size = fields.pop("size", None)
+        for key in fields:
+            if key not in known_keys():
+                raise ValueError(unknown_key(key, ["size", *known_keys()], "model"))
+        try:
+            return TitansConfig(**fields) if size is None else preset(size, **fields)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"model: {error}") from error
+        except Exception as error:  # huggingface_hub's own classes for a wrong type
+            raise ValueError(f"model: {' '.join(str(error).split())}") from error
+
+
+def load_settings(path: Path, changes: list[str]) -> Settings:
+    """A YAML file, with `section.key=value` changes on top. Raises ValueError naming the file and the key."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist or is not a file; give a YAML file such as configs/titans.yaml")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must have the sections model, data and training")
+    for change in changes:
+        _change(tree, change)
+    try:
+        return parse_settings(tree)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse_settings(tree: dict[str, Any]) -> Settings:
+    """Sections to `Settings`, everything checked."""
+    sections = [f.name for f in dataclasses.fields(Settings)]
+    for name, section in tree.items():
+        if name not in sections:
+            raise ValueError(unknown_key(str(name), sections, "the run"))
+        if not isinstance(section, dict):
+            raise ValueError(f"{name} must be a section of keys and values, got {section!r}")
+    data = _build(DataSettings, tree.get("data", {}), "data")
+    training = _build(TrainingSettings, tree.get("training", {}), "training")
+    data.check()
+    training.check()
+    settings = Settings(tree.get("model", {}), data, training)
+    size = settings.model.get("size")
+    if size is not None and size not in SIZES:
+        raise ValueError(f"model.size={size!r} is not one of {', '.join(SIZES)}")
+    settings.config()
+    return settings
+
+
+def _change(tree: dict[str, Any], change: str) -> None:
+    key, equals, value = change.partition("=")
+    section, dot, name = key.partition(".")
+    if not (equals and dot and name):
+        raise ValueError(f"--set {change!r} must be section.key=value, such as training.max_steps=100")
+    try:
+        tree.setdefault(section, {})[name] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {change!r}: the value is not YAML") from None
+
+
+def _build(kind: type[Any], section: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for key, value in section.items():
+        if key not in hints:
+            raise ValueError(unknown_key(str(key), list(hints), where))
+        values[key] = _typed(value, hints[key], f"{where}.{key}")
+    return kind(**values)
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    """`value` if it is of the type, where a whole number or a text such as 1e-3 is a number as well."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    wanted = next(o for o in options if o is not type(None))
+    if wanted is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-3 as a text
+        except ValueError:
+            pass
+    elif typing.get_origin(wanted) is list:
+        if isinstance(value, str):
+            return [value]
+        if isinstance(value, list) and all(isinstance(v, str) for v in value):
+            return value
+    elif isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{name} must be {_NAMES[typing.get_origin(wanted) or wanted]}, got {value!r}")
+
+
+_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    list: "a list of texts",
+}
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,0 +1,286 @@
+"""`titans train`: a language model from a YAML file, on transformers' `Trainer`."""
+
+import argparse
+import math
+import shutil
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+from titans_lm.data import (
+    Blocks,
+    StreamedBlocks,
+    is_bytes,
+    load_tokenizer,
+    read_text,
+    split_held_out,
+    streamed,
+    text_files,
+)
+from titans_lm.model import TitansForCausalLM
+from titans_lm.settings import Settings, load_settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="a YAML file, such as configs/titans.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
+                        help="change one value, such as training.max_steps=100; may be repeated")  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> None:
+    settings = load_settings(arguments.config, arguments.changes)
+    model = train(settings)
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{settings.training.output_dir}: a model of {size:,} parameters; titans infer --model reads with it")
+
+
+def train(settings: Settings) -> TitansForCausalLM:
+    """Train what `settings` say, and save model, tokenizer and run.yaml in output_dir.
+
+    Raises ValueError for settings or texts that do not work, OSError where a file cannot be written, KeyboardInterrupt
+    after Ctrl-C, when a checkpoint has been saved. Nothing is written before everything was checked.
+    """
+    output = Path(settings.training.output_dir)
+    checkpoint = _checkpoint(output, settings.training.resume)
+    config = settings.config()
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"model.vocab_size={config.vocab_size} is below the tokenizer's {len(tokenizer)}")
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, key, getattr(tokenizer, key))
+    training_set, evaluation_set = _data(settings, tokenizer)
+    transformers.set_seed(settings.training.seed)
+    model = TitansForCausalLM(config)
+    trainer = TitansTrainer(model, settings, training_set, evaluation_set, tokenizer)
+    with _Interruptible(trainer) as interruption:
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if not interruption.asked:
+                _save(trainer, settings, output)
+        except (SafetensorError, RuntimeError, OSError) as error:
+            _remove_partial(output)
+            raise _as_disk_error(error, output) from error
+    if interruption.asked:
+        raise KeyboardInterrupt(f"saved in {output}; go on with --set training.resume=true")
+    return model
+
+
+def _save(trainer: "TitansTrainer", settings: Settings, output: Path) -> None:
+    trainer.save_model()
+    trainer.save_state()
+    sections = {"model": settings.model, "data": asdict(settings.data), "training": asdict(settings.training)}
+    (output / "run.yaml").write_text(yaml.safe_dump(sections, sort_keys=False))
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Blocks | None]:
+    data = settings.data
+    if data.dataset is not None:
+        rows = streamed(data.dataset, data.dataset_config, data.dataset_split, data.data_files)
+        return StreamedBlocks(rows, data.text_column, tokenizer, data.sequence_length), None
+    files, held_out = split_held_out(text_files(data.files, data.suffixes), data.held_out)
+    blocks = Blocks((read_text(f) for f in files), tokenizer, data.sequence_length)
+    if not held_out:
+        return blocks, None
+    evaluation = Blocks((read_text(f) for f in held_out), tokenizer, data.sequence_length)
+    evaluation.blocks = evaluation.blocks[: settings.training.eval_blocks]
+    return blocks, evaluation
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def _checkpoint(output: Path, resume: bool) -> Path | None:
+    """The last whole checkpoint, to go on from; None to begin. A run that is there is not overwritten."""
+    whole = [p for p in output.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    if resume:
+        if not whole:
+            raise ValueError(f"training.resume: {output} has no checkpoint to go on from")
+        return max(whole, key=lambda p: int(p.name.split("-")[1]))
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(
+            f"training.output_dir={output} is not empty; give another, or --set training.resume=true to go on there"
+        )
+    return None
+
+
+def _remove_partial(output: Path) -> None:
+    """A checkpoint whose last file was not written is no checkpoint."""
+    for folder in output.glob("checkpoint-*"):
+        if not (folder / "trainer_state.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _as_disk_error(error: Exception, output: Path) -> Exception:
+    """torch and safetensors say in their own words that a disk is full; other errors stay what they are."""
+    words = ("PytorchStreamWriter", "No space left", "File too large", "I/O error", "os error", "Disk quota")
+    if isinstance(error, OSError) or any(word in str(error) for word in words):
+        return OSError(f"cannot write to {output}: {error}; the last whole checkpoint there is untouched")
+    return error
+
+
+class _Interruptible:
+    """Ctrl-C asks the trainer to save and stop after the step; a second one stops at once."""
+
+    def __init__(self, trainer: Trainer):
+        self.asked = False
+        trainer.add_callback(_SaveAndStop(self))
+
+    def __enter__(self) -> "_Interruptible":
+        self.before = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+
+class _SaveAndStop(TrainerCallback):
+    def __init__(self, interruption: _Interruptible):
+        self.interruption = interruption
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 - the callback's form
+        if self.interruption.asked:
+            control.should_save = control.should_training_stop = True
+
+
+class _Clock(TrainerCallback):
+    """Stops when the time is over; says how much of the run is done."""
+
+    def __init__(self, max_steps: int, max_minutes: float | None):
+        self.max_steps, self.limit, self.begun = max_steps, (max_minutes or math.inf) * 60, time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self.begun = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if time.monotonic() - self.begun > self.limit:
+            control.should_training_stop = True
+
+    def progress(self, step: int) -> float:
+        return min(1.0, max(step / self.max_steps, (time.monotonic() - self.begun) / self.limit))
+
+
+# ------------------------------------------------------------------------------------------------ the trainer
+
+
+class TitansTrainer(Trainer):
+    """`Trainer` with our schedule, our weight decay, memory carried across pieces, and rates in the log."""
+
+    def __init__(
+        self,
+        model: TitansForCausalLM,
+        settings: Settings,
+        training_set: Any,
+        evaluation_set: Blocks | None,
+        tokenizer: PreTrainedTokenizerBase,
+    ):
+        self.settings = settings.training
+        self.clock = _Clock(self.settings.max_steps, self.settings.max_minutes)
+        self.bytes = is_bytes(tokenizer)
+        self.tokens_a_step = self.settings.batch_size * self.settings.accumulation * settings.data.sequence_length
+        self.logged = (0, time.monotonic())
+        super().__init__(
+            model,
+            _arguments(settings, evaluation_set is not None),
+            train_dataset=training_set,
+            eval_dataset=evaluation_set,
+            processing_class=tokenizer,
+            callbacks=[self.clock],
+        )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002
+        """Linear warm-up, then a cosine, over the steps or the minutes, whichever end first."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self._rate)
+        return self.lr_scheduler
+
+    def _rate(self, step: int) -> float:
+        s, done = self.settings, self.clock.progress(step)
+        rise = min(1.0, max(done, (step + 1) / s.max_steps) / s.warmup) if s.warmup else 1.0
+        return rise * (s.final_rate + (1 - s.final_rate) * (1 + math.cos(math.pi * done)) / 2)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The weights of linear maps; not norms, biases, embeddings, convolutions, persistent tokens, nor M_0."""
+        tied = model.get_input_embeddings().weight  # type: ignore[operator]
+        return [
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module.weight is not tied
+        ]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As `Trainer`'s; with `segments`, the sequence is read in pieces whose memory goes on and whose gradients do
+        not."""
+        if self.settings.segments == 1:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        ids = inputs["input_ids"]
+        following = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+        counted = (following != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        state, total = None, ids.new_zeros((), dtype=torch.float32)
+        size = -(-ids.shape[1] // self.settings.segments)
+        for piece, labels in zip(ids.split(size, 1), following.split(size, 1), strict=True):
+            with self.compute_loss_context_manager():
+                out = model(
+                    piece, past_key_values=state, use_cache=True, labels=piece, shift_labels=labels.contiguous(),
+                    num_items_in_batch=counted,
+                )  # fmt: skip
+            loss = out.loss if num_items_in_batch is not None else out.loss / self.args.gradient_accumulation_steps
+            self.accelerator.backward(loss)
+            total = total + loss.detach()
+            state = out.past_key_values.detach()
+        return total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds tokens per second, and bits per byte where tokens are bytes."""
+        for name in ("loss", "eval_loss"):
+            if self.bytes and name in logs:
+                logs[name.replace("loss", "bits_per_byte")] = round(logs[name] / math.log(2), 4)
+        if "loss" in logs:
+            (step, then), now = self.logged, time.monotonic()
+            logs["tokens_per_second"] = round((self.state.global_step - step) * self.tokens_a_step / (now - then))
+            self.logged = (self.state.global_step, now)
+        super().log(logs, start_time)
+
+
+def _arguments(settings: Settings, evaluate: bool) -> TrainingArguments:
+    s = settings.training
+    return TrainingArguments(
+        output_dir=s.output_dir,
+        max_steps=s.max_steps,
+        per_device_train_batch_size=s.batch_size,
+        per_device_eval_batch_size=s.batch_size,
+        gradient_accumulation_steps=s.accumulation,
+        learning_rate=s.learning_rate,
+        weight_decay=s.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=s.max_grad_norm,
+        bf16=s.bf16,
+        activation_checkpointing=s.activation_checkpointing,
+        logging_steps=s.logging_steps,
+        logging_first_step=True,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=s.eval_steps,
+        save_steps=s.save_steps,
+        save_total_limit=2,
+        seed=s.seed,
+        report_to="tensorboard",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
