@@ -1,0 +1,123 @@
+"""What all tests stand on: shapes checked, uninitialised memory NaN, one thread, and tiny models of every kind."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from jaxtyping import install_import_hook
+from torch import Tensor
+
+SOURCE = Path(importlib.util.find_spec("titans_lm").origin).parent
+# Before anything imports the package. Not the configuration, whose initialiser takes keys that no signature has.
+hook = install_import_hook(
+    [f"titans_lm.{path.stem}" for path in SOURCE.iterdir() if path.stem not in ("__init__", "config")],
+    "beartype.beartype",
+)
+
+from titans_lm import TitansConfig, TitansForCausalLM, TitansState  # noqa: E402
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True  # torch.empty gives NaN
+
+VOCABULARY, SEGMENT, WINDOW, CHUNK, PERSISTENT = 23, 7, 5, 4, 3
+
+TITANS = ("mac", "mag", "mal", "lmm")
+KINDS: dict[str, dict[str, Any]] = {
+    **{variant: {"variant": variant} for variant in TITANS},
+    "window": {"variant": "attention"},
+    "full": {"variant": "attention", "window_size": None},
+}
+"""The architectures, and attention without a memory: over a window, over everything."""
+
+each_kind = pytest.mark.parametrize("kind", KINDS)
+each_titan = pytest.mark.parametrize("kind", TITANS)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes and types unchecked, as for a user: what is wrong has to be found by the package itself."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def tiny_config(kind: str, **changes: Any) -> TitansConfig:
+    """Borders everywhere: segments, windows and chunks are short, and none divides another."""
+    fields = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "segment_size": SEGMENT,
+        "window_size": WINDOW,
+        "num_persistent_tokens": PERSISTENT,
+        "memory_head_dim": 16,
+        "memory_dim": 24,
+        "memory_chunk_size": CHUNK,
+        "memory_lr": 0.5,
+        "initializer_range": 0.3,  # at 0.02 a memory's mistakes are too small to see
+    }
+    return TitansConfig(**{**fields, **KINDS[kind], **changes})
+
+
+def tiny_model(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> TitansForCausalLM:
+    """A model in which every parameter matters: no norm is 1, no bias 0, and the memory forgets."""
+    torch.manual_seed(seed)
+    model = TitansForCausalLM(tiny_config(kind, **changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or "norm" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+            if name.endswith("alpha.bias"):
+                parameter.add_(5)
+    return model.to(dtype)
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def read_in_calls(model: TitansForCausalLM, ids: Tensor, calls: list[Tensor]) -> tuple[list[Tensor], TitansState]:
+    """Read rows `[B, T]` of tokens in calls. A call is a mask `[B, S]`, True where the next token of that row stands.
+    -> the logits of each row's tokens `[T_row, V]`, and the state."""
+    state, read = model.initial_state(len(ids)), [0] * len(ids)
+    logits: list[list[Tensor]] = [[] for _ in ids]
+    for mask in calls:
+        padded = torch.full(mask.shape, VOCABULARY - 1)
+        for row, here in enumerate(mask):
+            count = int(here.sum())
+            padded[row, here] = ids[row, read[row] : read[row] + count]
+            read[row] += count
+        out = model(padded, attention_mask=mask.long(), past_key_values=state).logits
+        for row, here in enumerate(mask):
+            logits[row].append(out[row, here])
+    return [torch.cat(parts) for parts in logits], state
+
+
+def state_tensors(state: TitansState) -> dict[str, Tensor]:
+    """Every tensor of a state by a name."""
+    named = {}
+
+    def walk(name: str, tree: Any) -> None:
+        if isinstance(tree, Tensor):
+            named[name] = tree
+        elif tree is not None:
+            for field, part in zip(getattr(tree, "_fields", range(len(tree))), tree, strict=True):
+                walk(f"{name}.{field}", part)
+
+    for number, layer in enumerate(state.memories):
+        walk(f"layer {number}", layer)
+    return {**named, "position": state.position}
+
+
+def assert_bitwise(actual: TitansState, expected: TitansState) -> None:
+    """The same tensors of the same types, to the last bit."""
+    ours, theirs = state_tensors(actual), state_tensors(expected)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor, theirs[name]), name
+    assert actual.columns == expected.columns

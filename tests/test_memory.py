@@ -1,0 +1,256 @@
+"""`NeuralMemory` is the paper's memory, and works as a layer of its own on any embeddings."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from definition import Memory
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_close, relative_error
+from torch import Tensor
+
+from titans_lm.memory import NeuralMemory, NeuralMemoryState
+
+D, HEADS, CHUNK = 12, 2, 3
+
+FORMS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "depth 1": {"depth": 1},
+    "depth 3, plain": {"depth": 3, "form": "plain", "clip": None},
+    "plain matrix": {"depth": 1, "form": "plain", "clip": None},
+    "chunk 1": {"chunk_size": 1},
+    "chunk longer than the text": {"chunk_size": 64},
+    "no momentum": {"momentum": False},
+    "no forgetting": {"forgetting": False},
+    "no convolution": {"conv_size": 1},
+    "zero, plain": {"init": "zero", "form": "plain"},
+    "zero": {"init": "zero"},
+    "gelu, wide heads": {"activation": "gelu", "head_dim": 10},
+    "threshold": {"threshold": 4.0},
+}
+each_form = pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
+
+
+def layer(**options: Any) -> NeuralMemory:
+    """A memory in which every parameter matters: no norm is 1, no bias 0, and it forgets."""
+    torch.manual_seed(0)
+    memory = NeuralMemory(D, HEADS, **{"chunk_size": CHUNK, "hidden": 8, "theta_max": 0.5, **options})
+    with torch.no_grad():
+        for name, parameter in memory.named_parameters():
+            if parameter.dim() == 1 or "norm" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.5)
+            if name == "alpha.bias":
+                parameter.add_(6)
+    return memory.double()
+
+
+def inputs(rows: int, length: int, seed: int = 1) -> Tensor:
+    return torch.randn(rows, length, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def leaves(state: NeuralMemoryState) -> list[Tensor]:
+    return [*itertools.chain(*state.memory[:3]), state.memory.position, *state.tails]
+
+
+def by_definition(memory: NeuralMemory, x: Tensor) -> tuple[Tensor, list[Memory]]:
+    streams = [Memory(memory) for _ in x]
+    y = [torch.stack([stream.write_and_read(t) for t in row]) for stream, row in zip(streams, x, strict=True)]
+    return torch.stack(y), streams
+
+
+@each_form
+def test_the_layer_is_the_paper_token_by_token(options):
+    memory, x = layer(**options), inputs(2, 10)
+    y, state = memory(x)
+    expected, streams = by_definition(memory, x)
+    assert_close(y, expected)
+    for depth, weights in enumerate(state.memory.weights):
+        assert_close(weights, torch.stack([torch.stack([w[depth] for w in s.weights]) for s in streams]))
+    for depth, momentum in enumerate(state.memory.momentum):
+        assert_close(momentum, torch.stack([torch.stack([w[depth] for w in s.momentum]) for s in streams]))
+
+
+@each_form
+def test_gradients_are_those_of_the_paper_token_by_token(options):
+    memory, x = layer(**options), inputs(2, 8).requires_grad_()
+    weight = inputs(2, 8, seed=2)
+    wanted = [x, *memory.parameters()]
+    actual = torch.autograd.grad((memory(x)[0] * weight).sum(), wanted, allow_unused=True)
+    expected = torch.autograd.grad((by_definition(memory, x)[0] * weight).sum(), wanted, allow_unused=True)
+    for name, a, e in zip(["x", *dict(memory.named_parameters())], actual, expected, strict=True):
+        assert a is not None, name
+        assert e is not None, name
+        assert e.abs().sum() > 0, name
+        assert_close(a, e, name)
+
+
+@each_form
+def test_every_form_computes_something_else(options):
+    if options:
+        assert relative_error(layer(**options)(inputs(1, 10))[0], layer()(inputs(1, 10))[0]) > 1e-3
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(st.data(), st.integers(0, 14))
+def test_any_cut_into_calls_is_one_call(data, length):
+    memory, x = layer(), inputs(2, length)
+    cuts = sorted(data.draw(st.lists(st.integers(0, length), max_size=5)))
+    whole, whole_state = memory(x)
+    parts, state = [], None
+    for a, b in itertools.pairwise([0, *cuts, length]):
+        y, state = memory(x[:, a:b], state)
+        parts.append(y)
+    assert_close(torch.cat(parts, 1), whole)
+    for a, b in zip(leaves(state), leaves(whole_state), strict=True):
+        assert_close(a, b)
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=14), st.integers(0, 5))
+def test_padding_anywhere_leaves_no_trace(pattern, earlier):
+    memory, mask = layer(), torch.tensor(pattern).T
+    with torch.no_grad():
+        _, state = memory(inputs(2, earlier, seed=3))
+        y, after, surprise = memory(inputs(2, len(pattern)), state, mask, surprise=True)
+        for row in range(2):
+            own = NeuralMemoryState(
+                type(state.memory)(*(tuple(t[row : row + 1] for t in part) for part in state.memory[:3]),
+                                   state.memory.position[row : row + 1]),
+                tuple(t[row : row + 1] for t in state.tails),
+            )  # fmt: skip
+            alone, alone_after, alone_surprise = memory(
+                inputs(2, len(pattern))[row : row + 1, mask[row]], own, surprise=True
+            )
+            assert_close(y[row, mask[row]], alone[0])
+            assert_close(surprise.loss[row, mask[row]], alone_surprise.loss[0])
+            assert_close(surprise.gradient_norm[row, mask[row]], alone_surprise.gradient_norm[0])
+            for a, b in zip(leaves(after), leaves(alone_after), strict=True):
+                assert_close(a[row], b[0])
+    for padded in (y, surprise.loss, surprise.gradient_norm):
+        assert (padded[~mask] == 0).all()
+
+
+def test_no_output_moves_with_a_later_input():
+    memory, x = layer(), inputs(1, 12).requires_grad_()
+    y, _ = memory(x)
+    for t in range(12):
+        (gradient,) = torch.autograd.grad(y[0, t].sum(), x, retain_graph=True)
+        assert (gradient[0, t + 1 :] == 0).all()
+        assert gradient[0, t].abs().sum() > 0
+
+
+def test_retrieve_reads_what_was_written_and_writes_nothing():
+    memory, x = layer(), inputs(1, 9)
+    stream = Memory(memory)
+    for t in x[0, :7]:
+        stream.write_and_read(t)
+    _, state = memory(x[:, :7])
+    before = [t.clone() for t in leaves(state)]
+    expected = torch.stack([stream.read(t, stream.weights, stream.past[0]) for t in x[0, 7:]])
+    assert_close(memory.retrieve(x[:, 7:], state)[0], expected)
+    assert all(torch.equal(a, b) for a, b in zip(leaves(state), before, strict=True))
+
+
+def test_a_frozen_memory_is_read_while_the_stream_goes_on():
+    memory, x = layer(), inputs(2, 12)
+    _, state = memory(x[:, :5])
+    y, frozen = memory.frozen(x[:, 5:9], state, None)
+    assert_close(y, memory.retrieve(x[:, 5:9], state))
+    for a, b in zip(leaves(state)[:-3], leaves(frozen)[:-3], strict=True):
+        assert torch.equal(a, b)
+    _, read = memory(x[:, :9])
+    for a, b in zip(frozen.tails, read.tails, strict=True):
+        assert_close(a, b)
+    assert_close(memory.retrieve(x[:, 9:], frozen), memory.frozen(x[:, 9:], frozen, None)[0])
+
+
+def test_surprise_is_the_error_before_the_write_and_the_norm_of_its_gradient():
+    memory = layer(chunk_size=1, clip=None)
+    x = inputs(1, 6)
+    _, _, surprise = memory(x, surprise=True)
+    stream = Memory(memory)
+    for t, token in enumerate(x[0]):
+        probe = Memory(memory)
+        probe.past = {which: list(past) for which, past in stream.past.items()}
+        k, v = probe._unit(probe._project(token, 1, probe.past[1])), probe._project(token, 2, probe.past[2])
+        probe.anchor = stream.weights
+        for h in range(HEADS):
+            loss = (probe._finish(h, k[h], probe._mlp(k[h], stream.weights[h])) - v[h]).square().sum()
+            assert_close(surprise.loss[0, t, h], loss)
+            norm = torch.cat([g.flatten() for g in probe._gradient(h, k[h], v[h])]).norm()
+            assert_close(surprise.gradient_norm[0, t, h], norm)
+        stream.write_and_read(token)
+
+
+def test_no_token_at_all_changes_nothing():
+    memory = layer()
+    _, state = memory(inputs(2, 5))
+    y, after, surprise = memory(inputs(2, 0), state, surprise=True)
+    assert y.shape == (2, 0, D)
+    assert surprise.loss.shape == (2, 0, HEADS)
+    assert all(torch.equal(a, b) for a, b in zip(leaves(state), leaves(after), strict=True))
+    assert memory.retrieve(inputs(2, 0), state).shape == (2, 0, D)
+    assert memory.frozen(inputs(2, 0), state, None)[0].shape == (2, 0, D)
+
+
+def test_a_state_does_not_grow():
+    memory = layer()
+    with torch.no_grad():
+        sizes = [sum(t.nbytes for t in leaves(memory(inputs(1, length))[1])) for length in (1, 40, 400)]
+    assert len(set(sizes)) == 1
+
+
+def test_a_half_precision_layer_keeps_its_memory_in_float32():
+    memory = layer().bfloat16()
+    y, state = memory(inputs(2, 9).bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert {t.dtype for t in itertools.chain(*state.memory[:3])} == {torch.float32}
+    expected, _ = memory.float()(inputs(2, 9).bfloat16().float())
+    assert relative_error(y, expected) < 0.05
+
+
+def test_a_learned_first_memory_is_each_row_s_own():
+    memory, x = layer(), inputs(2, 6)
+    state = memory.initial_state(2)
+    changed = state._replace(memory=state.memory._replace(weights=tuple(w * torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
+                                                                        for w in state.memory.weights)))  # fmt: skip
+    y, y_changed = memory(x, state)[0], memory(x, changed)[0]
+    assert torch.equal(y[0], y_changed[0])
+    assert relative_error(y_changed[1], y[1]) > 1e-3
+
+
+def test_a_memory_learns_what_it_reads():
+    """A pattern read again surprises less, in every head."""
+    memory, x = layer(forgetting=False), inputs(1, 6)
+    _, _, surprise = memory(x.repeat(1, 30, 1), surprise=True)
+    first, last = surprise.loss[0, 6:12].mean(0), surprise.loss[0, -6:].mean(0)
+    assert (last < 0.5 * first).all()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"head_dim": 0}, "head_dim"),
+        ({"hidden": 0}, "hidden"),
+        ({"depth": 0}, "depth"),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"theta_max": 0.0}, "theta_max"),
+        ({"theta_max": 1.5}, "theta_max"),
+        ({"form": "deep"}, "form"),
+        ({"init": "one"}, "init"),
+        ({"conv_size": 0}, "conv_size"),
+    ],
+)
+def test_impossible_options_are_named(options, named):
+    with pytest.raises(ValueError, match=named):
+        NeuralMemory(D, HEADS, **options)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_inputs_that_do_not_fit_are_refused():
+    memory = layer()
+    with pytest.raises(ValueError, match="mask"):
+        memory(inputs(2, 5), mask=torch.ones(2, 4, dtype=torch.bool))

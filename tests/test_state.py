@@ -1,0 +1,415 @@
+"""`TitansState` is a value: saved and loaded to the last bit, forked, reset and reordered whole, constant in size."""
+
+import copy
+import gc
+import json
+import pickle
+import resource
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SEGMENT, assert_bitwise, each_kind, each_titan, state_tensors, tiny_model, tokens
+from safetensors.torch import save_file
+from tolerance import assert_close
+from torch import Tensor
+
+from titans_lm import TitansForCausalLM, TitansState
+
+READ = 2 * SEGMENT + 3
+"""In the middle of a segment, of a chunk and of a window."""
+bounded = pytest.mark.parametrize("kind", ["mac", "mag", "mal", "lmm", "window"])
+
+
+@torch.no_grad()
+def read(model: TitansForCausalLM, ids: Tensor, state: TitansState | None = None, mask: Tensor | None = None):
+    """-> logits, state"""
+    out = model(ids, past_key_values=state, attention_mask=mask, use_cache=True)
+    return out.logits, out.past_key_values
+
+
+def ragged(model: TitansForCausalLM) -> TitansState:
+    """Three rows at different places."""
+    mask = torch.arange(READ) < torch.tensor([[READ], [5], [SEGMENT]])
+    return read(model, tokens(3, READ), mask=mask.long())[1]
+
+
+def parts(state: TitansState) -> list[Tensor]:
+    return list(state_tensors(state).values())
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_saved_state_is_loaded_to_the_last_bit_and_goes_on(kind, dtype, tmp_path):
+    model = tiny_model(kind, dtype)
+    state = ragged(model)
+    state.save(tmp_path / "memory")
+    loaded = TitansState.load(tmp_path / "memory", model)
+    assert_bitwise(loaded, state)
+    assert [path.name for path in tmp_path.iterdir()] == ["memory"]
+    expected, _ = read(model, tokens(3, 9, seed=1), state)
+    logits, _ = read(model, tokens(3, 9, seed=1), loaded)
+    assert torch.equal(logits, expected)
+    assert_bitwise(loaded, state)
+
+
+@each_titan
+def test_generation_goes_on_from_a_file(kind, tmp_path):
+    model, ids = tiny_model(kind), tokens(2, READ)
+    _, state = read(model, ids[:, :-1])
+    state.save(tmp_path / "memory")
+    loaded = TitansState.load(tmp_path / "memory", model)
+    options = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids, past_key_values=state, **options)
+    assert torch.equal(model.generate(ids, past_key_values=loaded, **options), expected)
+
+
+def test_the_same_weights_in_another_object_load_the_file(tmp_path):
+    """A memory belongs to what the model is and has learned, not to the process."""
+    model = tiny_model("mag", torch.float32)
+    state = ragged(model)
+    state.save(tmp_path / "memory")
+    model.save_pretrained(tmp_path / "model")
+    again = TitansForCausalLM.from_pretrained(tmp_path / "model")
+    assert_bitwise(TitansState.load(tmp_path / "memory", again), state)
+    assert_bitwise(TitansState.load(str(tmp_path / "memory"), again.model), state)
+
+
+@bounded
+def test_size_does_not_depend_on_what_was_read(kind, tmp_path):
+    model = tiny_model(kind, torch.float32, num_hidden_layers=1, memory_chunk_size=64)
+    sizes = set()
+    for length in (1_000, 10_000):
+        with torch.no_grad():
+            state = model(tokens(1, length), use_cache=True, logits_to_keep=1).past_key_values
+        state.save(tmp_path / "memory")
+        sizes.add((state.nbytes, (tmp_path / "memory").stat().st_size - len(str(length))))
+    assert len(sizes) == 1
+    assert state.nbytes == sum(t.nbytes for t in parts(state))
+
+
+def saved(folder: Path) -> tuple[TitansForCausalLM, Path]:
+    model = tiny_model("mag", torch.float32)
+    ragged(model).save(folder / "memory")
+    return model, folder / "memory"
+
+
+def refused(path: Path, model: TitansForCausalLM, reason: str) -> None:
+    """One line that names the file and says why."""
+    with pytest.raises((ValueError, OSError), match=reason) as error:
+        TitansState.load(path, model)
+    assert path.name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"memory_chunk_size": 8}, "configuration"),
+        ({"window_size": 6}, "configuration"),
+        ({"variant": "mal"}, "configuration"),
+        ({"memory_lr": 0.25}, "configuration"),
+        ({"rope_theta": 5000.0}, "configuration"),
+    ],
+)
+def test_another_configuration_is_refused(changes, reason, tmp_path):
+    _, path = saved(tmp_path)
+    refused(path, tiny_model("mag", torch.float32, **changes), reason)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.memory.theta.bias", "model.layers.0.memory.initial_memory.0"]
+)
+def test_other_weights_are_refused(name, tmp_path):
+    model, path = saved(tmp_path)
+    parameter = dict(model.named_parameters())[name]
+    with torch.no_grad():
+        parameter.view(-1)[0] = torch.nextafter(parameter.view(-1)[0], torch.tensor(9.0))
+    refused(path, model, "weights")
+
+
+def test_weights_of_another_precision_are_refused(tmp_path):
+    model, path = saved(tmp_path)
+    refused(path, model.double(), "weights")
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, 1000, -1000, -1])
+def test_a_truncated_file_is_refused(length, tmp_path):
+    model, path = saved(tmp_path)
+    path.write_bytes(path.read_bytes()[:length])
+    refused(path, model, "damaged")
+
+
+@pytest.mark.parametrize("place", [0, 3, 7, 8, 20, 60, 200, 900, "data", "end"])
+def test_a_flipped_bit_is_refused(place, tmp_path):
+    model, path = saved(tmp_path)
+    content = bytearray(path.read_bytes())
+    data = 8 + struct.unpack("<Q", content[:8])[0]
+    content[{"data": data + 400, "end": len(content) - 1}.get(place, place)] ^= 0x10
+    path.write_bytes(content)
+    refused(path, model, "")
+
+
+def header_changed(path: Path, change: Callable[[dict], None]) -> None:
+    content = path.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+
+
+def swap(header: dict) -> None:
+    a, b = "layers.0.memory.memory.weights.0", "layers.1.memory.memory.weights.0"
+    header[a], header[b] = header[b], header[a]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header["__metadata__"].update(columns="-3"),
+        lambda header: header["__metadata__"].update(format="titans-lm memory 0"),
+        lambda header: header["__metadata__"].pop("weights"),
+        lambda header: header.pop("__metadata__"),
+        lambda header: header["layers.0.memory.memory.weights.0"].update(shape=[3, 2, 24, 16]),
+        lambda header: header["layers.0.memory.memory.weights.0"].update(dtype="I32"),
+        lambda header: header.update({"another": header.pop("layers.0.memory.memory.weights.0")}),
+    ],
+    ids=["columns", "format", "no weights", "no metadata", "shape", "type", "name"],
+)
+def test_a_header_that_does_not_fit_is_refused(change, tmp_path):
+    model, path = saved(tmp_path)
+    header_changed(path, change)
+    refused(path, model, "")
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    model, path = saved(tmp_path)
+    path.write_bytes(torch.randint(256, (5000,), dtype=torch.uint8).numpy().tobytes())
+    refused(path, model, "damaged")
+    path.write_bytes(pickle.dumps({"position": [1]}))
+    refused(path, model, "damaged")
+    torch.save({"position": torch.ones(1)}, path)
+    refused(path, model, "damaged")
+    save_file({"position": torch.ones(1)}, path)
+    refused(path, model, "not a memory file")
+    path.unlink()
+    refused(path, model, "")
+    path.mkdir()
+    refused(path, model, "")
+
+
+def test_a_file_holds_no_pickle(tmp_path):
+    _, path = saved(tmp_path)
+    content = path.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    assert json.loads(content[8 : 8 + size])["__metadata__"]["format"].startswith("titans-lm memory")
+    with pytest.raises(pickle.UnpicklingError):
+        pickle.loads(content)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    """Where the disk is full: the earlier file is as it was, and nothing is left beside it."""
+    model, path = saved(tmp_path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="memory"):
+            read(model, tokens(3, 9))[1].save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["memory"]
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    _, state = read(tiny_model("mag", torch.float32), tokens(1, 3))
+    with pytest.raises(OSError, match="nowhere"):
+        state.save(tmp_path / "nowhere" / "memory")
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_again_replaces_and_keeps_ordinary_permissions(tmp_path):
+    model, path = saved(tmp_path)
+    _, state = read(model, tokens(1, 3))
+    state.save(path)
+    assert_bitwise(TitansState.load(path, model), state)
+    (tmp_path / "other").write_text("")
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_state_without_its_model_says_so(tmp_path):
+    model = tiny_model("mag", torch.float32)
+    _, state = read(model, tokens(1, 3))
+    del model
+    gc.collect()
+    with pytest.raises(ValueError, match="model"):
+        state.save(tmp_path / "memory")
+
+
+# ------------------------------------------------------------------------------------------------ values
+
+
+@each_kind
+@pytest.mark.parametrize("fork", [TitansState.clone, copy.deepcopy], ids=["clone", "deepcopy"])
+def test_a_fork_is_independent(kind, fork):
+    model = tiny_model(kind)
+    state = ragged(model)
+    other = fork(state)
+    assert_bitwise(other, state)
+    untouched = [t.clone() for t in parts(state)]
+    a, _ = read(model, tokens(3, 9, seed=1), other)
+    assert all(torch.equal(x, y) for x, y in zip(parts(state), untouched, strict=True))
+    for tensor in parts(other):
+        tensor.zero_()
+    b, _ = read(model, tokens(3, 9, seed=1), state)
+    assert torch.equal(a, b)
+
+
+@each_kind
+def test_reading_writes_no_tensor_in_place(kind):
+    model = tiny_model(kind)
+    state = ragged(model)
+    held, copies = parts(state), [t.clone() for t in parts(state)]
+    read(model, tokens(3, 9), state)
+    assert all(torch.equal(x, y) for x, y in zip(held, copies, strict=True))
+
+
+@each_kind
+@pytest.mark.parametrize("rows", [[0], [2, 1], torch.tensor([1])])
+def test_a_reset_row_begins_anew_and_the_others_go_on(kind, rows):
+    model, ids = tiny_model(kind), tokens(3, 9, seed=1)
+    state = ragged(model)
+    expected, _ = read(model, ids, state.clone())
+    fresh, _ = read(model, ids)
+    state.reset(rows)
+    assert [int(state.position[row]) == 0 for row in range(3)] == [row in list(rows) for row in range(3)]
+    logits, _ = read(model, ids, state)
+    for row in range(3):
+        assert_close(logits[row], (fresh if row in list(rows) else expected)[row])
+
+
+@each_kind
+@pytest.mark.parametrize("how", ["all", "continuation", "select", "saved", "twice", "token by token", "padding first"])
+def test_a_reset_holds_whatever_comes_next(kind, how, tmp_path):
+    """All rows, a fork of new length 0, a file: what was reset is as new."""
+    model, ids = tiny_model(kind), tokens(3, 9, seed=1)
+    fresh, fresh_state = read(model, ids)
+    state = ragged(model)
+    state.reset(None if how == "all" else [0, 1, 2])
+    if how == "continuation":
+        state = state.continuation()
+    elif how == "select":
+        state = state.select([2, 0, 1])
+    elif how == "saved":
+        state.save(tmp_path / "memory")
+        state = TitansState.load(tmp_path / "memory", model)
+    elif how == "twice":
+        read(model, ids, state)
+        state.reset()
+    elif how == "padding first":
+        read(model, ids, state, torch.zeros(3, 9))
+    pieces = ids.split(1, 1) if how == "token by token" else [ids]
+    assert_close(torch.cat([read(model, piece, state)[0] for piece in pieces], 1), fresh)
+    if kind != "full":  # attention over everything keeps the empty slots
+        for name, tensor in state_tensors(state).items():
+            assert_close(tensor, state_tensors(fresh_state)[name], name)
+
+
+@each_titan
+def test_gradients_of_a_reset_row_flow_to_the_first_memory(kind):
+    model = tiny_model(kind)
+    state = ragged(model)
+    state.reset()
+    model(tokens(3, 9), past_key_values=state).logits.square().sum().backward()
+    for layer in model.model.layers:
+        assert all(w.grad.abs().sum() > 0 for w in layer.memory.initial_memory)
+
+
+@each_kind
+def test_rows_are_taken_repeated_and_reordered_whole(kind):
+    model = tiny_model(kind)
+    state = ragged(model)
+
+    def changed(change: Callable[[TitansState], object]) -> TitansState:
+        fork = state.clone()
+        return change(fork) or fork
+
+    for actual, rows in (
+        (changed(lambda s: s.select([2, 0])), [2, 0]),
+        (changed(lambda s: s.select(torch.tensor([1, 1, 2]))), [1, 1, 2]),
+        (changed(lambda s: s.batch_select_indices(torch.tensor([0, 2]))), [0, 2]),
+        (changed(lambda s: s.batch_repeat_interleave(2)), [0, 0, 1, 1, 2, 2]),
+        (changed(lambda s: s.reorder_cache(torch.tensor([2, 2, 0]))), [2, 2, 0]),
+    ):
+        for name, tensor in state_tensors(actual).items():
+            assert torch.equal(tensor, state_tensors(state)[name][rows]), name
+        assert actual.batch_size == actual.max_batch_size == len(rows)
+        ids = tokens(3, 9, seed=1)[rows]
+        logits, _ = read(model, ids, actual)
+        for row, origin in enumerate(rows):
+            expected, _ = read(model, ids[row : row + 1], state.select([origin]))
+            assert_close(logits[row], expected[0])
+
+
+@each_kind
+def test_to_a_device_is_a_state(kind):
+    state = ragged(tiny_model(kind))
+    moved = state.to("cpu")
+    assert moved is not state
+    assert_bitwise(moved, state)
+
+
+@each_titan
+def test_a_frozen_memory_is_read_and_not_written(kind):
+    model, ids = tiny_model(kind), tokens(3, 2 * SEGMENT, seed=1)
+    state = ragged(model)
+    learning, _ = read(model, ids, state.clone())
+    before = {name: t.clone() for name, t in state_tensors(state).items()}
+    state.frozen = True
+    logits, _ = read(model, ids, state)
+    assert not torch.equal(logits, learning)
+    changed = {name for name, t in state_tensors(state).items() if not torch.equal(t, before[name])}
+    assert not {name for name in changed if ".memory.memory." in name}
+    assert {name for name in changed if ".tails." in name}
+    assert kind == "lmm" or {name for name in changed if ".attention." in name}
+    assert torch.equal(state.position, before["position"] + 2 * SEGMENT)
+
+
+@each_titan
+def test_a_frozen_memory_reads_the_same_in_any_cut(kind):
+    model, ids = tiny_model(kind), tokens(3, 2 * SEGMENT, seed=1)
+    state = ragged(model)
+    state.frozen = True
+    expected, _ = read(model, ids, state.clone())
+    assert_close(torch.cat([read(model, token, state)[0] for token in ids.split(1, 1)], 1), expected)
+    assert state.clone().frozen
+    assert state.select([0]).frozen
+
+
+@each_kind
+def test_a_state_that_was_copied_before_the_first_token_is_a_new_stream(kind):
+    """With gradients on, too."""
+    model, ids = tiny_model(kind), tokens(2, 9)
+    fresh, _ = read(model, ids)
+    for state in (model.initial_state(2).clone(), model.initial_state(1).select([0, 0]), model.initial_state(2).detach()):
+        assert_close(model(ids, past_key_values=state).logits, fresh)
+
+
+def test_a_state_with_a_history_of_gradients_is_deep_copied():
+    model = tiny_model("mag")
+    state = model(tokens(2, 9), use_cache=True).past_key_values
+    assert_bitwise(copy.deepcopy(state), state)
+
+
+def test_a_state_says_what_it_is():
+    state = ragged(tiny_model("mag"))
+    assert f"position=[{READ}, 5, {SEGMENT}]" in repr(state)
+    assert len(state) == 2
+    assert state.get_seq_length() == READ
