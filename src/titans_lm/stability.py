@@ -6,11 +6,8 @@ that repeat. It is also a task: after a phrase was seen once, a memory that work
 
 import argparse
 import itertools
-import json
 import math
 import os
-import platform
-import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -24,6 +21,7 @@ from torch import Tensor
 
 from titans_lm.config import TitansConfig
 from titans_lm.model import TitansForCausalLM
+from titans_lm.record import provenance, write_json
 
 VOCABULARY, TOKENS, BATCH, LONGEST_PHRASE = 32, 128, 4, 24
 LEARNING_RATE = 2e-3
@@ -117,9 +115,7 @@ def long_runs(steps: int) -> list[tuple[dict[str, Any], int, str]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=5000, help="training steps of each run")
-    parser.add_argument(
-        "--sweep", action="store_true", help="all forms, steps, depths and chunks"
-    )
+    parser.add_argument("--sweep", action="store_true", help="all forms, steps, depths and chunks")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs side by side, one thread each")
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
 
@@ -137,31 +133,12 @@ def run(arguments: argparse.Namespace) -> None:
         for result in pool.map(train_on_phrases, *zip(*runs, strict=True)):
             results.append(result)
             progress.advance(bar)
-    _write(arguments.output, {"command": _command(arguments), **provenance(), "base": BASE, "runs": results})
+    write_json(arguments.output, {**provenance(_command(arguments)), "base": BASE, "runs": results})
     console.print(_table(results))
-
-
-def provenance() -> dict[str, str]:
-    """When, where and from which source a result came."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip() or "unknown",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "torch": torch.__version__,
-    }
 
 
 def _command(arguments: argparse.Namespace) -> str:
     return f"titans stability --steps {arguments.steps}{' --sweep' * arguments.sweep} --output {arguments.output}"
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(beside, path)
 
 
 def _table(results: list[dict[str, Any]]) -> Table:
