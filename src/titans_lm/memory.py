@@ -23,8 +23,9 @@ from titans_lm.ops import (
     take,
 )
 
-THETA_BIAS, ALPHA_BIAS = -2.0, -8.0
-"""Where the step and forgetting begin, before the sigmoid: a small step, a memory that lasts thousands of tokens."""
+THETA_BIAS, ALPHA_BIAS = -2.0, -6.0
+"""Where the step and forgetting begin, before the sigmoid: a small step, a memory that lasts some 400 tokens. (At -8
+it is still filling up at the end of a training sequence, and what it then does on longer texts was never trained.)"""
 
 
 class NeuralMemoryState(NamedTuple):
