@@ -2,9 +2,12 @@
 
 import dataclasses
 import difflib
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 VARIANTS = ("mac", "mag", "mal", "lmm", "attention")
@@ -79,6 +82,9 @@ class TitansConfig(PreTrainedConfig):
     """A token whose reconstruction loss is not above this is not written; None: all are."""
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for alias, key in self.attribute_map.items():
+            if alias in kwargs:
+                setattr(self, key, kwargs.pop(alias))
         for key in kwargs:
             if key not in _INHERITED:
                 raise ValueError(unknown_key(key, known_keys(), "TitansConfig"))
@@ -113,6 +119,22 @@ class TitansConfig(PreTrainedConfig):
         """This project's fields and their values, without those that every transformers model has."""
         return {key: getattr(self, key) for key in DEFAULT_CONFIG}
 
+
+def _plain_errors(initialise: Callable[..., None]) -> Callable[..., None]:
+    """What `strict` raises, as a ValueError of one line that names the field."""
+
+    @functools.wraps(initialise)
+    def wrapped(self: TitansConfig, *args: Any, **kwargs: Any) -> None:
+        try:
+            initialise(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            cause = error.__cause__ or error
+            raise ValueError(" ".join(str(cause).split())) from None
+
+    return wrapped
+
+
+TitansConfig.__init__ = _plain_errors(TitansConfig.__init__)  # type: ignore[method-assign]
 
 _COUNTS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size",

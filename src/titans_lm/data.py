@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 STDLIB = "python-stdlib"
@@ -159,6 +159,32 @@ class Blocks(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         block = self.blocks[index].long()
         return {"input_ids": block, "labels": block}
+
+
+class CarriedOrder(Sampler[int]):
+    """Which blocks a batch has, so that its rows' texts go on for `carried` batches, then others begin; shuffled anew
+    each epoch. `carried` = 1 is plain shuffling. Blocks that fill no whole round are left out, others in each epoch."""
+
+    def __init__(self, count: int, batch: int, carried: int, seed: int):
+        self.batch, self.carried, self.seed, self.epoch = batch, carried, seed, 0
+        self.runs = count // carried
+        if self.runs < batch:
+            raise ValueError(
+                f"the text has {count} blocks, too few for {batch} rows that go on for {carried}; "
+                "take a smaller training.batch_size, training.carried_steps or data.sequence_length"
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.runs // self.batch * self.batch * self.carried
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.runs, generator=generator)[: self.runs // self.batch * self.batch]
+        runs = order.view(-1, 1, self.batch) * self.carried + torch.arange(self.carried)[:, None]  # [rounds, n, B]
+        return iter(runs.flatten().tolist())
 
 
 class StreamedBlocks(IterableDataset[dict[str, Tensor]]):

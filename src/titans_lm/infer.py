@@ -74,7 +74,7 @@ def go_on(
 
     `options` are those of transformers' `generate`. The state itself is left as it is.
     """
-    return model.generate(prompt, past_key_values=state.continuation(), pad_token_id=tokenizer.pad_token_id, **options)  # type: ignore[return-value]
+    return model.generate(prompt, past_key_values=state.continuation(), pad_token_id=tokenizer.pad_token_id, **options)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

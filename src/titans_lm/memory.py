@@ -107,8 +107,12 @@ class NeuralMemory(nn.Module):
         backend: Backend = "auto",
     ):
         super().__init__()
-        self.heads, self.head_dim = heads, head_dim or dim // max(heads, 1)
-        _check(dim, heads, self.head_dim, depth, chunk_size, theta_max, form, conv_size, init)
+        head_dim = dim // max(heads, 1) if head_dim is None else head_dim
+        hidden = 4 * head_dim if hidden is None else hidden
+        counts = {"dim": dim, "heads": heads, "head_dim": head_dim, "depth": depth, "hidden": hidden,
+                  "chunk_size": chunk_size, "conv_size": conv_size}  # fmt: skip
+        _check(counts, theta_max, form, init)
+        self.heads, self.head_dim = heads, head_dim
         self.chunk_size, self.theta_max, self.clip, self.threshold = chunk_size, theta_max, clip, threshold
         self.activation, self.backend = activation, backend
         inner = heads * self.head_dim
@@ -123,7 +127,7 @@ class NeuralMemory(nn.Module):
         self.output_gate = nn.Linear(dim, inner, bias=False)
         self.output_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
         self.o_proj = nn.Linear(inner, dim, bias=False)
-        widths = [self.head_dim] + [hidden or 4 * self.head_dim] * (depth - 1) + [self.head_dim]
+        widths = [self.head_dim] + [hidden] * (depth - 1) + [self.head_dim]
         self.shapes = [(heads, i, o) for i, o in itertools.pairwise(widths)]
         learned = self.shapes if init == "learned" else self.shapes[:-1]
         self.initial_memory = nn.ParameterList(nn.Parameter(torch.empty(s)) for s in learned)
@@ -258,19 +262,12 @@ def _is_aligned(mask: Tensor) -> bool:
     return not bool((mask[:, 1:] & ~mask[:, :-1]).any())
 
 
-def _check(
-    dim: int, heads: int, head_dim: int, depth: int, chunk_size: int, theta_max: float, form: str, conv_size: int,
-    init: str,
-) -> None:  # fmt: skip
-    for name, value in {"dim": dim, "heads": heads, "head_dim": head_dim, "depth": depth, "chunk_size": chunk_size,
-                        "conv_size": conv_size}.items():  # fmt: skip
+def _check(counts: dict[str, int], theta_max: float, form: str, init: str) -> None:
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0 < theta_max <= 1:
         raise ValueError(f"theta_max must be in (0, 1], got {theta_max}")
-    for name, word, known in (
-        ("form", form, ("residual", "plain")),
-        ("init", init, ("learned", "zero")),
-    ):
+    for name, word, known in (("form", form, ("residual", "plain")), ("init", init, ("learned", "zero"))):
         if word not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {word!r}")

@@ -104,11 +104,9 @@ class TitansModel(TitansPreTrainedModel):
         Raises ValueError for inputs that do not fit, or a stream over `max_position_embeddings`.
         """
         x = _embed(self.embed_tokens, input_ids, inputs_embeds)
-        state = past_key_values
-        if state is None:
-            state = self.initial_state(len(x))
+        state = self.initial_state(len(x)) if past_key_values is None else past_key_values
         mask = _token_mask(attention_mask, x, state)
-        layers = self._begin_rows(state)
+        layers = state.memories if past_key_values is None else self._begin_rows(state)
         length = torch.full_like(state.position, x.shape[1])
         present, tokens = None, x.shape[1]
         if mask is not None:
@@ -142,7 +140,7 @@ class TitansModel(TitansPreTrainedModel):
     def _begin_rows(self, state: TitansState) -> list[LayerState]:
         """The state's layers, where rows that were reset begin with the model's first memory."""
         fresh = state.position == 0
-        if state.columns == 0 or not bool(fresh.any()):
+        if not bool(fresh.any()):
             return state.memories
         begin = [block.initial_state(state.batch_size) for block in self.blocks()]
         return [start_rows(fresh, b, old) for b, old in zip(begin, state.memories, strict=True)]
@@ -199,9 +197,9 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         memory_loss: Tensor | None = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-        if loss is not None and weight > 0 and out.surprise:
-            memory_loss = torch.stack([s.loss.mean() for s in out.surprise]).mean()
-            loss = loss + weight * memory_loss
+        if loss is not None and labels is not None and weight > 0 and out.surprise:
+            memory_loss = _memory_loss(out.surprise, attention_mask)
+            loss = loss + weight * memory_loss * _share(labels, **kwargs)
         return TitansCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -228,6 +226,18 @@ def _token_mask(attention_mask: Tensor | None, x: Tensor, state: TitansState) ->
         raise ValueError(f"attention_mask must be [B, T] = {list(x.shape[:2])}, got {list(attention_mask.shape)}")
     mask = attention_mask[:, attention_mask.shape[1] - x.shape[1] :].bool()
     return None if bool(mask.all()) else mask
+
+
+def _memory_loss(surprise: tuple[Surprise, ...], attention_mask: Tensor | None) -> Tensor:
+    """The mean over layers, heads and tokens that are there."""
+    total = torch.stack([s.loss.mean(-1) for s in surprise]).mean(0)  # [B, T], 0 where masked
+    there = total.numel() if attention_mask is None else attention_mask[:, -total.shape[1] :].sum().clamp(min=1)
+    return total.sum() / there
+
+
+def _share(labels: Tensor, num_items_in_batch: Tensor | int | None = None, **_: Any) -> Tensor | float:
+    """Which part of an update's tokens these are: 1, or less under gradient accumulation."""
+    return 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
 
 
 AutoConfig.register("titans", TitansConfig, exist_ok=True)

@@ -60,8 +60,9 @@ class TrainingSettings:
     max_grad_norm: float = 1.0
     bf16: bool = False
     activation_checkpointing: bool = False
-    segments: int = 1
-    """Each sequence is read in so many pieces, the memory carried, gradients cut between them."""
+    carried_steps: int = 1
+    """For so many batches the memory goes on, each the next part of its rows' texts, gradients cut between them; then
+    it begins anew. 1: every batch begins anew."""
     seed: int = 0
     logging_steps: int = 10
     eval_steps: int = 200
@@ -74,8 +75,7 @@ class TrainingSettings:
     def check(self) -> None:
         if not self.output_dir:
             raise ValueError("training.output_dir is missing: say which folder the model goes to")
-        for key in ("max_steps", "batch_size", "accumulation", "segments", "logging_steps", "eval_steps", "eval_blocks",
-                    "save_steps"):  # fmt: skip
+        for key in _COUNTS:
             _at_least(f"training.{key}", getattr(self, key), 1)
         for key in ("learning_rate", "max_grad_norm", "max_minutes"):
             value = getattr(self, key)
@@ -85,6 +85,12 @@ class TrainingSettings:
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"training.{key} must be in [0, 1], got {getattr(self, key)}")
         _at_least("training.weight_decay", self.weight_decay, 0)
+
+
+_COUNTS = (
+    "max_steps", "batch_size", "accumulation", "carried_steps", "logging_steps", "eval_steps", "eval_blocks",
+    "save_steps",
+)  # fmt: skip
 
 
 @dataclass
@@ -104,10 +110,8 @@ class Settings:
                 raise ValueError(unknown_key(key, ["size", *known_keys()], "model"))
         try:
             return TitansConfig(**fields) if size is None else preset(size, **fields)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"model: {error}") from error
-        except Exception as error:  # huggingface_hub's own classes for a wrong type
-            raise ValueError(f"model: {' '.join(str(error).split())}") from error
 
 
 def load_settings(path: Path, changes: list[str]) -> Settings:
@@ -140,6 +144,8 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
     training = _build(TrainingSettings, tree.get("training", {}), "training")
     data.check()
     training.check()
+    if training.carried_steps > 1 and data.dataset is not None:
+        raise ValueError("training.carried_steps above 1 needs data.files: a streamed data set has no such order")
     settings = Settings(tree.get("model", {}), data, training)
     size = settings.model.get("size")
     if size is not None and size not in SIZES:

@@ -145,9 +145,11 @@ def _table(results: list[dict[str, Any]]) -> Table:
     table = Table(
         "memory", "dtype", "steps", "finite", "loss of known tokens", "largest gradient norm", "finite at 100K"
     )
+    words = {True: "yes", False: "NO", None: "-"}
     for r in results:
         loss = "-" if r["loss_of_known_tokens"] is None else f"{r['loss_of_known_tokens']:.3f}"
         name = ", ".join(f"{k.removeprefix('memory_')} {v}" for k, v in r["changes"].items())
-        table.add_row(name, r["dtype"], str(r["steps"]), "yes" if r["finite"] else "NO", loss,
-                      f"{r['largest_gradient_norm']:.1f}", "yes" if r.get("finite_after_reading") else "NO")  # fmt: skip
+        norm = f"{r['largest_gradient_norm']:.1f}"
+        after = words[r.get("finite_after_reading")]
+        table.add_row(name, r["dtype"], str(r["steps"]), words[r["finite"]], loss, norm, after)
     return table

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,6 +60,9 @@ class TitansState(Cache):
         """An independent copy: a fork of what was read so far."""
         return self._with(lambda t: t.clone())
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TitansState":
+        return self.clone()
+
     def detach(self) -> "TitansState":
         """The same memory without its history of gradients."""
         return self._with(lambda t: t.detach())
@@ -97,15 +99,14 @@ class TitansState(Cache):
         metadata = {"format": FORMAT, **fingerprints(model), "columns": str(self.columns)}
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self._tensors().items()}
         path = Path(path)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
+        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             save_file(tensors, beside, metadata)
             os.replace(beside, path)
         except SafetensorError as error:
             raise OSError(f"cannot write {path}: {error}") from error
         finally:
-            Path(beside).unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, model: "TitansModel") -> "TitansState":
@@ -125,6 +126,11 @@ class TitansState(Cache):
                 tensors = {name: file.get_tensor(name) for name in shapes}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a memory file, or is damaged: {error}") from None
+        except OSError as error:
+            raise OSError(f"memory file {path} cannot be read: {error}") from error
+        for name, tensor in state._tensors().items():
+            if tensors[name].is_floating_point() != tensor.is_floating_point():
+                raise ValueError(f"{path} does not fit this model: {name!r} is {tensors[name].dtype}")
         names = iter(state._tensors())
         for layer in range(len(state.memories)):
             state.memories[layer] = _map(state.memories[layer], lambda _: tensors[next(names)])

@@ -13,7 +13,7 @@ import torch
 import transformers
 import yaml
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from titans_lm.data import (
@@ -28,6 +28,10 @@ from titans_lm.data import (
 )
 from titans_lm.model import TitansForCausalLM
 from titans_lm.settings import Settings, load_settings
+from titans_lm.state import TitansState
+
+CARRIED = "memory.safetensors"
+"""In a checkpoint: the memory that goes on, with `carried_steps`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -195,6 +199,8 @@ class TitansTrainer(Trainer):
         self.bytes = is_bytes(tokenizer)
         self.tokens_a_step = self.settings.batch_size * self.settings.accumulation * settings.data.sequence_length
         self.logged = (0, time.monotonic())
+        self.batches = 0  # read so far
+        self.carried: TitansState | None = None  # the memory after the last of them
         super().__init__(
             model,
             _arguments(settings, evaluation_set is not None),
@@ -206,7 +212,7 @@ class TitansTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002
         """Linear warm-up, then a cosine, over the steps or the minutes, whichever end first."""
-        if self.lr_scheduler is None:
+        if getattr(self, "lr_scheduler", None) is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self._rate)
         return self.lr_scheduler
 
@@ -224,29 +230,38 @@ class TitansTrainer(Trainer):
             if isinstance(module, nn.Linear) and module.weight is not tied
         ]
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As `Trainer`'s; with `segments`, the sequence is read in pieces whose memory goes on and whose gradients do
-        not."""
-        if self.settings.segments == 1:
-            return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
-        inputs = self._prepare_inputs(inputs)
-        ids = inputs["input_ids"]
-        following = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
-        counted = (following != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        state, total = None, ids.new_zeros((), dtype=torch.float32)
-        size = -(-ids.shape[1] // self.settings.segments)
-        for piece, labels in zip(ids.split(size, 1), following.split(size, 1), strict=True):
-            with self.compute_loss_context_manager():
-                out = model(
-                    piece, past_key_values=state, use_cache=True, labels=piece, shift_labels=labels.contiguous(),
-                    num_items_in_batch=counted,
-                )  # fmt: skip
-            loss = out.loss if num_items_in_batch is not None else out.loss / self.args.gradient_accumulation_steps
-            self.accelerator.backward(loss)
-            total = total + loss.detach()
-            state = out.past_key_values.detach()
-        return total
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:  # noqa: ARG002 - as Trainer calls it
+        if not isinstance(self.train_dataset, Blocks):
+            return None
+        s = self.settings
+        return CarriedOrder(len(self.train_dataset), s.batch_size, s.carried_steps, s.seed)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`'s; with `carried_steps` the memory goes on from the batch before, without its gradients."""
+        if self.settings.carried_steps == 1 or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        if self.batches % self.settings.carried_steps == 0:
+            self.carried = None
+        self.batches += 1
+        kwargs["return_outputs"] = True
+        loss, out = super().compute_loss(
+            model, {**inputs, "past_key_values": self.carried, "use_cache": True}, *args, **kwargs
+        )
+        self.carried = out.past_key_values.detach()
+        return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.carried is not None:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            self.carried.save(folder / CARRIED)
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.settings.carried_steps > 1:
+            self.batches = int(checkpoint.rsplit("-", 1)[1]) * self.settings.accumulation
+            self.carried = TitansState.load(Path(checkpoint) / CARRIED, self.model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds tokens per second, and bits per byte where tokens are bytes."""

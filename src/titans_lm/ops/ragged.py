@@ -61,7 +61,7 @@ class Layout(NamedTuple):
 
 def lay_out(mask: Bool[Tensor, "B T"] | None, position: Int[Tensor, " B"], tokens: int, chunk: int) -> Layout:
     """Where `tokens` tokens of rows that stand at `position` (>= 0, any) fall in a grid of chunks."""
-    first = int(position[0])
+    first = int(position[0]) if len(position) else 0
     if mask is None and bool((position == first).all()):
         return Layout(min(tokens, -first % chunk), tokens, chunk, torch.full_like(position, tokens))
     if mask is None:
