@@ -141,9 +141,7 @@ def windowed(layer: nn.Module, prefix: Tensor, x: Tensor) -> Tensor:
     """Sliding-window attention; the persistent tokens `prefix` are always visible."""
     position = torch.arange(len(x))
     everything = torch.ones(len(x), len(prefix), dtype=torch.bool)
-    return attend(
-        layer, x, position, [(prefix, None, everything), (x, position, window_mask(len(x), layer.window))]
-    )
+    return attend(layer, x, position, [(prefix, None, everything), (x, position, window_mask(len(x), layer.window))])
 
 
 def mac(block: nn.Module, prefix: Tensor, x: Tensor) -> Tensor:

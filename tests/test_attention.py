@@ -4,16 +4,16 @@ import itertools
 
 import pytest
 import torch
-from conftest import tiny_model, tokens
-from definition import attend, window_mask, windowed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import assert_close
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from conftest import tiny_model, tokens
+from definition import attend, window_mask, windowed
 from titans_lm.attention import SegmentAttention, WindowAttention, rotation
+from tolerance import assert_close
 
 D, HEADS, WIDTH, BASE = 12, 2, 4, 10000.0
 
@@ -86,7 +86,9 @@ def test_a_segment_sees_persistent_tokens_and_what_is_retrieved_for_no_later_tok
     state, outputs = layer.initial_state(1), []
     for a, b in itertools.pairwise(itertools.accumulate(cuts, initial=0)):
         position = torch.tensor([a])
-        y, state = layer(x[None, a:b], h[None, a:b], prefix[None], state, position, turns(position + start, b - a), None)
+        y, state = layer(
+            x[None, a:b], h[None, a:b], prefix[None], state, position, turns(position + start, b - a), None
+        )
         outputs.append(y[0])
     assert_close(torch.cat(outputs), segment(layer, prefix, x, h, start))
 

@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SEGMENT, each_kind, each_titan, tiny_model, tokens
 from torch import Tensor
 
+from conftest import SEGMENT, each_kind, each_titan, tiny_model, tokens
 from titans_lm import TitansForCausalLM, TitansState
 
 NEW = 8
+pytestmark = pytest.mark.usefixtures("unchecked")  # checked shapes cost half the time here, and are checked elsewhere
 
 
 def generate(model: TitansForCausalLM, ids: Tensor | None, seed: int = 0, **options: Any) -> Tensor:

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from definition import Memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import assert_close, relative_error
 from torch import Tensor
 
+from definition import Memory
 from titans_lm.memory import NeuralMemory, NeuralMemoryState
+from tolerance import assert_close, relative_error
 
 D, HEADS, CHUNK = 12, 2, 3
 

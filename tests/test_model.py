@@ -1,4 +1,4 @@
-"""Laws of the whole model, in every architecture: it is the paper, causal, the same however it is cut, and trainable."""
+"""Laws of the whole model, in every architecture: it is the paper, causal, the same in any cut, and trainable."""
 
 import itertools
 import math
@@ -7,6 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
 from conftest import (
     SEGMENT,
     VOCABULARY,
@@ -14,18 +20,13 @@ from conftest import (
     each_titan,
     read_in_calls,
     state_tensors,
+    tiny_config,
     tiny_model,
     tokens,
 )
 from definition import logits as logits_by_definition
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file
+from titans_lm import TitansForCausalLM, TitansModel
 from tolerance import assert_close, relative_error
-from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-from titans_lm import TitansForCausalLM, TitansModel, TitansState
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "convex gate": {"gate": "convex"},
@@ -56,6 +57,7 @@ def assert_is_the_paper(model: TitansForCausalLM, length: int) -> None:
     theirs = torch.autograd.grad((expected * weight).sum(), list(parameters.values()))
     for name, a, b in zip(parameters, ours, theirs, strict=True):
         assert_close(a, b, name)
+        assert b.abs().sum() > 0, name
 
 
 @each_kind
@@ -65,7 +67,7 @@ def test_logits_and_gradients_are_the_paper_s_equations(kind):
 
 @each_titan
 @each_setting
-def test_every_setting_is_the_paper_s_equations(kind, changes):
+def test_every_setting_is_the_paper_s_equations_and_all_of_it_learns(kind, changes):
     assert_is_the_paper(tiny_model(kind, num_hidden_layers=1, **changes), SEGMENT + 2)
 
 
@@ -86,7 +88,7 @@ def test_no_logit_moves_with_a_later_token(kind):
 
 @each_kind
 def test_no_gradient_comes_from_a_later_token(kind):
-    model, length = tiny_model(kind), 3 * SEGMENT
+    model, length = tiny_model(kind), 2 * SEGMENT + 2
     embeddings = model.get_input_embeddings()(tokens(1, length)).detach().requires_grad_()
     logits = model(inputs_embeds=embeddings).logits
     for t in range(length):
@@ -95,21 +97,22 @@ def test_no_gradient_comes_from_a_later_token(kind):
         assert gradient[0, t].abs().sum() > 0
 
 
+@pytest.mark.usefixtures("unchecked")
 @each_kind
 def test_random_tokens_are_not_learned(kind):
-    """ln V is what a model pays that does not see the next token."""
-    vocabulary, length = 8, 16
-    model = tiny_model(kind, torch.float32, vocab_size=vocabulary, num_hidden_layers=1, initializer_range=0.1).train()
+    """ln V is what a model pays that does not see the next token; one that sees it is below 1 within 60 steps."""
+    changes = {"vocab_size": 8, "num_hidden_layers": 1, "initializer_range": 0.1, "segment_size": 6}
+    model = tiny_model(kind, torch.float32, **changes, memory_chunk_size=8).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0)
     draw = torch.Generator().manual_seed(1)
     losses = []
-    for _ in range(150):
-        ids = torch.randint(vocabulary, (16, length), generator=draw)
+    for _ in range(80):
+        ids = torch.randint(8, (16, 12), generator=draw)
         losses.append(model(ids, labels=ids, use_cache=False).loss)
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
-    assert torch.stack(losses[-50:]).mean() > math.log(vocabulary) - 0.02
+    assert torch.stack(losses[-40:]).mean() > math.log(8) - 0.02
 
 
 # ------------------------------------------------------------------------------------------------ cuts and padding
@@ -138,7 +141,7 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], id
 
 @each_kind
 @each_dtype
-@settings(deadline=None, derandomize=True, max_examples=8)
+@settings(deadline=None, derandomize=True, max_examples=6)
 @given(cuts=st.lists(st.integers(0, 22), max_size=6))
 def test_any_cut_into_calls_is_one_call(kind, dtype, cuts):
     calls = [torch.ones(2, b - a, dtype=torch.bool) for a, b in itertools.pairwise([0, *sorted(cuts), 22])]
@@ -156,8 +159,7 @@ PLACES = {"left": lambda call: call.sort(1)[0], "right": lambda call: call.sort(
 
 
 @each_kind
-@each_dtype
-@settings(deadline=None, derandomize=True, max_examples=12)
+@settings(deadline=None, derandomize=True, max_examples=10)
 @given(
     calls=st.lists(
         st.integers(1, 9).flatmap(lambda size: st.lists(st.tuples(*[st.booleans()] * 3), min_size=size, max_size=size)),
@@ -166,11 +168,11 @@ PLACES = {"left": lambda call: call.sort(1)[0], "right": lambda call: call.sort(
     ),
     place=st.sampled_from(sorted(PLACES)),
 )
-def test_padding_is_invisible_and_rows_are_apart(kind, dtype, calls, place):
+def test_padding_is_invisible_and_rows_are_apart(kind, calls, place):
     masks = [torch.tensor(call).T for call in calls]
     if place != "any":
         masks = [PLACES[place](mask.int()).bool() for mask in masks]
-    assert_reads_as_alone(tiny_model(kind, dtype), tokens(3, 36), masks)
+    assert_reads_as_alone(tiny_model(kind), tokens(3, 36), masks)
 
 
 RAGGED = [torch.arange(9, -1, -1) < torch.tensor([[9], [2], [6]]), torch.arange(8) < torch.tensor([[1], [8], [5]])]
@@ -211,28 +213,17 @@ def test_no_token_at_all_changes_nothing(kind):
 # ------------------------------------------------------------------------------------------------ training
 
 
-def assert_all_parameters_learn(model: TitansForCausalLM) -> None:
-    ids = tokens(2, 3 * SEGMENT)
+@each_kind
+@pytest.mark.parametrize("fresh", [False, True], ids=["moved", "as built"])
+def test_every_parameter_learns(kind, fresh):
+    model, ids = tiny_model(kind), tokens(2, 3 * SEGMENT)
+    if fresh:
+        model = TitansForCausalLM(model.config).double()
     model(ids, labels=ids).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().sum() > 0, name
-
-
-@each_kind
-@pytest.mark.parametrize("fresh", [False, True], ids=["moved", "as built"])
-def test_every_parameter_learns(kind, fresh):
-    model = tiny_model(kind)
-    if fresh:
-        model = TitansForCausalLM(model.config).double()
-    assert_all_parameters_learn(model)
-
-
-@each_titan
-@each_setting
-def test_every_parameter_learns_in_every_setting(kind, changes):
-    assert_all_parameters_learn(tiny_model(kind, num_hidden_layers=1, **changes))
 
 
 @each_kind
@@ -306,15 +297,16 @@ def assert_finite(model: TitansForCausalLM) -> None:
         assert parameter.isfinite().all(), name
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16 autocast"])
 @pytest.mark.parametrize("depth", [2, 4])
 def test_training_on_a_repeated_pattern_stays_finite(depth, half):
     """A key that comes again in every chunk multiplies its error; unbounded, this diverges within some steps."""
     torch.manual_seed(0)
-    model = tiny_model("mag", torch.float32, memory_layers=depth, memory_chunk_size=16, num_hidden_layers=1)
-    model = TitansForCausalLM(model.config).train()
+    one = {"num_hidden_layers": 1, "num_memory_heads": 1, "num_persistent_tokens": 0}
+    model = TitansForCausalLM(tiny_config("lmm", memory_layers=depth, memory_chunk_size=16, **one)).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    ids = tokens(1, 16).repeat(2, 4)
+    ids = tokens(1, 16).repeat(2, 2)
     losses = []
     for _ in range(200):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -374,7 +366,7 @@ def test_autocast_to_bfloat16_is_near_and_keeps_the_memory_in_float32(kind):
             assert tensor.dtype == torch.float32, name
 
 
-# ------------------------------------------------------------------------------------------------ as a transformers model
+# ------------------------------------------------------------------------------------------------ in transformers
 
 
 @each_kind

@@ -98,22 +98,15 @@ class TitansConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Every value possible, by itself and with the others."""
-        for key in _COUNTS:
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
-        for key in ("num_persistent_tokens", "memory_loss_weight", "initializer_range"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
-        if not 0 < self.memory_lr <= 1:
-            raise ValueError(f"memory_lr must be in (0, 1], got {self.memory_lr}")
-        if self.memory_clip is not None and self.memory_clip <= 0:
-            raise ValueError(f"memory_clip must be above 0 or null, got {self.memory_clip}")
+        for keys, fits, words in _RANGES:
+            for key in keys:
+                value = getattr(self, key)
+                if value is not None and not fits(value):
+                    raise ValueError(f"{key} must be {words}, got {value}")
         if self.window_size is None and self.variant in ("mag", "mal"):
             raise ValueError(f"window_size must be a number for variant {self.variant!r}; null is for 'attention'")
-        if self.window_size is not None and self.window_size < 1:
-            raise ValueError(f"window_size must be at least 1, got {self.window_size}")
-        if self.head_dim is not None and self.head_dim % 2:
-            raise ValueError(f"head_dim must be even (rotary positions turn pairs), got {self.head_dim}")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id must be below vocab_size={self.vocab_size}, got {self.pad_token_id}")
 
     def own_fields(self) -> dict[str, Any]:
         """This project's fields and their values, without those that every transformers model has."""
@@ -138,9 +131,16 @@ TitansConfig.__init__ = _plain_errors(TitansConfig.__init__)  # type: ignore[met
 
 _COUNTS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size",
-    "segment_size", "num_memory_heads", "memory_head_dim", "memory_layers", "memory_dim", "memory_chunk_size",
-    "memory_conv_size",
+    "window_size", "segment_size", "max_position_embeddings", "num_memory_heads", "memory_head_dim", "memory_layers",
+    "memory_dim", "memory_chunk_size", "memory_conv_size",
 )  # fmt: skip
+_RANGES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
+    (_COUNTS, lambda value: value >= 1, "at least 1"),
+    (("num_persistent_tokens", "memory_loss_weight", "initializer_range"), lambda value: value >= 0, "0 or more"),
+    (("rms_norm_eps", "rope_theta", "memory_clip"), lambda value: value > 0, "above 0"),
+    (("memory_lr",), lambda value: 0 < value <= 1, "in (0, 1]"),
+    (("head_dim",), lambda value: value % 2 == 0, "even (rotary positions turn pairs)"),
+]
 _INHERITED = {f.name for f in dataclasses.fields(PreTrainedConfig)} | {
     "dtype", "torch_dtype", "attn_implementation", "_attn_implementation", "_commit_hash", "model_type", "name_or_path",
     "_name_or_path", "transformers_version", "architectures", "auto_map", "experts_implementation",

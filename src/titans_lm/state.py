@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 from transformers import Cache
 
@@ -101,10 +101,10 @@ class TitansState(Cache):
         path = Path(path)
         beside = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            save_file(tensors, beside, metadata)
+            beside.write_bytes(serialize(tensors, metadata))
             os.replace(beside, path)
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from error
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error.strerror}") from error
         finally:
             beside.unlink(missing_ok=True)
 

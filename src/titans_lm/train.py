@@ -12,12 +12,15 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from rich.progress import Progress, TextColumn
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from titans_lm.data import (
     Blocks,
+    CarriedOrder,
     StreamedBlocks,
     is_bytes,
     load_tokenizer,
@@ -27,7 +30,7 @@ from titans_lm.data import (
     text_files,
 )
 from titans_lm.model import TitansForCausalLM
-from titans_lm.settings import Settings, load_settings
+from titans_lm.settings import Settings, TrainingSettings, load_settings
 from titans_lm.state import TitansState
 
 CARRIED = "memory.safetensors"
@@ -54,7 +57,7 @@ def train(settings: Settings) -> TitansForCausalLM:
     after Ctrl-C, when a checkpoint has been saved. Nothing is written before everything was checked.
     """
     output = Path(settings.training.output_dir)
-    checkpoint = _checkpoint(output, settings.training.resume)
+    checkpoint = _checkpoint(output, settings.training)
     config = settings.config()
     tokenizer = load_tokenizer(settings.data.tokenizer)
     if len(tokenizer) > config.vocab_size:
@@ -105,13 +108,20 @@ def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def _checkpoint(output: Path, resume: bool) -> Path | None:
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def _checkpoint(output: Path, training: TrainingSettings) -> Path | None:
     """The last whole checkpoint, to go on from; None to begin. A run that is there is not overwritten."""
     whole = [p for p in output.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    if resume:
+    if training.resume:
         if not whole:
             raise ValueError(f"training.resume: {output} has no checkpoint to go on from")
-        return max(whole, key=lambda p: int(p.name.split("-")[1]))
+        last = max(whole, key=_step_of)
+        if _step_of(last) >= training.max_steps:
+            raise ValueError(f"training.max_steps={training.max_steps} are done in {output}; give more to go on")
+        return last
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(
             f"training.output_dir={output} is not empty; give another, or --set training.resume=true to go on there"
@@ -164,17 +174,33 @@ class _SaveAndStop(TrainerCallback):
 
 
 class _Clock(TrainerCallback):
-    """Stops when the time is over; says how much of the run is done."""
+    """Stops when the time is over; says, and where there is a time limit shows, how much of the run is done."""
 
     def __init__(self, max_steps: int, max_minutes: float | None):
         self.max_steps, self.limit, self.begun = max_steps, (max_minutes or math.inf) * 60, time.monotonic()
+        self.bar = Progress(*Progress.get_default_columns(), TextColumn("{task.fields[found]}"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         self.begun = time.monotonic()
+        if self.limit < math.inf:
+            self.bar.start()
+            self.bar.add_task("training", total=self.limit, found="")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        if time.monotonic() - self.begun > self.limit:
+        elapsed = time.monotonic() - self.begun
+        if elapsed > self.limit:
             control.should_training_stop = True
+        for task in self.bar.task_ids:
+            self.bar.update(task, completed=min(elapsed, self.limit))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
+        if logs and "loss" in logs:
+            words = f"step {state.global_step}, loss {logs['loss']:.3f}, {logs['tokens_per_second']:,} tokens/s"
+            for task in self.bar.task_ids:
+                self.bar.update(task, found=words)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self.bar.stop()
 
     def progress(self, step: int) -> float:
         return min(1.0, max(step / self.max_steps, (time.monotonic() - self.begun) / self.limit))
@@ -209,6 +235,7 @@ class TitansTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=[self.clock],
         )
+        self.remove_callback(PrinterCallback)  # where the clock shows the progress
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002
         """Linear warm-up, then a cosine, over the steps or the minutes, whichever end first."""
@@ -260,7 +287,7 @@ class TitansTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.settings.carried_steps > 1:
-            self.batches = int(checkpoint.rsplit("-", 1)[1]) * self.settings.accumulation
+            self.batches = _step_of(Path(checkpoint)) * self.settings.accumulation
             self.carried = TitansState.load(Path(checkpoint) / CARRIED, self.model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -296,6 +323,7 @@ def _arguments(settings: Settings, evaluate: bool) -> TrainingArguments:
         save_steps=s.save_steps,
         save_total_limit=2,
         seed=s.seed,
+        disable_tqdm=s.max_minutes is not None,
         report_to="tensorboard",
         dataloader_pin_memory=torch.cuda.is_available(),
     )

@@ -1,0 +1,189 @@
+"""A configuration is right or refused with the name of what is wrong; presets are what their names say."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import each_kind, tiny_config, tokens
+from titans_lm import DEFAULT_CONFIG, VARIANT_CONFIGS, TitansConfig, TitansForCausalLM, preset
+from titans_lm.config import SIZES, VARIANTS, count_parameters, known_keys
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("hiden_size", "hidden_size"),
+        ("memory_layer", "memory_layers"),
+        ("num_layer", "num_layers"),
+        ("windowsize", "window_size"),
+        ("persistent_tokens", "num_persistent_tokens"),
+    ],
+)
+def test_a_misspelt_key_names_the_nearest(key, nearest):
+    with pytest.raises(ValueError, match=rf"unknown key '{key}'.*did you mean '{nearest}'"):
+        TitansConfig(**{key: 2})
+
+
+def test_an_unknown_key_is_named():
+    with pytest.raises(ValueError, match=r"unknown key 'zzzzzz' in TitansConfig$"):
+        TitansConfig(zzzzzz=1)
+
+
+IMPOSSIBLE: list[dict[str, Any]] = [
+    {"vocab_size": 0},
+    {"hidden_size": 0},
+    {"hidden_size": -64},
+    {"num_hidden_layers": 0},
+    {"num_attention_heads": 0},
+    {"head_dim": 0},
+    {"head_dim": 7},
+    {"intermediate_size": 0},
+    {"segment_size": 0},
+    {"num_memory_heads": 0},
+    {"memory_head_dim": 0},
+    {"memory_layers": 0},
+    {"memory_dim": 0},
+    {"memory_chunk_size": 0},
+    {"memory_conv_size": 0},
+    {"num_persistent_tokens": -1},
+    {"memory_loss_weight": -0.1},
+    {"initializer_range": -1.0},
+    {"memory_lr": 0.0},
+    {"memory_lr": 1.01},
+    {"memory_lr": float("nan")},
+    {"memory_clip": 0.0},
+    {"memory_clip": -1.0},
+    {"window_size": 0},
+    {"window_size": None},
+    {"rope_theta": 0.0},
+    {"rms_norm_eps": -1.0},
+    {"max_position_embeddings": 0},
+    {"pad_token_id": 99},
+]
+MISTYPED: list[dict[str, Any]] = [
+    {"variant": "mom"},
+    {"gate": "sum"},
+    {"memory_init": "one"},
+    {"memory_form": "deep"},
+    {"memory_activation": "relu"},
+    {"hidden_size": "64"},
+    {"hidden_size": 64.5},
+    {"memory_lr": "fast"},
+    {"memory_momentum": "no"},
+    {"window_size": 2.5},
+    {"tie_word_embeddings": "no"},
+    {"surprise_threshold": "high"},
+]
+
+
+@pytest.mark.parametrize("change", IMPOSSIBLE + MISTYPED, ids=str)
+def test_a_value_that_cannot_be_is_named(change):
+    with pytest.raises((ValueError, TypeError), match=next(iter(change))):
+        tiny_config("mag", **change)
+
+
+def test_a_window_of_everything_is_for_attention_alone():
+    assert tiny_config("full").window_size is None
+    with pytest.raises(ValueError, match="window_size"):
+        tiny_config("mal", window_size=None)
+
+
+def test_short_names_mean_the_same():
+    config = TitansConfig(hidden_dim=128, num_layers=3, num_heads=4)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (128, 3, 4)
+    assert (config.hidden_dim, config.num_layers, config.num_heads) == (128, 3, 4)
+    assert (config.head_dim, config.num_memory_heads, config.memory_dim) == (32, 2, 256)
+
+
+@each_kind
+def test_a_configuration_is_saved_and_loaded_whole(kind, tmp_path):
+    config = tiny_config(kind, memory_lr=0.25, gate="convex", surprise_threshold=0.5, eos_token_id=[1, 2])
+    config.save_pretrained(tmp_path)
+    loaded = TitansConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.own_fields() == config.own_fields()
+
+
+def test_an_unknown_key_in_a_file_is_refused(tmp_path):
+    tiny_config("mag").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"memory_depth": 3}))
+    with pytest.raises(ValueError, match="memory_depth"):
+        TitansConfig.from_pretrained(tmp_path)
+
+
+def test_defaults_are_every_own_field_and_variants_build():
+    assert set(DEFAULT_CONFIG) <= set(known_keys())
+    assert TitansConfig().own_fields().keys() == DEFAULT_CONFIG.keys()
+    assert TitansConfig(**DEFAULT_CONFIG).to_dict() == TitansConfig().to_dict()
+    assert set(VARIANT_CONFIGS) == set(VARIANTS)
+    small = {
+        "vocab_size": 23, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "memory_head_dim": 16,
+        "intermediate_size": 32,
+    }  # fmt: skip
+    for variant, fields in VARIANT_CONFIGS.items():
+        config = TitansConfig(**{**DEFAULT_CONFIG, **fields, **small})
+        assert config.variant == variant
+        assert TitansForCausalLM(config)(tokens(1, 5)).logits.isfinite().all()
+
+
+NAMED = {"170m": 170e6, "340m": 340e6, "400m": 400e6, "760m": 760e6}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("size", NAMED)
+def test_a_size_has_the_parameters_of_its_name(size, variant):
+    """Tied embeddings are counted once; so are the parameters of a model that is built."""
+    assert abs(count_parameters(preset(size, variant)) / NAMED[size] - 1) < 0.05
+
+
+def test_parameters_are_counted_as_built():
+    config = preset("tiny", "mac")
+    assert count_parameters(config) == sum(p.numel() for p in TitansForCausalLM(config).parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_small_sizes_of_all_variants_are_near_each_other(variant):
+    for size in SIZES.keys() - NAMED.keys():
+        assert abs(count_parameters(preset(size, variant)) / count_parameters(preset(size, "mag")) - 1) < 0.05
+
+
+def test_a_preset_takes_changes_and_refuses_what_does_not_exist():
+    config = preset("tiny", "mal", memory_layers=1, intermediate_size=100)
+    assert (config.memory_layers, config.intermediate_size, config.variant) == (1, 100, "mal")
+    with pytest.raises(ValueError, match=r"unknown size 'huge'.*tiny"):
+        preset("huge")
+    with pytest.raises(ValueError, match=r"did you mean 'memory_layers'"):
+        preset("tiny", memory_layer=1)
+
+
+def test_what_is_set_changes_the_model():
+    """Every field of the memory, the window and the segment reaches what it is for."""
+    ids = tokens(1, 20)
+
+    def logits(variant: str, **changes: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        return TitansForCausalLM(tiny_config(variant, **changes)).eval()(ids).logits
+
+    for variant, changes in [
+        ("mag", {"memory_lr": 0.1}),
+        ("mag", {"memory_chunk_size": 2}),
+        ("mag", {"memory_form": "plain"}),
+        ("mag", {"memory_activation": "gelu"}),
+        ("mag", {"memory_clip": None}),
+        ("mag", {"memory_momentum": False}),
+        ("mag", {"memory_forgetting": False}),
+        ("mag", {"memory_init": "zero"}),
+        ("mag", {"memory_layers": 1}),
+        ("mag", {"memory_conv_size": 3}),
+        ("mag", {"surprise_threshold": 1e6}),
+        ("mag", {"num_memory_heads": 1}),
+        ("mag", {"gate": "convex"}),
+        ("mag", {"window_size": 6}),
+        ("mac", {"segment_size": 8}),
+        ("mag", {"rope_theta": 100.0}),
+        ("mag", {"rms_norm_eps": 0.1}),
+    ]:
+        assert not torch.equal(logits(variant, **changes), logits(variant)), changes
