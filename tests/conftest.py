@@ -1,8 +1,11 @@
 """What all tests stand on: shapes checked, uninitialised memory NaN, one thread, and tiny models of every kind."""
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it
 
 import jaxtyping
 import pytest

@@ -35,8 +35,8 @@ def _run(verb: str, arguments: list[str]) -> int:
     run: Callable[[argparse.Namespace], None] = module.run
     try:
         run(parsed)
-    except KeyboardInterrupt:
-        print(f"titans {verb}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(": ".join([f"titans {verb}: interrupted", *map(str, interruption.args)]), file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"titans {verb}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -118,6 +118,9 @@ def _plain_errors(initialise: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(initialise)
     def wrapped(self: TitansConfig, *args: Any, **kwargs: Any) -> None:
+        for key, value in kwargs.items():  # 1 is a number as 1.0 is
+            if key in _NUMBERS and type(value) is int:
+                kwargs[key] = float(value)
         try:
             initialise(self, *args, **kwargs)
         except StrictDataclassError as error:
@@ -127,6 +130,7 @@ def _plain_errors(initialise: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+_NUMBERS = {f.name for f in dataclasses.fields(TitansConfig) if f.type in (float, float | None)}
 TitansConfig.__init__ = _plain_errors(TitansConfig.__init__)  # type: ignore[method-assign]
 
 _COUNTS = (

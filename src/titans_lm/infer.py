@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TextStreamer
 
+from titans_lm.config import TitansConfig
 from titans_lm.data import encode, read_text
 from titans_lm.model import TitansForCausalLM
 from titans_lm.state import TitansState
@@ -29,6 +30,9 @@ def load(folder: Path) -> tuple[TitansForCausalLM, PreTrainedTokenizerBase]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a model: it has no config.json; `titans train` writes such folders")
     try:
+        kind = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
+        if kind != TitansConfig.model_type:
+            raise ValueError(f"its config.json is of a model of type {kind!r}")
         model, report = TitansForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -100,10 +104,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--prompt is empty: give at least one character to go on from")
     if arguments.save_memory and not arguments.save_memory.absolute().parent.is_dir():
         raise ValueError(f"--save-memory {arguments.save_memory}: its folder does not exist")
-    texts = {path: read_text(path) for path in arguments.context}  # all are readable before the work begins
+    texts = [(path, read_text(path)) for path in arguments.context]  # all are readable before the work begins
     model, tokenizer = load(arguments.model)
     state = TitansState.load(arguments.load_memory, model) if arguments.load_memory else model.initial_state(1)
-    for path, text in texts.items():
+    for path, text in texts:
         remember(model, torch.as_tensor(encode(tokenizer, text)).long()[None], state, path.name, console)
     read_so_far = int(state.position[0])
     console.print(f"{read_so_far:,} tokens read; the memory takes {state.nbytes / 2**20:.1f} MiB")

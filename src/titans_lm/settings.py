@@ -205,6 +205,6 @@ _NAMES: dict[Any, str] = {
 }
 
 
-def _at_least(name: str, value: float, least: float) -> None:
+def _at_least(name: str, value: int | float, least: int) -> None:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -15,7 +15,7 @@ import yaml
 from rich.progress import Progress, TextColumn
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
 from titans_lm.data import (
@@ -138,7 +138,15 @@ def _remove_partial(output: Path) -> None:
 
 def _as_disk_error(error: Exception, output: Path) -> Exception:
     """torch and safetensors say in their own words that a disk is full; other errors stay what they are."""
-    words = ("PytorchStreamWriter", "No space left", "File too large", "I/O error", "os error", "Disk quota")
+    words = (
+        "PytorchStreamWriter",
+        "inline_container",
+        "No space left",
+        "File too large",
+        "I/O error",
+        "os error",
+        "Disk quota",
+    )
     if isinstance(error, OSError) or any(word in str(error) for word in words):
         return OSError(f"cannot write to {output}: {error}; the last whole checkpoint there is untouched")
     return error
@@ -233,6 +241,7 @@ class TitansTrainer(Trainer):
             train_dataset=training_set,
             eval_dataset=evaluation_set,
             processing_class=tokenizer,
+            data_collator=default_data_collator,
             callbacks=[self.clock],
         )
         self.remove_callback(PrinterCallback)  # where the clock shows the progress
@@ -240,7 +249,10 @@ class TitansTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002
         """Linear warm-up, then a cosine, over the steps or the minutes, whichever end first."""
         if getattr(self, "lr_scheduler", None) is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self._rate)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: self._rate(step),  # a plain function is not put into checkpoints
+            )
         return self.lr_scheduler
 
     def _rate(self, step: int) -> float:
@@ -263,7 +275,7 @@ class TitansTrainer(Trainer):
         s = self.settings
         return CarriedOrder(len(self.train_dataset), s.batch_size, s.carried_steps, s.seed)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`'s; with `carried_steps` the memory goes on from the batch before, without its gradients."""
         if self.settings.carried_steps == 1 or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -315,6 +327,7 @@ def _arguments(settings: Settings, evaluate: bool) -> TrainingArguments:
         adam_beta2=0.95,
         max_grad_norm=s.max_grad_norm,
         bf16=s.bf16,
+        use_cpu=not torch.cuda.is_available(),
         activation_checkpointing=s.activation_checkpointing,
         logging_steps=s.logging_steps,
         logging_first_step=True,

@@ -1,0 +1,192 @@
+"""Reading and going on, as commands: what is remembered, what is said where something is wrong."""
+
+import json
+
+import pytest
+import torch
+
+from conftest import tiny_config
+from titans_lm import TitansForCausalLM, TitansState
+from titans_lm.cli import main
+from titans_lm.data import byte_tokenizer, encode
+from titans_lm.demo import PIECE, read_three_ways, tenths
+from titans_lm.infer import go_on, load, read
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    TitansForCausalLM(tiny_config("mag", vocab_size=260)).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("It was a dark and stormy night. " * 40)
+    return path
+
+
+def said(capsys):
+    captured = capsys.readouterr()
+    return captured.out, captured.err.strip().splitlines()[-1] if captured.err.strip() else ""
+
+
+def infer(folder, *arguments):
+    return main(["infer", "--model", str(folder), *map(str, arguments)])
+
+
+def test_reading_in_two_calls_through_a_file_is_reading_in_one(folder, text, tmp_path, capsys):
+    options = ["--prompt", "The ", "--max-new-tokens", 20]
+    assert infer(folder, "--context", text, text, *options) == 0
+    whole, _ = said(capsys)
+    assert infer(folder, "--context", text, "--save-memory", tmp_path / "memory") == 0
+    assert infer(folder, "--load-memory", tmp_path / "memory", "--context", text, *options) == 0
+    assert said(capsys)[0] == whole
+    assert whole.startswith("The ")
+    assert infer(folder, *options) == 0
+    assert said(capsys)[0] != whole
+
+
+def test_sampling_follows_the_seed(folder, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        assert infer(folder, "--prompt", "a", "--temperature", 1, "--seed", seed) == 0
+        texts.append(said(capsys)[0])
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_pieces_of_any_size_leave_the_same_memory(folder):
+    model, tokenizer = load(folder)
+    ids = torch.as_tensor(encode(tokenizer, "some words, " * 30))[None]
+    states = []
+    for piece in (7, 1000):
+        state = model.initial_state(1)
+        logits = torch.cat([out.logits for _, out in read(model, ids, state, piece)], 1)
+        states.append((state, logits))
+    assert torch.allclose(states[0][1], states[1][1], atol=1e-3)
+    assert states[0][0].position.tolist() == states[1][0].position.tolist() == [ids.shape[1]]
+
+
+def test_going_on_leaves_the_memory_as_it_was(folder):
+    model, tokenizer = load(folder)
+    state = model.initial_state(1)
+    ids = torch.as_tensor(encode(tokenizer, "some words"))[None]
+    list(read(model, ids, state))
+    first = go_on(model, tokenizer, state, ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(go_on(model, tokenizer, state, ids, max_new_tokens=8, do_sample=False), first)
+    assert state.position.tolist() == [10]
+
+
+def test_the_three_readings_differ_only_in_what_is_remembered(folder):
+    model, _ = load(folder)
+    ids = torch.randint(256, (1, 3 * PIECE + 5), generator=torch.Generator().manual_seed(0))
+    readings = read_three_ways(model, ids)
+    assert {name: len(r.bits) for name, r in readings.items()} == dict.fromkeys(("learning", "frozen", "reset"), 3)
+    learning, frozen, reset = (readings[name].bits for name in ("learning", "frozen", "reset"))
+    assert torch.allclose(learning[0], reset[0], rtol=1e-3)  # the first piece: nothing to forget yet
+    assert not torch.allclose(learning[1:], reset[1:], rtol=1e-6)
+    assert not torch.allclose(learning, frozen, rtol=1e-6)
+    assert len(tenths(torch.rand(25))) == 10
+
+
+def damaged(folder, tmp_path, name, change):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    (copy / name).write_bytes(change((copy / name).read_bytes()))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.safetensors", lambda b: b[:1000]),
+        ("model.safetensors", lambda b: b[: len(b) // 2]),
+        ("model.safetensors", lambda _: b""),
+        ("model.safetensors", lambda _: b"\x80\x04K\x01."),
+        ("config.json", lambda b: b[:20]),
+        ("config.json", lambda b: b.replace(b'"hidden_size": 32', b'"hidden_size": 48')),
+        ("config.json", lambda b: b.replace(b'"num_hidden_layers": 2', b'"num_hidden_layers": 3')),
+        ("config.json", lambda b: b.replace(b'"titans"', b'"llama"')),
+        ("config.json", lambda b: b.replace(b'"variant"', b'"varianz"')),
+    ],
+)
+def test_a_damaged_or_foreign_checkpoint_is_one_line(folder, tmp_path, capsys, name, change):
+    copy = damaged(folder, tmp_path, name, change)
+    assert infer(copy, "--prompt", "a") == 2
+    assert said(capsys)[1].startswith(f"titans infer: {copy} ")
+
+
+def test_what_is_wrong_is_one_line_and_nothing_is_lost(folder, text, tmp_path, capsys):
+    memory = tmp_path / "memory"
+    assert infer(folder, "--context", text, "--save-memory", memory) == 0
+    before = memory.read_bytes()
+    other = tmp_path / "other"
+    torch.manual_seed(1)
+    TitansForCausalLM(tiny_config("mag", vocab_size=260)).save_pretrained(other)
+    byte_tokenizer().save_pretrained(other)
+    empty = tmp_path / "empty"
+    empty.write_text("")
+    cut = tmp_path / "cut"
+    cut.write_bytes(before[:-100])
+    wrong = [
+        ((folder,), "nothing to do"),
+        ((folder, "--prompt", ""), "--prompt is empty"),
+        ((folder, "--prompt", "a", "--max-new-tokens", 0), "--max-new-tokens must be at least 1"),
+        ((folder, "--prompt", "a", "--temperature", -1), "--temperature must not be negative"),
+        ((tmp_path / "nowhere", "--prompt", "a"), "is not a model"),
+        ((folder, "--context", empty, "--save-memory", memory), "is empty"),
+        ((folder, "--context", tmp_path / "no.txt", "--save-memory", memory), "does not exist"),
+        ((folder, "--context", text, "--save-memory", tmp_path / "no" / "memory"), "its folder does not exist"),
+        ((other, "--load-memory", memory, "--prompt", "a"), "belongs to another model"),
+        ((folder, "--load-memory", cut, "--prompt", "a"), "damaged"),
+        ((folder, "--load-memory", text, "--prompt", "a"), "damaged"),
+        ((folder, "--load-memory", tmp_path / "no", "--prompt", "a"), "no"),
+    ]
+    for arguments, words in wrong:
+        assert infer(*arguments) == 2, arguments
+        line = said(capsys)[1]
+        assert line.startswith("titans infer: ")
+        assert words in line
+    assert memory.read_bytes() == before
+    TitansState.load(memory, load(folder)[0])
+
+
+def test_a_stream_over_the_declared_limit_is_one_line(text, tmp_path, capsys):
+    TitansForCausalLM(tiny_config("mag", vocab_size=260, max_position_embeddings=100)).save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    assert infer(tmp_path / "m", "--context", text, "--prompt", "a") == 2
+    assert "max_position_embeddings=100" in said(capsys)[1]
+
+
+def test_the_command_names_its_verbs(capsys):
+    with pytest.raises(SystemExit) as status:
+        main(["reed"])
+    assert status.value.code == 2
+    assert "reed" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as status:
+        main(["--help"])
+    assert status.value.code == 0
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in ("train", "infer", "demo", "stability"))
+
+
+def test_stability_writes_what_it_found(tmp_path, capsys):
+    from titans_lm.stability import phrases, train_on_phrases
+
+    ids, known = phrases(3, 60, torch.Generator().manual_seed(0))
+    for row, mask in zip(ids, known, strict=True):
+        period = int((~mask).sum())
+        assert 8 <= period <= 24
+        assert torch.equal(row[period:], row[:-period])
+    result = train_on_phrases({"memory_layers": 1, "memory_dim": 16}, 2)
+    assert result["finite"]
+    assert result["finite_after_reading"]
+    assert json.dumps(result)
+    assert main(["stability", "--steps", "0", "--output", str(tmp_path / "x.json")]) == 2
+    assert main(["stability", "--steps", "1", "--output", str(tmp_path / "no" / "x.json")]) == 2
+    assert "does not exist" in said(capsys)[1]

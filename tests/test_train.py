@@ -1,0 +1,252 @@
+"""Training: what a user's mistake says, what resuming gives, what is carried and what is not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from titans_lm import TitansState
+from titans_lm.cli import main
+from titans_lm.infer import load
+from titans_lm.settings import load_settings, parse_settings
+from titans_lm.train import TitansTrainer, train
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+MODEL = {
+    "variant": "mag", "vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 32, "window_size": 8, "num_persistent_tokens": 2, "memory_head_dim": 16, "memory_dim": 16,
+}  # fmt: skip
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.txt").write_text("".join(f"line {n * (i + 3)} of many, and so on\n" for n in range(60)))
+    return folder
+
+
+def tree(texts, output, model=(), data=(), **training):
+    return {
+        "model": {**MODEL, **dict(model)},
+        "data": {"files": [str(texts)], "sequence_length": 32, **dict(data)},
+        "training": {
+            "output_dir": str(output), "max_steps": 6, "batch_size": 2, "logging_steps": 1, "save_steps": 2,
+            "eval_steps": 3, "eval_blocks": 4, **training,
+        },
+    }  # fmt: skip
+
+
+def losses(output):
+    history = json.loads((Path(output) / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_configuration_is_whole(path):
+    settings = load_settings(path, [])
+    assert settings.training.output_dir == f"runs/{path.stem}"
+    config = settings.config()
+    assert path.stem not in ("mac", "mag", "mal", "lmm") or config.variant == path.stem
+
+
+def test_a_run_leaves_a_model_that_loads_and_says_how_it_was_made(texts, tmp_path):
+    settings = parse_settings(tree(texts, tmp_path / "out"))
+    model = train(settings)
+    loaded, tokenizer = load(tmp_path / "out")
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+    assert tokenizer.eos_token_id == loaded.config.eos_token_id == 258
+    assert parse_settings(yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())) == settings
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_bits_per_byte" in entry for entry in history)
+    assert all(entry["tokens_per_second"] > 0 for entry in history if "loss" in entry)
+    assert list((tmp_path / "out").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("carried", [1, 3])
+def test_an_interrupted_run_goes_on_to_the_same_losses(texts, tmp_path, carried):
+    """Ctrl-C in the middle, in a process of its own; then on, with the memory where it was."""
+    whole = tree(texts, tmp_path / "whole", max_steps=40, carried_steps=carried, save_steps=100)
+    train(parse_settings(whole))
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        yaml.safe_dump(tree(texts, tmp_path / "cut", max_steps=40, carried_steps=carried, save_steps=100))
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from titans_lm.cli import main; sys.exit(main(sys.argv[1:]))",
+         "train", str(config)],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    log = tmp_path / "cut" / "runs"
+    while not list(log.rglob("events*")) and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, message
+    assert "training.resume=true" in message.splitlines()[-1]
+    done = max(int(p.name.split("-")[1]) for p in (tmp_path / "cut").glob("checkpoint-*"))
+    assert 0 < done < 40
+    assert main(["train", str(config), "--set", "training.resume=true"]) == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_carried_batches_know_what_came_before_and_begin_anew_after(texts, tmp_path):
+    """The losses are those of a loop by hand that carries the state for three batches, then drops it."""
+    settings = parse_settings(tree(texts, tmp_path / "a", max_steps=6, carried_steps=3, learning_rate=1e-12))
+    model = train(settings).eval()
+    from titans_lm.data import Blocks, CarriedOrder, byte_tokenizer, read_text
+
+    files = sorted(texts.iterdir())[:-1]
+    blocks = Blocks([read_text(f) for f in files], byte_tokenizer(), 32)
+    order = torch.tensor(list(CarriedOrder(len(blocks), 2, 3, 0)))[:12].view(6, 2)
+    by_hand, state = [], None
+    for step, rows in enumerate(order):
+        state = None if step % 3 == 0 else state
+        ids = blocks.blocks[rows].long()
+        with torch.no_grad():
+            out = model(ids, labels=ids, past_key_values=state, use_cache=True)
+        state = out.past_key_values
+        by_hand.append(float(out.loss))
+    assert losses(tmp_path / "a") == pytest.approx(by_hand, rel=1e-5)
+    plain = train(parse_settings(tree(texts, tmp_path / "b", max_steps=6, learning_rate=1e-12)))
+    assert plain is not None
+    assert losses(tmp_path / "b") != pytest.approx(by_hand, rel=1e-3)
+
+
+def test_accumulated_batches_are_one_batch(texts, tmp_path):
+    for name, changes in {"one": {"batch_size": 4}, "two": {"batch_size": 2, "accumulation": 2}}.items():
+        train(parse_settings(tree(texts, tmp_path / name, {"memory_loss_weight": 0.1}, max_steps=4, **changes)))
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-4)
+
+
+@pytest.mark.usefixtures("unchecked")  # accelerate builds outputs in a way of its own
+def test_bf16_and_checkpointed_activations_train(texts, tmp_path):
+    train(parse_settings(tree(texts, tmp_path / "out", bf16=True, activation_checkpointing=True)))
+    assert all(map(torch.isfinite, torch.tensor(losses(tmp_path / "out"))))
+
+
+def test_a_time_limit_ends_a_run_with_the_rate_at_its_end(texts, tmp_path):
+    train(parse_settings(tree(texts, tmp_path / "out", max_steps=100_000, max_minutes=0.03, save_steps=100_000)))
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in history if "loss" in entry]
+    assert len(rates) < 100_000
+    assert rates[-1] < 0.3 * max(rates)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_only_linear_maps_decay(texts, tmp_path):
+    from titans_lm import TitansForCausalLM
+    from titans_lm.data import Blocks, byte_tokenizer
+
+    settings = parse_settings(tree(texts, tmp_path / "out"))
+    model = TitansForCausalLM(settings.config())
+    trainer = TitansTrainer(model, settings, Blocks(["x" * 999], byte_tokenizer(), 32), None, byte_tokenizer())
+    names = set(trainer.get_decay_parameter_names(model))
+    assert "model.layers.0.mlp.up_proj.weight" in names
+    assert "model.layers.0.memory.theta.weight" in names
+    for part in ("norm", "bias", "embed", "lm_head", "persistent", "initial_memory", "convs"):
+        assert not [name for name in names if part in name]
+    assert names <= dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("training.max_stepz=3", "unknown key 'max_stepz' in training; did you mean 'max_steps'"),
+        ("model.hiden_size=3", "unknown key 'hiden_size' in model; did you mean 'hidden_size'"),
+        ("modl.size=tiny", "unknown key 'modl' in the run; did you mean 'model'"),
+        ("training.max_steps=many", "training.max_steps must be a whole number, got 'many'"),
+        ("training.max_steps=0", "training.max_steps must be at least 1"),
+        ("training.learning_rate=-1", "training.learning_rate must be above 0"),
+        ("training.bf16=1", "training.bf16 must be true or false"),
+        ("model.memory_lr=2", "memory_lr must be in (0, 1]"),
+        ("model.hidden_size=wide", "hidden_size"),
+        ("model.size=huge", "model.size='huge' is not one of tiny"),
+        ("model.vocab_size=100", "model.vocab_size=100 is below the tokenizer's 259"),
+        ("data.files=nowhere", "nowhere does not exist"),
+        ("data.held_out=9", "data.held_out=9 leaves nothing"),
+        ("data.sequence_length=99999", "fewer than one block"),
+        ("data.tokenizer=no/such", "tokenizer 'no/such' cannot be loaded"),
+        ("training.resume=true", "no checkpoint to go on from"),
+        ("training.output_dir=", "training.output_dir"),
+        ("training", "must be section.key=value"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(texts, tmp_path, capsys, monkeypatch, change, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tree(texts, tmp_path / "out")))
+    assert main(["train", str(config), "--set", change]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("titans train: ")
+    assert words in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_no_configuration_are_named(tmp_path, capsys):
+    bad = {"missing.yaml": None, "list.yaml": "- 1\n- 2\n", "broken.yaml": "model: [1,\n", "word.yaml": "model: tiny\n"}
+    for name, content in bad.items():
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        assert main(["train", str(tmp_path / name)]) == 2
+        assert name in capsys.readouterr().err
+
+
+def test_a_configuration_runs_no_code(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")
+    assert main(["train", str(path)]) == 2
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_run_that_is_there_is_not_overwritten(texts, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tree(texts, tmp_path / "out")))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    assert main(["train", str(config)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(texts, tmp_path):
+    """Files may not grow beyond what the model needs: the optimizer's state does not fit."""
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tree(texts, tmp_path / "out", max_steps=2)))
+    assert main(["train", str(config)]) == 0
+    size = (tmp_path / "out" / "checkpoint-2" / "model.safetensors").stat().st_size
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out" / "checkpoint-2").iterdir()}
+    code = (
+        "import resource, sys; from titans_lm.cli import main;"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size + 4096}, {size + 4096}));"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    changes = ["--set", "training.resume=true", "--set", "training.max_steps=4"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", str(config), *changes],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "titans train: cannot write to" in done.stderr
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out" / "checkpoint-2").iterdir()} == before
+    assert not (tmp_path / "out" / "checkpoint-4").exists()
+
+
+def test_a_checkpoint_has_the_memory_that_goes_on(texts, tmp_path):
+    train(parse_settings(tree(texts, tmp_path / "out", max_steps=4, carried_steps=3, save_steps=4)))
+    model, _ = load(tmp_path / "out")
+    state = TitansState.load(tmp_path / "out" / "checkpoint-4" / "memory.safetensors", model)
+    assert state.position.tolist() == [32, 32]
