@@ -183,7 +183,7 @@ def test_stability_writes_what_it_found(tmp_path, capsys):
         period = int((~mask).sum())
         assert 8 <= period <= 24
         assert torch.equal(row[period:], row[:-period])
-    result = train_on_phrases({"memory_layers": 1, "memory_dim": 16}, 2)
+    result = train_on_phrases({"memory_layers": 1, "memory_dim": 16}, 2, 5000)
     assert result["finite"]
     assert result["finite_after_reading"]
     assert json.dumps(result)
