@@ -47,9 +47,10 @@ def phrases(batch: int, tokens: int, generator: torch.Generator) -> tuple[Tensor
 def train_on_phrases(
     changes: dict[str, Any], steps: int, read: int, dtype: str = "float32", seed: int = 0
 ) -> dict[str, Any]:
-    """Train a small memory model `steps` steps; what came of it: losses in nats, outer gradient norms, when not finite.
+    """Train a small memory model `steps` steps; what came of it: losses in nats, outer gradient norms.
 
-    `dtype` "bfloat16" trains under autocast. Then one token is read `read` times. Stops at the first loss that is not finite, or not finite gradient.
+    `dtype` "bfloat16" trains under autocast. At the end one token is read `read` times. Stops at the first loss or
+    gradient that is not finite.
     """
     torch.manual_seed(seed)
     torch.set_num_threads(1)
