@@ -19,6 +19,7 @@ from titans_lm.data import (
     stdlib_files,
     streamed,
     text_files,
+    text_pieces,
 )
 
 TOKENIZER = byte_tokenizer()
@@ -94,7 +95,7 @@ def test_what_is_not_text_is_named(tmp_path):
     bad = {
         "missing": (None, "does not exist"),
         "empty": (b" \n", "is empty"),
-        "latin": (b"caf\xe9", "is not text: byte 3"),
+        "latin": (b"caf\xe9", "not UTF-8"),
         "binary": (b"ab\0cd", "NUL"),
     }
     for name, (content, words) in bad.items():
@@ -106,6 +107,20 @@ def test_what_is_not_text_is_named(tmp_path):
         assert str(path) in str(error.value)
     with pytest.raises(ValueError, match="is a folder"):
         read_text(tmp_path)
+
+
+@settings(deadline=None, max_examples=50, derandomize=True)
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters="\0")), size=st.integers(1, 9))
+def test_pieces_of_a_file_are_its_text_and_end_where_lines_end(tmp_path_factory, text, size):
+    path = tmp_path_factory.mktemp("pieces") / "text"
+    path.write_bytes(text.encode())
+    if not text.strip():
+        with pytest.raises(ValueError, match="is empty"):
+            list(text_pieces(path, size))
+        return
+    pieces = list(text_pieces(path, size))
+    assert "".join(pieces) == text
+    assert all(piece.endswith("\n") for piece in pieces[:-1])
 
 
 def test_folders_give_their_files_in_order_and_others_are_named(tmp_path):

@@ -1,5 +1,6 @@
 """Text to tokens: files, folders, Hugging Face data sets; bytes by default; packed into blocks of equal length."""
 
+import codecs
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -68,26 +69,40 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np.int64]:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def read_text(path: str | Path) -> str:
-    """The text of one UTF-8 file. Raises ValueError or OSError that name it, if there is none to be had."""
-    path = Path(path)
+def text_pieces(path: str | Path, size: int = 1 << 20) -> Iterator[str]:
+    """The text of one UTF-8 file in pieces of about `size` bytes that end where a line ends, so that a file of any
+    length needs no more memory than a piece. Raises ValueError or OSError that name it, if there is none to be had."""
+    path, rest, seen = Path(path), "", 0
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give a text file")
+    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            while data := file.read(size):
+                rest += decoder.decode(data)
+                seen += len(data)
+                if "\0" in rest:
+                    raise ValueError(f"{path} is not text: it contains NUL bytes")
+                end = rest.rfind("\n") + 1
+                if end and not rest.isspace():
+                    yield rest[:end]
+                    rest = rest[end:]
+            rest += decoder.decode(b"", final=True)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; give the path of a text file") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text: it is not UTF-8") from None
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error.strerror}") from error
-    if not data.strip():
+    if seen == len(rest.encode()) and not rest.strip():  # nothing came before
         raise ValueError(f"{path} is empty; give a file with text in it")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text: byte {error.start} is not UTF-8") from None
-    if "\0" in text:
-        raise ValueError(f"{path} is not text: it contains NUL bytes")
-    return text
+    if rest:
+        yield rest
+
+
+def read_text(path: str | Path) -> str:
+    """The whole text of one UTF-8 file. Raises as `text_pieces` does."""
+    return "".join(text_pieces(path))
 
 
 def text_files(paths: Iterable[str], suffixes: Iterable[str]) -> list[Path]:

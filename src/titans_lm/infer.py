@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TextStreamer
 
 from titans_lm.config import TitansConfig
-from titans_lm.data import encode, read_text
+from titans_lm.data import encode, text_pieces
 from titans_lm.model import TitansForCausalLM
 from titans_lm.state import TitansState
 
@@ -56,19 +57,24 @@ def read(model: TitansForCausalLM, ids: Tensor, state: TitansState, piece: int =
 
 
 @torch.no_grad()
-def remember(model: TitansForCausalLM, ids: Tensor, state: TitansState, name: str, console: Console) -> None:
-    """Read ids `[1, T]` into `state`, with progress and rate."""
+def remember(
+    model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, state: TitansState, path: Path, console: Console
+) -> None:
+    """Read the text file `path` into `state`, of any length, with progress and rate; raises as `text_pieces` does."""
     columns = [
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.completed:,} tokens"),
-        TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(), TimeRemainingColumn(),
     ]  # fmt: skip
+    before, begun = int(state.position[0]), time.monotonic()
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(f"reading {name}", total=ids.shape[1], rate="")
-        for part in ids.to(model.device).split(PIECE, 1):
-            model(part, past_key_values=state, logits_to_keep=1)
-            progress.advance(bar, part.shape[1])
-            speed = progress.tasks[bar].speed
-            progress.update(bar, rate=f"{speed:,.0f} tokens/s" if speed else "")
+        bar = progress.add_task(f"reading {path.name}", total=path.stat().st_size, rate="")
+        for text in text_pieces(path):
+            ids = torch.as_tensor(encode(tokenizer, text))[None].to(model.device)
+            for part in ids.split(PIECE, 1):
+                model(part, past_key_values=state, logits_to_keep=1)
+                tokens = int(state.position[0]) - before
+                rate = f"{tokens:,} tokens, {tokens / (time.monotonic() - begun):,.0f} a second"
+                progress.update(bar, advance=len(text.encode()) * part.shape[1] / ids.shape[1], rate=rate)
 
 
 def go_on(
@@ -104,11 +110,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--prompt is empty: give at least one character to go on from")
     if arguments.save_memory and not arguments.save_memory.absolute().parent.is_dir():
         raise ValueError(f"--save-memory {arguments.save_memory}: its folder does not exist")
-    texts = [(path, read_text(path)) for path in arguments.context]  # all are readable before the work begins
+    for path in arguments.context:
+        next(text_pieces(path))  # all can be read, before the work begins
     model, tokenizer = load(arguments.model)
     state = TitansState.load(arguments.load_memory, model) if arguments.load_memory else model.initial_state(1)
-    for path, text in texts:
-        remember(model, torch.as_tensor(encode(tokenizer, text)).long()[None], state, path.name, console)
+    for path in arguments.context:
+        remember(model, tokenizer, state, path, console)
     read_so_far = int(state.position[0])
     console.print(f"{read_so_far:,} tokens read; the memory takes {state.nbytes / 2**20:.1f} MiB")
     if arguments.save_memory:
@@ -123,7 +130,7 @@ def _answer(
 ) -> None:
     torch.manual_seed(arguments.seed)
     sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {}
-    prompt = torch.as_tensor(encode(tokenizer, arguments.prompt)).long()[None].to(model.device)
+    prompt = torch.as_tensor(encode(tokenizer, arguments.prompt))[None].to(model.device)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     go_on(model, tokenizer, state, prompt, max_new_tokens=arguments.max_new_tokens, streamer=streamer,
           **(sampling or {"do_sample": False}))  # fmt: skip
