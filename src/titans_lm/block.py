@@ -155,6 +155,7 @@ def _memory(config: TitansConfig) -> NeuralMemory:
         clip=config.memory_clip,
         momentum=config.memory_momentum,
         forgetting=config.memory_forgetting,
+        alpha_bias=config.memory_alpha_bias,
         conv_size=config.memory_conv_size,
         init=config.memory_init,
         threshold=config.surprise_threshold,

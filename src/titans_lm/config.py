@@ -74,6 +74,8 @@ class TitansConfig(PreTrainedConfig):
     """Bound of each token's gradient at the memory's output; None: unbounded."""
     memory_momentum: bool = True
     memory_forgetting: bool = True
+    memory_alpha_bias: float = -6.0
+    """Where forgetting begins, before the sigmoid: -5 forgets over some 150 tokens, -8 over 3,000."""
     memory_conv_size: int = 4
     """Width of the causal convolutions on q, k, v; 1: none."""
     memory_loss_weight: float = 0.0

@@ -93,7 +93,7 @@ def _held_out(size: int) -> tuple[int, list[Path]]:
 
 def _settings(output: Path, minutes: float, held_out: int) -> Settings:
     return parse_settings({
-        "model": {"size": "tiny", "variant": "mag", "memory_chunk_size": 32, "memory_dim": 128},
+        "model": {"size": "tiny", "variant": "mag", "memory_chunk_size": 32, "memory_dim": 128, "memory_alpha_bias": -5.0},
         "data": {"files": [STDLIB], "held_out": held_out, "sequence_length": 256},
         "training": {
             "output_dir": str(output), "max_minutes": minutes, "max_steps": 100_000, "batch_size": 8,

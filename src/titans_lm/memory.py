@@ -23,9 +23,8 @@ from titans_lm.ops import (
     take,
 )
 
-THETA_BIAS, ALPHA_BIAS = -2.0, -6.0
-"""Where the step and forgetting begin, before the sigmoid: a small step, a memory that lasts some 400 tokens. (At -8
-it is still filling up at the end of a training sequence, and what it then does on longer texts was never trained.)"""
+THETA_BIAS = -2.0
+"""Where the step begins, before the sigmoid: small."""
 
 
 class NeuralMemoryState(NamedTuple):
@@ -78,6 +77,8 @@ class NeuralMemory(nn.Module):
         form: "residual", M(k) = k + norm(MLP(k)), the default because it stays finite; or the paper's "plain" MLP.
         clip: bound of each token's output gradient (see `ops.MemoryForm`); None: unbounded.
         momentum, forgetting: False fixes eta or alpha at 0.
+        alpha_bias: where forgetting begins, before the sigmoid: -5 forgets over some 150 tokens, -8 over 3,000. A memory
+            that has not settled within a training sequence was never trained on what it does after it.
         conv_size: width of the causal convolutions on q, k, v; 1: none.
         init: "learned": M_0 is a parameter. "zero": M_0(k) = 0, its last layer starts at 0.
         threshold: tokens whose reconstruction loss is not above it are not written (None: all are).
@@ -101,6 +102,7 @@ class NeuralMemory(nn.Module):
         clip: float | None = 1.0,
         momentum: bool = True,
         forgetting: bool = True,
+        alpha_bias: float = -6.0,
         conv_size: int = 4,
         init: Literal["learned", "zero"] = "learned",
         threshold: float | None = None,
@@ -114,7 +116,7 @@ class NeuralMemory(nn.Module):
         _check(counts, theta_max, form, init)
         self.heads, self.head_dim = heads, head_dim
         self.chunk_size, self.theta_max, self.clip, self.threshold = chunk_size, theta_max, clip, threshold
-        self.activation, self.backend = activation, backend
+        self.activation, self.backend, self.alpha_bias = activation, backend, alpha_bias
         inner = heads * self.head_dim
         self.q_proj = nn.Linear(dim, inner, bias=False)
         self.k_proj = nn.Linear(dim, inner, bias=False)
@@ -144,7 +146,7 @@ class NeuralMemory(nn.Module):
         if self.eta is not None:  # momentum begins to span about a chunk: 1 / (1 - eta) = C
             nn.init.constant_(self.eta.bias, math.log(max(self.chunk_size, 2) - 1))
         if self.alpha is not None:
-            nn.init.constant_(self.alpha.bias, ALPHA_BIAS)
+            nn.init.constant_(self.alpha.bias, self.alpha_bias)
         if self.norm_weight is not None and self.norm_bias is not None:
             nn.init.ones_(self.norm_weight)
             nn.init.zeros_(self.norm_bias)
