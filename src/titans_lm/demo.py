@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("demo"), help="folder for the model, the memory, the picture"
     )
-    parser.add_argument("--minutes", type=float, default=3.0, help="time to train")
+    parser.add_argument("--minutes", type=float, default=2.5, help="time to train")
     parser.add_argument("--bytes", type=int, default=TEXT_BYTES, help="length of the text that is read")
 
 
@@ -93,13 +93,13 @@ def _held_out(size: int) -> tuple[int, list[Path]]:
 
 def _settings(output: Path, minutes: float, held_out: int) -> Settings:
     return parse_settings({
-        "model": {"size": "tiny", "variant": "mag", "memory_chunk_size": 32, "memory_dim": 128, "memory_alpha_bias": -5.0},
+        "model": {"size": "tiny", "variant": "mag", "memory_chunk_size": 32, "memory_dim": 128,
+                  "memory_alpha_bias": -5.0},
         "data": {"files": [STDLIB], "held_out": held_out, "sequence_length": 256},
         "training": {
             "output_dir": str(output), "max_minutes": minutes, "max_steps": 100_000, "batch_size": 8,
             "carried_steps": 32, "learning_rate": 4e-3, "warmup": 0.03, "final_rate": 0.02,
-            "logging_steps": 25, "eval_steps": 100_000,
-            "save_steps": 100_000,
+            "logging_steps": 25, "eval_steps": 100_000, "save_steps": 100_000,
         },
     })  # fmt: skip
 

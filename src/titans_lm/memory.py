@@ -77,8 +77,8 @@ class NeuralMemory(nn.Module):
         form: "residual", M(k) = k + norm(MLP(k)), the default because it stays finite; or the paper's "plain" MLP.
         clip: bound of each token's output gradient (see `ops.MemoryForm`); None: unbounded.
         momentum, forgetting: False fixes eta or alpha at 0.
-        alpha_bias: where forgetting begins, before the sigmoid: -5 forgets over some 150 tokens, -8 over 3,000. A memory
-            that has not settled within a training sequence was never trained on what it does after it.
+        alpha_bias: where forgetting begins, before the sigmoid: -5 forgets over some 150 tokens, -8 over 3,000. What a
+            memory does after the length at which it settles was trained only if that is below a training sequence's.
         conv_size: width of the causal convolutions on q, k, v; 1: none.
         init: "learned": M_0 is a parameter. "zero": M_0(k) = 0, its last layer starts at 0.
         threshold: tokens whose reconstruction loss is not above it are not written (None: all are).
