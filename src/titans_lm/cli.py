@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable
 
@@ -31,6 +32,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     module = importlib.import_module(f"titans_lm.{verb}")
     parser = argparse.ArgumentParser(f"titans {verb}", description=VERBS[verb])
     module.add_arguments(parser)
+    _no_more_threads_than_cores()
     parsed = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = module.run
     try:
@@ -42,6 +44,14 @@ def _run(verb: str, arguments: list[str]) -> int:
         print(f"titans {verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _no_more_threads_than_cores() -> None:
+    """More threads than the cores this process may use slow small matmuls a hundredfold."""
+    import torch
+
+    if hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
 
 
 def train() -> int:
