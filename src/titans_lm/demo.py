@@ -27,7 +27,7 @@ from titans_lm.train import train
 TEXT_BYTES = 1_000_000
 PIECE = 4096
 """Bytes after which the third reading forgets, and over which bits are averaged."""
-ROWS = 16
+ROWS = 4
 """Pieces that the third reading reads side by side: they do not know of each other."""
 
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("demo"), help="folder for the model, the memory, the picture"
     )
-    parser.add_argument("--minutes", type=float, default=2.5, help="time to train")
+    parser.add_argument("--minutes", type=float, default=2.0, help="time to train")
     parser.add_argument("--bytes", type=int, default=TEXT_BYTES, help="length of the text that is read")
 
 
