@@ -186,7 +186,8 @@ def picture(readings: dict[str, Reading], path: Path) -> None:
     for (name, reading), colour in zip(readings.items(), ("C0", "C3", "C1"), strict=True):
         kilobytes = (torch.arange(len(reading.bits)) + 0.5) * PIECE / 1000
         above.plot(kilobytes, reading.bits, color=colour, alpha=0.2, linewidth=0.8)
-        above.plot(kilobytes, _smooth(reading.bits), color=colour, label=f"memory {name}")
+        style = "--" if name == "reset" else "-"  # it may lie on the line below
+        above.plot(kilobytes, _smooth(reading.bits), style, color=colour, label=f"memory {name}")
     above.set_ylabel("bits per byte")
     above.legend(frameon=False)
     above.set_title("Reading a text that was never seen, as one stream")
