@@ -11,6 +11,7 @@ from torch import Tensor
 
 from definition import Memory
 from titans_lm.memory import NeuralMemory, NeuralMemoryState
+from titans_lm.ops import MemoryForm, initial_state, memory_scan, retrieve
 from tolerance import assert_close, relative_error
 
 D, HEADS, CHUNK = 12, 2, 3
@@ -209,6 +210,24 @@ def test_a_half_precision_layer_keeps_its_memory_in_float32():
     assert {t.dtype for t in itertools.chain(*state.memory[:3])} == {torch.float32}
     expected, _ = memory.float()(inputs(2, 9).bfloat16().float())
     assert relative_error(y, expected) < 0.05
+
+
+def test_autocast_does_not_round_the_memory():
+    """Matrix products of the state stay in its own precision, to the last bit."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 9, HEADS, 8)
+    gates, weights = torch.rand(3, 2, 9, HEADS), (torch.randn(HEADS, 8, 6), torch.randn(HEADS, 6, 8))
+
+    def run(length: int) -> list[Tensor]:
+        inputs = (x[:, :length] for x in (q, k, v, *gates))
+        y, state = memory_scan(*inputs, initial_state(weights, 2), chunk_size=4)
+        return [y, *itertools.chain(*state[:3]), retrieve(q, state.weights, MemoryForm())]
+
+    for length in (9, 1):
+        expected = run(length)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = run(length)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_a_learned_first_memory_is_each_row_s_own():

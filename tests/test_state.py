@@ -110,18 +110,13 @@ def refused(path: Path, model: TitansForCausalLM, reason: str | None = None) -> 
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"memory_chunk_size": 8}, "configuration"),
-        ({"window_size": 6}, "configuration"),
-        ({"variant": "mal"}, "configuration"),
-        ({"memory_lr": 0.25}, "configuration"),
-        ({"rope_theta": 5000.0}, "configuration"),
-    ],
+    "changes",
+    [{"memory_chunk_size": 8}, {"window_size": 6}, {"variant": "mal"}, {"memory_lr": 0.25}, {"rope_theta": 5000.0}],
+    ids=str,
 )
-def test_another_configuration_is_refused(changes, reason, tmp_path):
+def test_another_configuration_is_refused(changes, tmp_path):
     _, path = saved(tmp_path)
-    refused(path, tiny_model("mag", torch.float32, **changes), reason)
+    refused(path, tiny_model("mag", torch.float32, **changes), "its configuration differs")
 
 
 @pytest.mark.parametrize(
@@ -132,12 +127,12 @@ def test_other_weights_are_refused(name, tmp_path):
     parameter = dict(model.named_parameters())[name]
     with torch.no_grad():
         parameter.view(-1)[0] = torch.nextafter(parameter.view(-1)[0], torch.tensor(9.0))
-    refused(path, model, "weights")
+    refused(path, model, "its weights differs")
 
 
 def test_weights_of_another_precision_are_refused(tmp_path):
     model, path = saved(tmp_path)
-    refused(path, model.double(), "weights")
+    refused(path, model.double(), "its weights differs")
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, 1000, -1000, -1])
@@ -322,6 +317,23 @@ def test_a_reset_holds_whatever_comes_next(kind, how, tmp_path):
     if kind != "full":  # attention over everything keeps the empty slots
         for name, tensor in state_tensors(state).items():
             assert_close(tensor, state_tensors(fresh_state)[name], name)
+
+
+@each_kind
+def test_nothing_of_what_was_read_is_left_after_a_reset(kind):
+    """Also not where no later token would see it: a file of the state holds nothing of it."""
+    model = tiny_model(kind)
+    (_, one), (_, other) = (read(model, tokens(2, READ, seed=seed)) for seed in (1, 2))
+    one.reset([1])
+    other.reset([1])
+    for name, tensor in state_tensors(one).items():
+        assert torch.equal(tensor[1], state_tensors(other)[name][1]), name
+
+
+def test_an_ended_segment_leaves_no_keys_and_values():
+    model = tiny_model("mac")
+    _, state = read(model, tokens(2, 2 * SEGMENT))
+    assert all((t == 0).all() for name, t in state_tensors(state).items() if ".attention." in name)
 
 
 @each_titan
