@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from titans_lm.ops.chunked import chunked, retrieve
+from titans_lm.ops.chunked import chunked
+from titans_lm.ops.mlp import retrieve
 from titans_lm.ops.naive import naive
 from titans_lm.ops.ragged import Layout, lay_out, left_align, restore, take
 from titans_lm.ops.step import step
