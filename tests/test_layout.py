@@ -24,7 +24,15 @@ ORDER = [
     ["cli"],
 ]
 """A module imports from modules before its own line, and none of its own line."""
-WITHIN_OPS = [["types", "ragged"], ["naive", "chunked"], ["step", "triton"], ["__init__"]]
+WITHIN_OPS = [
+    ["types", "ragged", "decays"],
+    ["naive", "mlp"],
+    ["chunk"],
+    ["group"],
+    ["chunked", "step"],
+    ["triton"],
+    ["__init__"],
+]
 
 
 def module_of(file: Path) -> str:

@@ -1,11 +1,13 @@
 """Laws of `memory_scan`: every form is the definition, any cut, padding is invisible, rows and the future are apart."""
 
+import gc
 import importlib
 import itertools
 import random
 import re
+import weakref
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jaxtyping
 import pytest
@@ -13,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from titans_lm.ops import (
     MemoryForm,
@@ -28,6 +31,7 @@ from titans_lm.ops import (
 )
 from tolerance import assert_close
 
+ops_chunked = importlib.import_module("titans_lm.ops.chunked")  # its name in the package is the function's
 B, H, K, HIDDEN = 2, 2, 4, 6
 law = settings(deadline=None, max_examples=25, derandomize=True)
 
@@ -204,6 +208,19 @@ def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 def test_chunked_is_naive_in_outputs_and_all_gradients(case: Case):
     x = make_inputs(case)
     assert_all_close(outputs_and_gradients(x, case, "chunked"), outputs_and_gradients(x, case, "naive"))
+
+
+@pytest.mark.parametrize("backend", ["naive", "chunked"])
+def test_asking_for_surprise_changes_no_number(backend: str):
+    case = Case(mask="random", residual=True, clip=0.7)
+    x = make_inputs(case)
+    asked = named(*scan(x, case, backend=backend))
+    y, state = memory_scan(
+        *(x[name] for name in TOKENS), make_state(x, case), chunk_size=case.chunk, form=make_form(x, case),
+        mask=x["mask"], backend=backend,
+    )  # fmt: skip
+    assert torch.equal(y, asked["y"])
+    assert all(torch.equal(w, asked[f"weights{layer}"]) for layer, w in enumerate(state.weights))
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -554,7 +571,9 @@ def test_a_call_leaves_its_inputs_and_the_given_state_alone():
         assert all(torch.equal(x[name], copy[name]) for name in x)
 
 
-def test_training_keeps_no_weights_per_chunk():
+def test_training_keeps_no_weights_per_chunk(monkeypatch):
+    monkeypatch.setattr(ops_chunked, "KEPT_BYTES", 0)
+
     def saved_weights(tokens: int) -> int:
         case = Case(tokens=tokens)
         x = make_inputs(case)
@@ -572,6 +591,36 @@ def test_training_keeps_no_weights_per_chunk():
 
     few, many = saved_weights(4 * 16), saved_weights(4 * 64)  # chunks x4, groups x2
     assert many <= 2 * few + 2
+
+
+@pytest.mark.parametrize("mask", ["none", "random"])
+def test_kept_and_computed_again_are_the_same(mask: str, monkeypatch):
+    case = Case(tokens=4 * 9 + 1, mask=mask, start="ragged", residual=True, clip=0.7)
+    x = make_inputs(case)
+    kept = outputs_and_gradients(x, case, "chunked")
+    monkeypatch.setattr(ops_chunked, "KEPT_BYTES", 0)
+    again = outputs_and_gradients(x, case, "chunked")
+    assert_all_close(again, kept)
+
+
+def test_activation_checkpointing_drops_what_a_call_keeps(monkeypatch):
+    case = Case(tokens=4 * 9)
+    x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
+    groups = weakref.WeakSet()
+
+    class Watched(ops_chunked.Group):
+        def __init__(self, *arguments: Any, **named: Any):
+            super().__init__(*arguments, **named)
+            groups.add(self)
+
+    monkeypatch.setattr(ops_chunked, "Group", Watched)
+    y = scan(x, case, backend="chunked")[0]
+    gc.collect()
+    assert len(groups) == 1
+    y = checkpoint(lambda: scan(x, case, backend="chunked")[0], use_reentrant=False)
+    gc.collect()
+    assert len(groups) == 0
+    y.sum().backward()
 
 
 # ------------------------------------------------------------------------------------------------ errors

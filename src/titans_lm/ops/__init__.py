@@ -89,9 +89,9 @@ def memory_scan(
     if form.norm is not None:
         form = form._replace(norm=(form.norm[0].to(dtype), form.norm[1].to(dtype)))
     with torch.autocast(q.device.type, enabled=False):  # state and decays are never rounded to half precision
-        y, state, seen = run(q.to(dtype), k.to(dtype), v.to(dtype), gates, state, chunk_size, form, mask)
+        y, state, seen = run(q.to(dtype), k.to(dtype), v.to(dtype), gates, state, chunk_size, form, mask, surprise)
     y = y.to(v.dtype)
-    return (y, state, seen) if surprise else (y, state)
+    return (y, state) if seen is None else (y, state, seen)
 
 
 def _check(

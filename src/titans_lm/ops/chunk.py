@@ -1,11 +1,8 @@
 """One chunk, forward and back, as matmuls; its letters and equations: README.md beside this file.
 
-A chunk's rows are `R = B * H`: every row of the batch and head reads its own memory. Per layer the weights and the
-momentum lie above one another in one `stack` [W'; S] `[R, 2 in, out]`, so that one product reads both,
-
-    Y = [A * H | B * H] @ [W'; S] - ((H X^T) * D) @ G,
-
-and one product writes both, [W'; S] <- .. - [D[C] * X | Em[C] * X]^T @ G. Buffers are made once for many chunks.
+A chunk's rows are `R = B * H`: every row of the batch and head reads its own memory. A, B, D and Em scale rows of a
+product: in the first layer they scale its inputs, which are known for all chunks before any state is; in later layers
+its outputs, which are narrow. Buffers are made once for many chunks.
 """
 
 from dataclasses import dataclass
@@ -30,6 +27,13 @@ class Form(NamedTuple):
     surprise: bool  # whether to say how unexpected each token was
 
 
+class Weights(NamedTuple):
+    """The state beside the anchor, per layer `[R, in, out]`; or the outer loss's gradient by it."""
+
+    w: Layers  # W'
+    s: Layers  # S
+
+
 @dataclass
 class Chunk:
     """What one chunk reads, and all that its forward pass leaves for its backward pass. Layers count from 0.
@@ -39,16 +43,18 @@ class Chunk:
 
     shift: Tensor  # [R, C, V], what `read_output` adds
     decay: Decays  # [R, C, 1], d [R, C, C]
-    h: Layers  # H_l, inputs of layer l for the queries          [R, C, in]
-    x: Layers  # X_l, the same for the keys                      [R, C, in]
-    reads: Layers  # [A * H | B * H]                             [R, C, 2 in]
-    writes: Layers  # [D[C] * X | Em[C] * X]                     [R, C, 2 in]
-    raw: Layers  # H X^T                                         [R, C, C]
-    scores: Layers  # (H X^T) * D                                [R, C, C]
-    z: Layers  # Z_l = X_l W_l                                   [R, C, out]
-    back: Layers  # G_{l+1} W_{l+1}^T, for all but the last      [R, C, out]
-    g: Layers  # G_l; 0 for a token that is not written          [R, C, out]
-    y: Layers  # Y_l                                             [R, C, out]
+    h: Layers  # H_l, inputs of layer l for the queries                   [R, C, in]
+    x: Layers  # X_l, the same for the keys                               [R, C, in]
+    reads_w: Layers  # A * H in the first layer, H W' in later ones       [R, C, in] or [R, C, out]
+    reads_s: Layers  # B * H, H S
+    writes_w: Layers  # D[C] * X in the first layer, D[C] * G in later ones
+    writes_s: Layers  # Em[C] * X, Em[C] * G
+    raw: Layers  # H X^T                                                  [R, C, C]
+    scores: Layers  # (H X^T) * D                                         [R, C, C]
+    z: Layers  # Z_l = X_l W_l                                            [R, C, out]
+    back: Layers  # G_{l+1} W_{l+1}^T, for all but the last               [R, C, out]
+    g: Layers  # G_l; 0 for a token that is not written                   [R, C, out]
+    y: Layers  # Y_l                                                      [R, C, out]
     output: Output | None = None
     written: Tensor | None = None  # [R, C, 1], where there is a threshold
     loss: Tensor | None = None  # [R, C], if asked for or needed
@@ -58,39 +64,40 @@ class Chunk:
         """What is left of the state at the chunk's end: A[C], B[C], E[C], each `[R, 1, 1]`."""
         return self.decay.a[:, -1:], self.decay.b[:, -1:], self.decay.e[:, -1:]
 
-
-def halves(stack: Tensor) -> tuple[Tensor, Tensor]:
-    """[W'; S] -> W', S."""
-    middle = stack.shape[1] // 2
-    return stack[:, :middle], stack[:, middle:]
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """What is left of each token's gradient then, in the weights and in the momentum: D[C], Em[C], `[R, C, 1]`."""
+        return self.decay.d[:, -1, :, None], self.decay.em
 
 
 # ------------------------------------------------------------------------------------------------ forward
 
 
-def read_chunk(c: Chunk, anchor: Layers, stack: Layers, after: Layers, form: Form) -> None:
-    """Read the chunk at `anchor` and `stack`, fill `c`, and put the state that follows into `after`.
-
-    `after` may be `stack` itself.
-    """
+def read_chunk(c: Chunk, anchor: Layers, state: Weights, after: Weights, form: Form) -> None:
+    """Read the chunk at `anchor` and `state`, fill `c`, and put the state that follows into `after`."""
     key_pass(c, anchor, form)
-    last = len(stack) - 1
-    for layer, state in enumerate(stack):
-        if layer > 0:
+    for layer, (w, s) in enumerate(zip(*state, strict=True)):
+        y = c.y[layer]
+        if layer == 0:
+            torch.bmm(c.reads_w[0], w, out=y).baddbmm_(c.reads_s[0], s)
+        else:
             h = activate(c.y[layer - 1], form.form, out=c.h[layer])
-            beside(h, c.decay.a, c.decay.b, out=c.reads[layer])
             torch.bmm(h, c.x[layer].mT, out=c.raw[layer])
             torch.mul(c.raw[layer], c.decay.d, out=c.scores[layer])
-        torch.bmm(c.reads[layer], state, out=c.y[layer])
-        c.y[layer].baddbmm_(c.scores[layer], c.g[layer], alpha=-1)
+            torch.bmm(h, w, out=c.reads_w[layer])
+            torch.bmm(h, s, out=c.reads_s[layer])
+            torch.mul(c.reads_w[layer], c.decay.a, out=y).addcmul_(c.reads_s[layer], c.decay.b)
+        y.baddbmm_(c.scores[layer], c.g[layer], alpha=-1)
     a, b, e = c.left()
-    for layer in range(last + 1):
-        if layer > 0:
-            beside(c.x[layer], c.decay.d[:, -1, :, None], c.decay.em, out=c.writes[layer])
-        (w, s), (new_w, new_s) = halves(stack[layer]), halves(after[layer])
+    for layer, (w, s, new_w, new_s) in enumerate(zip(*state, *after, strict=True)):
         torch.mul(w, a, out=new_w).addcmul_(s, b)
         torch.mul(s, e, out=new_s)
-        after[layer].baddbmm_(c.writes[layer].mT, c.g[layer], alpha=-1)
+        if layer == 0:
+            new_w.baddbmm_(c.writes_w[0].mT, c.g[0], alpha=-1)
+            new_s.baddbmm_(c.writes_s[0].mT, c.g[0], alpha=-1)
+        else:
+            for new, written, kept in zip((new_w, new_s), (c.writes_w, c.writes_s), c.kept(), strict=True):
+                torch.mul(c.g[layer], kept, out=written[layer])
+                new.baddbmm_(c.x[layer].mT, written[layer], alpha=-1)
 
 
 def key_pass(c: Chunk, anchor: Layers, form: Form) -> None:
@@ -115,68 +122,83 @@ def key_pass(c: Chunk, anchor: Layers, form: Form) -> None:
         c.g = [g * c.written for g in c.g]
 
 
-def beside(x: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """[left * x | right * x]: x `[..., C, in]`, left and right `[..., C, 1]` -> `[..., C, 2 in]`."""
-    width = x.shape[-1]
-    out = x.new_empty(*x.shape[:-1], 2 * width) if out is None else out
-    torch.mul(x, left, out=out[..., :width])
-    torch.mul(x, right, out=out[..., width:])
-    return out
-
-
 # ------------------------------------------------------------------------------------------------ back
 
 
 def back_chunk(
-    c: Chunk, d: Chunk, anchor: Layers, stack: Layers, by_anchor: Layers, by_stack: Layers, form: Form, loss: Tensor | None
+    c: Chunk,
+    d: Chunk,
+    anchor: Layers,
+    state: Weights,
+    by_anchor: Layers,
+    by_state: Weights,
+    form: Form,
+    loss: Tensor | None,
 ) -> Tensor | None:
     """The chunk's gradients, into `d`: a `Chunk` whose fields hold the outer loss's gradient by those of `c`.
 
-    Given are `d.y[-1]`, by Y_L, `loss` `[R, C, 1]`, by the reconstruction loss, and `by_stack`, by the state after
-    the chunk, which becomes that by `stack`. `by_anchor` is filled; of the first layer's fields reads, writes, scores,
+    Given are `d.y[-1]`, by Y_L, `loss` `[R, C, 1]`, by the reconstruction loss, and `by_state`, by the state after
+    the chunk, which becomes that by `state`. `by_anchor` is filled; of the first layer's fields reads, writes, scores,
     z and x (through Z_1 alone) are, and what they mean for the decays is left to the caller; `d.decay` is added to.
     Returns the gradient by the norm's weight, `[R, 1, V]`.
     """
-    _back_writes(c, d, stack, by_stack)
-    _back_reads(c, d, stack, by_stack, form)
+    for layer, parts in enumerate(zip(*state, *by_state, strict=True)):
+        _back_write(c, d, layer, parts)
+    for layer in range(len(anchor) - 1, -1, -1):
+        _back_read(c, d, layer, (state.w[layer], state.s[layer]), (by_state.w[layer], by_state.s[layer]))
+        if layer > 0:
+            times_slope(d.h[layer], c.y[layer - 1], form.form, out=d.y[layer - 1])
     return _back_keys(c, d, anchor, by_anchor, form, loss)
 
 
-def _back_writes(c: Chunk, d: Chunk, stack: Layers, by_stack: Layers) -> None:
+def _back_write(c: Chunk, d: Chunk, layer: int, parts: tuple[Tensor, ...]) -> None:
+    """W' <- A[C] W' + B[C] S - X^T (D[C] * G), S <- E[C] S - X^T (Em[C] * G)."""
+    w, s, by_w, by_s = parts
+    if layer == 0:  # (D[C] * X)^T G
+        minus_bmm(c.g[0], by_w.mT, out=d.writes_w[0])
+        minus_bmm(c.g[0], by_s.mT, out=d.writes_s[0])
+        minus_bmm(c.writes_w[0], by_w, out=d.g[0]).baddbmm_(c.writes_s[0], by_s, alpha=-1)
+    else:
+        minus_bmm(c.x[layer], by_w, out=d.writes_w[layer])
+        minus_bmm(c.x[layer], by_s, out=d.writes_s[layer])
+        by = (d.writes_w[layer], d.writes_s[layer])
+        back_scales(by, c.g[layer], c.kept(), d.kept(), out=d.g[layer])
+        minus_bmm(c.writes_w[layer], by_w.mT, out=d.x[layer]).baddbmm_(c.writes_s[layer], by_s.mT, alpha=-1)
     a, b, e = c.left()
-    by_a, by_b, by_e = d.left()
-    for layer, (state, gradient) in enumerate(zip(stack, by_stack, strict=True)):
-        minus_bmm(c.writes[layer], gradient, out=d.g[layer])
-        minus_bmm(c.g[layer], gradient.mT, out=d.writes[layer])
-        (w, s), (by_w, by_s) = halves(state), halves(gradient)
-        for total, x, by in ((by_a, w, by_w), (by_b, s, by_w), (by_e, s, by_s)):
-            total += (x * by).sum((1, 2), keepdim=True)
-        by_s.mul_(e).addcmul_(by_w, b)
-        by_w.mul_(a)
+    for total, at, gradient in zip(d.left(), (w, s, s), (by_w, by_w, by_s), strict=True):
+        total += (at * gradient).sum((1, 2), keepdim=True)
+    by_s.mul_(e).addcmul_(by_w, b)
+    by_w.mul_(a)
 
 
-def _back_reads(c: Chunk, d: Chunk, stack: Layers, by_stack: Layers, form: Form) -> None:
-    for layer in range(len(stack) - 1, -1, -1):
-        y = d.y[layer]
-        torch.bmm(y, stack[layer].mT, out=d.reads[layer])
-        by_stack[layer].baddbmm_(c.reads[layer].mT, y)
-        minus_bmm(y, c.g[layer].mT, out=d.scores[layer])
-        d.g[layer].baddbmm_(c.scores[layer].mT, y, alpha=-1)
-        if layer > 0:
-            decay, total = c.decay, d.decay
-            raw = torch.mul(d.scores[layer], decay.d, out=d.raw[layer])
-            total.d.addcmul_(d.scores[layer], c.raw[layer])
-            back_beside(d.reads[layer], c.h[layer], (decay.a, decay.b), (total.a, total.b), out=d.h[layer])
-            left, by_left = (x.d[:, -1, :, None] for x in (decay, total))
-            back_beside(d.writes[layer], c.x[layer], (left, decay.em), (by_left, total.em), out=d.x[layer])
-            d.h[layer].baddbmm_(raw, c.x[layer])
-            d.x[layer].baddbmm_(raw.mT, c.h[layer])
-            times_slope(d.h[layer], c.y[layer - 1], form.form, out=d.y[layer - 1])
+def _back_read(c: Chunk, d: Chunk, layer: int, state: tuple[Tensor, Tensor], by_state: tuple[Tensor, Tensor]) -> None:
+    """Y = A * (H W') + B * (H S) - ((H X^T) * D) G."""
+    (w, s), (by_w, by_s), y = state, by_state, d.y[layer]
+    minus_bmm(y, c.g[layer].mT, out=d.scores[layer])
+    d.g[layer].baddbmm_(c.scores[layer].mT, y, alpha=-1)
+    if layer == 0:  # (A * H) W'
+        torch.bmm(y, w.mT, out=d.reads_w[0])
+        torch.bmm(y, s.mT, out=d.reads_s[0])
+        by_w.baddbmm_(c.reads_w[0].mT, y)
+        by_s.baddbmm_(c.reads_s[0].mT, y)
+        return
+    h, x, decay, total = c.h[layer], c.x[layer], c.decay, d.decay
+    for read, scale, by_scale, by_read in (
+        (c.reads_w[layer], decay.a, total.a, d.reads_w[layer]),
+        (c.reads_s[layer], decay.b, total.b, d.reads_s[layer]),
+    ):
+        by_scale += (read * y).sum(-1, keepdim=True)
+        torch.mul(y, scale, out=by_read)
+    torch.bmm(d.reads_w[layer], w.mT, out=d.h[layer]).baddbmm_(d.reads_s[layer], s.mT)
+    by_w.baddbmm_(h.mT, d.reads_w[layer])
+    by_s.baddbmm_(h.mT, d.reads_s[layer])
+    total.d.addcmul_(d.scores[layer], c.raw[layer])
+    raw = torch.mul(d.scores[layer], decay.d, out=d.raw[layer])
+    d.h[layer].baddbmm_(raw, x)
+    d.x[layer].baddbmm_(raw.mT, h)
 
 
-def _back_keys(
-    c: Chunk, d: Chunk, anchor: Layers, by_anchor: Layers, form: Form, loss: Tensor | None
-) -> Tensor | None:
+def _back_keys(c: Chunk, d: Chunk, anchor: Layers, by_anchor: Layers, form: Form, loss: Tensor | None) -> Tensor | None:
     last = len(anchor) - 1
     if c.written is not None:
         for g in d.g:
@@ -199,15 +221,18 @@ def _back_keys(
     return top.weight
 
 
-def back_beside(
-    gradient: Tensor, x: Tensor, sides: tuple[Tensor, Tensor], totals: tuple[Tensor, Tensor], out: Tensor | None = None
+def back_scales(
+    by: tuple[Tensor, Tensor],
+    x: Tensor,
+    scales: tuple[Tensor, Tensor],
+    totals: tuple[Tensor, Tensor],
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The gradient by x of `beside(x, *sides)`; those by the sides are added to `totals`."""
-    halves_of_it = gradient.chunk(2, -1)
-    for total, by in zip(totals, halves_of_it, strict=True):
-        total += (x * by).sum(-1, keepdim=True)
+    """The gradient by x, given those `by` scales[0] * x and scales[1] * x; those by the scales go into `totals`."""
+    for scale_total, gradient in zip(totals, by, strict=True):
+        scale_total += (x * gradient).sum(-1, keepdim=True)
     out = torch.empty_like(x) if out is None else out
-    return torch.mul(halves_of_it[0], sides[0], out=out).addcmul_(halves_of_it[1], sides[1])
+    return torch.mul(by[0], scales[0], out=out).addcmul_(by[1], scales[1])
 
 
 def minus_bmm(x: Tensor, y: Tensor, out: Tensor) -> Tensor:

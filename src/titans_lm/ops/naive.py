@@ -60,7 +60,8 @@ def naive(
     chunk_size: int,
     form: MemoryForm,
     mask: Tensor | None,
-) -> tuple[Tensor, MemoryState, Surprise]:
+    surprise: bool = True,
+) -> tuple[Tensor, MemoryState, Surprise | None]:
     """Equations 10 to 15 over q, k `[B, T, H, K]`, v `[B, T, H, V]`, gates (theta, eta, alpha) `[B, T, H]`.
 
     `mask` `[B, T]`: False tokens are not there: no write, no decay, no step in the chunk, output 0.
@@ -84,8 +85,8 @@ def naive(
         losses.append(loss * here[:, None])
         norms.append(norm * here[:, None])
     anchor = where_rows(position == 0, weights, anchor)
-    surprise = Surprise(_stack(losses, q[..., 0]), _stack(norms, q[..., 0]))
-    return _stack(outputs, v), MemoryState(anchor, weights, momentum, position), surprise
+    seen = Surprise(_stack(losses, q[..., 0]), _stack(norms, q[..., 0])) if surprise else None
+    return _stack(outputs, v), MemoryState(anchor, weights, momentum, position), seen
 
 
 def _stack(tokens: list[Tensor], empty: Tensor) -> Tensor:
