@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titans_lm.ops.chunk import Chunk, Form, Layers, Weights, back_chunk, back_scales, read_chunk
-from titans_lm.ops.decays import Decays, decays
+from titans_lm.ops.decays import Decays, back_decays, decays
 from titans_lm.ops.mlp import through_norm
 from titans_lm.ops.types import NORM_EPS, MemoryForm
 
@@ -16,23 +16,24 @@ Norm = tuple[Tensor, Tensor]
 
 
 class Tokens(NamedTuple):
-    """What a span of chunks reads: `[N, R, C, *]`, N chunks, R = B * H rows, all contiguous."""
+    """What is read: `[B, S, H, *]` of a span; `[N, R, C, *]` of a group, N chunks, R = B * H rows, contiguous."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    theta: Tensor  # [N, R, C], and eta, alpha
+    theta: Tensor  # without the last dimension; and eta, alpha
     eta: Tensor
     alpha: Tensor
 
 
 class Span(NamedTuple):
-    """How to read a span."""
+    """How to read a span, and in a `Group`, a group."""
 
     form: MemoryForm
     surprise: bool
+    width: int  # C
     at_boundary: bool  # every chunk begins here; else the span completes one chunk that an earlier call began
-    present: Tensor | None  # [N, R, C], which slots hold a token
+    present: Tensor | None  # [B, S] or [N, R, C], which slots hold a token
 
 
 class Group:
@@ -41,11 +42,7 @@ class Group:
     def __init__(self, tokens: Tokens, span: Span, norm: Norm | None, shapes: list[tuple[int, int]], keep: bool):
         self.tokens, self.span, self.norm, self.shapes, self.keep = tokens, span, norm, shapes, keep
         self.form = Form(span.form, None if norm is None else norm[0], span.surprise)
-        with torch.set_grad_enabled(keep):
-            self.gates = tuple(gate.detach().requires_grad_(keep) for gate in tokens[3:])
-            theta, eta, alpha = self.gates
-            self.decay_graph = decays(theta, eta, alpha, span.present)
-        self.decay = Decays(*(part.detach() for part in self.decay_graph))
+        self.decay, self.gates = decays(*tokens[3:], span.present)
         q, k, v = tokens[:3]
         a, b, _, d, em = self.decay
         self.shift = -v if norm is None else k - v + norm[1]
@@ -189,9 +186,7 @@ def _back_first(
     if weight is not None:
         by_q, by_k = by_q + by_output, by_k + by_shift
         norm = (weight, (by_output + by_shift).sum((0, 2)).unsqueeze(1))
-    with torch.enable_grad():
-        gates = torch.autograd.grad(group.decay_graph, group.gates, by_decay, retain_graph=True)
-    return Gradients(Tokens(by_q, by_k, -by_shift, *gates), norm)
+    return Gradients(Tokens(by_q, by_k, -by_shift, *back_decays(by_decay, group.gates)), norm)
 
 
 Seen = tuple[Tensor, Tensor | None, Tensor | None]
