@@ -7,10 +7,11 @@ import torch
 
 from conftest import tiny_config
 from titans_lm import TitansForCausalLM, TitansState
+from titans_lm.checkpoint import load
 from titans_lm.cli import main
 from titans_lm.data import byte_tokenizer, encode
 from titans_lm.demo import PIECE, read_three_ways, tenths
-from titans_lm.infer import go_on, load, read
+from titans_lm.reader import go_on, read
 
 
 @pytest.fixture(scope="module")

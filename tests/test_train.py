@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from titans_lm import TitansState
+from titans_lm.checkpoint import load
 from titans_lm.cli import main
-from titans_lm.infer import load
 from titans_lm.settings import load_settings, parse_settings
 from titans_lm.train import TitansTrainer, train
 

@@ -8,6 +8,7 @@ from titans_lm.ops import MemoryState, Surprise, memory_scan
 if find_spec("transformers") is not None:  # the operation and the layer need torch alone
     from titans_lm.config import DEFAULT_CONFIG, VARIANT_CONFIGS, TitansConfig, preset
     from titans_lm.model import TitansForCausalLM, TitansModel
+    from titans_lm.reader import Reader
     from titans_lm.state import TitansState
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "MemoryState",
     "NeuralMemory",
     "NeuralMemoryState",
+    "Reader",
     "Surprise",
     "TitansConfig",
     "TitansForCausalLM",

@@ -9,10 +9,14 @@ from collections.abc import Callable
 VERBS = {
     "train": "train a model from a YAML file",
     "infer": "read a text of any length, remember it, answer or go on",
+    "read": "read texts into a memory file; go on after an interruption",
+    "memory": "show, verify, fork and compare memory files",
     "stability": "which forms of the memory stay finite on text that repeats",
     "demo": "train a small model, read a long text, see what memory adds",
 }
-"""Each is a module of this package with `add_arguments(parser)` and `run(arguments)`."""
+"""Each is a module of this package with `add_arguments(parser)` and `run(arguments)`, which may return a status."""
+_MODULES = {"read": "reader", "memory": "memories"}
+"""Where they are not of the verb's name."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,21 +33,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
-    module = importlib.import_module(f"titans_lm.{verb}")
+    module = importlib.import_module(f"titans_lm.{_MODULES.get(verb, verb)}")
     parser = argparse.ArgumentParser(f"titans {verb}", description=VERBS[verb])
     module.add_arguments(parser)
     _no_more_threads_than_cores()
     parsed = parser.parse_args(arguments)
-    run: Callable[[argparse.Namespace], None] = module.run
+    run: Callable[[argparse.Namespace], int | None] = module.run
     try:
-        run(parsed)
+        return run(parsed) or 0
     except KeyboardInterrupt as interruption:
         print(": ".join([f"titans {verb}: interrupted", *map(str, interruption.args)]), file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"titans {verb}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _no_more_threads_than_cores() -> None:

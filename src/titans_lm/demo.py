@@ -16,9 +16,10 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from titans_lm.checkpoint import load
 from titans_lm.data import STDLIB, encode, read_text, stdlib_files
-from titans_lm.infer import go_on, load, read
 from titans_lm.model import TitansForCausalLM
+from titans_lm.reader import go_on, read
 from titans_lm.record import provenance, write_json
 from titans_lm.settings import Settings, parse_settings
 from titans_lm.state import TitansState

@@ -1,137 +1,144 @@
-"""`titans infer`: read texts of any length in constant memory, remember them, and go on."""
+"""`titans infer`: answer prompts, or converse, with a memory of what was read before."""
 
 import argparse
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors import SafetensorError
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from titans_lm.config import TitansConfig
-from titans_lm.data import encode, text_pieces
+from titans_lm.checkpoint import load
+from titans_lm.data import text_pieces
 from titans_lm.model import TitansForCausalLM
+from titans_lm.reader import Reader, answer, show
 from titans_lm.state import TitansState
 
-PIECE = 4096
-"""Tokens of one call: enough to keep the processor busy; memory use does not depend on the text's length."""
-
-
-def load(folder: Path) -> tuple[TitansForCausalLM, PreTrainedTokenizerBase]:
-    """The model and tokenizer that `titans train` or `save_pretrained` wrote.
-
-    Raises ValueError for a folder that is not a Titans checkpoint, or whose files are damaged.
-    """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a model: it has no config.json; `titans train` writes such folders")
-    try:
-        kind = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
-        if kind != TitansConfig.model_type:
-            raise ValueError(f"its config.json is of a model of type {kind!r}")
-        model, report = TitansForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{folder} cannot be loaded as a Titans model: {error}") from error
-    foreign = sorted(report["missing_keys"] | report["unexpected_keys"])
-    if foreign:
-        raise ValueError(
-            f"{folder} does not hold the weights of this model: {foreign[0]!r} does not match its config.json"
-        )
-    return model.eval(), tokenizer
-
-
-@torch.no_grad()
-def read(model: TitansForCausalLM, ids: Tensor, state: TitansState, piece: int = PIECE) -> Iterator[tuple[Tensor, Any]]:
-    """Read ids `[B, T]` on from `state`, which is updated, `piece` tokens a call; yields (ids, output) of each call.
-
-    Outputs have all logits and the surprise of each layer.
-    """
-    for part in ids.split(piece, 1):
-        yield part, model(part, past_key_values=state, output_surprise=True)
-
-
-@torch.no_grad()
-def remember(
-    model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, state: TitansState, path: Path, console: Console
-) -> None:
-    """Read the text file `path` into `state`, of any length, with progress and rate; raises as `text_pieces` does."""
-    columns = [
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-    ]  # fmt: skip
-    before, begun = int(state.position[0]), time.monotonic()
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(f"reading {path.name}", total=path.stat().st_size, rate="")
-        for text in text_pieces(path):
-            ids = torch.as_tensor(encode(tokenizer, text))[None].to(model.device)
-            for part in ids.split(PIECE, 1):
-                model(part, past_key_values=state, logits_to_keep=1)
-                tokens = int(state.position[0]) - before
-                rate = f"{tokens:,} tokens, {tokens / (time.monotonic() - begun):,.0f} a second"
-                progress.update(bar, advance=len(text.encode()) * part.shape[1] / ids.shape[1], rate=rate)
-
-
-def go_on(
-    model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, state: TitansState, prompt: Tensor, **options: Any
-) -> Tensor:
-    """Generate after `prompt` `[1, T]`, T >= 1, which the state has not read; returns prompt and continuation.
-
-    `options` are those of transformers' `generate`. The state itself is left as it is.
-    """
-    return model.generate(prompt, past_key_values=state.continuation(), pad_token_id=tokenizer.pad_token_id, **options)
+HELP = "/save FILE writes the memory, /reset goes back to where this conversation began, /quit or Ctrl-D ends it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="a folder that titans train wrote")
     parser.add_argument("--context", type=Path, nargs="+", default=[], help="texts to read first, in this order")
-    parser.add_argument("--prompt", help="text to go on from; none: nothing is generated")
+    parser.add_argument("--prompt", nargs="+", help="text to go on from; of several each has a fork of the memory")
+    parser.add_argument("--interactive", action="store_true", help="converse: a prompt a line, all in one memory")
     parser.add_argument("--load-memory", type=Path, help="go on from this memory file")
     parser.add_argument("--save-memory", type=Path, help="write what was learned from the context to this file")
+    parser.add_argument("--frozen", action="store_true", help="prompts are read without writing to the memory")
     parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--stop", nargs="+", metavar="TEXT", help="an answer ends with one of these")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--seed", type=int, default=0)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    _check(arguments)
     console = Console(stderr=True)
+    for path in arguments.context:
+        next(text_pieces(path))  # all can be read, before the work begins
+    model, tokenizer = load(arguments.model)
+    reader = Reader(model, tokenizer)
+    if arguments.load_memory:
+        reader.state = TitansState.load(arguments.load_memory, model)
+    if arguments.context:
+        show(reader, arguments.context, console)
+    state = reader.state
+    console.print(f"{int(state.position[0]):,} tokens read; the memory takes {state.nbytes / 2**20:.1f} MiB")
+    if arguments.save_memory:
+        state.save(arguments.save_memory)
+        console.print(f"memory saved to {arguments.save_memory}")
+    torch.manual_seed(arguments.seed)
+    state.frozen = arguments.frozen
+    if arguments.prompt:
+        _answer(model, tokenizer, state.select([0] * len(arguments.prompt)), arguments.prompt, _options(arguments))
+    if arguments.interactive:
+        _converse(model, tokenizer, state, console, _options(arguments))
+
+
+def _check(arguments: argparse.Namespace) -> None:
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
     if arguments.temperature < 0:
         raise ValueError(f"--temperature must not be negative, got {arguments.temperature}")
-    if arguments.prompt is None and not (arguments.context and arguments.save_memory):
-        raise ValueError("nothing to do: give --prompt TEXT, or --context FILE with --save-memory FILE, or both")
-    if arguments.prompt == "":
+    if not (arguments.prompt or arguments.interactive or (arguments.context and arguments.save_memory)):
+        raise ValueError(
+            "nothing to do: give --prompt TEXT or --interactive, or --context FILE with --save-memory FILE"
+        )
+    if arguments.prompt and not all(arguments.prompt):
         raise ValueError("--prompt is empty: give at least one character to go on from")
+    if arguments.stop and not all(arguments.stop):
+        raise ValueError("--stop is empty: give at least one character to stop at")
     if arguments.save_memory and not arguments.save_memory.absolute().parent.is_dir():
         raise ValueError(f"--save-memory {arguments.save_memory}: its folder does not exist")
-    for path in arguments.context:
-        next(text_pieces(path))  # all can be read, before the work begins
-    model, tokenizer = load(arguments.model)
-    state = TitansState.load(arguments.load_memory, model) if arguments.load_memory else model.initial_state(1)
-    for path in arguments.context:
-        remember(model, tokenizer, state, path, console)
-    read_so_far = int(state.position[0])
-    console.print(f"{read_so_far:,} tokens read; the memory takes {state.nbytes / 2**20:.1f} MiB")
-    if arguments.save_memory:
-        state.save(arguments.save_memory)
-        console.print(f"memory saved to {arguments.save_memory}")
-    if arguments.prompt is not None:
-        _answer(model, tokenizer, state, arguments)
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of `generate`."""
+    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {}
+    stop = {"stop_strings": arguments.stop} if arguments.stop else {}
+    return {"max_new_tokens": arguments.max_new_tokens, **sampling, **stop}
 
 
 def _answer(
-    model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, state: TitansState, arguments: argparse.Namespace
+    model: TitansForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    state: TitansState,
+    prompts: list[str],
+    options: dict[str, Any],
+) -> TitansState:
+    """Prompt and answer on the screen, as they come where there is one. -> the memory after them"""
+    if len(prompts) == 1:
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+        _, state = answer(model, tokenizer, state, prompts, streamer=streamer, **options)
+        sys.stdout.flush()
+        return state
+    answers, state = answer(model, tokenizer, state, prompts, **options)
+    for prompt, text in zip(prompts, answers, strict=True):
+        print(prompt + text)
+    return state
+
+
+def _converse(
+    model: TitansForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    begin: TitansState,
+    console: Console,
+    options: dict[str, Any],
 ) -> None:
-    torch.manual_seed(arguments.seed)
-    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {}
-    prompt = torch.as_tensor(encode(tokenizer, arguments.prompt))[None].to(model.device)
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    go_on(model, tokenizer, state, prompt, max_new_tokens=arguments.max_new_tokens, streamer=streamer,
-          **(sampling or {"do_sample": False}))  # fmt: skip
-    sys.stdout.flush()
+    """Prompts from standard input, one a line, until it ends."""
+    state = begin
+    console.print(HELP, highlight=False)
+    while line := _line(console):
+        command, _, file = line.strip().partition(" ")
+        if command == "/quit":
+            return
+        if command == "/reset":
+            state = begin
+        elif command == "/save":
+            _save(state, file.strip(), console)
+        else:
+            state = _answer(model, tokenizer, state, [line], options)
+
+
+def _line(console: Console) -> str | None:
+    """The next line with something on it; None at the end."""
+    while True:
+        if sys.stdin.isatty():
+            console.print("> ", end="")
+        line = sys.stdin.readline()
+        if not line:
+            return None
+        if line.strip():
+            return line
+
+
+def _save(state: TitansState, file: str, console: Console) -> None:
+    """What is wrong does not end the conversation."""
+    try:
+        if not file:
+            raise ValueError("/save needs the name of a file")
+        state.save(file)
+        console.print(f"memory saved to {file}")
+    except (ValueError, OSError) as error:
+        console.print(str(error), style="red", markup=False)

@@ -1,6 +1,9 @@
 """Tokens -> embedding -> blocks -> logits and loss, as transformers models; registered with its Auto classes."""
 
+import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,9 @@ from titans_lm.config import TitansConfig
 from titans_lm.memory import NeuralMemory, ShortConvolution
 from titans_lm.ops import Surprise, left_align, restore, take
 from titans_lm.state import TitansState, start_rows
+
+DIGESTS = "digests.json"
+"""In a saved model's folder: the SHA-256 of its configuration and weight files."""
 
 
 @dataclass
@@ -60,6 +66,15 @@ class TitansPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, TitansBlock) and module.persistent is not None:
             init.normal_(module.persistent, std=1.0)
+
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **options: Any) -> None:
+        """As transformers', and the digests of what was written, by which `titans` knows a damaged folder."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
+        if is_main_process:
+            folder = Path(save_directory)
+            files = [folder / "config.json", *sorted(folder.glob("model*.safetensors*"))]
+            digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+            (folder / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n")
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

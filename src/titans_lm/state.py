@@ -2,24 +2,22 @@
 
 import hashlib
 import json
-import os
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 from transformers import Cache
 
+from titans_lm import memory_file
 from titans_lm.block import LayerState
+from titans_lm.memory_file import Card, Source
 
 if TYPE_CHECKING:
     from titans_lm.model import TitansModel
 
-FORMAT = "titans-lm memory 1"
 _IDENTITY_FREE = {
     "pad_token_id",
     "bos_token_id",
@@ -47,6 +45,8 @@ class TitansState(Cache):
         """True: what follows is read but not written to the memory."""
         self.columns = 0
         """Columns of `input_ids` so far, padding included: what `generate` calls the sequence length."""
+        self.sources: list[Source] = []
+        """What was read, as far as a `Reader` read it; kept in memory files."""
         self._model = weakref.ref(model)
 
     # ------------------------------------------------------------------------------------------ as a value
@@ -75,6 +75,10 @@ class TitansState(Cache):
         index = torch.as_tensor(rows, device=self.position.device)
         return self._with(lambda t: t[index])
 
+    def shared(self) -> "TitansState":
+        """The same memory in another object: what one reads does not change the other."""
+        return self._with(lambda t: t)
+
     def continuation(self) -> "TitansState":
         """A fork whose sequence length is 0, for `generate(new_ids, past_key_values=state.continuation())`: only tokens
         that it has not read are passed (otherwise `generate` expects those that it has read before them)."""
@@ -86,27 +90,18 @@ class TitansState(Cache):
         """Forget everything, in these rows or in all: they begin anew with the model's first memory."""
         if rows is None:
             rows = list(range(self.batch_size))
-            self.columns = 0
+            self.columns, self.sources = 0, []
         keep = torch.ones(self.batch_size, dtype=torch.bool, device=self.position.device)
         keep[torch.as_tensor(rows, device=keep.device)] = False
         self._apply(lambda t: torch.where(keep.view(-1, *[1] * (t.dim() - 1)), t, torch.zeros_like(t)))
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file with a fingerprint of the model's configuration and weights; whole or not at all."""
+    def save(self, path: str | Path) -> Card:
+        """Write a memory file (see `memory_file`): whole or not at all. -> what it says of itself."""
         model = self._model()
         if model is None:
             raise ValueError("the model that this state belongs to no longer exists; save the state before it goes")
-        metadata = {"format": FORMAT, **fingerprints(model), "columns": str(self.columns)}
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self._tensors().items()}
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            beside.write_bytes(serialize(tensors, metadata))
-            os.replace(beside, path)
-        except OSError as error:
-            raise OSError(f"cannot write {path}: {error.strerror}") from error
-        finally:
-            beside.unlink(missing_ok=True)
+        card = Card(**identity(model), columns=self.columns, sources=self.sources)
+        return memory_file.write(path, self._tensors(), card)
 
     @classmethod
     def load(cls, path: str | Path, model: "TitansModel") -> "TitansState":
@@ -117,25 +112,20 @@ class TitansState(Cache):
         model = model.base_model
         with torch.no_grad():
             state = model.initial_state(1)
-        try:
-            with safe_open(path, "pt", device=str(model.device)) as file:
-                metadata = file.metadata() or {}
-                _check_metadata(path, metadata, fingerprints(model))
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-                _check_shapes(path, shapes, state._tensors(), model.config.window_size)
-                tensors = {name: file.get_tensor(name) for name in shapes}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a memory file, or is damaged: {error}") from None
-        except OSError as error:
-            raise OSError(f"memory file {path} cannot be read: {error}") from error
-        for name, tensor in state._tensors().items():
+        tensors, card = memory_file.read(path)
+        for part, value in identity(model).items():
+            if getattr(card, part) != value:
+                raise ValueError(f"{path} belongs to another model: its {part} differs from this model's")
+        expected = state._tensors()
+        _check_shapes(path, {name: tuple(t.shape) for name, t in tensors.items()}, expected, model.config.window_size)
+        for name, tensor in expected.items():
             if tensors[name].is_floating_point() != tensor.is_floating_point():
                 raise ValueError(f"{path} does not fit this model: {name!r} is {tensors[name].dtype}")
-        names = iter(state._tensors())
+        names = iter(expected)
         for layer in range(len(state.memories)):
-            state.memories[layer] = _map(state.memories[layer], lambda _: tensors[next(names)])
-        state.position = tensors["position"]
-        state.columns = int(metadata["columns"])
+            state.memories[layer] = _map(state.memories[layer], lambda _: tensors[next(names)].to(model.device))
+        state.position = tensors["position"].to(model.device)
+        state.columns, state.sources = card.columns, list(card.sources)
         return state
 
     # ------------------------------------------------------------------------------------------ as a Cache
@@ -205,6 +195,7 @@ class TitansState(Cache):
     def _with(self, function: Callable[[Tensor], Tensor]) -> "TitansState":
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
+        other.sources = list(self.sources)
         other._apply(function)
         return other
 
@@ -241,27 +232,19 @@ def start_rows(fresh: Tensor, begin: LayerState, layer: LayerState) -> LayerStat
 # ------------------------------------------------------------------------------------------------ files
 
 
-def fingerprints(model: "TitansModel") -> dict[str, str]:
-    """SHA-256 of what the model is (its configuration) and of what it has learned (every parameter's bytes)."""
+def identity(model: "TitansModel") -> dict[str, str]:
+    """What the model is: in words, and the SHA-256 of its configuration and of every parameter's bytes."""
     own = {k: v for k, v in model.config.own_fields().items() if k not in _IDENTITY_FREE}
-    weights = hashlib.sha256()
+    weights, count = hashlib.sha256(), 0
     for name, parameter in sorted(model.base_model.named_parameters()):
         weights.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         weights.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        count += parameter.numel()
     return {
         "configuration": hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest(),
         "weights": weights.hexdigest(),
+        "model": f"{model.config.variant}, {model.config.num_hidden_layers} layers, {count:,} parameters",
     }
-
-
-def _check_metadata(path: str | Path, found: dict[str, str], expected: dict[str, str]) -> None:
-    if found.get("format") != FORMAT or not found.get("columns", "").isdigit():
-        raise ValueError(
-            f"{path} is not a memory file of this version ({FORMAT!r}): its format is {found.get('format')!r}"
-        )
-    for part, value in expected.items():
-        if found.get(part) != value:
-            raise ValueError(f"{path} belongs to another model: its {part} differs from this model's")
 
 
 def _check_shapes(

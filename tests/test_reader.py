@@ -1,0 +1,270 @@
+"""Reading once, keeping what was learned: resumed to the last bit, whatever stopped it; asked without being changed."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import assert_bitwise, state_tensors, tiny_config
+from titans_lm import Reader, TitansForCausalLM, TitansState
+from titans_lm.cli import main
+from titans_lm.data import byte_tokenizer
+from tolerance import assert_close
+
+BOOK = "It was a dark and stormy night; the rain fell in torrents. " * 12
+
+
+@pytest.fixture(scope="module")
+def model() -> TitansForCausalLM:
+    torch.manual_seed(0)
+    return TitansForCausalLM(tiny_config("mag", vocab_size=260)).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def books(tmp_path) -> list[Path]:
+    paths = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for path, text in zip(paths, (BOOK, BOOK.swapcase()), strict=True):
+        path.write_text(text)
+    return paths
+
+
+def reader(model, **options) -> Reader:
+    return Reader(model, byte_tokenizer(), **{"piece": 50, "save_seconds": 0.0, **options})
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory) -> TitansState:
+    """Both books read without an interruption."""
+    texts = [BOOK, BOOK.swapcase()]
+    folder = tmp_path_factory.mktemp("books")
+    for name, text in zip(("one.txt", "two.txt"), texts, strict=True):
+        (folder / name).write_text(text)
+    return reader(model).read(folder / "one.txt", folder / "two.txt").state
+
+
+class Stop(Exception):
+    pass
+
+
+def read_some(r: Reader, texts, pieces: int) -> None:
+    """Read so many pieces and fail."""
+    for i, _ in enumerate(r.reading(*texts)):
+        if i + 1 == pieces:
+            raise Stop
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def test_reading_is_the_model_over_the_tokens(model, whole):
+    ids = torch.tensor([list((BOOK + BOOK.swapcase()).encode())])
+    with torch.no_grad():
+        expected = model(ids, use_cache=True).past_key_values
+    for name, value in state_tensors(whole).items():
+        assert_close(value, state_tensors(expected)[name], name)
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 15, 16, 17, 30])
+def test_a_reading_that_failed_anywhere_resumes_to_the_last_bit(model, books, whole, tmp_path, pieces):
+    memory = tmp_path / "memory"
+    with pytest.raises(Stop):
+        read_some(reader(model, memory=memory), books, pieces)
+    resumed = reader(model, memory=memory)
+    assert resumed.state.position.item() < len(BOOK) * 2
+    read = [p.tokens for p in resumed.reading(*books)]
+    assert 0 < read[-1] < len(BOOK) * 2
+    assert_bitwise(resumed.state, whole)
+    assert [(s.name, s.tokens, s.done) for s in resumed.state.sources] == [
+        ("one.txt", len(BOOK), True),
+        ("two.txt", len(BOOK), True),
+    ]
+
+
+def test_killed_at_fifty_random_moments_no_file_is_ever_broken(model, books, whole, tmp_path):
+    memory, draw, finished, progress = tmp_path / "memory", random.Random(0), False, set()
+    for _ in range(50):
+        child = os.fork()
+        if child == 0:
+            reader(model, memory=memory).read(*books)
+            os._exit(0)
+        time.sleep(draw.uniform(0, 0.12))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if memory.exists():
+            progress.add(TitansState.load(memory, model).position.item())
+    assert len(progress) > 2  # it was killed within the reading, and went on
+    finished = reader(model, memory=memory)
+    if any(not s.done for s in finished.state.sources):
+        finished.read(*books)
+        assert_bitwise(finished.state, whole)
+    for part in tmp_path.glob(".*.part"):
+        part.unlink()  # what a killed process was writing; the file itself was never touched
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["memory", "one.txt", "two.txt"]
+
+
+def test_a_killed_reading_resumes_to_the_last_bit(model, books, whole, tmp_path):
+    memory = tmp_path / "memory"
+    child = os.fork()
+    if child == 0:
+        for i, _ in enumerate(reader(model, memory=memory).reading(*books)):
+            if i == 9:
+                os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(0)
+    os.waitpid(child, 0)
+    resumed = reader(model, memory=memory)
+    assert 0 < resumed.state.position.item() < len(BOOK)
+    assert_bitwise(resumed.read(*books).state, whole)
+
+
+def test_another_text_does_not_go_on_with_an_interrupted_one(model, books, tmp_path):
+    memory = tmp_path / "memory"
+    with pytest.raises(Stop):
+        read_some(reader(model, memory=memory), books, 3)
+    position = TitansState.load(memory, model).position
+    other = tmp_path / "other.txt"
+    other.write_text("another")
+    for texts in ([other], books[:1], books[::-1], [*books, other]):
+        with pytest.raises(ValueError, match=r"in the middle of one.txt \(150 tokens read"):
+            reader(model, memory=memory).read(*texts)
+    with pytest.raises(ValueError, match="in the middle"):
+        reader(model, memory=memory, mode="frozen").read(*books)
+    books[1].write_text("changed since")
+    with pytest.raises(ValueError, match="in the middle"):
+        reader(model, memory=memory).read(*books)
+    assert torch.equal(TitansState.load(memory, model).position, position)
+    r = reader(model, memory=memory)
+    r.abandon()
+    r.read(other)
+    assert [(s.name, s.tokens) for s in r.state.sources] == [("one.txt", 150), ("other.txt", 7)]
+
+
+def test_streams_texts_and_tokens_are_read_alike(model, whole, tmp_path):
+    words = [BOOK, BOOK.swapcase()]
+    ids = [list(w.encode()) for w in words]
+    expected = state_tensors(whole)
+    for texts in (words, [iter(words)], [(w for w in words)], [torch.tensor(i) for i in ids], ids, [iter(ids)]):
+        state = reader(model).read(*texts).state
+        assert all(torch.equal(v, expected[k]) for k, v in state_tensors(state).items())
+    memory = tmp_path / "memory"
+    with pytest.raises(Stop):
+        read_some(reader(model, memory=memory), [iter(words)], 20)
+    with pytest.raises(ValueError, match="not the stream"):
+        reader(model, memory=memory).read(iter(words[::-1]))
+    assert_bitwise(reader(model, memory=memory).read(iter(words)).state, whole)
+
+
+def test_frozen_learning_and_reset(model, books):
+    learning, frozen, reset = (reader(model, mode=mode).read(*books).state for mode in ("learning", "frozen", "reset"))
+    begin = model.initial_state(1)
+    for layer in range(2):
+        first = begin.memories[layer].memory.memory.weights
+        assert all(map(torch.equal, frozen.memories[layer].memory.memory.weights, first))
+        assert not torch.equal(learning.memories[layer].memory.memory.weights[0], first[0])
+    assert not frozen.frozen  # what follows decides for itself
+    assert frozen.position.item() == learning.position.item() == 2 * len(BOOK)
+    alone = reader(model).read(books[1]).state
+    assert reset.position.item() == len(BOOK)
+    assert all(torch.equal(v, state_tensors(alone)[k]) for k, v in state_tensors(reset).items())
+    assert [s.mode for s in reset.sources] == ["reset", "reset"]
+
+
+def test_progress_says_how_far_it_is(model, books):
+    seen = list(reader(model).reading(*books))
+    assert [p.tokens for p in seen] == sorted(p.tokens for p in seen)
+    assert seen[-1].tokens == 2 * len(BOOK)
+    assert seen[-1].left == pytest.approx(0.0)
+    assert all(p.rate > 0 and p.left is not None and p.surprise is not None and p.surprise > 0 for p in seen)
+    assert [p.source.name for p in seen] == sorted(p.source.name for p in seen)
+    stream = list(reader(model).reading(iter([BOOK])))
+    assert all(p.left is None for p in stream)
+    assert all(p.surprise is None for p in reader(model, mode="frozen").reading(books[0]))
+
+
+# ------------------------------------------------------------------------------------------------ asking
+
+
+def test_a_question_leaves_no_trace(model, books):
+    r = reader(model).read(books[0])
+    before = r.state.clone()
+    first = r.ask("It was", max_new_tokens=8)
+    assert r.ask("It was", max_new_tokens=8) == first
+    assert r.ask("It was", max_new_tokens=8, frozen=True)
+    assert_bitwise(r.state, before)
+    r.ask("It was", max_new_tokens=8, remember=True)
+    assert r.state.position.item() == before.position.item() + 6 + 8 - 1  # the last answer was not read
+    assert r.state.sources == before.sources
+
+
+def test_prompts_of_any_length_have_forks_of_one_memory(model, books):
+    r = reader(model).read(books[0])
+    prompts = ["It was", "a", "and stormy night; "]
+    assert r.ask(*prompts, max_new_tokens=9) == [r.ask(p, max_new_tokens=9)[0] for p in prompts]
+
+
+def test_an_answer_stops_at_a_text_and_follows_the_seed(model, books):
+    r = reader(model).read(books[0])
+    (text,) = r.ask("It was", max_new_tokens=40)
+    stop = text[5:7]
+    (short,) = r.ask("It was", max_new_tokens=40, stop_strings=[stop])
+    assert short == text[: text.index(stop) + len(stop)]
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn += r.ask("It was", max_new_tokens=20, do_sample=True)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_wrong_is_said(model, books, tmp_path):
+    with pytest.raises(ValueError, match="mode='learn' is not one of: learning, frozen, reset"):
+        Reader(model, mode="learn")
+    with pytest.raises(ValueError, match="piece must be at least 1"):
+        Reader(model, piece=0)
+    with pytest.raises(ValueError, match="without a tokenizer reads tokens"):
+        Reader(model).read("text")
+    with pytest.raises(ValueError, match="cannot be asked"):
+        Reader(model).ask("text")
+    r = reader(model)
+    for texts, words in (([""], "empty"), ([torch.zeros(2, 2)], "whole numbers"), ([tmp_path / "no.txt"], "not exist")):
+        with pytest.raises(ValueError, match=words):
+            r.read(books[0], *texts)
+        assert r.state.position.item() == 0
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        r.ask("a", "")
+    with pytest.raises(ValueError, match="one prompt can be remembered"):
+        r.ask("a", "b", remember=True)
+
+
+# ------------------------------------------------------------------------------------------------ titans read
+
+
+def test_the_command_reads_and_goes_on(folder, model, books, whole, tmp_path, capsys):
+    memory = tmp_path / "memory"
+    r = Reader(model, byte_tokenizer(), memory=memory, piece=100)
+    with pytest.raises(Stop):
+        read_some(r, books, 3)
+    arguments = ["read", "--model", str(folder), "--memory", str(memory), *map(str, books)]
+    assert main(arguments) == 0
+    assert "1,416 tokens read" in capsys.readouterr().err.replace("\n", " ")
+    state = TitansState.load(memory, model)
+    for name, value in state_tensors(state).items():
+        assert_close(value, state_tensors(whole)[name], name)
+    with pytest.raises(Stop):
+        read_some(Reader(model, byte_tokenizer(), memory=memory, piece=100), books, 3)
+    assert main([*arguments[:-1], str(folder / "config.json")]) == 2
+    assert "in the middle of one.txt" in capsys.readouterr().err
+    assert main([*arguments, "--abandon"]) == 0
+    assert main([*arguments[:4], str(tmp_path / "no" / "memory"), *arguments[5:]]) == 2
+    assert "its folder does not exist" in capsys.readouterr().err
