@@ -20,7 +20,7 @@ ORDER = [
     ["model"],
     ["checkpoint", "data", "settings", "record"],
     ["train", "reader", "memories"],
-    ["infer"],
+    ["infer", "serve"],
     ["evaluate", "analyze", "bench", "stability"],
     ["demo"],
     ["cli"],

@@ -11,6 +11,7 @@ VERBS = {
     "infer": "read a text of any length, remember it, answer or go on",
     "read": "read texts into a memory file; go on after an interruption",
     "memory": "show, verify, fork and compare memory files",
+    "serve": "an OpenAI-compatible server whose clients begin with one memory",
     "stability": "which forms of the memory stay finite on text that repeats",
     "demo": "train a small model, read a long text, see what memory adds",
 }

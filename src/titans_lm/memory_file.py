@@ -62,9 +62,8 @@ class Card:
 def write(path: str | Path, tensors: dict[str, Tensor], card: Card) -> Card:
     """Write a file whole, or not at all: beside, to the disk, then renamed. -> the card, with its digest."""
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    sources = list(card.sources)
-    while _length(told := json.dumps([asdict(s) for s in sources])) > SOURCES_BYTES:
-        sources = sources[1:]
+    sources = card.sources[len(card.sources) - _newest(card.sources) :]
+    told = json.dumps([asdict(s) for s in sources])
     metadata = {
         "format": FORMAT,
         "model": card.model,
@@ -78,6 +77,16 @@ def write(path: str | Path, tensors: dict[str, Tensor], card: Card) -> Card:
     metadata["digest"] = _digest(tensors, metadata)
     _write_whole(Path(path), serialize(tensors, metadata))
     return Card(**{**vars(card), "sources": sources, "digest": metadata["digest"]})
+
+
+def _newest(sources: list[Source]) -> int:
+    """How many, from the last back, fit into the file."""
+    room = SOURCES_BYTES - _length("[]")
+    for count, source in enumerate(reversed(sources)):
+        room -= _length(json.dumps(asdict(source)) + ", ") - 2  # without the quotes around
+        if room < 0:
+            return count
+    return len(sources)
 
 
 def _length(text: str) -> int:

@@ -90,10 +90,22 @@ class TitansModel(TitansPreTrainedModel):
         self.layers = nn.ModuleList(BLOCKS[config.variant](config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self._beginning: TitansState | None = None
         self.post_init()
+
+    def begin_with(self, memory: TitansState | None) -> None:
+        """Streams begin with a fork of `memory` (of one row): `generate`, pipelines and servers then know what it
+        knows. None: they begin with the learned first memory again, as in training."""
+        if memory is not None and memory.batch_size != 1:
+            raise ValueError(f"streams can begin with a memory of one row, this one has {memory.batch_size}")
+        self._beginning = None if memory is None else memory.detach()
 
     def initial_state(self, batch: int) -> TitansState:
         """The memory of `batch` streams before their first token. Its gradients flow to the learned first memory."""
+        if self._beginning is not None:
+            state = self._beginning.select([0] * batch)
+            state.columns = 0
+            return state
         position = torch.zeros(batch, dtype=torch.long, device=self.device)
         return TitansState([block.initial_state(batch) for block in self.blocks()], position, self)
 
@@ -181,6 +193,10 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
     def initial_state(self, batch: int) -> TitansState:
         """The memory of `batch` streams before their first token."""
         return self.model.initial_state(batch)
+
+    def begin_with(self, memory: TitansState | None) -> None:
+        """See `TitansModel.begin_with`."""
+        self.model.begin_with(memory)
 
     @can_return_tuple
     def forward(

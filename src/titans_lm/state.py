@@ -110,9 +110,9 @@ class TitansState(Cache):
         Raises ValueError for a file of another model, another configuration, another format, or a damaged one.
         """
         model = model.base_model
+        tensors, card = memory_file.read(path)
         with torch.no_grad():
             state = model.initial_state(1)
-        tensors, card = memory_file.read(path)
         for part, value in identity(model).items():
             if getattr(card, part) != value:
                 raise ValueError(f"{path} belongs to another model: its {part} differs from this model's")
