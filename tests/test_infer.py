@@ -1,5 +1,6 @@
 """Reading and going on, as commands: what is remembered, what is said where something is wrong."""
 
+import io
 import json
 
 import pytest
@@ -57,6 +58,40 @@ def test_sampling_follows_the_seed(folder, capsys):
         assert infer(folder, "--prompt", "a", "--temperature", 1, "--seed", seed) == 0
         texts.append(said(capsys)[0])
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_several_prompts_have_forks_of_one_memory(folder, text, tmp_path, capsys):
+    memory = ["--load-memory", tmp_path / "memory", "--max-new-tokens", 9]
+    assert infer(folder, "--context", text, "--save-memory", tmp_path / "memory") == 0
+    said(capsys)
+    assert infer(folder, *memory, "--prompt", "It was", "a") == 0
+    together, _ = said(capsys)
+    for prompt in ("It was", "a"):
+        assert infer(folder, *memory, "--prompt", prompt) == 0
+        assert said(capsys)[0].rstrip("\n\ufffd") in together
+
+
+def test_an_answer_ends_where_it_was_told_to(folder, capsys):
+    assert infer(folder, "--prompt", "It was", "--max-new-tokens", 30) == 0
+    whole = said(capsys)[0]
+    place = next(i for i, c in enumerate(whole) if i > 8 and c.isascii() and c.isprintable())
+    assert infer(folder, "--prompt", "It was", "--max-new-tokens", 30, "--stop", "no such text", whole[place]) == 0
+    assert said(capsys)[0].rstrip("\n") == whole[: whole.index(whole[place], 6) + 1]
+
+
+def test_a_conversation_is_one_stream(folder, tmp_path, monkeypatch, capsys):
+    def converse(*lines: str) -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        assert infer(folder, "--interactive", "--max-new-tokens", 5) == 0
+        return said(capsys)[0]
+
+    once = converse("one")
+    assert converse("one", "", "/reset", "one", "/quit", "one") == once + once
+    twice = converse("one", "one", f"/save {tmp_path / 'memory'}", "/save")
+    assert twice.startswith(once)
+    assert twice != once + once
+    model, _ = load(folder)
+    assert TitansState.load(tmp_path / "memory", model).position.tolist() == [2 * (len("one\n") + 4)]
 
 
 def test_pieces_of_any_size_leave_the_same_memory(folder):

@@ -78,7 +78,8 @@ def test_chat_and_streaming(client, reader):
     whole = client.chat.completions.create(**options).choices[0].message.content
     pieces = [c.choices[0].delta.content or "" for c in client.chat.completions.create(**options, stream=True)]
     assert len(pieces) > 1
-    assert "".join(pieces) == whole == reader.ask("It was\n", max_new_tokens=12)[0]
+    assert whole == reader.ask("It was\n", max_new_tokens=12)[0]
+    assert "".join(pieces).rstrip("\ufffd") == whole.rstrip("\ufffd")  # half a character is never streamed
 
 
 def test_there_is_one_model(client):
