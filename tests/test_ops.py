@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from titans_lm.ops import (
     MemoryForm,
@@ -484,6 +485,41 @@ def test_below_the_threshold_nothing_is_written(backend: str):
     unwritten = x | {"theta": torch.zeros_like(x["theta"])}
     expected = named(*scan(unwritten, case._replace(threshold=None), backend=backend))
     assert_all_close(named(*scan(x, case, backend=backend)), expected)
+
+
+def read_only(x: dict[str, Tensor], case: Case, backend: str) -> tuple[dict[str, Tensor], int]:
+    """Without gradients and surprise: all that comes out, and the operations of its matmuls."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        y, state = memory_scan(
+            *(x[name] for name in TOKENS), make_state(x, case), chunk_size=case.chunk, form=make_form(x, case),
+            mask=x.get("mask"), backend=backend,
+        )  # fmt: skip
+    nothing = torch.zeros(0)
+    out = named(y, state, (nothing, nothing))
+    return out, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("mask", ["none", "random"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_chunks_that_write_nothing_cost_less_and_change_no_number(depth: int, residual: bool, mask: str):
+    case = Case(depth=depth, residual=residual, mask=mask, start="ragged", tokens=8 * 4 + 3)
+    x = make_inputs(case)
+    _, every = read_only(x, case, "chunked")
+    token = torch.arange(case.tokens)[None, :, None]
+    x["theta"] = x["theta"] * ((token // 4) % 3 == 1)
+    actual, some = read_only(x, case, "chunked")
+    assert_all_close(actual, read_only(x, case, "naive")[0])
+    _, _, surprise = scan(x, case, backend="chunked")
+    case = case._replace(threshold=float((surprise.loss * (x["theta"] > 0)).amax()) * 0.9)
+    actual, few = read_only(x, case, "chunked")
+    assert_all_close(actual, read_only(x, case, "naive")[0])
+    case = case._replace(threshold=float("inf"))
+    x["theta"][:] = 0.0
+    actual, none = read_only(x, case, "chunked")
+    assert_all_close(actual, read_only(x, case, "naive")[0])
+    assert none < some < every
+    assert none < few < every
 
 
 def test_the_threshold_separates_written_tokens_by_their_loss():

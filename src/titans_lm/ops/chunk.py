@@ -25,6 +25,7 @@ class Form(NamedTuple):
     form: MemoryForm
     weight: Tensor | None  # of the norm, [R, 1, V]
     surprise: bool  # whether to say how unexpected each token was
+    may_skip: bool  # the gradients of a chunk that writes nothing: no one asks for them
 
 
 class Weights(NamedTuple):
@@ -72,54 +73,72 @@ class Chunk:
 # ------------------------------------------------------------------------------------------------ forward
 
 
-def read_chunk(c: Chunk, anchor: Layers, state: Weights, after: Weights, form: Form) -> None:
-    """Read the chunk at `anchor` and `state`, fill `c`, and put the state that follows into `after`."""
-    key_pass(c, anchor, form)
+def read_chunk(c: Chunk, anchor: Layers, state: Weights, after: Weights, form: Form, writes: bool = True) -> None:
+    """Read the chunk at `anchor` and `state`, fill `c`, and put the state that follows into `after`.
+
+    Where nothing is written (`writes` False, or no loss above the threshold), gradients are 0: they are not computed,
+    and momentum and forgetting alone go on.
+    """
+    writes = (writes or form.surprise) and key_pass(c, anchor, form)
     for layer, (w, s) in enumerate(zip(*state, strict=True)):
         y = c.y[layer]
         if layer == 0:
             torch.bmm(c.reads_w[0], w, out=y).baddbmm_(c.reads_s[0], s)
         else:
             h = activate(c.y[layer - 1], form.form, out=c.h[layer])
-            torch.bmm(h, c.x[layer].mT, out=c.raw[layer])
-            torch.mul(c.raw[layer], c.decay.d, out=c.scores[layer])
+            if writes:
+                torch.bmm(h, c.x[layer].mT, out=c.raw[layer])
+                torch.mul(c.raw[layer], c.decay.d, out=c.scores[layer])
             torch.bmm(h, w, out=c.reads_w[layer])
             torch.bmm(h, s, out=c.reads_s[layer])
             torch.mul(c.reads_w[layer], c.decay.a, out=y).addcmul_(c.reads_s[layer], c.decay.b)
-        y.baddbmm_(c.scores[layer], c.g[layer], alpha=-1)
+        if writes:
+            y.baddbmm_(c.scores[layer], c.g[layer], alpha=-1)
     a, b, e = c.left()
     for layer, (w, s, new_w, new_s) in enumerate(zip(*state, *after, strict=True)):
         torch.mul(w, a, out=new_w).addcmul_(s, b)
         torch.mul(s, e, out=new_s)
-        if layer == 0:
-            new_w.baddbmm_(c.writes_w[0].mT, c.g[0], alpha=-1)
-            new_s.baddbmm_(c.writes_s[0].mT, c.g[0], alpha=-1)
-        else:
-            for new, written, kept in zip((new_w, new_s), (c.writes_w, c.writes_s), c.kept(), strict=True):
-                torch.mul(c.g[layer], kept, out=written[layer])
-                new.baddbmm_(c.x[layer].mT, written[layer], alpha=-1)
+        if writes:
+            _write(c, layer, new_w, new_s)
 
 
-def key_pass(c: Chunk, anchor: Layers, form: Form) -> None:
-    """The chunk's keys, forward and back at the anchor. The gradient of token s at layer l is X_l[s]^T G_l[s]."""
+def _write(c: Chunk, layer: int, new_w: Tensor, new_s: Tensor) -> None:
+    if layer == 0:
+        new_w.baddbmm_(c.writes_w[0].mT, c.g[0], alpha=-1)
+        new_s.baddbmm_(c.writes_s[0].mT, c.g[0], alpha=-1)
+    else:
+        for new, written, kept in zip((new_w, new_s), (c.writes_w, c.writes_s), c.kept(), strict=True):
+            torch.mul(c.g[layer], kept, out=written[layer])
+            new.baddbmm_(c.x[layer].mT, written[layer], alpha=-1)
+
+
+def key_pass(c: Chunk, anchor: Layers, form: Form) -> bool:
+    """The chunk's keys, forward and back at the anchor. The gradient of token s at layer l is X_l[s]^T G_l[s].
+
+    False: no loss is above the threshold, and no gradient was asked for or computed.
+    """
     last = len(anchor) - 1
     for layer, w in enumerate(anchor):
         if layer > 0:
             activate(c.z[layer - 1], form.form, out=c.x[layer])
         torch.bmm(c.x[layer], w, out=c.z[layer])
     c.output, c.g[last] = read_output(c.z[last], c.shift, form.weight, form.form.clip)
-    for layer in range(last, 0, -1):
-        torch.bmm(c.g[layer], anchor[layer].mT, out=c.back[layer - 1])
-        times_slope(c.back[layer - 1], c.z[layer - 1], form.form, out=c.g[layer - 1])
     if form.surprise or form.form.threshold is not None:
         c.loss = c.output.error.square().sum(-1)
-    if form.surprise:
-        squares = [x.square().sum(-1) * g.square().sum(-1) for x, g in zip(c.x, c.g, strict=True)]
-        c.gradient_norm = torch.stack(squares).sum(0).sqrt_()
     if form.form.threshold is not None:
         assert c.loss is not None
         c.written = (c.loss > form.form.threshold)[..., None]
+        if form.may_skip and not bool(c.written.any()):
+            return False
+    for layer in range(last, 0, -1):
+        torch.bmm(c.g[layer], anchor[layer].mT, out=c.back[layer - 1])
+        times_slope(c.back[layer - 1], c.z[layer - 1], form.form, out=c.g[layer - 1])
+    if form.surprise:
+        squares = [x.square().sum(-1) * g.square().sum(-1) for x, g in zip(c.x, c.g, strict=True)]
+        c.gradient_norm = torch.stack(squares).sum(0).sqrt_()
+    if c.written is not None:
         c.g = [g * c.written for g in c.g]
+    return True
 
 
 # ------------------------------------------------------------------------------------------------ back

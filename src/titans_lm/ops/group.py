@@ -41,7 +41,11 @@ class Group:
 
     def __init__(self, tokens: Tokens, span: Span, norm: Norm | None, shapes: list[tuple[int, int]], keep: bool):
         self.tokens, self.span, self.norm, self.shapes, self.keep = tokens, span, norm, shapes, keep
-        self.form = Form(span.form, None if norm is None else norm[0], span.surprise)
+        may_skip = not keep and not span.surprise
+        self.form = Form(span.form, None if norm is None else norm[0], span.surprise, may_skip)
+        self.writes = [True] * len(tokens.q)  # which chunks do
+        if may_skip:
+            self.writes = tokens.theta.flatten(1).any(1).tolist()
         self.decay, self.gates = decays(*tokens[3:], span.present)
         q, k, v = tokens[:3]
         a, b, _, d, em = self.decay
@@ -110,7 +114,7 @@ def read_group(group: Group, anchor: Layers, state: Weights) -> Trace:
         if group.span.at_boundary:  # a row that has no token left keeps the anchor of its last chunk
             anchor = state.w if rows is None else _where(rows[i], state.w, anchor)
         after = here if here is not None and i < n - 1 else _like(state)  # the last anchor is still to be returned
-        read_chunk(c, anchor, state, after, group.form)
+        read_chunk(c, anchor, state, after, group.form, group.writes[i])
         if group.keep:
             starts.append((anchor, state))
         state = after
