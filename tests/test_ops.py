@@ -518,8 +518,8 @@ def test_chunks_that_write_nothing_cost_less_and_change_no_number(depth: int, re
     x["theta"][:] = 0.0
     actual, none = read_only(x, case, "chunked")
     assert_all_close(actual, read_only(x, case, "naive")[0])
-    assert none < some < every
-    assert none < few < every
+    assert none < min(some, few) <= max(some, few) <= every
+    assert mask == "random" or max(some, few) < every  # a mask moves tokens between chunks
 
 
 def test_the_threshold_separates_written_tokens_by_their_loss():
