@@ -30,6 +30,8 @@ WITHIN_OPS = [
     ["chunk"],
     ["group"],
     ["chunked", "step"],
+    ["kernel_mlp"],
+    ["kernels"],
     ["triton"],
     ["__init__"],
 ]

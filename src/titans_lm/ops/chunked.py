@@ -6,7 +6,7 @@ inside again when the group's turn comes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,14 +40,14 @@ class Inputs(NamedTuple):
     @classmethod
     def of(cls, flat: tuple[Any, ...]) -> "Inputs":
         """Undo `flat`."""
-        anchor, w, s = _thirds(flat[8:])
+        anchor, w, s = thirds(flat[8:])
         return cls(Tokens(*flat[:6]), None if flat[6] is None else (flat[6], flat[7]), anchor, Weights(w, s))
 
     def shapes(self) -> list[tuple[int, int]]:
         return [(w.shape[1], w.shape[2]) for w in self.anchor]
 
 
-def _thirds(x: Sequence[Any]) -> tuple[Layers, Layers, Layers]:
+def thirds(x: Sequence[Any]) -> tuple[Layers, Layers, Layers]:
     layers = len(x) // 3
     return list(x[:layers]), list(x[layers : 2 * layers]), list(x[2 * layers :])
 
@@ -62,7 +62,7 @@ class _ReadSpan(torch.autograd.Function):
         ctx.span, ctx.count = span, len(flat)
         size = _group_size(inputs)
         parts, starts, trace = [], [], Trace([], [], inputs.anchor, inputs.state)
-        for tokens, here in _groups(inputs.tokens, span, size):
+        for tokens, here in groups(inputs.tokens, span, size):
             starts.append((*trace.anchor, *trace.state.w, *trace.state.s))
             group = Group(tokens, here, inputs.norm, inputs.shapes(), keep=size >= len(inputs.tokens.q))
             trace = read_group(group, trace.anchor, trace.state)
@@ -85,17 +85,17 @@ class _ReadSpan(torch.autograd.Function):
         inputs, starts = Inputs.of(tuple(saved[: ctx.count])), saved[ctx.count :]
         y = torch.zeros_like(inputs.tokens.v) if y is None else y
         shapes = (*inputs.anchor, *inputs.state.w, *inputs.state.s)
-        by_anchor, *by_state = _thirds(tuple(
+        by_anchor, *by_state = thirds(tuple(
             torch.zeros_like(x) if by is None else by.clone(memory_format=torch.contiguous_format)
             for x, by in zip(shapes, states, strict=True)
         ))  # fmt: skip
         parts: list[Gradients] = []
         size = _group_size(inputs)
-        for i, (tokens, here) in reversed(list(enumerate(_groups(inputs.tokens, ctx.span, size)))):
+        for i, (tokens, here) in reversed(list(enumerate(groups(inputs.tokens, ctx.span, size)))):
             kept = getattr(whole, "all_chunks", None)
             if kept is None:
                 start = shapes if i == 0 else starts[(i - 1) * len(shapes) : i * len(shapes)]
-                anchor, *state = _thirds(start)
+                anchor, *state = thirds(start)
                 group = Group(tokens, here, inputs.norm, inputs.shapes(), keep=True)
                 trace = read_group(group, anchor, Weights(*state))
             else:
@@ -115,9 +115,9 @@ def read_span(span: Span, inputs: Inputs) -> tuple[Any, ...]:
     flat = inputs.flat()
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat):
         y, loss, norm, *state = _ReadSpan.apply(span, *flat)
-        return y, loss, norm, *_thirds(state)
+        return y, loss, norm, *thirds(state)
     parts, trace = [], Trace([], [], inputs.anchor, inputs.state)
-    for tokens, here in _groups(inputs.tokens, span, _group_size(inputs)):
+    for tokens, here in groups(inputs.tokens, span, _group_size(inputs)):
         group = Group(tokens, here, inputs.norm, inputs.shapes(), keep=False)
         trace = read_group(group, trace.anchor, trace.state)
         parts.append(seen(group, trace))
@@ -131,7 +131,7 @@ def _group_size(inputs: Inputs) -> int:
     return min(n, max(round(math.sqrt(n)), KEPT_BYTES // (numbers * r * inputs.tokens.q.element_size())))
 
 
-def _groups(tokens: Tokens, span: Span, size: int) -> list[tuple[Tokens, Span]]:
+def groups(tokens: Tokens, span: Span, size: int) -> list[tuple[Tokens, Span]]:
     present = span.present
     return [
         (
@@ -162,6 +162,22 @@ def chunked(
     surprise: bool = True,
 ) -> tuple[Tensor, MemoryState, Surprise | None]:
     """As `naive`, by matmuls. q, k `[B, T, H, K]`, v `[B, T, H, V]`, gates `[B, T, H]`, mask `[B, T]`."""
+    return in_spans(read_span, q, k, v, gates, state, chunk_size, form, mask, surprise)
+
+
+def in_spans(
+    read: Callable[[Span, Inputs], tuple[Any, ...]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: tuple[Tensor, Tensor, Tensor],
+    state: MemoryState,
+    chunk_size: int,
+    form: MemoryForm,
+    mask: Tensor | None,
+    surprise: bool,
+) -> tuple[Tensor, MemoryState, Surprise | None]:
+    """`chunked`, with spans read by `read`, which takes and gives what `read_span` does."""
     layout = lay_out(mask, state.position, q.shape[1], chunk_size)
     batch, heads = len(q), q.shape[2]
     inputs = tuple(layout.arrange(x) for x in (q, k, v, *gates))
@@ -177,7 +193,7 @@ def chunked(
         if layout.present is not None:
             present = _rows(layout.present[:, start:end, None].expand(-1, -1, heads), width)
         span = Span(form, surprise, start >= layout.head, present)
-        *part, anchor, w, s = read_span(span, Inputs(tokens, norm, anchor, Weights(w, s)))
+        *part, anchor, w, s = read(span, Inputs(tokens, norm, anchor, Weights(w, s)))
         parts.append([None if x is None else _tokens(x, batch) for x in part])
     position = (state.position + layout.length) % chunk_size
     at_end = [tuple(x.unflatten(0, (batch, heads)) for x in layers) for layers in (anchor, w, s)]
