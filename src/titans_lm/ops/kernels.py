@@ -56,7 +56,6 @@ def read(
         a_t, b_t = tl.load(a + at + t)[:, None], tl.load(b + at + t)[:, None]
         em_t, kept = tl.load(em + at + t)[:, None], tl.load(d + at * C + (C - 1) * C + t)[:, None]
         a_c, b_c, e_c = tl.load(a + at + C - 1), tl.load(b + at + C - 1), tl.load(e + at + C - 1)
-        decay = tl.load(d + at * C + tt)
 
         # keys forward at the anchor: Z_l = X_l W_l, X_{l+1} = act(Z_l)
         z2 = tl.zeros([C, K], tl.float32)
@@ -77,8 +76,8 @@ def read(
         written = tl.full([C, 1], 1.0, tl.float32)
         if THRESHOLD is not None:
             written = (mistake > THRESHOLD).to(tl.float32)
-        scores1 = dot(h0, tl.trans(x), PRECISION) * decay
-        reads_w, reads_s = tl.zeros([C, K], tl.float32), tl.zeros([C, K], tl.float32)
+        scores1 = dot(h0, tl.trans(x), PRECISION) * tl.load(d + at * C + tt)
+        y2 = tl.zeros([C, K], tl.float32)
         raw2 = tl.zeros([C, C], tl.float32)
         square = tl.zeros([C, 1], tl.float32)
         x_square = tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)[:, None]
@@ -100,8 +99,8 @@ def read(
             else:
                 x2, h2 = tl.load(k + at * K + tu).to(tl.float32), tl.load(q + at * K + tu).to(tl.float32)
             square += tl.sum(x2 * x2, 1)[:, None] * g2_square
-            reads_w += dot(h2, w_2, PRECISION)
-            reads_s += dot(h2, s_2, PRECISION)
+            y2 += dot(a_t * h2, w_2, PRECISION)
+            y2 += dot(b_t * h2, s_2, PRECISION)
             raw2 += dot(h2, tl.trans(x2), PRECISION)
 
             # what follows: W <- A[C] W + B[C] S - X^T (D[C] * G), S <- E[C] S - X^T (Em[C] * G)
@@ -120,7 +119,7 @@ def read(
                         tl.store(anchor1 + here + iu, w_1)
                     tl.store(anchor2 + here + ui, w_2)
         if not EACH:
-            y2 = a_t * reads_w + b_t * reads_s - dot(raw2 * decay, g2 * written, PRECISION)
+            y2 -= dot(raw2 * tl.load(d + at * C + tt), g2 * written, PRECISION)
             tl.store(y + at * K + ti, y2)
             if SURPRISE:
                 tl.store(loss + at + t[:, None], mistake)
@@ -165,7 +164,6 @@ def back(
         a_t, b_t = tl.load(a + at + t)[:, None], tl.load(b + at + t)[:, None]
         em_t, kept = tl.load(em + at + t)[:, None], tl.load(d + at * C + (C - 1) * C + t)[:, None]
         a_c, b_c, e_c = tl.load(a + at + C - 1), tl.load(b + at + C - 1), tl.load(e + at + C - 1)
-        decay = tl.load(d + at * C + tt)
 
         # keys forward, as in `read`
         z2 = tl.zeros([C, K], tl.float32)
@@ -183,15 +181,16 @@ def back(
             z2 += dot(x2, anchor, PRECISION)
         tl.debug_barrier()
 
-        shifts = tl.load(shift + at * K + ti)
-        error, _, _, _, _, g2 = read_output(z2, shifts, gains, NORM, CLIP, EPS, K)
+        # much is alive from here on: what is cheap to load or to compute again is, rather than held
+        tl.store(by_shift + at * K + ti, z2)  # until its own value is there
+        error, _, _, _, _, g2 = read_output(z2, tl.load(shift + at * K + ti), gains, NORM, CLIP, EPS, K)
         written = tl.full([C, 1], 1.0, tl.float32)
         if THRESHOLD is not None:
             written = (tl.sum(error * error, 1)[:, None] > THRESHOLD).to(tl.float32)
             g2 = g2 * written
         dy2 = tl.load(by_y + at * K + ti)
-        dscores2 = -dot(dy2, tl.trans(g2), PRECISION)
-        draw2 = dscores2 * decay
+        decay = tl.load(d + at * C + tt)
+        draw2 = -dot(dy2, tl.trans(g2), PRECISION) * decay
         scores1 = dot(h0, tl.trans(x), PRECISION) * decay
         dscores1, raw2 = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
         dq, dx, dg2 = tl.zeros([C, K], tl.float32), tl.zeros([C, K], tl.float32), tl.zeros([C, K], tl.float32)
@@ -202,6 +201,7 @@ def back(
             u = j + tl.arange(0, BLOCK)
             iu, ui, tu = i[:, None] * U + u[None, :], u[:, None] * K + i[None, :], t[:, None] * K + u[None, :]
             in_room = room + t[:, None] * U + u[None, :]
+            x, h0, dy2 = tl.load(k + at * K + ti), tl.load(q + at * K + ti), tl.load(by_y + at * K + ti)
             w_2, s_2 = tl.load(w2 + old + ui), tl.load(s2 + old + ui)
             dw_2, ds_2 = tl.load(by_w2 + here + ui), tl.load(by_s2 + here + ui)
             if DEPTH == 2:
@@ -280,8 +280,10 @@ def back(
                 tl.store(by_q + at * K + tu, dh2)
 
         # scores, decays, and what is known once all units are through
+        x, h0, dy2 = tl.load(k + at * K + ti), tl.load(q + at * K + ti), tl.load(by_y + at * K + ti)
+        decay = tl.load(d + at * C + tt)
         dg2 -= dot(tl.trans(raw2 * decay), dy2, PRECISION)
-        dd = dscores2 * raw2 + tl.where(t[:, None] == C - 1, dkept[None, :], 0.0)
+        dd = -dot(dy2, tl.trans(g2), PRECISION) * raw2 + tl.where(t[:, None] == C - 1, dkept[None, :], 0.0)
         if DEPTH == 2:
             draw1 = dscores1 * decay
             dd += dscores1 * dot(h0, tl.trans(x), PRECISION)
@@ -295,6 +297,7 @@ def back(
         tl.store(by_em + at + t, dem)
 
         # the keys' way back to the anchor, from the top down: Z_l = X_l W_l, X_{l+1} = act(Z_l)
+        z2, shifts = tl.load(by_shift + at * K + ti), tl.load(shift + at * K + ti)
         error, gradient, size, normed, inverse, _ = read_output(z2, shifts, gains, NORM, CLIP, EPS, K)
         if by_loss is None:
             dloss = tl.zeros([C, 1], tl.float32)
@@ -303,6 +306,7 @@ def back(
         dz2, dshift, dgain = back_output(
             dg2 * written, dloss, error, gradient, size, normed, inverse, gains, NORM, CLIP, K
         )
+        tl.debug_barrier()
         tl.store(by_shift + at * K + ti, dshift)
         if NORM:
             total = by_gain + row * K + i

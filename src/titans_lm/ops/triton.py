@@ -76,10 +76,13 @@ class Plan(NamedTuple):
     def of(cls, span: Span, inputs: Inputs, c: int) -> "Plan":
         k, units = inputs.anchor[0].shape[1], inputs.anchor[-1].shape[1]
         form = span.form._replace(norm=None)
-        block = block_of(k, units)
-        return cls(
-            len(inputs.anchor), k, units, block, c, form, span.at_boundary, precision_of(inputs.tokens.q.dtype)
-        )
+        return cls.made(len(inputs.anchor), k, units, c, form, span.at_boundary, precision_of(inputs.tokens.q.dtype))
+
+    @classmethod
+    def made(
+        cls, depth: int, k: int, units: int, c: int, form: MemoryForm, at_boundary: bool, precision: str
+    ) -> "Plan":
+        return cls(depth, k, units, block_of(k, units), c, form, at_boundary, precision)
 
     def constants(self, norm: Any) -> dict[str, Any]:
         return {
