@@ -79,7 +79,13 @@ def assembled(ptx: str, arch: int) -> tuple[int, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for option, default in (("depth", [2]), ("head", [64]), ("hidden", [128, 256]), ("chunk", [64]), ("arch", [80, 90])):
+    for option, default in (
+        ("depth", [2]),
+        ("head", [64]),
+        ("hidden", [128, 256]),
+        ("chunk", [64]),
+        ("arch", [80, 90]),
+    ):
         parser.add_argument(f"--{option}", type=int, nargs="+", default=default)
     parser.add_argument("--precision", nargs="+", default=["bf16", "tf32x3"])
     parser.add_argument("--kernel", nargs="+", default=list(KERNELS))

@@ -5,6 +5,7 @@ from typing import no_type_check  # for the shape checker of the tests too: Trit
 import triton
 import triton.language as tl
 
+
 @triton.jit
 @no_type_check
 def dot(x, y, PRECISION: tl.constexpr):

@@ -42,7 +42,7 @@ def read(
     ti, tt = t[:, None] * K + i[None, :], t[:, None] * C + t[None, :]
     here = row.to(tl.int64) * (K * U)
     gains = tl.load(gain + row * K + i)[None, :] if NORM else 0.0
-    for n in range(chunks):
+    for n in tl.range(chunks, disable_licm=True):
         at = (n * rows + row).to(tl.int64) * C
         if EACH:
             before = n
@@ -59,7 +59,7 @@ def read(
 
         # keys forward at the anchor: Z_l = X_l W_l, X_{l+1} = act(Z_l)
         z2 = tl.zeros([C, K], tl.float32)
-        for j in range(0, U, BLOCK):
+        for j in tl.range(0, U, BLOCK, disable_licm=True):
             u = j + tl.arange(0, BLOCK)
             iu, ui, tu = i[:, None] * U + u[None, :], u[:, None] * K + i[None, :], t[:, None] * K + u[None, :]
             if DEPTH == 2:
@@ -81,7 +81,7 @@ def read(
         raw2 = tl.zeros([C, C], tl.float32)
         square = tl.zeros([C, 1], tl.float32)
         x_square = tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)[:, None]
-        for j in range(0, U, BLOCK):
+        for j in tl.range(0, U, BLOCK, disable_licm=True):
             u = j + tl.arange(0, BLOCK)
             iu, ui, tu = i[:, None] * U + u[None, :], u[:, None] * K + i[None, :], t[:, None] * K + u[None, :]
             w_2, s_2 = tl.load(w2 + old + ui), tl.load(s2 + old + ui)
@@ -156,7 +156,7 @@ def back(
     here = row.to(tl.int64) * (K * U)
     room = row.to(tl.int64) * (C * U)
     gains = tl.load(gain + row * K + i)[None, :] if NORM else 0.0
-    for m in range(chunks):
+    for m in tl.range(chunks, disable_licm=True):
         n = chunks - 1 - m
         at = (n * rows + row).to(tl.int64) * C
         old = here + (rows * K * U).to(tl.int64) * n
@@ -167,7 +167,7 @@ def back(
 
         # keys forward, as in `read`
         z2 = tl.zeros([C, K], tl.float32)
-        for j in range(0, U, BLOCK):
+        for j in tl.range(0, U, BLOCK, disable_licm=True):
             u = j + tl.arange(0, BLOCK)
             iu, ui, tu = i[:, None] * U + u[None, :], u[:, None] * K + i[None, :], t[:, None] * K + u[None, :]
             if DEPTH == 2:
@@ -197,7 +197,7 @@ def back(
         da, db = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
         dkept, dem = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
         da_c, db_c, de_c = 0.0, 0.0, 0.0
-        for j in range(0, U, BLOCK):
+        for j in tl.range(0, U, BLOCK, disable_licm=True):
             u = j + tl.arange(0, BLOCK)
             iu, ui, tu = i[:, None] * U + u[None, :], u[:, None] * K + i[None, :], t[:, None] * K + u[None, :]
             in_room = room + t[:, None] * U + u[None, :]
@@ -313,7 +313,7 @@ def back(
             tl.store(total, tl.load(total) + dgain)
         tl.debug_barrier()
         ends = n == tl.load(last + row)  # the anchor returned was this chunk's
-        for j in range(0, U, BLOCK):
+        for j in tl.range(0, U, BLOCK, disable_licm=True):
             u = j + tl.arange(0, BLOCK)
             iu, ui, tu = i[:, None] * U + u[None, :], u[:, None] * K + i[None, :], t[:, None] * K + u[None, :]
             in_room = room + t[:, None] * U + u[None, :]

@@ -82,7 +82,7 @@ class Plan(NamedTuple):
     def made(
         cls, depth: int, k: int, units: int, c: int, form: MemoryForm, at_boundary: bool, precision: str
     ) -> "Plan":
-        return cls(depth, k, units, block_of(k, units), c, form, at_boundary, precision)
+        return cls(depth, k, units, block_of(k, units, precision), c, form, at_boundary, precision)
 
     def constants(self, norm: Any) -> dict[str, Any]:
         return {
@@ -96,17 +96,18 @@ class Plan(NamedTuple):
 WARPS = 8
 
 
-def block_of(k: int, units: int) -> int:
-    """Units that go through a kernel at one time: the largest power of two that divides them and leaves room."""
-    return math.gcd(units, 64 if k <= 64 else 32)
+def block_of(k: int, units: int, precision: str) -> int:
+    """Units that go through a kernel at one time: a power of two that divides them, no larger than what the compiler
+    could hold without spilling much more (README.md beside this file)."""
+    return math.gcd(units, 32 if k <= 64 and precision == "bf16" else 16)
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How products are taken: bfloat16 tokens by bfloat16 operands; float32 as PyTorch's own products are set, except
-    that the exact setting takes three tf32 products for one, near float32's precision on the tensor cores."""
+    """How products are taken: bfloat16 tokens by bfloat16 operands; float32 by three tf32 products for one, which are
+    near float32's own precision and need less shared memory than one tf32 product."""
     if dtype == torch.bfloat16 and not interpreting():  # the interpreter's products of bfloat16 are wrong
         return "bf16"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32x3"
 
 
 class Part(NamedTuple):
@@ -238,9 +239,7 @@ class _ReadSpan(torch.autograd.Function):
         return None, *by.flat()
 
 
-def read_chunks(
-    span: Span, inputs: Inputs
-) -> tuple[Tensor, Tensor | None, Tensor | None, Layers, Weights, Weights]:
+def read_chunks(span: Span, inputs: Inputs) -> tuple[Tensor, Tensor | None, Tensor | None, Layers, Weights, Weights]:
     """Y_L `[N, R, C, K]`, loss and gradient norm `[N, R, C]` if asked for, last anchor, state after, group starts."""
     n, rows, c, _ = inputs.tokens.q.shape
     plan, gain = Plan.of(span, inputs, c), gain_of(inputs)
