@@ -24,18 +24,19 @@ from titans_lm.ops.kernels import back, read
 from titans_lm.ops.triton import Plan
 from titans_lm.ops.types import MemoryForm
 
-KERNELS = {"read": read, "back": back}
+KERNELS = {"read": read, "again": read, "back": back}  # `again` fills the slots that `back` starts from
 NARROW = {"q", "k"}  # in the tokens' dtype; all else is float32
 WHOLE = {"last": "*i32", "chunks": "i32", "rows": "i32"}
 FIRST_LAYER = {"anchor1", "w1", "s1", "by_anchor1", "by_w1", "by_s1"}
 
 
 def compiled(name: str, plan: Plan, arch: int, *, norm: bool, surprise: bool) -> Any:
-    constants = plan.constants(norm or None) | {"EACH": False, "SURPRISE": surprise}
+    constants = plan.constants(norm or None) | {"EACH": name == "again", "SURPRISE": surprise}
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
     kernel = KERNELS[name]
     absent = (FIRST_LAYER if plan.depth == 1 else set()) | (set() if norm else {"gain", "by_gain"})
     absent |= set() if surprise else {"loss", "norm", "by_loss"}
+    absent |= {"y", "loss", "norm"} if name == "again" else set()
     signature, values, attributes = {}, {}, {}
     for position, argument in enumerate(kernel.arg_names):
         if argument in constants or argument in absent:
@@ -88,21 +89,22 @@ def main() -> None:
     ):
         parser.add_argument(f"--{option}", type=int, nargs="+", default=default)
     parser.add_argument("--precision", nargs="+", default=["bf16", "tf32x3"])
-    parser.add_argument("--kernel", nargs="+", default=list(KERNELS))
+    parser.add_argument("--kernel", nargs="+", default=["read", "back"])
     parser.add_argument("--block", type=int, default=None)
     parser.add_argument("--mid-chunk", action="store_true", help="what completes a chunk that an earlier call began")
+    parser.add_argument("--plain", action="store_true", help="neither the residual form nor clip, threshold, surprise")
     options = parser.parse_args()
     grid = itertools.product(
         options.arch, options.kernel, options.depth, options.head, options.hidden, options.chunk, options.precision
     )
-    form = MemoryForm(clip=1.0)
+    form = MemoryForm() if options.plain else MemoryForm(clip=1.0)
     for arch, name, depth, head, hidden, chunk, precision in grid:
         units = hidden if depth == 2 else head
         plan = Plan.made(depth, head, units, chunk, form, not options.mid_chunk, precision)
         if options.block:
             plan = plan._replace(block=options.block)
         try:
-            print(json.dumps(facts(name, plan, arch, norm=True, surprise=True)), flush=True)
+            print(json.dumps(facts(name, plan, arch, norm=not options.plain, surprise=not options.plain)), flush=True)
         except Exception as error:
             print(json.dumps({"plan": str(plan), "arch": arch, "kernel": name, "error": str(error)[:300]}), flush=True)
 

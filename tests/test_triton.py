@@ -100,6 +100,17 @@ def test_kernels_are_naive_at_the_sizes_of_models(depth: int, chunk: int, width:
     )
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_kernels_write_what_is_above_the_threshold_alone(residual: bool):
+    case = SMALL._replace(tokens=5, residual=residual, clip=0.7)
+    x = make_inputs(case, torch.float32)
+    loss = scan(x, case)[2].loss
+    case = case._replace(threshold=float(loss.median()) + 0.01)
+    written = scan(x, case)[2].loss > case.threshold
+    assert 0 < written.float().mean() < 1
+    near_naive(case)
+
+
 def test_groups_of_chunks_follow_one_another():
     case = SMALL._replace(chunk=1, tokens=6, hidden=16, residual=True, mask="random", start="ragged")
     assert ops_triton.group_size(case.tokens) < case.tokens / 2
@@ -294,14 +305,15 @@ def test_a_block_divides_the_units(k: int, units: int, precision: str):
     assert math.log2(block).is_integer()
 
 
-@pytest.mark.parametrize("plan", ["--arch 90 --depth 2", "--arch 80 --depth 1 --precision tf32x3 --mid-chunk"])
+@pytest.mark.parametrize("plan", ["--arch 90", "--arch 80 --depth 1 --precision tf32x3 --mid-chunk --plain"])
 def test_kernels_compile_for_gpus(plan: str, tmp_path: Path):
     script = Path(__file__).parent / "compile_kernels.py"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, str(script), "--head", "32", "--hidden", "32", "--chunk", "16", "--precision", "bf16"]
+    command += ["--kernel", "read", "again", "back"]
     done = subprocess.run([*command, *plan.split()], capture_output=True, text=True, check=True, env=environment)
     facts = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [fact["kernel"] for fact in facts] == ["read", "back"]
+    assert [fact["kernel"] for fact in facts] == ["read", "again", "back"]
     for fact in facts:
         assert fact["shared_bytes"] <= 99 * 1024, "what a block may have on every GPU from sm_80 on"

@@ -106,7 +106,7 @@ def back_output(
     g, loss, error, gradient, size, n, inverse, gain,
     NORM: tl.constexpr, CLIP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """`mlp.back_output`: from the gradients by G_L `[C, V]` and the loss `[C, 1]` to those by z, shift, and the gain."""
+    """`mlp.back_output`: from the gradients by G_L `[C, V]` and the loss `[C, 1]` to those by z, shift and gain."""
     if CLIP is not None:
         s = CLIP / (size + CLIP)
         along = tl.sum(g * gradient, 1)[:, None] * s * s / (CLIP * tl.maximum(size, 1e-30))

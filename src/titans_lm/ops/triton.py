@@ -154,10 +154,11 @@ def launch_read(
 
     n, rows = part.tokens[0].shape[:2]
     y, loss, norm = (None, None, None) if outputs is None else outputs
-    read[(rows,)](
-        *part.tokens, *part.decay, gain, *pair(anchor), *four(*state), part.last, y, loss, norm, n, rows,
-        **plan.constants(gain), EACH=outputs is None, SURPRISE=loss is not None,
-    )  # fmt: skip
+    with torch.cuda.device_of(part.last):
+        read[(rows,)](
+            *part.tokens, *part.decay, gain, *pair(anchor), *four(*state), part.last, y, loss, norm, n, rows,
+            **plan.constants(gain), EACH=outputs is None, SURPRISE=loss is not None,
+        )  # fmt: skip
 
 
 class Gradients(NamedTuple):
@@ -175,7 +176,7 @@ class Gradients(NamedTuple):
         rows = part.tokens[0].shape[1]
         q, k, shift = (torch.empty_like(x, dtype=torch.float32) for x in part.tokens)
         decay = Decays(*(torch.empty_like(x) for x in part.decay))
-        room = tuple(shift.new_empty(rows, plan.c, plan.units) for _ in range(2))
+        room = (shift.new_empty(rows, plan.c, plan.units), shift.new_empty(rows, plan.c, plan.units))
         return cls(q, k, shift, decay, None if gain is None else torch.zeros_like(gain), room)
 
 
@@ -195,10 +196,11 @@ def launch_back(
 
     n, rows = part.tokens[0].shape[:2]
     by = Gradients.like(plan, part, gain)
-    back[(rows,)](
-        *part.tokens, *part.decay, gain, *pair(anchor), *four(*state), part.last, by_y, by_loss, *pair(by_anchor),
-        *four(*by_state), by.q, by.k, by.shift, *by.decay, by.gain, *by.room, n, rows, **plan.constants(gain),
-    )  # fmt: skip
+    with torch.cuda.device_of(part.last):
+        back[(rows,)](
+            *part.tokens, *part.decay, gain, *pair(anchor), *four(*state), part.last, by_y, by_loss, *pair(by_anchor),
+            *four(*by_state), by.q, by.k, by.shift, *by.decay, by.gain, *by.room, n, rows, **plan.constants(gain),
+        )  # fmt: skip
     return by
 
 
@@ -211,13 +213,13 @@ class _ReadSpan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, span: Span, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = Inputs.of(flat)
-        *out, starts = read_chunks(span, inputs)
+        y, loss, norm, anchor, after, starts = read_chunks(span, inputs)
         ctx.set_materialize_grads(False)
         ctx.span, ctx.count = span, len(flat)
         ctx.save_for_backward(*flat, *starts.w, *starts.s)
-        if out[2] is not None:
-            ctx.mark_non_differentiable(out[2])
-        return *out[:3], *out[3], *out[4].w, *out[4].s
+        if norm is not None:
+            ctx.mark_non_differentiable(norm)
+        return y, loss, norm, *anchor, *after.w, *after.s
 
     @staticmethod
     @once_differentiable
