@@ -305,6 +305,8 @@ small_cases = st.builds(
     gates=st.sampled_from(OPTIONS["gates"]),
     mask=st.sampled_from(OPTIONS["mask"]),
     start=st.sampled_from(OPTIONS["start"]),
+    width=st.just(K),
+    hidden=st.just(HIDDEN),
 )
 
 
