@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU, operation by operation
 
 import jaxtyping
 import pytest

@@ -32,6 +32,8 @@ WITHIN_OPS = [
     ["chunk"],
     ["group"],
     ["chunked", "step"],
+    ["kernel_mlp"],
+    ["kernels"],
     ["triton"],
     ["__init__"],
 ]

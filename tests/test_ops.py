@@ -50,10 +50,12 @@ class Case(NamedTuple):
     gates: str = "inside"
     mask: str = "none"
     start: str = "boundary"
+    width: int = K
+    hidden: int = HIDDEN
 
     @property
     def v_width(self) -> int:
-        return K if self.residual else K + 1
+        return self.width if self.residual else self.width + 1
 
 
 OPTIONS = {
@@ -74,27 +76,27 @@ def pairs(case: Case) -> set[tuple]:
     return set(itertools.combinations(case._asdict().items(), 2))
 
 
-def covering_cases() -> list[Case]:
+def covering_cases(kind: type[Case], options: dict[str, tuple]) -> list[Case]:
     """Few cases in which every value of every option meets every value of every other option."""
     draw = random.Random(0)
     missing = {
         ((a, x), (b, y))
-        for a, b in itertools.combinations(OPTIONS, 2)
-        for x, y in itertools.product(OPTIONS[a], OPTIONS[b])
+        for a, b in itertools.combinations(options, 2)
+        for x, y in itertools.product(options[a], options[b])
     }
     cases = []
     while missing:
-        candidates = [Case(*map(draw.choice, OPTIONS.values())) for _ in range(100)]
+        candidates = [kind(**{name: draw.choice(values) for name, values in options.items()}) for _ in range(100)]
         cases.append(max(candidates, key=lambda case: len(missing & pairs(case))))
         missing -= pairs(cases[-1])
     return cases
 
 
-CASES = covering_cases()
+CASES = covering_cases(Case, OPTIONS)
 
 
 def name_of(case: Case) -> str:
-    return "-".join(str(value).replace(" ", "_") for value in case)
+    return "-".join(str(value).replace(" ", "_") for value in case[: len(OPTIONS)])
 
 
 def make_gate(name: str, case: Case, dtype: torch.dtype) -> Tensor:
@@ -129,16 +131,19 @@ def make_inputs(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -
     """Every input of the operation, by name: tokens, gates, initial state, norm; the initial state is 0 nowhere."""
     torch.manual_seed(seed)
     tokens = (B, case.tokens, H)
-    x = {name: torch.nn.functional.normalize(torch.randn(*tokens, K, dtype=dtype), dim=-1) for name in ("q", "k")}
+    x = {
+        name: torch.nn.functional.normalize(torch.randn(*tokens, case.width, dtype=dtype), dim=-1)
+        for name in ("q", "k")
+    }
     x["v"] = torch.randn(*tokens, case.v_width, dtype=dtype)
     x |= {name: make_gate(name, case, dtype) for name in ("theta", "eta", "alpha")}
-    widths = [K, *[HIDDEN] * (case.depth - 1), case.v_width]
+    widths = [case.width, *[case.hidden] * (case.depth - 1), case.v_width]
     for part, scale in (("anchor", 1.0), ("weights", 1.0), ("momentum", 0.3)):
         for layer, (i, o) in enumerate(itertools.pairwise(widths)):
             x[f"{part}{layer}"] = scale * torch.randn(B, H, i, o, dtype=dtype) / i**0.5
     if case.residual:
-        x["norm_weight"] = 1 + 0.3 * torch.randn(H, K, dtype=dtype)
-        x["norm_bias"] = 0.3 * torch.randn(H, K, dtype=dtype)
+        x["norm_weight"] = 1 + 0.3 * torch.randn(H, case.width, dtype=dtype)
+        x["norm_bias"] = 0.3 * torch.randn(H, case.width, dtype=dtype)
     start = {"boundary": (0, 0), "same": (2, 2), "ragged": (1, -1)}[case.start]
     x["position"] = torch.tensor(start) % case.chunk
     mask = make_mask(case)
@@ -301,6 +306,8 @@ small_cases = st.builds(
     gates=st.sampled_from(OPTIONS["gates"]),
     mask=st.sampled_from(OPTIONS["mask"]),
     start=st.sampled_from(OPTIONS["start"]),
+    width=st.just(K),
+    hidden=st.just(HIDDEN),
 )
 
 

@@ -35,19 +35,21 @@ __all__ = [
     "where_rows",
 ]
 
-Backend = Literal["auto", "naive", "step", "chunked"]
+Backend = Literal["auto", "naive", "step", "chunked", "triton"]
 _FORMS = {"naive": naive, "step": step, "chunked": chunked}
 
 
 def resolve_backend(backend: Backend, tokens: int) -> str:
     """The form that `memory_scan` runs for `backend` on `tokens` tokens: "auto" chooses, the others are what they say.
 
+    "auto" is never "triton", whose kernels were not measured on a GPU: who wants them names them.
+
     Raises ValueError for a name that is not a backend, or one that cannot run this many tokens.
     """
     if backend == "auto":
         return "step" if tokens == 1 else "chunked"
-    if backend not in _FORMS:
-        raise ValueError(f"backend={backend!r} is not one of: auto, {', '.join(_FORMS)}")
+    if backend not in (*_FORMS, "triton"):
+        raise ValueError(f"backend={backend!r} is not one of: auto, {', '.join(_FORMS)}, triton")
     if backend == "step" and tokens != 1:
         raise ValueError(f'backend="step" decodes one token, got T={tokens}; use "chunked"')
     return backend
@@ -80,16 +82,24 @@ def memory_scan(
     `mask` is False at padding, which is invisible: not written, no decay, no step in the chunk, output 0. With
     `surprise=True` a `Surprise` is returned as well. Work is done in the state's dtype; y has v's dtype.
 
-    Raises ValueError for shapes, sizes or names that do not fit.
+    `backend="triton"` are fused kernels for a CUDA device, for some depths and widths (README.md beside this file).
+
+    Raises ValueError for shapes, sizes or names that do not fit, and for a backend that cannot run on what it is given.
     """
     _check(q, k, v, (theta, eta, alpha), state, chunk_size, form, mask)
-    run = _FORMS[resolve_backend(backend, q.shape[1])]
+    name = resolve_backend(backend, q.shape[1])
     dtype = state.weights[0].dtype
     gates = (theta.to(dtype), eta.to(dtype), alpha.to(dtype))
     if form.norm is not None:
         form = form._replace(norm=(form.norm[0].to(dtype), form.norm[1].to(dtype)))
     with torch.autocast(q.device.type, enabled=False):  # state and decays are never rounded to half precision
-        y, state, seen = run(q.to(dtype), k.to(dtype), v.to(dtype), gates, state, chunk_size, form, mask, surprise)
+        if name == "triton":  # takes tokens as they are: bfloat16 goes to the tensor cores as it is
+            from titans_lm.ops.triton import fused  # imports triton: only here
+
+            y, state, seen = fused(q, k, v, gates, state, chunk_size, form, mask, surprise)
+        else:
+            tokens = (q.to(dtype), k.to(dtype), v.to(dtype))
+            y, state, seen = _FORMS[name](*tokens, gates, state, chunk_size, form, mask, surprise)
     y = y.to(v.dtype)
     return (y, state) if seen is None else (y, state, seen)
 

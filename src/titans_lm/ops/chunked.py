@@ -7,7 +7,7 @@ inside again when the group's turn comes.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
     @classmethod
     def of(cls, flat: tuple[Any, ...]) -> "Inputs":
         """Undo `flat`."""
-        anchor, w, s = _thirds(flat[8:])
+        anchor, w, s = thirds(flat[8:])
         return cls(Tokens(*flat[:6]), None if flat[6] is None else (flat[6], flat[7]), anchor, Weights(w, s))
 
     def slots(self) -> int:
@@ -57,7 +57,7 @@ class Inputs(NamedTuple):
         return [(w.shape[1], w.shape[2]) for w in self.anchor]
 
 
-def _thirds(x: Sequence[Any]) -> tuple[Layers, Layers, Layers]:
+def thirds(x: Sequence[Any]) -> tuple[Layers, Layers, Layers]:
     layers = len(x) // 3
     return list(x[:layers]), list(x[layers : 2 * layers]), list(x[2 * layers :])
 
@@ -94,7 +94,7 @@ class _ReadSpan(torch.autograd.Function):
         inputs, starts = Inputs.of(tuple(saved[: ctx.count])), saved[ctx.count :]
         span, shapes = ctx.span, (*inputs.anchor, *inputs.state.w, *inputs.state.s)
         y = torch.zeros_like(inputs.tokens.v) if y is None else y
-        by_anchor, *by_state = _thirds(tuple(
+        by_anchor, *by_state = thirds(tuple(
             torch.zeros_like(x) if by is None else by.clone(memory_format=torch.contiguous_format)
             for x, by in zip(shapes, states, strict=True)
         ))  # fmt: skip
@@ -103,7 +103,7 @@ class _ReadSpan(torch.autograd.Function):
         kept = getattr(whole, "all_chunks", None)
         for i, part in reversed(list(enumerate(_parts(inputs, _group_size(inputs, span))))):
             if kept is None:
-                anchor, *state = _thirds(shapes if i == 0 else starts[(i - 1) * len(shapes) : i * len(shapes)])
+                anchor, *state = thirds(shapes if i == 0 else starts[(i - 1) * len(shapes) : i * len(shapes)])
                 group = _group(inputs, span, part, keep=True)
                 trace = read_group(group, anchor, Weights(*state))
             else:
@@ -123,7 +123,7 @@ def read_span(span: Span, inputs: Inputs) -> tuple[Any, ...]:
     flat = inputs.flat()
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat):
         y, loss, norm, *state = _ReadSpan.apply(span, *flat)
-        return y, loss, norm, *_thirds(state)
+        return y, loss, norm, *thirds(state)
     out, trace = _empty(inputs, span), Trace([], [], inputs.anchor, inputs.state)
     tokens = max(1, CACHED_BYTES // (inputs.row_bytes() * span.width)) * span.width
     for part in _parts(inputs, tokens):
@@ -194,6 +194,22 @@ def chunked(
     surprise: bool = True,
 ) -> tuple[Tensor, MemoryState, Surprise | None]:
     """As `naive`, by matmuls. q, k `[B, T, H, K]`, v `[B, T, H, V]`, gates `[B, T, H]`, mask `[B, T]`."""
+    return in_spans(read_span, q, k, v, gates, state, chunk_size, form, mask, surprise)
+
+
+def in_spans(
+    read: Callable[[Span, Inputs], tuple[Any, ...]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: tuple[Tensor, Tensor, Tensor],
+    state: MemoryState,
+    chunk_size: int,
+    form: MemoryForm,
+    mask: Tensor | None,
+    surprise: bool,
+) -> tuple[Tensor, MemoryState, Surprise | None]:
+    """`chunked`, with spans read by `read`, which takes and gives what `read_span` does."""
     layout = lay_out(mask, state.position, q.shape[1], chunk_size)
     batch, heads = len(q), q.shape[2]
     norm = None
@@ -206,7 +222,7 @@ def chunked(
     for (start, end, width), here in zip(spans, tokens, strict=True):
         present = None if layout.present is None else layout.present[:, start:end]
         span = Span(form, surprise, width, start >= layout.head, present)
-        *part, anchor, w, s = read_span(span, Inputs(here, norm, anchor, Weights(w, s)))
+        *part, anchor, w, s = read(span, Inputs(here, norm, anchor, Weights(w, s)))
         parts.append(part)
     position = (state.position + layout.length) % chunk_size
     at_end = [tuple(x.unflatten(0, (batch, heads)) for x in layers) for layers in (anchor, w, s)]
