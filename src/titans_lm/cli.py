@@ -10,6 +10,7 @@ VERBS = {
     "train": "train a model from a YAML file",
     "infer": "read a text of any length, remember it, answer or go on",
     "stability": "which forms of the memory stay finite on text that repeats",
+    "bench": "measure time and memory: the operation, models, decoding, long texts, peers",
     "demo": "train a small model, read a long text, see what memory adds",
 }
 """Each is a module of this package with `add_arguments(parser)` and `run(arguments)`."""
