@@ -26,7 +26,7 @@ WHAT = {
 """Each is a module of this package: `add_arguments`, `check`, `heats`, `summary`, `table`, and `BUILD` for workers."""
 WIDTH = 150
 """Of tables that go to a file."""
-RUNS = {"op": 7, "model": 3, "decode": 5, "read": 1}
+RUNS = {"op": 7, "model": 3, "decode": 5}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +54,8 @@ def _add_common(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    import torch
+
     from titans_lm.bench.measure import told
     from titans_lm.bench.race import race
     from titans_lm.record import provenance, write_json
@@ -68,6 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
         race(command.heats(arguments, setting), setting, rows, console)
     results = command.summary(rows)
     record = {**provenance(_command(arguments)), "threads": str(setting.threads), "setting": told(setting)}
+    if setting.device == "cuda":
+        record["device"] = torch.cuda.get_device_name()
     write_json(arguments.out, {**record, "complete": not interruption, "summary": results, "rows": rows})
     for table in command.table(rows, results):
         console.print(table)

@@ -118,7 +118,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Ratios of medians, of each action: what could be measured."""
     found = {(row["kind"], row["tokens"]): row["actions"] for row in rows if row["actions"]}
     return {
-        "time_per_token_longest_over_shortest": {name: _growth(found, name) for name in sorted({n for n, _ in found})},
+        "time_per_token_longest_over_shortest": _growth(found),
         "mac_over_mag": _over(found, "mac", "mag"),
         "full_attention_over_mag": _over(found, lm.FULL, "mag"),
         "mag_over_sliding_window": _over(found, "mag", lm.WINDOW),
@@ -128,16 +128,16 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _growth(found: Found, name: str) -> dict[str, Any]:
-    """Time per token at the longest length that was measured, over that at the shortest."""
-    lengths = sorted(tokens for n, tokens in found if n == name)
-    first, last = found[name, lengths[0]], found[name, lengths[-1]]
-    ratios = _ratio(last, first)
-    return {
-        "from": lengths[0],
-        "to": lengths[-1],
-        **{key: ratio * lengths[0] / lengths[-1] for key, ratio in ratios.items()},
-    }
+def _growth(found: Found) -> dict[str, dict[str, Any]]:
+    """By model: time per token at the longest length that was measured, over that at the shortest."""
+    growth = {}
+    for name in sorted({n for n, _ in found}):
+        lengths = sorted(tokens for n, tokens in found if n == name)
+        first, last = lengths[0], lengths[-1]
+        if first < last:
+            ratios = {key: ratio * first / last for key, ratio in _ratio(found[name, last], found[name, first]).items()}
+            growth[name] = {"from": first, "to": last, **ratios}
+    return growth
 
 
 def _ratio(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:

@@ -249,14 +249,14 @@ def _rates(row: dict[str, Any]) -> None:
     repetitions = row["repetitions"]
     large = repetitions.get("matmul", [])
     for action, passes in (("forward", 1), ("training", 3)):
-        parts = [
-            (passes * row["operations"] / r["seconds"]) / (MATMUL_OPERATIONS / m["seconds"])
-            for r, m in zip(repetitions.get(action, []), large, strict=False)
-        ]
-        if parts:
-            measured = row["actions"][action]
-            measured["operations_per_second"] = passes * row["operations"] / measured["seconds"]
-            measured["part_of_matmul_rate"] = statistics.median(parts[1:] or parts)
+        work = passes * row["operations"]
+        pairs = list(zip(repetitions.get(action, []), large, strict=False))
+        for key, spent in (("part_of_matmul_rate", "seconds"), ("part_of_matmul_rate_cpu", "cpu_seconds")):
+            parts = [(work / r[spent]) / (MATMUL_OPERATIONS / m[spent]) for r, m in pairs]
+            if parts:
+                row["actions"][action][key] = statistics.median(parts[1:] or parts)
+        if pairs:
+            row["actions"][action]["operations_per_second"] = work / row["actions"][action]["seconds"]
 
 
 def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
