@@ -156,7 +156,7 @@ def _steady(x: Tensor) -> Tensor:
 
 
 def _largest(pairs: list[tuple[Tensor, Tensor]]) -> float:
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+    return max(float((a - b).detach().abs().max() / b.detach().abs().max()) for a, b in pairs)
 
 
 # ------------------------------------------------------------------------------------------ on a GPU
