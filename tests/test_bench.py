@@ -288,6 +288,14 @@ def test_ratios_of_models():
     assert found["memory_part_of_step"]["mag 40"]["step, CPU"] == pytest.approx(0.5)
 
 
+def test_who_died_has_no_part_in_the_ratios_of_decoding():
+    def row(position, seconds, error=None):
+        return {"kind": "mag", "position": position, "error": error, "actions": {"decode": {"seconds": seconds}}}
+
+    found = decode.summary([row(1, 9.0, "died"), row(2, 2.0), row(3, 3.0)])
+    assert found["last_over_first"] == {"mag": 1.5}
+
+
 def test_a_rate_is_over_the_matmul_of_its_own_repetition():
     def repetitions(*seconds):
         return [{"seconds": s, "cpu_seconds": s, "peak_bytes": 0} for s in seconds]

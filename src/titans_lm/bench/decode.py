@@ -121,7 +121,8 @@ def _entrant(name: str, position: int, arguments: argparse.Namespace) -> Entrant
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians' ratios: the last position over the first, and each model over the sliding window at one position."""
-    found = {(row["kind"], row["position"]): row["actions"]["decode"]["seconds"] for row in rows if row["actions"]}
+    whole = [row for row in rows if row["actions"] and not row["error"]]
+    found = {(row["kind"], row["position"]): row["actions"]["decode"]["seconds"] for row in whole}
     names = {name for name, _ in found}
     positions = {name: sorted(p for n, p in found if n == name) for name in names}
     return {
