@@ -13,6 +13,7 @@ VERBS = {
     "memory": "show, verify, fork and compare memory files",
     "serve": "an OpenAI-compatible server whose clients begin with one memory",
     "stability": "which forms of the memory stay finite on text that repeats",
+    "bench": "measure time and memory: the operation, models, decoding, long texts, peers",
     "demo": "train a small model, read a long text, see what memory adds",
 }
 """Each is a module of this package with `add_arguments(parser)` and `run(arguments)`, which may return a status."""

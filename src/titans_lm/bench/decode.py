@@ -1,0 +1,153 @@
+"""`titans bench decode`: the time of a token after having read much, and its growth.
+
+Up to `--read-up-to` tokens are read; for positions beyond, the counters of a state that has read so many are set: its
+tensors have the same shapes, and no branch depends on what is in them. Full attention's keys and values, which do
+grow, are random numbers of the shape they would have.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from titans_lm.attention import KeyValues
+from titans_lm.bench import lm
+from titans_lm.bench.measure import Action, Contender, Setting
+from titans_lm.bench.race import Entrant, Heat
+from titans_lm.config import SIZES
+from titans_lm.model import TitansForCausalLM
+from titans_lm.state import TitansState
+
+PIECE = 4096
+Decode = Callable[[nn.Module, Tensor, Any], Any]
+
+
+def decoder(options: dict[str, Any], setting: Setting) -> Contender:
+    """A model at each position; an action decodes `tokens` tokens, one a call, from a fork."""
+    model = lm.build(options["kind"], options["size"], setting).eval()
+    state, read = _state(model, options["position"], options["read_up_to"], setting)
+    tokens = lm.ids(options["tokens"], model)
+    step: Decode = _step_titans if isinstance(model, TitansForCausalLM) else _step_mamba2
+
+    def run(after: Any) -> None:
+        with torch.no_grad(), setting.autocast():
+            for i in range(tokens.shape[1]):
+                after = step(model, tokens[:, i : i + 1], after)
+
+    def fork() -> Any:
+        return state.clone() if isinstance(state, TitansState) else state
+
+    def warm() -> None:
+        with torch.no_grad(), setting.autocast():
+            step(model, tokens[:, :1], fork())
+
+    about = {"parameters": lm.parameters(model), "read": read, "state_bytes": getattr(state, "nbytes", None)}
+    return Contender({"decode": Action(run, fork)}, about, warm)
+
+
+def _step_titans(model: nn.Module, token: Tensor, state: Any) -> Any:
+    return model(token, past_key_values=state).past_key_values
+
+
+def _step_mamba2(model: nn.Module, token: Tensor, state: Any) -> Any:
+    return model(token, cache_params=state, use_cache=True).cache_params
+
+
+@torch.no_grad()
+def _state(model: nn.Module, position: int, read_up_to: int, setting: Setting) -> tuple[Any, int]:
+    """What a model carries after `position` tokens, and how many of them it has read."""
+    read = min(position, read_up_to)
+    full = isinstance(model, TitansForCausalLM) and model.config.variant == "attention" and not model.config.window_size
+    if full:
+        read = 0
+    state: Any = None
+    if isinstance(model, TitansForCausalLM):
+        state = model.initial_state(1)
+    with setting.autocast():
+        for part in lm.ids(read, model).split(PIECE, 1) if read else ():
+            if isinstance(model, TitansForCausalLM):
+                model(part, past_key_values=state, logits_to_keep=1)
+            else:
+                state = model(part, cache_params=state, use_cache=True, logits_to_keep=1).cache_params
+    if isinstance(model, TitansForCausalLM):
+        state.position = torch.full_like(state.position, position)
+        state.columns = position
+        if full:
+            state.memories = [layer._replace(attention=_random(model, position, setting)) for layer in state.memories]
+    return state, read
+
+
+def _random(model: TitansForCausalLM, position: int, setting: Setting) -> KeyValues:
+    config = model.config
+    assert config.head_dim is not None
+    shape = (1, config.num_attention_heads, position, config.head_dim)
+    keys, values = (torch.randn(shape, device=setting.device, dtype=setting.torch_dtype()) for _ in "kv")
+    return KeyValues((keys,), (values,))
+
+
+BUILD = {"decoder": decoder}
+
+# ------------------------------------------------------------------------------------------------ command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--positions", type=int, nargs="+", default=[1024, 65536, 1048576], help="tokens before")
+    parser.add_argument("--variants", nargs="+", choices=lm.TITANS, default=["mag", "mac"])
+    parser.add_argument("--tokens", type=int, default=64, help="tokens that a repetition decodes")
+    parser.add_argument("--read-up-to", type=int, default=65536, help="beyond, the position is set and not read to")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    if min(arguments.positions) < 1 or arguments.tokens < 1 or arguments.read_up_to < 1:
+        raise ValueError("--positions, --tokens and --read-up-to must be at least 1")
+
+
+def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noqa: ARG001 - the same for all commands
+    """Positions in turns too: their ratio is what is asked for."""
+    names = [*arguments.variants, lm.WINDOW, *((lm.FULL, lm.MAMBA2) if arguments.peers else ())]
+    entrants = [_entrant(name, position, arguments) for name in names for position in sorted(arguments.positions)]
+    return [Heat("decode", entrants, arguments.runs)]
+
+
+def _entrant(name: str, position: int, arguments: argparse.Namespace) -> Entrant:
+    options = {"kind": name, "size": arguments.size, "position": position, "tokens": arguments.tokens,
+               "read_up_to": arguments.read_up_to}  # fmt: skip
+    return Entrant(f"{name} at {position:,}", "decode", "decoder", ["decode"], options)
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians' ratios: the last position over the first, and each model over the sliding window at one position."""
+    whole = [row for row in rows if row["actions"] and not row["error"]]
+    found = {(row["kind"], row["position"]): row["actions"]["decode"]["seconds"] for row in whole}
+    names = {name for name, _ in found}
+    positions = {name: sorted(p for n, p in found if n == name) for name in names}
+    return {
+        "last_over_first": {n: found[n, p[-1]] / found[n, p[0]] for n, p in positions.items()},
+        "over_sliding_window": {
+            f"{n} at {p}": s / found[lm.WINDOW, p] for (n, p), s in found.items() if (lm.WINDOW, p) in found
+        },
+    }
+
+
+def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
+    made = Table("model", "position", "of it read", "ms a token", "least - most", "CPU ms", "over window", "state MiB")
+    for row in rows:
+        if row["error"]:
+            made.add_row(row["kind"], f"{row['position']:,}", f"[red]{row['error']}")
+            continue
+        m = row["actions"]["decode"]
+        ms, least, most, cpu = (1e3 * m[key] / row["tokens"] for key in ("seconds", "least", "most", "cpu_seconds"))
+        over = results["over_sliding_window"].get(f"{row['kind']} at {row['position']}")
+        size = "-" if row["state_bytes"] is None else f"{row['state_bytes'] / 2**20:,.1f}"
+        made.add_row(
+            row["kind"], f"{row['position']:,}", f"{row['read']:,}", f"{ms:.2f}", f"{least:.2f} - {most:.2f}",
+            f"{cpu:.2f}", "-" if over is None else f"{over:.2f}", size,
+        )  # fmt: skip
+    growth = Table("model", "last position over first")
+    for name, ratio in results["last_over_first"].items():
+        growth.add_row(name, f"{ratio:.2f}")
+    return [made, growth]

@@ -1,0 +1,187 @@
+"""Time, CPU time and memory of one thing, and what a contender is: things that can be done again and again."""
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LEAST_SECONDS = 0.2
+"""What is done in less is done several times a repetition: a clock and a scheduler are not finer than that."""
+MATMUL = 2048
+"""Width of the large matmul whose rate is what the machine can do."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders of a run have in common."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    backend: str = "auto"
+    threads: int = 1
+    memory_limit: float = 0.0
+    """GiB that a process may take on a CPU; 0: no limit."""
+
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def autocast(self) -> torch.autocast:
+        """Models keep float32 parameters and compute in the run's type, as `titans train` does."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+
+@dataclass(frozen=True)
+class Action:
+    """Something that is timed: `run(prepare())`; `prepare` is not timed. `tell` says what came of it."""
+
+    run: Callable[[Any], Any]
+    prepare: Callable[[], Any] = lambda: None
+    tell: Callable[[Any], dict[str, Any]] = lambda _: {}
+    once: bool = False
+    """Never more than once a repetition."""
+
+
+@dataclass
+class Contender:
+    """What a worker has built: its actions, and facts of it. `small` runs all code once on little, so that what is
+    loaded then does not count as memory that an action takes."""
+
+    actions: dict[str, Action]
+    about: dict[str, Any] = field(default_factory=dict)
+    small: Callable[[], None] = lambda: None
+
+
+def matmul(setting: Setting) -> Action:
+    """The large matmul, of the run's type."""
+    a, b = (torch.randn(MATMUL, MATMUL, dtype=setting.torch_dtype(), device=setting.device) for _ in "ab")
+    out = torch.empty_like(a)
+    return Action(lambda _: torch.mm(a, b, out=out))
+
+
+MATMUL_OPERATIONS = 2 * MATMUL**3
+
+
+class Meter:
+    """Measures actions of one process. Memory is what the process takes above what it took when the meter was made."""
+
+    def __init__(self, setting: Setting):
+        self.cuda = setting.device == "cuda"
+        _give_back()
+        self.base = torch.cuda.memory_allocated() if self.cuda else _status("VmRSS")
+        self.calls: dict[Action, int] = {}
+
+    def measure(self, action: Action) -> dict[str, Any]:
+        """One repetition: seconds and CPU seconds of a call, peak bytes, what the action tells."""
+        calls = self.calls.get(action, 1)
+        ready = action.prepare()
+        self._forget_peak()
+        before = time.process_time()
+        seconds, result = (self._on_cuda if self.cuda else _on_cpu)(action, ready, calls)
+        cpu = time.process_time() - before
+        if (
+            action not in self.calls
+        ):  # the first call also loads and allocates: the guess is rough, and need not be good
+            self.calls[action] = 1 if action.once else max(1, min(1000, round(LEAST_SECONDS / max(seconds, 1e-6))))
+        found = {"seconds": seconds / calls, "cpu_seconds": cpu / calls, "peak_bytes": self._peak(), "calls": calls}
+        return {**found, **action.tell(result)}
+
+    def _on_cuda(self, action: Action, ready: Any, calls: int) -> tuple[float, Any]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(calls):
+            result = action.run(ready)
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000, result
+
+    def _forget_peak(self) -> None:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            return
+        with contextlib.suppress(OSError):  # not Linux, or not allowed: then the peak is that of the process so far
+            Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is taken now
+
+    def _peak(self) -> int | None:
+        peak = torch.cuda.max_memory_allocated() if self.cuda else _status("VmHWM")
+        return None if peak is None or self.base is None else peak - self.base
+
+
+def _on_cpu(action: Action, ready: Any, calls: int) -> tuple[float, Any]:
+    begun = time.perf_counter()
+    for _ in range(calls):
+        result = action.run(ready)
+    return time.perf_counter() - begun, result
+
+
+def _give_back() -> None:
+    """What was freed goes back to the system, so that it does not hide what is taken next."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status(name: str) -> int | None:
+    """Bytes of a line of /proc/self/status; None where there is no such file."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def resident() -> int | None:
+    """Bytes of memory that this process takes now."""
+    return _status("VmRSS")
+
+
+def limit_memory(setting: Setting) -> None:
+    """An allocation above the limit fails, which is an error to report; and if the machine runs out all the same, this
+    process is the one to end, not another."""
+    if setting.device != "cpu" or not Path("/proc/self").exists():
+        return
+    import resource
+
+    Path("/proc/self/oom_score_adj").write_text("1000")
+    if setting.memory_limit:
+        size = int(setting.memory_limit * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+
+
+def available_memory() -> float:
+    """GiB that may be taken without others being pushed out; 0 where that is not known."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable:"))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def summarise(repetitions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Median, least and most of the repetitions; peak memory of the first, before anything is left behind."""
+    seconds = [r["seconds"] for r in repetitions]
+    timed = seconds[1:] or seconds
+    cpu = [r["cpu_seconds"] for r in repetitions][1:] or [repetitions[0]["cpu_seconds"]]
+    return {
+        "seconds": statistics.median(timed), "least": min(timed), "most": max(timed),
+        "cpu_seconds": statistics.median(cpu), "peak_bytes": repetitions[0]["peak_bytes"], "runs": len(timed),
+        "warm_up_seconds": seconds[0], "each": timed,
+    }  # fmt: skip
+
+
+def told(setting: Setting) -> dict[str, Any]:
+    return dataclasses.asdict(setting)

@@ -1,0 +1,203 @@
+"""`titans bench model`: a training step and prefill at several lengths, one sequence at a time.
+
+The memory's share of a step is measured by leaving it out: the same step of the same model, in turns with the whole
+one, where each memory hands on its input (projections, convolutions and gates are part of the memory).
+"""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from titans_lm.bench import lm
+from titans_lm.bench.measure import Action, Contender, Setting
+from titans_lm.bench.race import Entrant, Heat
+from titans_lm.config import SIZES
+
+
+def trained(options: dict[str, Any], setting: Setting) -> Contender:
+    """A model that trains on, and reads, `tokens` tokens."""
+    model = lm.build(options["kind"], options["size"], setting)
+    if options["checkpointing"]:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    actions = _actions(model, options["tokens"], setting)
+    small = _actions(model, min(64, options["tokens"]), setting)
+
+    def warm() -> None:
+        for action in small.values():
+            action.run(action.prepare())
+        model.zero_grad(set_to_none=True)
+
+    return Contender(actions, {"parameters": lm.parameters(model)}, warm)
+
+
+def _actions(model: nn.Module, length: int, setting: Setting) -> dict[str, Action]:
+    tokens = lm.ids(length, model)
+
+    def prefill(_: Any) -> None:
+        model.eval()
+        with torch.no_grad(), setting.autocast():
+            model(tokens, use_cache=True, logits_to_keep=1)
+
+    def step(_: Any) -> None:
+        model.train()
+        with setting.autocast():
+            loss = lm.loss(model, tokens)
+        loss.backward()
+
+    def without(_: Any) -> None:
+        with _no_memory(model):
+            step(None)
+
+    def forget() -> None:
+        model.zero_grad(set_to_none=True)
+
+    return {"prefill": Action(prefill), "step": Action(step, forget), WITHOUT: Action(without, forget)}
+
+
+@contextlib.contextmanager
+def _no_memory(model: nn.Module) -> Iterator[None]:
+    """Every memory hands on its input, and remembers nothing."""
+
+    def forward(x: Tensor, state: Any, mask: Any = None, surprise: bool = False) -> tuple[Any, ...]:  # noqa: ARG001
+        return (x, state, None) if surprise else (x, state)
+
+    def read(x: Tensor, weights: Any, tail: Any, present: Any) -> tuple[Any, ...]:  # noqa: ARG001
+        return x, tail
+
+    with contextlib.ExitStack() as patches:
+        for memory in lm.memories(model):
+            patches.enter_context(mock.patch.multiple(memory, forward=forward, read=read))
+        yield
+
+
+WITHOUT = "step without memory"
+BUILD = {"trained": trained}
+
+# ------------------------------------------------------------------------------------------------ command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", choices=list(SIZES), default="tiny")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 16384, 65536], help="tokens of a sequence")
+    parser.add_argument("--variants", nargs="+", choices=lm.TITANS, default=list(lm.TITANS))
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in training")
+    parser.add_argument(
+        "--patience", type=float, default=300.0, help="seconds of a warm-up above which it is the only measurement"
+    )
+
+
+def check(arguments: argparse.Namespace) -> None:
+    if min(arguments.lengths) < 2:
+        raise ValueError(f"--lengths must be at least 2, got {min(arguments.lengths)}")
+
+
+def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noqa: ARG001 - the same for all commands
+    names = [*arguments.variants, *(lm.BASELINES if arguments.peers else ())]
+    entrants = [_entrant(name, tokens, arguments) for tokens in sorted(arguments.lengths) for name in names]
+    return [Heat("model", entrants, arguments.runs, patience=arguments.patience)]
+
+
+def _entrant(name: str, tokens: int, arguments: argparse.Namespace) -> Entrant:
+    actions = ["prefill", "step", *([WITHOUT] if name in lm.TITANS else [])]
+    options = {"kind": name, "size": arguments.size, "tokens": tokens, "checkpointing": arguments.checkpointing}
+    return Entrant(f"{name}, {tokens:,} tokens", "model", "trained", actions, options)
+
+
+Found = dict[tuple[str, int], dict[str, Any]]
+SPENT = {"seconds": "", "cpu_seconds": ", CPU"}
+"""Ratios are told of both: on a machine that others use too, CPU seconds say less wrongly what one thread costs."""
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ratios of medians, of each action: what could be measured."""
+    found = {(row["kind"], row["tokens"]): row["actions"] for row in rows if row["actions"]}
+    return {
+        "time_per_token_longest_over_shortest": _growth(found),
+        "mac_over_mag": _over(found, "mac", "mag"),
+        "full_attention_over_mag": _over(found, lm.FULL, "mag"),
+        "mag_over_sliding_window": _over(found, "mag", lm.WINDOW),
+        "memory_part_of_step": {f"{name} {tokens}": _share(actions) for (name, tokens), actions in found.items()
+                                if WITHOUT in actions},
+        "mag_peak_over_sliding_window": _peaks(found, "mag", lm.WINDOW),
+    }  # fmt: skip
+
+
+def _growth(found: Found) -> dict[str, dict[str, Any]]:
+    """By model: time per token at the longest length that was measured, over that at the shortest."""
+    growth = {}
+    for name in sorted({n for n, _ in found}):
+        lengths = sorted(tokens for n, tokens in found if n == name)
+        first, last = lengths[0], lengths[-1]
+        if first < last:
+            ratios = {key: ratio * first / last for key, ratio in _ratio(found[name, last], found[name, first]).items()}
+            growth[name] = {"from": first, "to": last, **ratios}
+    return growth
+
+
+def _ratio(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """By action, of seconds and of CPU seconds."""
+    both = [action for action in ("prefill", "step") if action in one and action in other]
+    return {f"{a}{label}": one[a][key] / other[a][key] for key, label in SPENT.items() for a in both}
+
+
+def _over(found: Found, one: str, other: str) -> dict[str, dict[str, float]]:
+    """By length: the time of `one` over that of `other`."""
+    return {
+        str(tokens): _ratio(found[one, tokens], actions)
+        for (name, tokens), actions in found.items()
+        if name == other and (one, tokens) in found
+    }
+
+
+def _peaks(found: Found, one: str, other: str) -> dict[str, dict[str, float]]:
+    return {
+        str(tokens): {
+            action: found[one, tokens][action]["peak_bytes"] / m["peak_bytes"]
+            for action, m in actions.items()
+            if m["peak_bytes"] and action in found[one, tokens]
+        }
+        for (name, tokens), actions in found.items()
+        if name == other and (one, tokens) in found
+    }
+
+
+def _share(actions: dict[str, Any]) -> dict[str, float]:
+    return {f"step{label}": 1 - actions[WITHOUT][key] / actions["step"][key] for key, label in SPENT.items()}
+
+
+def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
+    made = Table("model", "parameters", "", "us a token", "least - most", "CPU us", "peak MiB", "runs")
+    for row in rows:
+        for action, m in row["actions"].items():
+            us, least, most, cpu = (1e6 * m[key] / row["tokens"] for key in ("seconds", "least", "most", "cpu_seconds"))
+            peak = "-" if m["peak_bytes"] is None else f"{m['peak_bytes'] / 2**20:,.0f}"
+            made.add_row(
+                row["name"], f"{row['parameters'] / 1e6:.2f}M", action, f"{us:,.1f}", f"{least:,.1f} - {most:,.1f}",
+                f"{cpu:,.1f}", peak, str(m["runs"]),
+            )  # fmt: skip
+        if row["error"]:
+            made.add_row(row["name"], "", f"[red]{row['error']}")
+    return [made, _ratios(results)]
+
+
+def _ratios(results: dict[str, Any]) -> Table:
+    columns = ["prefill", "step", "prefill, CPU", "step, CPU"]
+    made = Table("ratio", "of", *columns)
+
+    def add(ratio: str, of: str, found: dict[str, Any]) -> None:
+        made.add_row(ratio, of, *(f"{found[key]:.2f}" if key in found else "-" for key in columns))
+
+    for name, growth in results["time_per_token_longest_over_shortest"].items():
+        add(f"time a token, {growth['to']:,} over {growth['from']:,} tokens", name, growth)
+    for key in [key for key in results if "_over_" in key and key.startswith(("ma", "full"))]:
+        for tokens, ratios in results[key].items():
+            add(key.replace("_", " "), f"{int(tokens):,} tokens", ratios)
+    for name, part in results["memory_part_of_step"].items():
+        add("memory's part of a step", name, part)
+    return made

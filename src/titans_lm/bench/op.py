@@ -1,0 +1,288 @@
+"""`titans bench op`: the memory operation, how near it comes to the rate of a large matmul, and its peers.
+
+Operations are those of `ops/README.md`, section Cost; the backward pass counts as twice the forward pass, whatever it
+computes again.
+"""
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from titans_lm.bench.measure import MATMUL_OPERATIONS, Action, Contender, Setting, matmul
+from titans_lm.bench.race import Entrant, Heat
+from titans_lm.ops import MemoryForm, MemoryState, initial_state, memory_scan
+
+HEADS, WIDTH = 6, 64
+CLIP = 1.0
+"""Of the residual form, as models have it by default."""
+
+
+def operations(width: int, hidden: int, chunk: int) -> int:
+    """Of one token and head, forward, memory of depth 2 (`ops/README.md`)."""
+    return 22 * width * hidden + 4 * chunk * (width + hidden)
+
+
+class Shape(NamedTuple):
+    """What is read: `rows` x HEADS memories of WIDTH x `hidden`."""
+
+    rows: int
+    tokens: int
+    hidden: int
+    chunk: int
+    form: str = "plain"
+
+    def operations(self) -> int:
+        return self.rows * HEADS * self.tokens * operations(WIDTH, self.hidden, self.chunk)
+
+
+class Inputs(NamedTuple):
+    """Tokens as the layer makes them (keys and queries of length 1, gates where they begin), and M_0."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    theta: Tensor
+    eta: Tensor
+    alpha: Tensor
+    first: tuple[Tensor, ...]
+
+    def flat(self) -> list[Tensor]:
+        return [*self[:6], *self.first]
+
+    def trained(self) -> "Inputs":
+        """Leaves whose gradients are asked for."""
+        return Inputs.of([x.detach().requires_grad_() for x in self.flat()])
+
+    @classmethod
+    def of(cls, flat: list[Tensor]) -> "Inputs":
+        """Undo `flat`."""
+        q, k, v, theta, eta, alpha, *first = flat
+        return cls(q, k, v, theta, eta, alpha, tuple(first))
+
+
+def inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
+    wide = torch.promote_types(dtype, torch.float32)
+    size = (shape.rows, shape.tokens, HEADS)
+    q, k, v = (torch.randn(*size, WIDTH, dtype=wide) for _ in "qkv")
+    theta, eta, alpha = (torch.sigmoid(torch.randn(size, dtype=wide) + bias) for bias in (-2, 2.5, -6))
+    first = (torch.randn(HEADS, WIDTH, shape.hidden) / 8, torch.randn(HEADS, shape.hidden, WIDTH) / shape.hidden**0.5)
+    tokens = (q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True), v / 8)
+    gates = (0.1 * theta, eta, alpha)
+    narrow = [x.to(device, dtype) for x in tokens]
+    return Inputs.of([*narrow, *(x.to(device) for x in gates), *(w.to(device, wide) for w in first)])
+
+
+def form(name: str, device: str, dtype: torch.dtype = torch.float32) -> MemoryForm:
+    if name == "plain":
+        return MemoryForm()
+    one = torch.ones(HEADS, WIDTH, device=device, dtype=dtype)
+    return MemoryForm(norm=(one, torch.zeros_like(one)), clip=CLIP)
+
+
+Read = Callable[[Inputs], tuple[Tensor, Any]]
+
+
+def reader(shape: Shape, setting: Setting, scan: Callable[..., Any] = memory_scan) -> Read:
+    """`memory_scan`, or what behaves as it does, from M_0: y and the state after."""
+    memory = form(shape.form, setting.device)
+
+    def read(x: Inputs) -> tuple[Tensor, MemoryState]:
+        state = initial_state(x.first, shape.rows)
+        y, after = scan(*x[:6], state, chunk_size=shape.chunk, form=memory, backend=setting.backend)
+        return y, after
+
+    return read
+
+
+def both_ways(read: Read, x: Inputs) -> dict[str, Action]:
+    """Forward alone, without gradients; forward and backward, to every input and M_0."""
+    weight = torch.randn(*x.v.shape, dtype=x.v.dtype, device=x.v.device)
+
+    def forward(_: Any) -> None:
+        with torch.no_grad():
+            read(x)
+
+    def training(leaves: Inputs) -> None:
+        y = read(leaves)[0]
+        torch.autograd.grad(y, leaves.flat(), weight, allow_unused=True)  # a peer may have no use for a gate
+
+    return {"forward": Action(forward), "training": Action(training, x.trained)}
+
+
+def ours(options: dict[str, Any], setting: Setting, scan: Callable[..., Any] = memory_scan) -> Contender:
+    shape = Shape(**options)
+    x = inputs(shape, setting.torch_dtype(), setting.device)
+    small = inputs(shape._replace(tokens=2 * shape.chunk), setting.torch_dtype(), setting.device)
+    actions = both_ways(reader(shape, setting, scan), x)
+
+    def warm() -> None:
+        for action in both_ways(reader(shape, setting, scan), small).values():
+            action.run(action.prepare())
+
+    return Contender({"matmul": matmul(setting), **actions}, {"operations": shape.operations()}, warm)
+
+
+def compiled(options: dict[str, Any], setting: Setting) -> Contender:
+    """The same, by torch.compile. Not measured on a GPU."""
+    return ours(options, setting, torch.compile(memory_scan))
+
+
+def _peer(name: str) -> Callable[[dict[str, Any], Setting], Contender]:
+    """A contender of `peers`, whose packages only `--peers` needs."""
+
+    def make(options: dict[str, Any], setting: Setting) -> Contender:
+        from titans_lm.bench import peers
+
+        contender: Contender = getattr(peers, name)(options, setting)
+        return contender
+
+    return make
+
+
+BUILD = {
+    "ours": ours,
+    "compiled": compiled,
+    **{name: _peer(name) for name in ("titans_pytorch", "gated_delta_rule", "attention")},
+}
+
+# ------------------------------------------------------------------------------------------------ command
+
+ACTIONS = ["matmul", "forward", "training"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[128, 256], help="hidden widths of the memory")
+    parser.add_argument("--chunk", type=int, nargs="+", default=[64, 16], help="chunk sizes")
+    parser.add_argument("--forms", nargs="+", choices=["plain", "residual"], default=["plain", "residual"])
+    parser.add_argument(
+        "--rows", type=int, help=f"batch rows of {HEADS} heads (default: as many as threads; 8 on a GPU)"
+    )
+    parser.add_argument(
+        "--peer-tokens", type=int, default=256, help="tokens against titans-pytorch, which keeps weights for each"
+    )
+
+
+def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:
+    rows = arguments.rows or (8 if setting.device == "cuda" else setting.threads)
+    found = []
+    for hidden, chunk in itertools.product(arguments.hidden, arguments.chunk):
+        shapes = [Shape(rows, arguments.tokens, hidden, chunk, f) for f in arguments.forms]
+        entrants = [_entrant(shape.form, "ours", shape) for shape in shapes]
+        if setting.device == "cuda":
+            entrants += [_entrant(f"{shape.form}, compiled", "compiled", shape) for shape in shapes]
+        name = f"hidden {hidden}, chunk {chunk}"
+        found.append(Heat(name, entrants, arguments.runs))
+        if arguments.peers:
+            shape = Shape(rows, arguments.peer_tokens, hidden, chunk)
+            found.append(Heat(f"{name}, {shape.tokens} tokens", _peers(shape, setting), arguments.runs))
+    return found
+
+
+def _entrant(name: str, contender: str, shape: Shape, **more: Any) -> Entrant:
+    return Entrant(name, "op", contender, ACTIONS, {**shape._asdict(), **more})
+
+
+OURS, SAME = "ours", "titans-pytorch, same function"
+
+
+def _peers(shape: Shape, setting: Setting) -> list[Entrant]:
+    """titans-pytorch (C: our chunk) with chunk_size 1 and batch_size C, which is our recurrence; with chunk_size C,
+    where a chunk's tokens share gates and memory; and without batch_size, where all gradients are taken at M_0."""
+    entrants = [
+        _entrant(OURS, "ours", shape),
+        _entrant(SAME, "titans_pytorch", shape, store_chunk=1, batch=shape.chunk),
+        _entrant("titans-pytorch, approximate", "titans_pytorch", shape, store_chunk=shape.chunk, batch=shape.chunk),
+        _entrant("titans-pytorch, first weights", "titans_pytorch", shape, store_chunk=shape.chunk, batch=None),
+    ]
+    if setting.device == "cuda":
+        entrants += [
+            _entrant("flash-linear-attention, gated delta rule", "gated_delta_rule", shape),
+            _entrant("attention", "attention", shape),
+        ]
+    return entrants
+
+
+def check(arguments: argparse.Namespace) -> None:
+    counts = [arguments.tokens, arguments.peer_tokens, *arguments.hidden, *arguments.chunk]
+    if min(counts) < 1 or (arguments.rows is not None and arguments.rows < 1):
+        raise ValueError("--tokens, --peer-tokens, --hidden, --chunk and --rows must be at least 1")
+    if arguments.peers:
+        from titans_lm.bench.peers import require
+
+        require("titans_pytorch")
+        for chunk in arguments.chunk:
+            if arguments.peer_tokens % chunk:
+                raise ValueError(f"--peer-tokens {arguments.peer_tokens} must be a multiple of --chunk {chunk}")
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Adds to each row the rate and its part of the matmul's; ratios of each peer's time and memory to ours."""
+    found = []
+    own: dict[str, Any] = {}
+    for row in rows:
+        if "operations" in row:
+            _rates(row)
+        own = row["actions"] if row["name"] == OURS else own
+        if row["name"].startswith("titans-pytorch") and own and not row["error"]:
+            ratios = {f"{a}_{what}": _ratio(row["actions"], own, a, what) for a in ACTIONS[1:] for what in MEASURES}
+            found.append({"heat": row["heat"], "peer": row["name"], **ratios})
+    return {"peers_over_ours": found}
+
+
+MEASURES = ("seconds", "cpu_seconds", "peak_bytes")
+
+
+def _ratio(theirs: dict[str, Any], own: dict[str, Any], action: str, what: str) -> float | None:
+    pair = [part.get(action, {}).get(what) for part in (theirs, own)]
+    return pair[0] / pair[1] if all(pair) else None
+
+
+def _rates(row: dict[str, Any]) -> None:
+    """Each repetition over the matmul of the same repetition: what slows both for a while drops out."""
+    repetitions = row["repetitions"]
+    large = repetitions.get("matmul", [])
+    for action, passes in (("forward", 1), ("training", 3)):
+        work = passes * row["operations"]
+        pairs = list(zip(repetitions.get(action, []), large, strict=False))
+        for key, spent in (("part_of_matmul_rate", "seconds"), ("part_of_matmul_rate_cpu", "cpu_seconds")):
+            parts = [(work / r[spent]) / (MATMUL_OPERATIONS / m[spent]) for r, m in pairs]
+            if parts:
+                row["actions"][action][key] = statistics.median(parts[1:] or parts)
+        if pairs:
+            row["actions"][action]["operations_per_second"] = work / row["actions"][action]["seconds"]
+
+
+def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
+    made = Table("shape", "contender", "", "ms", "least - most", "CPU ms", "Gop/s", "of matmul", "peak MiB")
+    for row in rows:
+        for action in ACTIONS[1:]:
+            if action in row["actions"]:
+                made.add_row(*_cells(row, action))
+        if row["error"]:
+            made.add_row(row["heat"], row["name"], f"[red]{row['error']}")
+    if not results["peers_over_ours"]:
+        return [made]
+    names = {"seconds": "time", "cpu_seconds": "CPU time", "peak_bytes": "memory"}
+    keys = [f"{action}_{what}" for what in MEASURES for action in ACTIONS[1:]]
+    ratios = Table("shape", "over ours", *(f"{action} {names[what]}" for what in MEASURES for action in ACTIONS[1:]))
+    for r in results["peers_over_ours"]:
+        ratios.add_row(r["heat"], r["peer"], *("-" if r[key] is None else f"{r[key]:.1f}" for key in keys))
+    return [made, ratios]
+
+
+def _cells(row: dict[str, Any], action: str) -> list[str]:
+    m = row["actions"][action]
+    rate, part = m.get("operations_per_second"), m.get("part_of_matmul_rate")
+    peak = "-" if m["peak_bytes"] is None else f"{m['peak_bytes'] / 2**20:,.0f}"
+    return [
+        row["heat"], row["name"], action, f"{1e3 * m['seconds']:,.1f}",
+        f"{1e3 * m['least']:,.1f} - {1e3 * m['most']:,.1f}", f"{1e3 * m['cpu_seconds']:,.1f}",
+        "-" if rate is None else f"{rate / 1e9:,.1f}", "-" if part is None else f"{part:.2f}", peak,
+    ]  # fmt: skip

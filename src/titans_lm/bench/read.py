@@ -1,0 +1,192 @@
+"""`titans bench read`: a text of any length through the carried state, stretch by stretch, in bounded memory.
+
+The text is the Python standard library's source files, again and again; the weights are random, or those of `--model`.
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from titans_lm.bench import lm
+from titans_lm.bench.measure import Action, Contender, Setting, resident
+from titans_lm.bench.race import Entrant, Heat
+from titans_lm.config import SIZES
+from titans_lm.data import encode, load_tokenizer, read_text, stdlib_files
+from titans_lm.infer import load
+from titans_lm.model import TitansForCausalLM
+from titans_lm.state import TitansState
+
+
+class Reader:
+    """A model on its way through the text."""
+
+    def __init__(self, options: dict[str, Any], setting: Setting):
+        self.setting, self.piece = setting, options["piece"]
+        self.model: nn.Module
+        if options["model"]:
+            self.model, tokenizer = load(Path(options["model"]))
+            self.model.to(setting.device)
+        else:
+            self.model, tokenizer = lm.build(options["kind"], options["size"], setting).eval(), load_tokenizer("bytes")
+        self.text = _text(tokenizer)
+        self.state: Any = self.model.initial_state(1) if isinstance(self.model, TitansForCausalLM) else None
+        self.finite = True
+
+    @torch.no_grad()
+    def read(self, tokens: int) -> None:
+        """Goes on for so many tokens."""
+        for size in [self.piece] * (tokens // self.piece) + [tokens % self.piece] * (tokens % self.piece > 0):
+            ids = torch.tensor([list(itertools.islice(self.text, size))], device=self.setting.device)
+            with self.setting.autocast():
+                logits = self._logits(ids)
+            self.finite = self.finite and lm.is_finite([logits])
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        out: Any
+        if isinstance(self.state, TitansState):
+            out = self.model(ids, past_key_values=self.state, logits_to_keep=1)
+        else:
+            out = self.model(ids, cache_params=self.state, use_cache=True, logits_to_keep=1)
+            self.state = out.cache_params
+        logits: Tensor = out.logits
+        return logits
+
+    def tell(self) -> dict[str, Any]:
+        """What is carried: how large it is, and whether all of it is a number."""
+        found: dict[str, Any] = {"resident_bytes": resident(), "finite": self.finite}
+        if isinstance(self.state, TitansState):
+            found |= {"state_bytes": self.state.nbytes, **_norms(self.state)}
+            found["finite"] = self.finite and all(found[key] < float("inf") for key in NORMS if key in found)
+        return found
+
+
+NORMS = ("weights_norm", "momentum_norm")
+
+
+def _norms(state: TitansState) -> dict[str, float]:
+    """Largest Frobenius norm of a head's weights in a layer, and of their momentum."""
+    memories = [layer.memory.memory for layer in state.memories if layer.memory is not None]
+    if not memories:
+        return {}
+    parts = ([w for m in memories for w in m.weights], [s for m in memories for s in m.momentum])
+    return {name: max(float(w.norm(dim=(-2, -1)).max()) for w in part) for name, part in zip(NORMS, parts, strict=True)}
+
+
+def _text(tokenizer: Any) -> Iterator[int]:
+    """Tokens without end."""
+    for file in itertools.cycle(stdlib_files()):
+        yield from encode(tokenizer, read_text(file)).tolist()
+
+
+def reader(options: dict[str, Any], setting: Setting) -> Contender:
+    """An action reads the next stretch."""
+    one = Reader(options, setting)
+
+    def warm() -> None:
+        Reader(options, setting).read(min(options["piece"], options["stretch"]))
+
+    action = Action(lambda _: one.read(options["stretch"]), tell=lambda _: one.tell(), once=True)
+    return Contender({"stretch": action}, {"parameters": lm.parameters(one.model)}, warm)
+
+
+BUILD = {"reader": reader}
+
+# ------------------------------------------------------------------------------------------------ command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", choices=list(SIZES), default="tiny")
+    parser.add_argument("--model", type=Path, help="a folder that titans train wrote, instead of random weights")
+    parser.add_argument("--variants", nargs="+", choices=lm.TITANS, default=["mag"])
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="of text in all")
+    parser.add_argument("--stretches", type=int, default=20, help="of the text, each with its figures")
+    parser.add_argument("--piece", type=int, default=4096, help="tokens a call")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    if arguments.piece < 1 or arguments.stretches < 1 or arguments.tokens < arguments.stretches:
+        raise ValueError("--piece and --stretches must be at least 1, --tokens at least --stretches")
+    if arguments.model is not None and not (arguments.model / "config.json").is_file():
+        raise ValueError(f"--model {arguments.model} is not a folder that titans train wrote")
+
+
+def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noqa: ARG001 - the same for all commands
+    names = [str(arguments.model)] if arguments.model else arguments.variants
+    names = [*names, *((lm.WINDOW, lm.MAMBA2) if arguments.peers else ())]
+    stretch = arguments.tokens // arguments.stretches
+    return [Heat("read", [_entrant(n, stretch, arguments) for n in names], arguments.stretches, warm_up=False)]
+
+
+def _entrant(name: str, stretch: int, arguments: argparse.Namespace) -> Entrant:
+    model = name if arguments.model and name == str(arguments.model) else None
+    options = {"kind": name, "size": arguments.size, "model": model, "stretch": stretch, "piece": arguments.piece}
+    return Entrant(name, "read", "reader", ["stretch"], options)
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """By model: rates of all, of the first and the last stretch; growth of memory after the first; norms."""
+    return {row["name"]: _summary(row) for row in rows if row["repetitions"]}
+
+
+def _summary(row: dict[str, Any]) -> dict[str, Any]:
+    stretches = row["repetitions"]["stretch"]
+    rates = [row["stretch"] / s["seconds"] for s in stretches]
+    sizes = [s["resident_bytes"] for s in stretches]
+    return {
+        "tokens": row["stretch"] * len(stretches), "finite": all(s["finite"] for s in stretches),
+        "tokens_per_second": len(rates) / sum(1 / r for r in rates), "last_rate_over_first": rates[-1] / rates[0],
+        "resident_growth_bytes": None if None in sizes else sizes[-1] - sizes[0],
+        **{name: [s[name] for s in (stretches[0], stretches[-1])] for name in NORMS if name in stretches[0]},
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
+    made = Table("model", "tokens", "tokens/s", "last/first rate", "resident grew, MiB", "largest |W|, |S|", "finite")
+    for row in rows:
+        if row["error"]:
+            made.add_row(row["name"], f"[red]{row['error']}")
+        if row["name"] in results:
+            found = results[row["name"]]
+            grew = found["resident_growth_bytes"]
+            norms = ", ".join(f"{found[name][1]:.2f}" for name in NORMS if name in found)
+            made.add_row(
+                row["name"], f"{found['tokens']:,}", f"{found['tokens_per_second']:,.0f}",
+                f"{found['last_rate_over_first']:.2f}", "-" if grew is None else f"{grew / 2**20:,.1f}", norms or "-",
+                "yes" if found["finite"] else "[red]NO",
+            )  # fmt: skip
+    return [made]
+
+
+def figure(rows: list[dict[str, Any]], path: Path) -> None:
+    """Rate, memory and norms along the text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained")
+    for row in rows:
+        stretches = row["repetitions"].get("stretch", [])
+        at = [row["stretch"] * (i + 1) for i in range(len(stretches))]
+        axes[0].plot(at, [row["stretch"] / s["seconds"] for s in stretches], label=row["name"])
+        axes[1].plot(at, [(s["resident_bytes"] or 0) / 2**20 for s in stretches], label=row["name"])
+        for name, line in zip(NORMS, ("-", ":"), strict=True):
+            norms = [s[name] for s in stretches if name in s]
+            if norms:
+                axes[2].plot(at, norms, line, label=f"{row['name']}, {name.replace('_norm', '')}")
+    for axis, label in zip(axes, ("tokens a second", "resident memory, MiB", "largest norm of a head"), strict=True):
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+        if axis.lines:
+            axis.legend(frameon=False)
+    axes[2].set_xlabel("tokens read")
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, format="png", dpi=120)
+    beside.replace(path)
+    plt.close(figure)
