@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from titans_lm.bench import lm
 from titans_lm.bench.measure import Action, Contender, Setting, resident
 from titans_lm.bench.race import Entrant, Heat
+from titans_lm.checkpoint import load
 from titans_lm.config import SIZES
 from titans_lm.data import encode, load_tokenizer, read_text, stdlib_files
-from titans_lm.infer import load
 from titans_lm.model import TitansForCausalLM
 from titans_lm.state import TitansState
 
