@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +54,13 @@ class ShortConvolution(nn.Module):
         if x.shape[1] == 0:
             return x, tail
         past = torch.cat([tail.to(x.dtype), x], 1)
-        y = F.conv1d(past.transpose(1, 2), self.weight[:, None], groups=x.shape[2]).transpose(1, 2)
+        if x.shape[1] == 1:  # a sum, without what it costs to set a convolution up
+            y, after = (past * self.weight.to(x.dtype).t()).sum(1, keepdim=True), past[:, 1:]
+        else:
+            y = F.conv1d(past.transpose(1, 2), self.weight[:, None], groups=x.shape[2]).transpose(1, 2)
+            after = past[:, x.shape[1] :].clone()
         if present is None:
-            return y, past[:, x.shape[1] :].clone()
+            return y, after
         last = present.sum(1)[:, None] + torch.arange(self.size - 1, device=x.device)
         return y, take(past, last)
 
@@ -178,12 +182,12 @@ class NeuralMemory(nn.Module):
         if mask is not None and not _is_aligned(mask):
             order, length = left_align(mask)
             aligned = torch.arange(x.shape[1], device=x.device) < length[:, None]
-            y, state, seen = self._learn(take(x, order), state, aligned)
-            y, seen = restore(y, mask), Surprise(restore(seen.loss, mask), restore(seen.gradient_norm, mask))
+            y, state, *seen = self._learn(take(x, order), state, aligned, surprise)
+            y, seen = restore(y, mask), [Surprise(*(restore(part, mask) for part in s)) for s in seen]
         else:
-            y, state, seen = self._learn(x, state, mask)
+            y, state, *seen = self._learn(x, state, mask, surprise)
             y = y if mask is None else y * mask[..., None]
-        return (y, state, seen) if surprise else (y, state)
+        return (y, state, *seen)
 
     def retrieve(self, x: Float[Tensor, "B T D"], state: NeuralMemoryState) -> Float[Tensor, "B T D"]:
         """Read the memory with the queries of `x`, the stream's next tokens: nothing is written (eq. 15)."""
@@ -210,18 +214,17 @@ class NeuralMemory(nn.Module):
 
     # ---------------------------------------------------------------------------------------------- parts
 
-    def _learn(
-        self, x: Tensor, state: NeuralMemoryState, present: Tensor | None
-    ) -> tuple[Tensor, NeuralMemoryState, Surprise]:
+    def _learn(self, x: Tensor, state: NeuralMemoryState, present: Tensor | None, surprise: bool) -> tuple[Any, ...]:
+        """y, state, and where it is asked for the surprise."""
         (q, q_tail), (k, k_tail), (v, v_tail) = (
             self._project(x, i, tail, present) for i, tail in enumerate(state.tails)
         )
         q, k, v = _unit(self._split(q)), _unit(self._split(k)), self._split(v)
-        y, memory, seen = memory_scan(  # type: ignore[misc] # three, as surprise=True
+        y, memory, *seen = memory_scan(
             q, k, v, *self._gates(x), state.memory,
-            chunk_size=self.chunk_size, form=self._form(), mask=present, surprise=True, backend=self.backend,
+            chunk_size=self.chunk_size, form=self._form(), mask=present, surprise=surprise, backend=self.backend,
         )  # fmt: skip
-        return self._output(x, y), NeuralMemoryState(memory, (q_tail, k_tail, v_tail)), seen
+        return self._output(x, y), NeuralMemoryState(memory, (q_tail, k_tail, v_tail)), *seen
 
     def _project(self, x: Tensor, which: int, tail: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
         """Eq. 11, then convolution and SiLU: `[B, T, D]` -> `[B, T, H * head_dim]`, for q, k or v (`which` 0, 1, 2)."""
@@ -235,11 +238,12 @@ class NeuralMemory(nn.Module):
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta, eta, alpha `[B, T, H]`, in float32 at least (section 3.2: functions of the token)."""
-        theta = self.theta_max * _sigmoid(self.theta(x))
-        off = torch.zeros_like(theta)
-        eta = off if self.eta is None else _sigmoid(self.eta(x))
-        alpha = off if self.alpha is None else _sigmoid(self.alpha(x))
-        return theta, eta, alpha
+        maps = [gate for gate in (self.theta, self.eta, self.alpha) if gate is not None]
+        weight, bias = torch.cat([gate.weight for gate in maps]), torch.cat([gate.bias for gate in maps])
+        z = F.linear(x, weight, bias)  # few rows each: one product for all
+        theta, *others = torch.sigmoid(z if z.dtype == torch.float64 else z.float()).split(self.heads, -1)
+        eta, alpha = (torch.zeros_like(theta) if gate is None else others.pop(0) for gate in (self.eta, self.alpha))
+        return self.theta_max * theta, eta, alpha
 
     def _form(self) -> MemoryForm:
         norm = None if self.norm_weight is None or self.norm_bias is None else (self.norm_weight, self.norm_bias)
@@ -254,10 +258,6 @@ def _unit(x: Tensor) -> Tensor:
     """L2-normalised over the last dimension, in float32 at least; finite gradient at 0."""
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-def _sigmoid(x: Tensor) -> Tensor:
-    return torch.sigmoid(x if x.dtype == torch.float64 else x.float())
 
 
 def _is_aligned(mask: Tensor) -> bool:

@@ -91,7 +91,7 @@ def memory_scan(
     with torch.autocast(q.device.type, enabled=False):  # state and decays are never rounded to half precision
         y, state, seen = run(q.to(dtype), k.to(dtype), v.to(dtype), gates, state, chunk_size, form, mask, surprise)
     y = y.to(v.dtype)
-    return (y, state) if seen is None else (y, state, seen)
+    return (y, state, seen) if surprise and seen is not None else (y, state)
 
 
 def _check(
