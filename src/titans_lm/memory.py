@@ -55,12 +55,11 @@ class ShortConvolution(nn.Module):
             return x, tail
         past = torch.cat([tail.to(x.dtype), x], 1)
         if x.shape[1] == 1:  # a sum, without what it costs to set a convolution up
-            y, after = (past * self.weight.to(x.dtype).t()).sum(1, keepdim=True), past[:, 1:]
+            y = (past * self.weight.to(x.dtype).t()).sum(1, keepdim=True)
         else:
             y = F.conv1d(past.transpose(1, 2), self.weight[:, None], groups=x.shape[2]).transpose(1, 2)
-            after = past[:, x.shape[1] :].clone()
         if present is None:
-            return y, after
+            return y, past[:, x.shape[1] :].clone()
         last = present.sum(1)[:, None] + torch.arange(self.size - 1, device=x.device)
         return y, take(past, last)
 
@@ -216,15 +215,17 @@ class NeuralMemory(nn.Module):
 
     def _learn(self, x: Tensor, state: NeuralMemoryState, present: Tensor | None, surprise: bool) -> tuple[Any, ...]:
         """y, state, and where it is asked for the surprise."""
-        (q, q_tail), (k, k_tail), (v, v_tail) = (
-            self._project(x, i, tail, present) for i, tail in enumerate(state.tails)
-        )
-        q, k, v = _unit(self._split(q)), _unit(self._split(k)), self._split(v)
+        if x.shape[1] == 1 and present is None:
+            q, k, v, tails = self._project_one(x, state.tails)
+        else:
+            projected = [self._project(x, i, tail, present) for i, tail in enumerate(state.tails)]
+            (q, k, v), tails = (self._split(y) for y, _ in projected), tuple(tail for _, tail in projected)
+            q, k = _unit(q), _unit(k)
         y, memory, *seen = memory_scan(
             q, k, v, *self._gates(x), state.memory,
             chunk_size=self.chunk_size, form=self._form(), mask=present, surprise=surprise, backend=self.backend,
         )  # fmt: skip
-        return self._output(x, y), NeuralMemoryState(memory, (q_tail, k_tail, v_tail)), *seen
+        return self._output(x, y), NeuralMemoryState(memory, tails), *seen
 
     def _project(self, x: Tensor, which: int, tail: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
         """Eq. 11, then convolution and SiLU: `[B, T, D]` -> `[B, T, H * head_dim]`, for q, k or v (`which` 0, 1, 2)."""
@@ -232,6 +233,18 @@ class NeuralMemory(nn.Module):
         if self.convs is not None:
             x, tail = self.convs[which](x, tail, present)
         return F.silu(x), tail
+
+    def _project_one(self, x: Tensor, tails: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """`_project` and `_unit` of one token, q, k and v together: what decoding costs is operations, not numbers."""
+        y = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        if self.convs is not None:
+            past = torch.cat([torch.cat(tails, -1).to(y.dtype), y], 1)  # [B, R + 1, 3 I]
+            filters = [conv.weight for conv in self.convs if isinstance(conv, ShortConvolution)]
+            y = (past * torch.cat(filters).to(y.dtype).t()).sum(1, keepdim=True)
+            tails = past[:, 1:].chunk(3, -1)
+        y = F.silu(y).unflatten(-1, (3, self.heads, self.head_dim))
+        q, k = _unit(y[:, :, :2]).unbind(2)
+        return q, k, y[:, :, 2], tails
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim))

@@ -42,7 +42,7 @@ def step(
         weight, bias = (x.expand(batch, *x.shape).reshape(rows, 1, -1) for x in form.norm)
         form = form._replace(norm=(weight, bias))
     anchor = _choose(state.position == 0, state.weights, state.anchor)
-    key = _key_pass(k, v, [w.flatten(0, 1) for w in anchor], form)
+    key = key_pass(k, v, [w.flatten(0, 1) for w in anchor], form)
     seen = _surprise(key, mask, batch) if surprise else None
     if form.threshold is not None:
         theta = theta * (key.loss() > form.threshold)
@@ -89,7 +89,7 @@ def _read(q: Tensor, weights: list[Tensor], form: MemoryForm) -> Tensor:
     return torch.addcmul(q + form.norm[1], F.layer_norm(y, y.shape[-1:], eps=NORM_EPS), form.norm[0])
 
 
-class _KeyPass(NamedTuple):
+class KeyPass(NamedTuple):
     """The key, forward and back at the anchor. The gradient at layer l is X_l^T G_l."""
 
     x: list[Tensor]  # X_l, [R, 1, in]
@@ -100,7 +100,7 @@ class _KeyPass(NamedTuple):
         return self.error.square().sum(-1, keepdim=True)
 
 
-def _key_pass(k: Tensor, v: Tensor, anchor: list[Tensor], form: MemoryForm) -> _KeyPass:
+def key_pass(k: Tensor, v: Tensor, anchor: list[Tensor], form: MemoryForm) -> KeyPass:
     x, z = [k], [torch.bmm(k, anchor[0])]
     for w in anchor[1:]:
         x.append(activate(z[-1], form))
@@ -110,10 +110,10 @@ def _key_pass(k: Tensor, v: Tensor, anchor: list[Tensor], form: MemoryForm) -> _
     g = [last]
     for layer in range(len(anchor) - 1, 0, -1):
         g.insert(0, times_slope(torch.bmm(g[0], anchor[layer].mT), z[layer - 1], form))
-    return _KeyPass(x, g, output.error)
+    return KeyPass(x, g, output.error)
 
 
-def _surprise(key: _KeyPass, mask: Tensor | None, batch: int) -> Surprise:
+def _surprise(key: KeyPass, mask: Tensor | None, batch: int) -> Surprise:
     squares = [a.square().sum(-1) * b.square().sum(-1) for a, b in zip(key.x, key.g, strict=True)]
     norm = torch.stack(squares).sum(0).sqrt()
     loss, norm = (x.view(batch, 1, -1) for x in (key.loss(), norm))
