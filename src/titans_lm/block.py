@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from titans_lm.attention import KeyValues, Rotation, SegmentAttention, WindowAttention
 from titans_lm.config import TitansConfig
-from titans_lm.memory import NeuralMemory, NeuralMemoryState
+from titans_lm.memory import NeuralMemory, NeuralMemoryState, recomputed
 from titans_lm.ops import Surprise, lay_out, where_rows
 
 
@@ -70,7 +70,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return recomputed(lambda gate, up: self.down_proj(F.silu(gate) * up), self.gate_proj(x), self.up_proj(x))
 
 
 class ProductGate(nn.Module):
@@ -81,7 +81,7 @@ class ProductGate(nn.Module):
         self.y_norm, self.m_norm = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
 
     def forward(self, y: Tensor, m: Tensor) -> Tensor:
-        return self.y_norm(y) * torch.sigmoid(self.m_norm(m))
+        return recomputed(lambda y, m: self.y_norm(y) * torch.sigmoid(self.m_norm(m)), y, m)
 
 
 class ConvexGate(nn.Module):

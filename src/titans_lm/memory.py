@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from titans_lm.ops import (
     Activation,
@@ -201,7 +203,7 @@ class NeuralMemory(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B R I"]]:
         """Read given `weights`, going on from the queries' `tail`; `present` is True for each row's first tokens."""
         q, tail = self._project(x, 0, tail, present)
-        return self._output(x, retrieve(_unit(self._split(q)), weights, self._form())), tail
+        return self._output(x, retrieve(q, weights, self._form())), tail
 
     def frozen(
         self, x: Float[Tensor, "B T D"], state: NeuralMemoryState, present: Bool[Tensor, "B T"] | None
@@ -218,9 +220,8 @@ class NeuralMemory(nn.Module):
         if x.shape[1] == 1 and present is None:
             q, k, v, tails = self._project_one(x, state.tails)
         else:
-            projected = [self._project(x, i, tail, present) for i, tail in enumerate(state.tails)]
-            (q, k, v), tails = (self._split(y) for y, _ in projected), tuple(tail for _, tail in projected)
-            q, k = _unit(q), _unit(k)
+            features = [self._project(x, i, tail, present) for i, tail in enumerate(state.tails)]
+            (q, k, v), tails = (y for y, _ in features), tuple(tail for _, tail in features)
         y, memory, *seen = memory_scan(
             q, k, v, *self._gates(x), state.memory,
             chunk_size=self.chunk_size, form=self._form(), mask=present, surprise=surprise, backend=self.backend,
@@ -228,26 +229,27 @@ class NeuralMemory(nn.Module):
         return self._output(x, y), NeuralMemoryState(memory, tails), *seen
 
     def _project(self, x: Tensor, which: int, tail: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Eq. 11, then convolution and SiLU: `[B, T, D]` -> `[B, T, H * head_dim]`, for q, k or v (`which` 0, 1, 2)."""
-        x = (self.q_proj, self.k_proj, self.v_proj)[which](x)
-        if self.convs is not None:
-            x, tail = self.convs[which](x, tail, present)
-        return F.silu(x), tail
+        """Eq. 11, convolution, SiLU, and the unit of q and k: `[B, T, D]` -> `[B, T, H, head_dim]`, for q, k or v
+        (`which` 0, 1, 2)."""
+
+        def features(x: Tensor) -> tuple[Tensor, Tensor]:
+            y, after = (x, tail) if self.convs is None else self.convs[which](x, tail, present)
+            y = F.silu(y).unflatten(-1, (self.heads, self.head_dim))
+            return (y if which == 2 else _unit(y)), after
+
+        return recomputed(features, (self.q_proj, self.k_proj, self.v_proj)[which](x))
 
     def _project_one(self, x: Tensor, tails: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
         """`_project` and `_unit` of one token, q, k and v together: what decoding costs is operations, not numbers."""
         y = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
         if self.convs is not None:
             past = torch.cat([torch.cat(tails, -1).to(y.dtype), y], 1)  # [B, R + 1, 3 I]
-            filters = [conv.weight for conv in self.convs if isinstance(conv, ShortConvolution)]
-            y = (past * torch.cat(filters).to(y.dtype).t()).sum(1, keepdim=True)
+            filters = torch.cat(tuple(self.convs.parameters())).to(y.dtype)
+            y = (past * filters.t()).sum(1, keepdim=True)
             tails = past[:, 1:].chunk(3, -1)
         y = F.silu(y).unflatten(-1, (3, self.heads, self.head_dim))
         q, k = _unit(y[:, :, :2]).unbind(2)
         return q, k, y[:, :, 2], tails
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, self.head_dim))
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta, eta, alpha `[B, T, H]`, in float32 at least (section 3.2: functions of the token)."""
@@ -264,7 +266,19 @@ class NeuralMemory(nn.Module):
 
     def _output(self, x: Tensor, y: Tensor) -> Tensor:
         """Normalise each head, gate, project back to the model's width."""
-        return self.o_proj(self.output_norm(y).flatten(-2) * torch.sigmoid(self.output_gate(x)))
+
+        def gated(y: Tensor, z: Tensor) -> Tensor:
+            return self.o_proj(self.output_norm(y).flatten(-2) * torch.sigmoid(z))
+
+        return recomputed(gated, y, self.output_gate(x))
+
+
+def recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    """`function(*inputs)`. What it makes on the way is cheap, so the backward pass computes it again: for training,
+    only its inputs are kept."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _unit(x: Tensor) -> Tensor:
