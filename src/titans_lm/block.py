@@ -15,6 +15,9 @@ from titans_lm.config import TitansConfig
 from titans_lm.memory import NeuralMemory, NeuralMemoryState, recomputed
 from titans_lm.ops import Surprise, lay_out, where_rows
 
+PIECE = 4096
+"""Tokens that a block reads at once where no gradients are asked for: enough to keep a processor busy."""
+
 
 class Reading(NamedTuple):
     """What all blocks know of the tokens at hand. Rows are left-aligned."""
@@ -30,11 +33,14 @@ class Reading(NamedTuple):
         """What attention asks for."""
         return self.position, self.turn, self.present, self.at
 
-    def after(self, tokens: int, size: int) -> "Reading":
-        """Where rows stand in segments of `size` once these `tokens`, as many of them as are there, have been read."""
+    def after(self, tokens: int) -> "Reading":
+        """Once these `tokens`, as many of them as are there, have been read."""
         read = tokens if self.present is None else self.present.sum(1)
-        at = None if self.at is None else (self.at + tokens) % size
-        return self._replace(position=(self.position + read) % size, at=at)
+        return self._replace(position=self.position + read, at=None if self.at is None else self.at + tokens)
+
+    def within(self, size: int) -> "Reading":
+        """Positions in segments of `size`."""
+        return self._replace(position=self.position % size, at=None if self.at is None else self.at % size)
 
     def where_at(self, position: int, yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """`yes` in the rows that stand at `position`, `no` in the others."""
@@ -105,6 +111,7 @@ class TitansBlock(GradientCheckpointingLayer):
     def __init__(self, config: TitansConfig):
         super().__init__()
         dim, eps = config.hidden_size, config.rms_norm_eps
+        self.constant = config.variant != "attention" or config.window_size is not None
         self.norm = nn.RMSNorm(dim, eps=eps)
         self.mlp_norm = nn.RMSNorm(dim, eps=eps)
         self.mlp = SwiGLU(dim, config.intermediate_size)
@@ -119,9 +126,26 @@ class TitansBlock(GradientCheckpointingLayer):
         raise NotImplementedError
 
     def forward(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
+        if x.shape[1] > PIECE and self.constant and not torch.is_grad_enabled():
+            return self._in_pieces(x, state, reading)
         y, state, surprise = self.branch(x, state, reading)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), state, surprise
+
+    def _in_pieces(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
+        """`forward` of PIECE tokens at a time: a long text takes no more memory inside a block than a short one."""
+        outputs, seen = [], []
+        for first in range(0, x.shape[1], PIECE):
+            part = slice(first, first + PIECE)
+            turn = Rotation(*(p[:, part] for p in reading.turn))
+            here = reading._replace(turn=turn, present=None if reading.present is None else reading.present[:, part])
+            y, state, surprise = self.forward(x[:, part], state, here)
+            outputs.append(y)
+            seen.append(surprise)
+            moved = here.after(y.shape[1])
+            reading = reading._replace(position=moved.position, at=moved.at)
+        surprise = None if seen[0] is None else Surprise(*(torch.cat(s, 1) for s in zip(*seen, strict=True)))
+        return torch.cat(outputs, 1), state, surprise
 
     def prefix(self) -> Tensor:
         """The persistent tokens, normalised as the block's input is: `[1, P, D]`; P = 0 if it has none."""
@@ -285,7 +309,7 @@ class MACBlock(TitansBlock):
         layout = lay_out(reading.present, reading.position, x.shape[1], self.segment_size)
         slots = layout.arrange(self.norm(x))
         turn = Rotation(*(layout.arrange(part.expand(len(x), -1, -1)) for part in reading.turn))
-        here, outputs, seen = reading._replace(present=None).after(0, self.segment_size), [], []
+        here, outputs, seen = reading.within(self.segment_size), [], []
         for start, end, width in layout.spans():
             for first in range(start, end, width):
                 part = slice(first, first + width)
@@ -294,7 +318,7 @@ class MACBlock(TitansBlock):
                 y, state, surprise = self._segment(slots[:, part], state, here)
                 outputs.append(y)
                 seen.append(surprise)
-                here = here.after(width, self.segment_size)
+                here = here.after(width).within(self.segment_size)
         if not outputs:
             return torch.zeros_like(x), state, None
         surprise = None
@@ -309,7 +333,7 @@ class MACBlock(TitansBlock):
         h, tail = self.memory.read(s, weights, state.retrieval.tail, reading.present)
         y, attention = self.attention(s, self.retrieved_norm(h), self.prefix(), state.attention, *reading.place())
         m, memory, surprise = _remember(self.memory, self.memory_norm(y), state.memory, reading)
-        weights = reading.after(s.shape[1], self.segment_size).where_at(0, memory.memory.weights, weights)
+        weights = reading.after(s.shape[1]).within(self.segment_size).where_at(0, memory.memory.weights, weights)
         return self.gate(y, m), LayerState(attention, memory, Retrieval(weights, tail)), surprise
 
 
