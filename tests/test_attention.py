@@ -44,7 +44,8 @@ def in_calls(layer: nn.Module, prefix: Tensor, rows: list[Tensor], counts: list[
         )
         present = None if min(call) == max(call) else torch.arange(max(call)) < torch.tensor(call)[:, None]
         position = torch.tensor(read)
-        y, state = layer(x, prefix, state, position, turns(position, max(call)), present)
+        at = read[0] if present is None and len(set(read)) == 1 else None
+        y, state = layer(x, prefix, state, position, turns(position, max(call)), present, at)
         for row, n in enumerate(call):
             outputs[row].append(y[row, :n])
             read[row] += n
@@ -53,11 +54,12 @@ def in_calls(layer: nn.Module, prefix: Tensor, rows: list[Tensor], counts: list[
 
 @pytest.mark.parametrize("window", [1, 2, 5, None])
 @pytest.mark.parametrize("persistent", [0, 3])
+@pytest.mark.parametrize("at", [0, None])
 @pytest.mark.parametrize("length", [1, 4, 5, 6, 10, 11, 17])
-def test_a_window_is_a_band_and_persistent_tokens_are_always_visible(window, persistent, length):
+def test_a_window_is_a_band_and_persistent_tokens_are_always_visible(window, persistent, length, at):
     layer, prefix, x = random_layer(WindowAttention, window), random(persistent, D), random(2, length, D, seed=2)
     start = torch.zeros(2, dtype=torch.long)
-    y, _ = layer(x, prefix[None], layer.initial_state(2), start, turns(start, length), None)
+    y, _ = layer(x, prefix[None], layer.initial_state(2), start, turns(start, length), None, at)
     assert_close(y, torch.stack([windowed(layer, prefix, row) for row in x]))
 
 
@@ -78,19 +80,24 @@ def segment(layer: nn.Module, prefix: Tensor, x: Tensor, h: Tensor, start: int) 
     return attend(layer, x, position, [(prefix, None, everything), (h, None, causal), (x, position, causal)])
 
 
+@pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("persistent", [0, 3])
 @pytest.mark.parametrize("cuts", [(7,), (3, 4), (1,) * 7, (6, 1), (5,)])
-def test_a_segment_sees_persistent_tokens_and_what_is_retrieved_for_no_later_token(persistent, cuts):
+def test_a_segment_sees_persistent_tokens_and_what_is_retrieved_for_no_later_token(persistent, cuts, alike):
     layer, prefix, length, start = random_layer(SegmentAttention, 7), random(persistent, D), sum(cuts), 14
     x, h = random(length, D, seed=2), random(length, D, seed=3)
     state, outputs = layer.initial_state(1), []
     for a, b in itertools.pairwise(itertools.accumulate(cuts, initial=0)):
         position = torch.tensor([a])
         y, state = layer(
-            x[None, a:b], h[None, a:b], prefix[None], state, position, turns(position + start, b - a), None
-        )
+            x[None, a:b], h[None, a:b], prefix[None], state, position, turns(position + start, b - a), None,
+            a if alike else None,
+        )  # fmt: skip
         outputs.append(y[0])
     assert_close(torch.cat(outputs), segment(layer, prefix, x, h, start))
+    kept = torch.stack([*state.keys, *state.values])
+    assert (kept[..., sum(cuts) % 7 :, :] == 0).all()  # no token, or a segment that has ended
+    assert (kept[..., : sum(cuts) % 7, :] != 0).all()
 
 
 def test_a_new_segment_does_not_see_the_last():

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+import titans_lm.block
+import titans_lm.memory
 from conftest import (
     SEGMENT,
     VOCABULARY,
@@ -208,6 +210,52 @@ def test_no_token_at_all_changes_nothing(kind):
     for name, tensor in state_tensors(state).items():
         filled = tensor[..., tensor.shape[2] - before[name].shape[2] :, :] if ".attention" in name else tensor
         assert torch.equal(filled, before[name]), name
+
+
+@each_kind
+@pytest.mark.parametrize("ragged", [False, True], ids=["alike", "ragged"])
+def test_a_long_text_is_read_in_pieces_to_the_same_numbers(kind, ragged, monkeypatch):
+    """Without gradients a block reads PIECE tokens at a time, but for attention over everything."""
+    model, ids = tiny_model(kind), tokens(3, 23)
+    options = {"use_cache": True, "output_surprise": True}
+    if ragged:
+        options["attention_mask"] = (torch.arange(23) < torch.tensor([[23], [9], [0]])).long()
+    whole = model(ids, **options)
+    monkeypatch.setattr(titans_lm.block, "PIECE", 5)
+    read, branch = [], type(model.model.layers[0]).branch
+    monkeypatch.setattr(
+        type(model.model.layers[0]),
+        "branch",
+        lambda self, x, *rest: [read.append(x.shape[1]), branch(self, x, *rest)][1],
+    )
+    with torch.no_grad():
+        pieces = model(ids, **options)
+    assert read == ([23] if kind == "full" else [5, 5, 5, 5, 3]) * 2
+    assert_close(pieces.logits, whole.logits)
+    for name, tensor in state_tensors(pieces.past_key_values).items():
+        assert_close(tensor, state_tensors(whole.past_key_values)[name], name)
+    for ours, theirs in zip(pieces.surprise, whole.surprise, strict=True):
+        assert_close(ours.loss, theirs.loss)
+        assert_close(ours.gradient_norm, theirs.gradient_norm)
+
+
+@each_titan
+def test_surprise_is_computed_only_where_it_is_asked_for(kind, monkeypatch):
+    asked, scan = [], titans_lm.memory.memory_scan
+    monkeypatch.setattr(
+        titans_lm.memory, "memory_scan", lambda *a, **k: [asked.append(k["surprise"]), scan(*a, **k)][1]
+    )
+    model, ids = tiny_model(kind, num_persistent_tokens=0), tokens(1, SEGMENT)
+    with torch.no_grad():
+        model(ids)
+        model(ids[:, :1])
+        assert not any(asked)
+        asked.clear()
+        model(ids, output_surprise=True)
+        model.config.memory_loss_weight = 0.5
+        model(ids, labels=ids)
+    # the first memory of a stream reads its persistent tokens, whose surprise nobody sees
+    assert asked.count(True) == 2 * model.config.num_hidden_layers
 
 
 # ------------------------------------------------------------------------------------------------ training

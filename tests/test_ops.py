@@ -216,9 +216,9 @@ def test_chunked_is_naive_in_outputs_and_all_gradients(case: Case):
     assert_all_close(outputs_and_gradients(x, case, "chunked"), outputs_and_gradients(x, case, "naive"))
 
 
-@pytest.mark.parametrize("backend", ["naive", "chunked"])
+@pytest.mark.parametrize("backend", ["naive", "chunked", "step"])
 def test_asking_for_surprise_changes_no_number(backend: str):
-    case = Case(mask="random", residual=True, clip=0.7)
+    case = Case(mask="random", residual=True, clip=0.7, threshold=2.0, tokens=1 if backend == "step" else 20)
     x = make_inputs(case)
     asked = named(*scan(x, case, backend=backend))
     y, state = memory_scan(
@@ -236,6 +236,10 @@ def test_one_token_is_the_same_in_every_form(case: Case):
     expected = outputs_and_gradients(x, case, "naive")
     assert_all_close(outputs_and_gradients(x, case, "step"), expected)
     assert_all_close(outputs_and_gradients(x, case, "chunked"), expected)
+    outputs = named(*scan(x, case, backend="naive"))
+    assert_all_close(
+        named(*scan(x, case, backend="step")), outputs
+    )  # what decoding runs, where nothing asks for gradients
 
 
 @pytest.mark.parametrize("backend", ["auto", "naive", "chunked"])

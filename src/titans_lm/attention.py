@@ -3,7 +3,8 @@
 Time and memory are O(T * window): queries go block by block, each block sees its own keys and the block before it.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ class Attention(nn.Module):
             return x
         cos, sin = (part[:, None].to(x.dtype) for part in turn)
         left, right = x.chunk(2, -1)
-        return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+        return torch.cat([torch.addcmul(left * cos, right, sin, value=-1), torch.addcmul(right * cos, left, sin)], -1)
 
     def _keys_values(self, x: Tensor, turn: Rotation | None) -> tuple[Tensor, Tensor]:
         return self._heads(self.k_proj(x), turn), self._heads(self.v_proj(x))
@@ -83,29 +84,33 @@ class WindowAttention(Attention):
         position: Int[Tensor, " B"],
         turn: Rotation,
         present: Bool[Tensor, "B T"] | None,
+        at: int | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValues]:
-        """`position`: tokens each row has read before; `present` is True for each row's first tokens here."""
-        q = self._heads(self.q_proj(x), turn)
-        new_keys, new_values = self._keys_values(x, turn)
-        keys = torch.cat([state.keys[0].to(new_keys.dtype), new_keys], 2)
-        values = torch.cat([state.values[0].to(new_values.dtype), new_values], 2)
-        cached = state.keys[0].shape[2]
+        """`position`: tokens each row has read before; `present` is True for each row's first tokens here. `at` is the
+        position of all rows where it is the same: then they need no masks of their own."""
+        q, size, cached = self._heads(self.q_proj(x), turn), prefix.shape[1], state.keys[0].shape[2]
+        new, persistent = self._keys_values(x, turn), self._prefix(prefix, len(x))
+        keys, values = (
+            torch.cat([p, old[0].to(n.dtype), n], 2) for p, old, n in zip(persistent, state, new, strict=True)
+        )
         first = cached - position.clamp(max=cached)  # [B], the first slot that holds a token
-        p_keys, p_values = self._prefix(prefix, len(x))
+        ragged = first if at is None or at < cached else None
         if self.window is None and cached == 0:
-            y = _causal(q, keys, values, p_keys, p_values)
+            y = _causal(q, keys, values)
         elif self.window is None or x.shape[1] <= self.window:
-            y = _one_block(q, keys, values, p_keys, p_values, first, self.window)
+            y = _one_block(q, keys, values, size, ragged, self.window)
         else:
-            y = _blocks(q, keys, values, p_keys, p_values, first, self.window)
-        return self._join(y), self._remember(keys, values, first, present, x.shape[1])
+            y = _blocks(q, keys, values, size, ragged, self.window)
+        return self._join(y), self._remember(keys[:, :, size:], values[:, :, size:], first, present, x.shape[1])
 
     def _remember(self, keys: Tensor, values: Tensor, first: Tensor, present: Tensor | None, tokens: int) -> KeyValues:
         """The last window - 1 keys and values of each row, at the right; of all tokens, where there is no window."""
         size = keys.shape[2] if self.window is None else self.window - 1
         if present is None:
-            kept = slice(keys.shape[2] - size, keys.shape[2])
-            return KeyValues((keys[:, :, kept].clone(),), (values[:, :, kept].clone(),))
+            keys, values = (x[:, :, x.shape[2] - size :] for x in (keys, values))
+            if tokens > 1:  # else they stand in little more than themselves
+                keys, values = keys.clone(), values.clone()
+            return KeyValues((keys,), (values,))
         end = keys.shape[2] - tokens + present.sum(1, keepdim=True)
         slot = end - size + torch.arange(size, device=keys.device)  # [B, S]
         there = (slot >= first[:, None])[:, None, :, None]
@@ -113,49 +118,56 @@ class WindowAttention(Attention):
         return KeyValues((keys,), (values,))
 
 
-def _causal(q: Tensor, keys: Tensor, values: Tensor, p_keys: Tensor, p_values: Tensor) -> Tensor:
+# Keys and values `[B, heads, P + S, d]`: those of the persistent tokens, what is cached, those of the queries.
+
+
+def _causal(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """All of the past, from the beginning. The persistent tokens ask too, in vain, so that a causal mask is right."""
-    size = p_keys.shape[2]
-    q, keys, values = torch.cat([p_keys, q], 2), torch.cat([p_keys, keys], 2), torch.cat([p_values, values], 2)
+    size = keys.shape[2] - q.shape[2]
+    q = torch.cat([keys[:, :, :size], q], 2)
     return F.scaled_dot_product_attention(q, keys, values, is_causal=True)[:, :, size:]
 
 
-def _one_block(
-    q: Tensor, keys: Tensor, values: Tensor, p_keys: Tensor, p_values: Tensor, first: Tensor, window: int | None
-) -> Tensor:
-    """Few queries after what is cached: one product, and a mask for each row."""
-    slot = torch.arange(keys.shape[2], device=q.device)
-    own = slot[keys.shape[2] - q.shape[2] :, None]  # [T, 1], where each query's own key stands
-    seen = (slot <= own) & (slot >= first[:, None, None])  # [B, T, S]
+def _one_block(q: Tensor, keys: Tensor, values: Tensor, size: int, first: Tensor | None, window: int | None) -> Tensor:
+    """Few queries after what is cached: one product, and a mask, for each row where `first` is not 0."""
+    tokens, slots = q.shape[2], keys.shape[2] - size
+    if tokens == 1 and first is None and (window is None or slots <= window):
+        return F.scaled_dot_product_attention(q, keys, values)  # it sees them all
+    slot = torch.arange(slots, device=q.device)
+    own = slot[slots - tokens :, None]  # [T, 1], where each query's own key stands
+    seen = slot <= own  # [T, S]
     if window is not None:
         seen = seen & (slot > own - window)
-    seen = F.pad(seen, (p_keys.shape[2], 0), value=True)[:, None]
-    keys, values = torch.cat([p_keys, keys], 2), torch.cat([p_values, values], 2)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
+    if first is not None:
+        seen = (seen & (slot >= first[:, None, None]))[:, None]  # [B, 1, T, S]
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=F.pad(seen, (size, 0), value=True))
 
 
-def _blocks(
-    q: Tensor, keys: Tensor, values: Tensor, p_keys: Tensor, p_values: Tensor, first: Tensor, window: int
-) -> Tensor:
-    """Blocks of `window` queries; each sees the persistent tokens, the block before it and its own."""
+def _blocks(q: Tensor, keys: Tensor, values: Tensor, size: int, first: Tensor | None, window: int) -> Tensor:
+    """Blocks of `window` queries; each sees the persistent tokens, the block before it and its own.
+
+    Only the first sees what is cached, which rows may have more or less of; the others all have the same mask.
+    """
     batch, heads, tokens, width = q.shape
-    count = -(-tokens // window)
-    after = count * window - tokens
-    before = window - (keys.shape[2] - tokens)  # one slot, so that what is cached is a whole block
-    q = F.pad(q, (0, 0, 0, after)).view(batch, heads, count, window, width)
-    keys, values = (F.pad(x, (0, 0, before, after)).unflatten(2, (count + 1, window)) for x in (keys, values))
-    keys, values = (
-        torch.cat([p[:, :, None].expand(-1, -1, count, -1, -1), x[:, :, :-1], x[:, :, 1:]], 3)
-        for p, x in ((p_keys, keys), (p_values, values))
-    )  # [B, heads, N, P + 2 W, d]
+    end = keys.shape[2] - tokens + window
+    begin = _one_block(q[:, :, :window], keys[:, :, :end], values[:, :, :end], size, first, window)
+    count = -(-tokens // window) - 1
+    after = (count + 1) * window - tokens
+    q = F.pad(q[:, :, window:], (0, 0, 0, after)).unflatten(2, (count, window)).transpose(1, 2)
+    keys, values = (_pairs(x, size, window, count, after) for x in (keys, values))
     slot, own = torch.arange(2 * window, device=q.device), window + torch.arange(window, device=q.device)[:, None]
-    band = (slot <= own) & (slot > own - window)  # [W, 2 W]
-    block = torch.arange(count, device=q.device)[:, None] * window
-    there = block + slot >= first[:, None, None] + before  # [B, N, 2 W]
-    seen = F.pad(band & there[:, :, None], (p_keys.shape[2], 0), value=True)  # [B, N, W, P + 2 W]
-    q, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (q, keys, values))
-    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen.flatten(0, 1)[:, None])
-    return y.unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)[:, :, :tokens]
+    seen = F.pad((slot <= own) & (slot > own - window), (size, 0), value=True)  # [W, P + 2 W]
+    y = F.scaled_dot_product_attention(q.flatten(0, 1), keys, values, attn_mask=seen)
+    y = y.view(batch, count, heads, window, width).transpose(1, 2).flatten(2, 3)
+    return torch.cat([begin, y[:, :, : tokens - window]], 2)
+
+
+def _pairs(x: Tensor, size: int, window: int, count: int, after: int) -> Tensor:
+    """Of keys or values, what each block but the first sees: `[B * N, heads, P + 2 W, d]`."""
+    persistent = x[:, None, :, :size].expand(-1, count, -1, -1, -1)
+    x = F.pad(x[:, :, x.shape[2] + after - (count + 1) * window :], (0, 0, 0, after))
+    x = x.unflatten(2, (count + 1, window)).transpose(1, 2)  # [B, N + 1, heads, W, d]
+    return torch.cat([persistent, x[:, :-1], x[:, 1:]], 3).flatten(0, 1)
 
 
 class SegmentAttention(Attention):
@@ -178,28 +190,40 @@ class SegmentAttention(Attention):
         position: Int[Tensor, " B"],
         turn: Rotation,
         present: Bool[Tensor, "B T"] | None,
+        at: int | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValues]:
-        """`position`: tokens of the segment that each row has read; position + its tokens here <= segment size."""
+        """`position`: tokens of the segment that each row has read; position + its tokens here <= segment size. `at` is
+        the position of all rows where it is the same, and they have all tokens: no slot is looked at in vain then."""
         assert self.window is not None
-        slot = torch.arange(self.window, device=x.device)
-        own = position[:, None] + torch.arange(x.shape[1], device=x.device)  # [B, T]
-        target = own if present is None else torch.where(present, own, self.window)
+        tokens = x.shape[1]
         h_keys, h_values = self._keys_values(retrieved, None)
         s_keys, s_values = self._keys_values(x, turn)
-        keys = tuple(_place(old, new, target) for old, new in zip(state.keys, (h_keys, s_keys), strict=True))
-        values = tuple(_place(old, new, target) for old, new in zip(state.values, (h_values, s_values), strict=True))
-        p_keys, p_values = self._prefix(prefix, len(x))
-        seen = slot <= own[..., None]  # [B, T, S]
-        seen = F.pad(torch.cat([seen, seen], -1), (p_keys.shape[2], 0), value=True)[:, None]
-        y = F.scaled_dot_product_attention(
-            self._heads(self.q_proj(x), turn),
-            torch.cat([p_keys, *keys], 2),
-            torch.cat([p_values, *values], 2),
-            attn_mask=seen,
-        )
-        read = x.shape[1] if present is None else present.sum(1)
-        ongoing = ((position + read) % self.window != 0)[:, None, None, None]  # what ended is forgotten
-        return self._join(y), KeyValues(tuple(k * ongoing for k in keys), tuple(v * ongoing for v in values))
+        new, persistent = ((h_keys, s_keys), (h_values, s_values)), self._prefix(prefix, len(x))
+        own = position[:, None] + torch.arange(tokens, device=x.device)  # [B, T]
+        if at is None:
+            target = own if present is None else torch.where(present, own, self.window)
+            after = _each(lambda old, n: _place(old, n, target), state, new)
+            visible, seen = after, torch.arange(self.window, device=x.device) <= own[..., None]  # [B, T, S]
+            ongoing = ((position + (tokens if present is None else present.sum(1))) % self.window != 0).view(
+                -1, 1, 1, 1
+            )
+            after = _each(lambda k, _: k * ongoing, after, after)  # what ended is forgotten
+        else:
+            end = at + tokens
+            after = _each(lambda old, n: torch.slice_scatter(old.to(n.dtype), n, 2, at, end), state, new)
+            visible = _each(lambda k, _: k[:, :, :end], after, after)
+            seen = torch.arange(end, device=x.device) <= own[:1, :, None]
+            after = _each(lambda k, _: torch.zeros_like(k), after, after) if end == self.window else after
+        seen = F.pad(torch.cat([seen, seen], -1), (prefix.shape[1], 0), value=True)[:, None]
+        keys, values = (torch.cat([p, *parts], 2) for p, parts in zip(persistent, visible, strict=True))
+        mask = None if at is not None and tokens == 1 else seen
+        y = F.scaled_dot_product_attention(self._heads(self.q_proj(x), turn), keys, values, attn_mask=mask)
+        return self._join(y), after
+
+
+def _each(function: Callable[[Tensor, Tensor], Tensor], a: Any, b: Any) -> KeyValues:
+    """`function` of each tensor of a and b, of keys and of values."""
+    return KeyValues(*(tuple(map(function, x, y)) for x, y in zip(a, b, strict=True)))
 
 
 def _place(old: Tensor, new: Tensor, target: Int[Tensor, "B T"]) -> Tensor:

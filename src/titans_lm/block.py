@@ -12,17 +12,41 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from titans_lm.attention import KeyValues, Rotation, SegmentAttention, WindowAttention
 from titans_lm.config import TitansConfig
-from titans_lm.memory import NeuralMemory, NeuralMemoryState
+from titans_lm.memory import NeuralMemory, NeuralMemoryState, recomputed
 from titans_lm.ops import Surprise, lay_out, where_rows
+
+PIECE = 4096
+"""Tokens that a block reads at once where no gradients are asked for: enough to keep a processor busy."""
 
 
 class Reading(NamedTuple):
     """What all blocks know of the tokens at hand. Rows are left-aligned."""
 
     position: Tensor  # [B], tokens each row has read before
+    at: int | None  # the same for all rows, where it is, and all have all tokens
     turn: Rotation
     present: Tensor | None  # [B, T], True for each row's first tokens; None: all are there
     frozen: bool  # the memory is read but not written
+    surprise: bool  # how surprised the memory was is asked for
+
+    def place(self) -> tuple[Tensor, Rotation, Tensor | None, int | None]:
+        """What attention asks for."""
+        return self.position, self.turn, self.present, self.at
+
+    def after(self, tokens: int) -> "Reading":
+        """Once these `tokens`, as many of them as are there, have been read."""
+        read = tokens if self.present is None else self.present.sum(1)
+        return self._replace(position=self.position + read, at=None if self.at is None else self.at + tokens)
+
+    def within(self, size: int) -> "Reading":
+        """Positions in segments of `size`."""
+        return self._replace(position=self.position % size, at=None if self.at is None else self.at % size)
+
+    def where_at(self, position: int, yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """`yes` in the rows that stand at `position`, `no` in the others."""
+        if self.at is None:
+            return where_rows(self.position == position, yes, no)
+        return yes if self.at == position else no
 
 
 class Retrieval(NamedTuple):
@@ -52,7 +76,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return recomputed(lambda gate, up: self.down_proj(F.silu(gate) * up), self.gate_proj(x), self.up_proj(x))
 
 
 class ProductGate(nn.Module):
@@ -63,7 +87,7 @@ class ProductGate(nn.Module):
         self.y_norm, self.m_norm = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
 
     def forward(self, y: Tensor, m: Tensor) -> Tensor:
-        return self.y_norm(y) * torch.sigmoid(self.m_norm(m))
+        return recomputed(lambda y, m: self.y_norm(y) * torch.sigmoid(self.m_norm(m)), y, m)
 
 
 class ConvexGate(nn.Module):
@@ -87,6 +111,7 @@ class TitansBlock(GradientCheckpointingLayer):
     def __init__(self, config: TitansConfig):
         super().__init__()
         dim, eps = config.hidden_size, config.rms_norm_eps
+        self.constant = config.variant != "attention" or config.window_size is not None
         self.norm = nn.RMSNorm(dim, eps=eps)
         self.mlp_norm = nn.RMSNorm(dim, eps=eps)
         self.mlp = SwiGLU(dim, config.intermediate_size)
@@ -101,9 +126,26 @@ class TitansBlock(GradientCheckpointingLayer):
         raise NotImplementedError
 
     def forward(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
+        if x.shape[1] > PIECE and self.constant and not torch.is_grad_enabled():
+            return self._in_pieces(x, state, reading)
         y, state, surprise = self.branch(x, state, reading)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), state, surprise
+
+    def _in_pieces(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
+        """`forward` of PIECE tokens at a time: a long text takes no more memory inside a block than a short one."""
+        outputs, seen = [], []
+        for first in range(0, x.shape[1], PIECE):
+            part = slice(first, first + PIECE)
+            turn = Rotation(*(p[:, part] for p in reading.turn))
+            here = reading._replace(turn=turn, present=None if reading.present is None else reading.present[:, part])
+            y, state, surprise = self.forward(x[:, part], state, here)
+            outputs.append(y)
+            seen.append(surprise)
+            moved = here.after(y.shape[1])
+            reading = reading._replace(position=moved.position, at=moved.at)
+        surprise = None if seen[0] is None else Surprise(*(torch.cat(s, 1) for s in zip(*seen, strict=True)))
+        return torch.cat(outputs, 1), state, surprise
 
     def prefix(self) -> Tensor:
         """The persistent tokens, normalised as the block's input is: `[1, P, D]`; P = 0 if it has none."""
@@ -130,14 +172,13 @@ def _expand(state: NeuralMemoryState, batch: int) -> NeuralMemoryState:
 
 
 def _remember(
-    memory: NeuralMemory, x: Tensor, state: NeuralMemoryState, present: Tensor | None, frozen: bool
+    memory: NeuralMemory, x: Tensor, state: NeuralMemoryState, reading: Reading
 ) -> tuple[Tensor, NeuralMemoryState, Surprise | None]:
     """M(x): written and read, or only read where the memory is frozen."""
-    if frozen:
-        y, state = memory.frozen(x, state, present)
-        return y, state, None
-    y, state, surprise = memory(x, state, present, surprise=True)
-    return y, state, surprise
+    if reading.frozen:
+        return *memory.frozen(x, state, reading.present), None
+    y, state, *seen = memory(x, state, reading.present, surprise=reading.surprise)
+    return y, state, seen[0] if seen else None
 
 
 def _memory(config: TitansConfig) -> NeuralMemory:
@@ -185,9 +226,7 @@ class AttentionBlock(TitansBlock):
 
     def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
         assert state.attention is not None
-        y, attention = self.attention(
-            self.norm(x), self.prefix(), state.attention, reading.position, reading.turn, reading.present
-        )
+        y, attention = self.attention(self.norm(x), self.prefix(), state.attention, *reading.place())
         return y, LayerState(attention=attention), None
 
 
@@ -203,7 +242,7 @@ class LMMBlock(TitansBlock):
 
     def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
         assert state.memory is not None
-        y, memory, surprise = _remember(self.memory, self.norm(x), state.memory, reading.present, reading.frozen)
+        y, memory, surprise = _remember(self.memory, self.norm(x), state.memory, reading)
         return y, LayerState(memory=memory), surprise
 
 
@@ -220,10 +259,8 @@ class MAGBlock(TitansBlock):
     def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
         assert state.attention is not None and state.memory is not None
         x = self.norm(x)
-        y, attention = self.attention(
-            x, self.prefix(), state.attention, reading.position, reading.turn, reading.present
-        )
-        m, memory, surprise = _remember(self.memory, x, state.memory, reading.present, reading.frozen)
+        y, attention = self.attention(x, self.prefix(), state.attention, *reading.place())
+        m, memory, surprise = _remember(self.memory, x, state.memory, reading)
         return self.gate(y, m), LayerState(attention, memory), surprise
 
 
@@ -242,10 +279,8 @@ class MALBlock(TitansBlock):
 
     def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
         assert state.attention is not None and state.memory is not None and state.prefix is not None
-        m, memory, surprise = _remember(self.memory, self.norm(x), state.memory, reading.present, reading.frozen)
-        y, attention = self.attention(
-            self.attention_norm(x + m), state.prefix, state.attention, reading.position, reading.turn, reading.present
-        )
+        m, memory, surprise = _remember(self.memory, self.norm(x), state.memory, reading)
+        y, attention = self.attention(self.attention_norm(x + m), state.prefix, state.attention, *reading.place())
         return m + y, LayerState(attention, memory, prefix=state.prefix), surprise
 
 
@@ -274,17 +309,16 @@ class MACBlock(TitansBlock):
         layout = lay_out(reading.present, reading.position, x.shape[1], self.segment_size)
         slots = layout.arrange(self.norm(x))
         turn = Rotation(*(layout.arrange(part.expand(len(x), -1, -1)) for part in reading.turn))
-        position, outputs, seen = reading.position % self.segment_size, [], []
+        here, outputs, seen = reading.within(self.segment_size), [], []
         for start, end, width in layout.spans():
             for first in range(start, end, width):
                 part = slice(first, first + width)
                 present = None if layout.present is None else layout.present[:, part]
-                here = Reading(position, Rotation(*(p[:, part] for p in turn)), present, reading.frozen)
+                here = here._replace(turn=Rotation(*(p[:, part] for p in turn)), present=present)
                 y, state, surprise = self._segment(slots[:, part], state, here)
                 outputs.append(y)
                 seen.append(surprise)
-                read = width if present is None else present.sum(1)
-                position = (position + read) % self.segment_size
+                here = here.after(width).within(self.segment_size)
         if not outputs:
             return torch.zeros_like(x), state, None
         surprise = None
@@ -295,16 +329,11 @@ class MACBlock(TitansBlock):
     def _segment(self, s: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
         """Tokens of one segment, or of a part of it: `[B, T, D]`; `reading.position` counts within the segment."""
         assert state.attention is not None and state.memory is not None and state.retrieval is not None
-        begins = reading.position == 0
-        weights = where_rows(begins, state.memory.memory.weights, state.retrieval.weights)
+        weights = reading.where_at(0, state.memory.memory.weights, state.retrieval.weights)
         h, tail = self.memory.read(s, weights, state.retrieval.tail, reading.present)
-        y, attention = self.attention(
-            s, self.retrieved_norm(h), self.prefix(), state.attention, reading.position, reading.turn, reading.present
-        )
-        m, memory, surprise = _remember(self.memory, self.memory_norm(y), state.memory, reading.present, reading.frozen)
-        read = s.shape[1] if reading.present is None else reading.present.sum(1)
-        ends = (reading.position + read) % self.segment_size == 0
-        weights = where_rows(ends, memory.memory.weights, weights)
+        y, attention = self.attention(s, self.retrieved_norm(h), self.prefix(), state.attention, *reading.place())
+        m, memory, surprise = _remember(self.memory, self.memory_norm(y), state.memory, reading)
+        weights = reading.after(s.shape[1]).within(self.segment_size).where_at(0, memory.memory.weights, weights)
         return self.gate(y, m), LayerState(attention, memory, Retrieval(weights, tail)), surprise
 
 

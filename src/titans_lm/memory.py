@@ -2,12 +2,14 @@
 
 import itertools
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from titans_lm.ops import (
     Activation,
@@ -54,7 +56,10 @@ class ShortConvolution(nn.Module):
         if x.shape[1] == 0:
             return x, tail
         past = torch.cat([tail.to(x.dtype), x], 1)
-        y = F.conv1d(past.transpose(1, 2), self.weight[:, None], groups=x.shape[2]).transpose(1, 2)
+        if x.shape[1] == 1:  # a sum, without what it costs to set a convolution up
+            y = (past * self.weight.to(x.dtype).t()).sum(1, keepdim=True)
+        else:
+            y = F.conv1d(past.transpose(1, 2), self.weight[:, None], groups=x.shape[2]).transpose(1, 2)
         if present is None:
             return y, past[:, x.shape[1] :].clone()
         last = present.sum(1)[:, None] + torch.arange(self.size - 1, device=x.device)
@@ -178,12 +183,12 @@ class NeuralMemory(nn.Module):
         if mask is not None and not _is_aligned(mask):
             order, length = left_align(mask)
             aligned = torch.arange(x.shape[1], device=x.device) < length[:, None]
-            y, state, seen = self._learn(take(x, order), state, aligned)
-            y, seen = restore(y, mask), Surprise(restore(seen.loss, mask), restore(seen.gradient_norm, mask))
+            y, state, *seen = self._learn(take(x, order), state, aligned, surprise)
+            y, seen = restore(y, mask), [Surprise(*(restore(part, mask) for part in s)) for s in seen]
         else:
-            y, state, seen = self._learn(x, state, mask)
+            y, state, *seen = self._learn(x, state, mask, surprise)
             y = y if mask is None else y * mask[..., None]
-        return (y, state, seen) if surprise else (y, state)
+        return (y, state, *seen)
 
     def retrieve(self, x: Float[Tensor, "B T D"], state: NeuralMemoryState) -> Float[Tensor, "B T D"]:
         """Read the memory with the queries of `x`, the stream's next tokens: nothing is written (eq. 15)."""
@@ -198,7 +203,7 @@ class NeuralMemory(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B R I"]]:
         """Read given `weights`, going on from the queries' `tail`; `present` is True for each row's first tokens."""
         q, tail = self._project(x, 0, tail, present)
-        return self._output(x, retrieve(_unit(self._split(q)), weights, self._form())), tail
+        return self._output(x, retrieve(q, weights, self._form())), tail
 
     def frozen(
         self, x: Float[Tensor, "B T D"], state: NeuralMemoryState, present: Bool[Tensor, "B T"] | None
@@ -210,36 +215,50 @@ class NeuralMemory(nn.Module):
 
     # ---------------------------------------------------------------------------------------------- parts
 
-    def _learn(
-        self, x: Tensor, state: NeuralMemoryState, present: Tensor | None
-    ) -> tuple[Tensor, NeuralMemoryState, Surprise]:
-        (q, q_tail), (k, k_tail), (v, v_tail) = (
-            self._project(x, i, tail, present) for i, tail in enumerate(state.tails)
-        )
-        q, k, v = _unit(self._split(q)), _unit(self._split(k)), self._split(v)
-        y, memory, seen = memory_scan(  # type: ignore[misc] # three, as surprise=True
+    def _learn(self, x: Tensor, state: NeuralMemoryState, present: Tensor | None, surprise: bool) -> tuple[Any, ...]:
+        """y, state, and where it is asked for the surprise."""
+        if x.shape[1] == 1 and present is None:
+            q, k, v, tails = self._project_one(x, state.tails)
+        else:
+            features = [self._project(x, i, tail, present) for i, tail in enumerate(state.tails)]
+            (q, k, v), tails = (y for y, _ in features), tuple(tail for _, tail in features)
+        y, memory, *seen = memory_scan(
             q, k, v, *self._gates(x), state.memory,
-            chunk_size=self.chunk_size, form=self._form(), mask=present, surprise=True, backend=self.backend,
+            chunk_size=self.chunk_size, form=self._form(), mask=present, surprise=surprise, backend=self.backend,
         )  # fmt: skip
-        return self._output(x, y), NeuralMemoryState(memory, (q_tail, k_tail, v_tail)), seen
+        return self._output(x, y), NeuralMemoryState(memory, tails), *seen
 
     def _project(self, x: Tensor, which: int, tail: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Eq. 11, then convolution and SiLU: `[B, T, D]` -> `[B, T, H * head_dim]`, for q, k or v (`which` 0, 1, 2)."""
-        x = (self.q_proj, self.k_proj, self.v_proj)[which](x)
-        if self.convs is not None:
-            x, tail = self.convs[which](x, tail, present)
-        return F.silu(x), tail
+        """Eq. 11, convolution, SiLU, and the unit of q and k: `[B, T, D]` -> `[B, T, H, head_dim]`, for q, k or v
+        (`which` 0, 1, 2)."""
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, self.head_dim))
+        def features(x: Tensor) -> tuple[Tensor, Tensor]:
+            y, after = (x, tail) if self.convs is None else self.convs[which](x, tail, present)
+            y = F.silu(y).unflatten(-1, (self.heads, self.head_dim))
+            return (y if which == 2 else _unit(y)), after
+
+        return recomputed(features, (self.q_proj, self.k_proj, self.v_proj)[which](x))
+
+    def _project_one(self, x: Tensor, tails: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """`_project` and `_unit` of one token, q, k and v together: what decoding costs is operations, not numbers."""
+        y = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        if self.convs is not None:
+            past = torch.cat([torch.cat(tails, -1).to(y.dtype), y], 1)  # [B, R + 1, 3 I]
+            filters = torch.cat(tuple(self.convs.parameters())).to(y.dtype)
+            y = (past * filters.t()).sum(1, keepdim=True)
+            tails = past[:, 1:].chunk(3, -1)
+        y = F.silu(y).unflatten(-1, (3, self.heads, self.head_dim))
+        q, k = _unit(y[:, :, :2]).unbind(2)
+        return q, k, y[:, :, 2], tails
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta, eta, alpha `[B, T, H]`, in float32 at least (section 3.2: functions of the token)."""
-        theta = self.theta_max * _sigmoid(self.theta(x))
-        off = torch.zeros_like(theta)
-        eta = off if self.eta is None else _sigmoid(self.eta(x))
-        alpha = off if self.alpha is None else _sigmoid(self.alpha(x))
-        return theta, eta, alpha
+        maps = [gate for gate in (self.theta, self.eta, self.alpha) if gate is not None]
+        weight, bias = torch.cat([gate.weight for gate in maps]), torch.cat([gate.bias for gate in maps])
+        z = F.linear(x, weight, bias)  # few rows each: one product for all
+        theta, *others = torch.sigmoid(z if z.dtype == torch.float64 else z.float()).split(self.heads, -1)
+        eta, alpha = (torch.zeros_like(theta) if gate is None else others.pop(0) for gate in (self.eta, self.alpha))
+        return self.theta_max * theta, eta, alpha
 
     def _form(self) -> MemoryForm:
         norm = None if self.norm_weight is None or self.norm_bias is None else (self.norm_weight, self.norm_bias)
@@ -247,17 +266,25 @@ class NeuralMemory(nn.Module):
 
     def _output(self, x: Tensor, y: Tensor) -> Tensor:
         """Normalise each head, gate, project back to the model's width."""
-        return self.o_proj(self.output_norm(y).flatten(-2) * torch.sigmoid(self.output_gate(x)))
+
+        def gated(y: Tensor, z: Tensor) -> Tensor:
+            return self.o_proj(self.output_norm(y).flatten(-2) * torch.sigmoid(z))
+
+        return recomputed(gated, y, self.output_gate(x))
+
+
+def recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    """`function(*inputs)`. What it makes on the way is cheap, so the backward pass computes it again: for training,
+    only its inputs are kept."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _unit(x: Tensor) -> Tensor:
     """L2-normalised over the last dimension, in float32 at least; finite gradient at 0."""
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-def _sigmoid(x: Tensor) -> Tensor:
-    return torch.sigmoid(x if x.dtype == torch.float64 else x.float())
 
 
 def _is_aligned(mask: Tensor) -> bool:

@@ -14,7 +14,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from titans_lm.attention import rotation
+from titans_lm.attention import Rotation, rotation
 from titans_lm.block import BLOCKS, LayerState, Reading, TitansBlock
 from titans_lm.config import TitansConfig
 from titans_lm.memory import NeuralMemory, ShortConvolution
@@ -133,7 +133,8 @@ class TitansModel(TitansPreTrainedModel):
         x = _embed(self.embed_tokens, input_ids, inputs_embeds)
         state = self.initial_state(len(x)) if past_key_values is None else past_key_values
         mask = _token_mask(attention_mask, x, state)
-        layers = state.memories if past_key_values is None else self._begin_rows(state)
+        read = [0] * len(x) if past_key_values is None else state.position.tolist()
+        layers = state.memories if past_key_values is None or all(read) else self._begin_rows(state)
         length = torch.full_like(state.position, x.shape[1])
         present, tokens = None, x.shape[1]
         if mask is not None:
@@ -143,14 +144,15 @@ class TitansModel(TitansPreTrainedModel):
         self._check_length(state.position + length)
         time = state.position[:, None] + torch.arange(tokens, device=x.device)
         assert self.config.head_dim is not None
-        turn = rotation(time, self.config.head_dim, self.config.rope_theta)
-        reading = Reading(state.position, turn, present, state.frozen)
+        turn = Rotation(*(part.to(x.dtype) for part in rotation(time, self.config.head_dim, self.config.rope_theta)))
+        at = read[0] if present is None and len(set(read)) == 1 else None
+        reading = Reading(state.position, at, turn, present, state.frozen, output_surprise)
         after: list[LayerState] = []
         seen: list[Surprise] = []
         for layer, before in zip(self.layers, layers, strict=True):
             x, memory, surprise = layer(x, before, reading)
             after.append(memory)
-            if surprise is not None and output_surprise:
+            if surprise is not None:
                 seen.append(surprise)
         x = self.norm(x)
         if mask is not None:
@@ -167,8 +169,6 @@ class TitansModel(TitansPreTrainedModel):
     def _begin_rows(self, state: TitansState) -> list[LayerState]:
         """The state's layers, where rows that were reset begin with the model's first memory."""
         fresh = state.position == 0
-        if not bool(fresh.any()):
-            return state.memories
         begin = [block.initial_state(state.batch_size) for block in self.blocks()]
         return [start_rows(fresh, b, old) for b, old in zip(begin, state.memories, strict=True)]
 

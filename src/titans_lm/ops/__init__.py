@@ -4,6 +4,7 @@ Dimensions, everywhere in this project: `B` rows, `T` tokens, `H` heads, `C` tok
 width, `V` value width, `P` persistent tokens, `W` window, `D` model width, `L` layers of the memory.
 """
 
+import contextlib
 from typing import Literal
 
 import torch
@@ -92,7 +93,8 @@ def memory_scan(
     gates = (theta.to(dtype), eta.to(dtype), alpha.to(dtype))
     if form.norm is not None:
         form = form._replace(norm=(form.norm[0].to(dtype), form.norm[1].to(dtype)))
-    with torch.autocast(q.device.type, enabled=False):  # state and decays are never rounded to half precision
+    half = torch.is_autocast_enabled(q.device.type)  # state and decays are never rounded to half precision
+    with torch.autocast(q.device.type, enabled=False) if half else contextlib.nullcontext():
         if name == "triton":  # takes tokens as they are: bfloat16 goes to the tensor cores as it is
             from titans_lm.ops.triton import fused  # imports triton: only here
 
@@ -101,7 +103,7 @@ def memory_scan(
             tokens = (q.to(dtype), k.to(dtype), v.to(dtype))
             y, state, seen = _FORMS[name](*tokens, gates, state, chunk_size, form, mask, surprise)
     y = y.to(v.dtype)
-    return (y, state) if seen is None else (y, state, seen)
+    return (y, state, seen) if surprise and seen is not None else (y, state)
 
 
 def _check(

@@ -1,13 +1,20 @@
-"""One token: the recurrence itself, as rank-one updates. What decoding runs; no buffer of tokens."""
+"""One token: the recurrence itself, as rank-one updates. What decoding runs, in few operations; no buffer of tokens.
 
-import math
+Rows are `R` = B * H here, one for each row and head.
+"""
+
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from titans_lm.ops.mlp import activate, finish, retrieve
+from titans_lm.ops.mlp import activate, read_output, times_slope
+from titans_lm.ops.naive import naive
 from titans_lm.ops.types import NORM_EPS, MemoryForm, MemoryState, Surprise, where_rows
+
+Layers = tuple[Tensor, ...]
+"""One tensor for each layer of the memory, `[R, in, out]`, or `[B, H, in, out]`."""
 
 
 def step(
@@ -21,76 +28,93 @@ def step(
     mask: Tensor | None,
     surprise: bool = True,
 ) -> tuple[Tensor, MemoryState, Surprise | None]:
-    """As `naive`, for T = 1: q, k `[B, 1, H, K]`, v `[B, 1, H, V]`, gates `[B, 1, H]`, mask `[B, 1]`."""
-    theta, eta, alpha = (gate[:, 0, :, None, None] for gate in gates)  # [B, H, 1, 1]
-    anchor = where_rows(state.position == 0, state.weights, state.anchor)
-    keys = key_pass(k.transpose(1, 2), v.transpose(1, 2), anchor, form)
-    momentum = tuple(eta * s - x.mT @ (theta * g) for s, x, g in zip(state.momentum, keys.x, keys.g, strict=True))
-    weights = tuple((1 - alpha) * w + s for w, s in zip(state.weights, momentum, strict=True))
+    """As `naive`, for T = 1: q, k `[B, 1, H, K]`, v `[B, 1, H, V]`, gates `[B, 1, H]`, mask `[B, 1]`.
+
+    Where gradients are asked for it is `naive`: one token is read to decode, and is hardly ever trained on.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in _inputs(q, k, v, gates, state, form)):
+        return naive(q, k, v, gates, state, chunk_size, form, mask, surprise)
+    batch, _, heads, _ = q.shape
+    rows = batch * heads
+    q, k, v = (x.reshape(rows, 1, -1) for x in (q, k, v))
+    theta, eta, alpha = (gate.reshape(rows, 1, 1) for gate in gates)
+    if form.norm is not None:
+        weight, bias = (x.expand(batch, *x.shape).reshape(rows, 1, -1) for x in form.norm)
+        form = form._replace(norm=(weight, bias))
+    anchor = _choose(state.position == 0, state.weights, state.anchor)
+    key = key_pass(k, v, [w.flatten(0, 1) for w in anchor], form)
+    seen = _surprise(key, mask, batch) if surprise else None
+    if form.threshold is not None:
+        theta = theta * (key.loss() > form.threshold)
+    new = [
+        _write(x.mT, theta * g, (eta, 1 - alpha), w.flatten(0, 1), s.flatten(0, 1))
+        for x, g, w, s in zip(key.x, key.g, state.weights, state.momentum, strict=True)
+    ]
+    y = _read(q, [w for w, _ in new], form).view(batch, 1, heads, -1)
+    weights, momentum = (tuple(x.unflatten(0, (batch, heads)) for x in part) for part in zip(*new, strict=True))
     position = (state.position + 1) % chunk_size
-    seen = Surprise(keys.loss.transpose(1, 2), keys.gradient_norm.transpose(1, 2))
     if mask is not None:
-        here = mask[:, 0]
-        momentum = where_rows(here, momentum, state.momentum)
-        weights = where_rows(here, weights, state.weights)
+        here, y = mask[:, 0], y * mask[:, :, None, None]
+        weights, momentum = where_rows(here, weights, state.weights), where_rows(here, momentum, state.momentum)
         position = torch.where(here, position, state.position)
-        seen = Surprise(seen.loss * here[:, None, None], seen.gradient_norm * here[:, None, None])
-    y = retrieve(q, weights, form)
-    if mask is not None:
-        y = y * mask[:, :, None, None]
-    anchor = where_rows(position == 0, weights, anchor)
-    return y, MemoryState(anchor, weights, momentum, position), seen if surprise else None
+    return y, MemoryState(_choose(position == 0, weights, anchor), weights, momentum, position), seen
+
+
+def _inputs(q: Tensor, k: Tensor, v: Tensor, gates: Layers, state: MemoryState, form: MemoryForm) -> Layers:
+    return (q, k, v, *gates, *state.anchor, *state.weights, *state.momentum, *(form.norm or ()))
+
+
+def _choose(rows: Tensor, yes: Layers, no: Layers) -> Layers:
+    """As `where_rows`, and on the CPU, where a look costs nothing, without a copy if all rows are alike."""
+    if rows.device.type == "cpu":
+        values = rows.tolist()
+        if all(values) or not any(values):
+            return yes if all(values) else no
+    return where_rows(rows, yes, no)
+
+
+def _write(x: Tensor, g: Tensor, keep: tuple[Tensor, Tensor], w: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """W and S `[R, in, out]` after the token whose gradient is x g (eqs. 10, 13), each read once and made once."""
+    s = (keep[0] * s).addcmul_(x, g, value=-1)
+    return torch.addcmul(s, w, keep[1]), s
+
+
+def _read(q: Tensor, weights: list[Tensor], form: MemoryForm) -> Tensor:
+    """Eq. 15, for q `[R, 1, K]`."""
+    y = torch.bmm(q, weights[0])
+    for w in weights[1:]:
+        y = torch.bmm(activate(y, form), w)
+    if form.norm is None:
+        return y
+    return torch.addcmul(q + form.norm[1], F.layer_norm(y, y.shape[-1:], eps=NORM_EPS), form.norm[0])
 
 
 class KeyPass(NamedTuple):
-    """A chunk's keys, forward and back at the anchor. The gradient of token s at layer l is X_l[s]^T G_l[s]."""
+    """The key, forward and back at the anchor. The gradient at layer l is X_l^T G_l."""
 
-    x: list[Tensor]  # X_l, [B, H, C, in]
-    g: list[Tensor]  # G_l, [B, H, C, out]; 0 for a token that is not written
-    loss: Tensor  # [B, H, C]
-    gradient_norm: Tensor  # [B, H, C]
+    x: list[Tensor]  # X_l, [R, 1, in]
+    g: list[Tensor]  # G_l, [R, 1, out]
+    error: Tensor  # M(k) - v, [R, 1, V]
+
+    def loss(self) -> Tensor:
+        return self.error.square().sum(-1, keepdim=True)
 
 
-def key_pass(k: Tensor, v: Tensor, anchor: tuple[Tensor, ...], form: MemoryForm) -> KeyPass:
-    """k `[B, H, C, K]`, v `[B, H, C, V]` at `anchor`."""
-    x, z = [k], [k @ anchor[0]]
+def key_pass(k: Tensor, v: Tensor, anchor: list[Tensor], form: MemoryForm) -> KeyPass:
+    x, z = [k], [torch.bmm(k, anchor[0])]
     for w in anchor[1:]:
         x.append(activate(z[-1], form))
-        z.append(x[-1] @ w)
-    error = finish(k, z[-1], form) - v
-    loss = error.square().sum(-1)
-    back = _through_norm(2 * error, z[-1], form)
-    if form.clip is not None:
-        back = back * (form.clip / (torch.linalg.vector_norm(back, dim=-1, keepdim=True) + form.clip))
-    g = [back]
+        z.append(torch.bmm(x[-1], w))
+    weight, shift = (None, -v) if form.norm is None else (form.norm[0], k - v + form.norm[1])
+    output, last = read_output(z[-1], shift, weight, form.clip)
+    g = [last]
     for layer in range(len(anchor) - 1, 0, -1):
-        g.insert(0, (g[0] @ anchor[layer].mT) * activation_slope(z[layer - 1], form))
-    with torch.no_grad():
-        squares = [a.square().sum(-1) * b.square().sum(-1) for a, b in zip(x, g, strict=True)]
-        gradient_norm = torch.stack(squares).sum(0).sqrt()
-    if form.threshold is not None:
-        written = (loss > form.threshold)[..., None]
-        g = [a * written for a in g]
-    return KeyPass(x, g, loss, gradient_norm)
+        g.insert(0, times_slope(torch.bmm(g[0], anchor[layer].mT), z[layer - 1], form))
+    return KeyPass(x, g, output.error)
 
 
-def _through_norm(gradient: Tensor, z: Tensor, form: MemoryForm) -> Tensor:
-    """dloss/dz from dloss/dM(k): the layer norm's backward pass."""
-    if form.norm is None:
-        return gradient
-    centred = z - z.mean(-1, keepdim=True)
-    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + NORM_EPS)
-    normed = centred * inverse
-    gradient = gradient * form.norm[0][:, None]
-    along = (gradient * normed).mean(-1, keepdim=True)
-    return (gradient - gradient.mean(-1, keepdim=True) - normed * along) * inverse
-
-
-def activation_slope(z: Tensor, form: MemoryForm) -> Tensor:
-    """d activate(z) / dz."""
-    if form.activation == "silu":
-        s = torch.sigmoid(z)
-        return s * (1 + z * (1 - s))
-    c = math.sqrt(2 / math.pi)
-    t = torch.tanh(c * (z + 0.044715 * z**3))
-    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * c * (1 + 3 * 0.044715 * z * z)
+def _surprise(key: KeyPass, mask: Tensor | None, batch: int) -> Surprise:
+    squares = [a.square().sum(-1) * b.square().sum(-1) for a, b in zip(key.x, key.g, strict=True)]
+    norm = torch.stack(squares).sum(0).sqrt()
+    loss, norm = (x.view(batch, 1, -1) for x in (key.loss(), norm))
+    return Surprise(loss, norm) if mask is None else Surprise(loss * mask[..., None], norm * mask[..., None])
