@@ -19,7 +19,7 @@ from titans_lm.ops.group import Group, Norm, Seen, Span, Tokens, Trace, back_gro
 from titans_lm.ops.ragged import lay_out
 from titans_lm.ops.types import MemoryForm, MemoryState, Surprise, where_rows
 
-KEPT_BYTES = 32 * 2**20
+KEPT_BYTES = 128 * 2**20
 """A group of chunks may leave this much for its backward pass, or hold sqrt(chunks) chunks if that is more. A call
 that is one group keeps it all and computes nothing twice."""
 CACHED_BYTES = 6 * 2**20
