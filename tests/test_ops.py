@@ -163,7 +163,7 @@ def make_state(x: dict[str, Tensor], case: Case) -> MemoryState:
 TOKENS = ("q", "k", "v", "theta", "eta", "alpha")
 
 
-def scan(x: dict[str, Tensor], case: Case, state: MemoryState | None = None, part: slice = slice(None), backend="auto"):
+def scan(x: dict[str, Tensor], case: Case, state: MemoryState | None = None, part: slice = slice(None), **options):
     """`memory_scan` over tokens `part` -> y, state, surprise."""
     mask = x["mask"][:, part] if "mask" in x else None
     return memory_scan(
@@ -173,7 +173,7 @@ def scan(x: dict[str, Tensor], case: Case, state: MemoryState | None = None, par
         form=make_form(x, case),
         mask=mask,
         surprise=True,
-        backend=backend,
+        **options,
     )
 
 
@@ -619,7 +619,7 @@ def test_a_call_leaves_its_inputs_and_the_given_state_alone():
 
 
 def test_training_keeps_no_weights_per_chunk(monkeypatch):
-    monkeypatch.setattr(ops_chunked, "KEPT_BYTES", 0)
+    monkeypatch.setattr(ops_chunked, "GROUP_BYTES", 0)
 
     def saved_weights(tokens: int) -> int:
         case = Case(tokens=tokens)
@@ -633,7 +633,7 @@ def test_training_keeps_no_weights_per_chunk(monkeypatch):
             return saved
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-            scan(leaves, case, backend="chunked")
+            scan(leaves, case, backend="chunked", kept_bytes=0)
         return count
 
     few, many = saved_weights(4 * 16), saved_weights(4 * 64)  # chunks x4, groups x2
@@ -645,9 +645,11 @@ def test_kept_and_computed_again_are_the_same(mask: str, monkeypatch):
     case = Case(tokens=4 * 9 + 1, mask=mask, start="ragged", residual=True, clip=0.7)
     x = make_inputs(case)
     kept = outputs_and_gradients(x, case, "chunked")
-    monkeypatch.setattr(ops_chunked, "KEPT_BYTES", 0)
-    again = outputs_and_gradients(x, case, "chunked")
-    assert_all_close(again, kept)
+    leaves = {name: v.clone().requires_grad_() if v.is_floating_point() else v for name, v in x.items()}
+    for size in (0, 10**9):  # groups of sqrt(N), and one that is computed again
+        monkeypatch.setattr(ops_chunked, "GROUP_BYTES", size)
+        out = named(*scan(leaves, case, backend="chunked", kept_bytes=0))
+        assert_all_close(out | gradients(out, leaves), kept)
 
 
 def test_activation_checkpointing_drops_what_a_call_keeps(monkeypatch):

@@ -73,7 +73,7 @@ def near_naive(case: Case) -> None:
 def in_pieces(x: dict[str, Tensor], case: Case, cuts: list[int]) -> dict[str, Tensor]:
     state, parts = make_state(x, case), []
     for start, end in itertools.pairwise([0, *cuts, case.tokens]):
-        y, state, surprise = scan(x, case, state, slice(start, end), "triton")
+        y, state, surprise = scan(x, case, state, slice(start, end), backend="triton")
         parts.append((y, *surprise))
     y, loss, norm = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     return named(y, state, (loss, norm))

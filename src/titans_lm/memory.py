@@ -25,6 +25,8 @@ from titans_lm.ops import (
     take,
 )
 
+KEPT_BYTES = 128 * 2**20
+"""What a call may keep for its backward pass (`ops.memory_scan`): a model has many layers."""
 THETA_BIAS = -2.0
 """Where the step begins, before the sigmoid: small."""
 
@@ -122,6 +124,7 @@ class NeuralMemory(nn.Module):
         self.heads, self.head_dim = heads, head_dim
         self.chunk_size, self.theta_max, self.clip, self.threshold = chunk_size, theta_max, clip, threshold
         self.activation, self.backend, self.alpha_bias = activation, backend, alpha_bias
+        self.kept_bytes = KEPT_BYTES
         inner = heads * self.head_dim
         self.q_proj = nn.Linear(dim, inner, bias=False)
         self.k_proj = nn.Linear(dim, inner, bias=False)
@@ -225,6 +228,7 @@ class NeuralMemory(nn.Module):
         y, memory, *seen = memory_scan(
             q, k, v, *self._gates(x), state.memory,
             chunk_size=self.chunk_size, form=self._form(), mask=present, surprise=surprise, backend=self.backend,
+            kept_bytes=self.kept_bytes,
         )  # fmt: skip
         return self._output(x, y), NeuralMemoryState(memory, tails), *seen
 

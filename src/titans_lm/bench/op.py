@@ -157,7 +157,7 @@ ACTIONS = ["matmul", "forward", "training"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--hidden", type=int, nargs="+", default=[128, 256], help="hidden widths of the memory")
     parser.add_argument("--chunk", type=int, nargs="+", default=[64, 16], help="chunk sizes")
     parser.add_argument("--forms", nargs="+", choices=["plain", "residual"], default=["plain", "residual"])

@@ -5,13 +5,13 @@ width, `V` value width, `P` persistent tokens, `W` window, `D` model width, `L` 
 """
 
 import contextlib
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from titans_lm.ops.chunked import chunked
+from titans_lm.ops.chunked import KEPT_BYTES, chunked
 from titans_lm.ops.mlp import retrieve
 from titans_lm.ops.naive import naive
 from titans_lm.ops.ragged import Layout, lay_out, left_align, restore, take
@@ -70,6 +70,7 @@ def memory_scan(
     mask: Bool[Tensor, "B T"] | None = None,
     surprise: bool = False,
     backend: Backend = "auto",
+    kept_bytes: int = KEPT_BYTES,
 ) -> tuple[Float[Tensor, "B T H V"], MemoryState] | tuple[Float[Tensor, "B T H V"], MemoryState, Surprise]:
     """Read T tokens with a memory that learns while it reads (arXiv:2501.00663, eqs. 10 to 15).
 
@@ -82,6 +83,9 @@ def memory_scan(
 
     `mask` is False at padding, which is invisible: not written, no decay, no step in the chunk, output 0. With
     `surprise=True` a `Surprise` is returned as well. Work is done in the state's dtype; y has v's dtype.
+
+    `kept_bytes`: a call by "chunked" that leaves no more than this for its backward pass keeps it; one that leaves more
+    computes it again, group by group, in a third more time and bounded space.
 
     `backend="triton"` are fused kernels for a CUDA device, for some depths and widths (README.md beside this file).
 
@@ -101,7 +105,8 @@ def memory_scan(
             y, state, seen = fused(q, k, v, gates, state, chunk_size, form, mask, surprise)
         else:
             tokens = (q.to(dtype), k.to(dtype), v.to(dtype))
-            y, state, seen = _FORMS[name](*tokens, gates, state, chunk_size, form, mask, surprise)
+            more: dict[str, Any] = {"kept_bytes": kept_bytes} if name == "chunked" else {}
+            y, state, seen = _FORMS[name](*tokens, gates, state, chunk_size, form, mask, surprise, **more)
     y = y.to(v.dtype)
     return (y, state, seen) if surprise and seen is not None else (y, state)
 

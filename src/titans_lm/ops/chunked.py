@@ -8,6 +8,7 @@ inside again when the group's turn comes.
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +20,10 @@ from titans_lm.ops.group import Group, Norm, Seen, Span, Tokens, Trace, back_gro
 from titans_lm.ops.ragged import lay_out
 from titans_lm.ops.types import MemoryForm, MemoryState, Surprise, where_rows
 
-KEPT_BYTES = 128 * 2**20
-"""A group of chunks may leave this much for its backward pass, or hold sqrt(chunks) chunks if that is more. A call
-that is one group keeps it all and computes nothing twice."""
+KEPT_BYTES = 256 * 2**20
+"""A call whose chunks leave no more than this for the backward pass keeps it all, and computes nothing twice."""
+GROUP_BYTES = 128 * 2**20
+"""Else they are computed again in groups that leave no more than this, or of sqrt(chunks) chunks if that is more."""
 CACHED_BYTES = 6 * 2**20
 """Where nothing is kept, a group is as large as what is computed for all its chunks at once stays in a core's cache."""
 
@@ -66,21 +68,21 @@ class _ReadSpan(torch.autograd.Function):
     """`read_span` with a backward pass. Kept for it are the inputs and the state at the start of each group."""
 
     @staticmethod
-    def forward(ctx: Any, span: Span, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, span: Span, kept_bytes: int, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = Inputs.of(flat)
         ctx.set_materialize_grads(False)
-        ctx.span, ctx.count = span, len(flat)
-        size = _group_size(inputs, span)
+        size, keep = _group_size(inputs, span, kept_bytes)
+        ctx.span, ctx.size, ctx.count = span, size, len(flat)
         out, starts, trace = _empty(inputs, span), [], Trace([], [], inputs.anchor, inputs.state)
         for part in _parts(inputs, size):
             starts.append((*trace.anchor, *trace.state.w, *trace.state.s))
-            group = _group(inputs, span, part, keep=size >= inputs.slots())
+            group = _group(inputs, span, part, keep)
             trace = read_group(group, trace.anchor, trace.state)
             _put(out, part, seen(group, trace), span.width)
         # What a call of one group leaves rides on a saved tensor, so that whoever handles those (activation
         # checkpointing drops them) handles it too. Without what is returned, which leads back here.
         whole: Any = inputs.tokens.q.new_empty(0)
-        if len(starts) == 1:
+        if keep:
             whole.all_chunks = group, trace._replace(anchor=[], state=Weights([], []))
         ctx.save_for_backward(*flat, *(x for start in starts[1:] for x in start), whole)
         if span.surprise:
@@ -101,7 +103,7 @@ class _ReadSpan(torch.autograd.Function):
         by_tokens = Tokens(*(torch.empty_like(x) for x in inputs.tokens))
         by_norm = [torch.zeros_like(x) for x in inputs.norm or ()]
         kept = getattr(whole, "all_chunks", None)
-        for i, part in reversed(list(enumerate(_parts(inputs, _group_size(inputs, span))))):
+        for i, part in reversed(list(enumerate(_parts(inputs, ctx.size)))):
             if kept is None:
                 anchor, *state = thirds(shapes if i == 0 else starts[(i - 1) * len(shapes) : i * len(shapes)])
                 group = _group(inputs, span, part, keep=True)
@@ -115,14 +117,14 @@ class _ReadSpan(torch.autograd.Function):
             if found.norm is not None:
                 by_norm = [x + y for x, y in zip(by_norm, found.norm, strict=True)]
             del group, trace  # before the next group's are made
-        return None, *by_tokens, *(by_norm or (None, None)), *by_anchor, *itertools.chain(*by_state)
+        return None, None, *by_tokens, *(by_norm or (None, None)), *by_anchor, *itertools.chain(*by_state)
 
 
-def read_span(span: Span, inputs: Inputs) -> tuple[Any, ...]:
+def read_span(span: Span, inputs: Inputs, kept_bytes: int = KEPT_BYTES) -> tuple[Any, ...]:
     """y `[B, S, H, V]`, loss and gradient norm `[B, S, H]` or None, the last anchor, weights and momentum after it."""
     flat = inputs.flat()
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat):
-        y, loss, norm, *state = _ReadSpan.apply(span, *flat)
+        y, loss, norm, *state = _ReadSpan.apply(span, kept_bytes, *flat)
         return y, loss, norm, *thirds(state)
     out, trace = _empty(inputs, span), Trace([], [], inputs.anchor, inputs.state)
     tokens = max(1, CACHED_BYTES // (inputs.row_bytes() * span.width)) * span.width
@@ -133,12 +135,14 @@ def read_span(span: Span, inputs: Inputs) -> tuple[Any, ...]:
     return *out, trace.anchor, *trace.state
 
 
-def _group_size(inputs: Inputs, span: Span) -> int:
-    """Slots of a group: its chunks leave no more than KEPT_BYTES for the backward pass, or are sqrt(N)."""
+def _group_size(inputs: Inputs, span: Span, kept_bytes: int) -> tuple[int, bool]:
+    """Slots of a group, and whether the call is one group that keeps what its chunks leave."""
     c, n = span.width, inputs.slots() // span.width
-    numbers = sum(2 * i * o + c * (8 * o + 2 * i + 2 * c) for i, o in inputs.shapes())
-    size = inputs.tokens.q.element_size() * len(inputs.anchor[0])
-    return c * min(n, max(round(math.sqrt(n)), KEPT_BYTES // (numbers * size)))
+    numbers = sum(2 * i * o + c * (4 * o + 6 * i + 2 * c) for i, o in inputs.shapes())  # the fields of a `Chunk`
+    each = numbers * len(inputs.anchor[0]) * inputs.tokens.q.element_size()
+    if n * each <= kept_bytes:
+        return c * n, True
+    return c * min(n, max(round(math.sqrt(n)), GROUP_BYTES // each)), False
 
 
 def _parts(inputs: Inputs, size: int) -> list[slice]:
@@ -192,9 +196,10 @@ def chunked(
     form: MemoryForm,
     mask: Tensor | None,
     surprise: bool = True,
+    kept_bytes: int = KEPT_BYTES,
 ) -> tuple[Tensor, MemoryState, Surprise | None]:
     """As `naive`, by matmuls. q, k `[B, T, H, K]`, v `[B, T, H, V]`, gates `[B, T, H]`, mask `[B, T]`."""
-    return in_spans(read_span, q, k, v, gates, state, chunk_size, form, mask, surprise)
+    return in_spans(partial(read_span, kept_bytes=kept_bytes), q, k, v, gates, state, chunk_size, form, mask, surprise)
 
 
 def in_spans(
