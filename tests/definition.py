@@ -57,6 +57,9 @@ class Memory:
         self.anchor, self.count = self.weights, 0
         self.queries: list[Tensor] = []
         self.past: dict[int, list[Tensor]] = {0: [], 1: [], 2: []}
+        self.last = torch.zeros_like(layer.q_proj.weight[0])
+        self.errors: list[Tensor] = []
+        """|f(x_{t-1}) - x_t|^2, where a prediction says what is surprising: what f is trained by."""
 
     def write_and_read(self, x: Tensor) -> Tensor:
         self.write(x)
@@ -69,6 +72,11 @@ class Memory:
         self.count += 1
         k, v = self._unit(self._project(x, 1, self.past[1])), self._project(x, 2, self.past[2])
         theta = layer.theta_max * torch.sigmoid(layer.theta(x))
+        if layer.predictor is not None:
+            self.errors.append((layer.predictor.map(self.last) - x.detach()).square().sum())
+            self.last = x.detach()
+            if layer.threshold is not None and self.errors[-1] <= layer.threshold:
+                theta = torch.zeros_like(theta)
         eta = torch.zeros_like(theta) if layer.eta is None else torch.sigmoid(layer.eta(x))
         alpha = torch.zeros_like(theta) if layer.alpha is None else torch.sigmoid(layer.alpha(x))
         momentum, weights = [], []
@@ -120,7 +128,7 @@ class Memory:
         if layer.clip is not None:
             output = output * layer.clip / (output.norm() + layer.clip)
         gradient = torch.autograd.grad(z, anchor, output, create_graph=True)
-        if layer.threshold is not None and loss <= layer.threshold:
+        if layer.threshold is not None and layer.predictor is None and loss <= layer.threshold:
             return tuple(torch.zeros_like(g) for g in gradient)
         return gradient
 

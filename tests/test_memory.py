@@ -30,6 +30,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "zero": {"init": "zero"},
     "gelu, wide heads": {"activation": "gelu", "head_dim": 10},
     "threshold": {"threshold": 4.0},
+    "threshold on a prediction": {"threshold": 18.0, "threshold_on": "prediction"},
 }
 each_form = pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 
@@ -52,7 +53,8 @@ def inputs(rows: int, length: int, seed: int = 1) -> Tensor:
 
 
 def leaves(state: NeuralMemoryState) -> list[Tensor]:
-    return [*itertools.chain(*state.memory[:3]), state.memory.position, *state.tails]
+    last = [] if state.last is None else [state.last]
+    return [*itertools.chain(*state.memory[:3]), state.memory.position, *last, *state.tails]
 
 
 def by_definition(memory: NeuralMemory, x: Tensor) -> tuple[Tensor, list[Memory]]:
@@ -79,7 +81,10 @@ def test_gradients_are_those_of_the_paper_token_by_token(options):
     weight = inputs(2, 8, seed=2)
     wanted = [x, *memory.parameters()]
     actual = torch.autograd.grad((memory(x)[0] * weight).sum(), wanted, allow_unused=True)
-    expected = torch.autograd.grad((by_definition(memory, x)[0] * weight).sum(), wanted, allow_unused=True)
+    y, streams = by_definition(memory, x)
+    errors = [error for stream in streams for error in stream.errors]
+    total = (y * weight).sum() + (sum(errors) / len(errors) if errors else 0.0)
+    expected = torch.autograd.grad(total, wanted, allow_unused=True)
     for name, a, e in zip(["x", *dict(memory.named_parameters())], actual, expected, strict=True):
         assert a is not None, name
         assert e is not None, name
@@ -93,10 +98,14 @@ def test_every_form_computes_something_else(options):
         assert relative_error(layer(**options)(inputs(1, 10))[0], layer()(inputs(1, 10))[0]) > 1e-3
 
 
+both_thresholds = pytest.mark.parametrize("options", [{}, {"threshold": 18.0, "threshold_on": "prediction"}])
+
+
+@both_thresholds
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(st.data(), st.integers(0, 14))
-def test_any_cut_into_calls_is_one_call(data, length):
-    memory, x = layer(), inputs(2, length)
+def test_any_cut_into_calls_is_one_call(options, data, length):
+    memory, x = layer(**options), inputs(2, length)
     cuts = sorted(data.draw(st.lists(st.integers(0, length), max_size=5)))
     whole, whole_state = memory(x)
     parts, state = [], None
@@ -108,10 +117,11 @@ def test_any_cut_into_calls_is_one_call(data, length):
         assert_close(a, b)
 
 
+@both_thresholds
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=14), st.integers(0, 5))
-def test_padding_anywhere_leaves_no_trace(pattern, earlier):
-    memory, mask = layer(), torch.tensor(pattern).T
+def test_padding_anywhere_leaves_no_trace(options, pattern, earlier):
+    memory, mask = layer(**options), torch.tensor(pattern).T
     with torch.no_grad():
         _, state = memory(inputs(2, earlier, seed=3))
         y, after, surprise = memory(inputs(2, len(pattern)), state, mask, surprise=True)
@@ -120,6 +130,7 @@ def test_padding_anywhere_leaves_no_trace(pattern, earlier):
                 type(state.memory)(*(tuple(t[row : row + 1] for t in part) for part in state.memory[:3]),
                                    state.memory.position[row : row + 1]),
                 tuple(t[row : row + 1] for t in state.tails),
+                None if state.last is None else state.last[row : row + 1],
             )  # fmt: skip
             alone, alone_after, alone_surprise = memory(
                 inputs(2, len(pattern))[row : row + 1, mask[row]], own, surprise=True
@@ -152,6 +163,30 @@ def test_retrieve_reads_what_was_written_and_writes_nothing():
     expected = torch.stack([stream.read(t, stream.weights, stream.past[0]) for t in x[0, 7:]])
     assert_close(memory.retrieve(x[:, 7:], state)[0], expected)
     assert all(torch.equal(a, b) for a, b in zip(leaves(state), before, strict=True))
+
+
+def test_a_predictor_learns_what_comes_next_and_then_nothing_is_written():
+    """A stream that repeats is no news to a linear map; where it changes, is."""
+    torch.manual_seed(0)
+    memory = NeuralMemory(D, HEADS, chunk_size=4, hidden=8, threshold=1.0, threshold_on="prediction")
+    pattern = torch.randn(5, D)
+    x = pattern.repeat(12, 1)[None]
+    optimizer = torch.optim.Adam(memory.parameters(), 0.02)
+    for _ in range(150):
+        optimizer.zero_grad()
+        memory(x)[0].square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        error = memory.predictor(x, torch.zeros(1, D))
+        assert error[0, 0] > 1
+        assert (error[0, 1:] < 1).all()
+        _, state = memory(x)
+        _, kept = memory(x, NeuralMemoryState(state.memory, state.tails, x[:, -1]))
+        for s, before in zip(kept.memory.momentum, state.memory.momentum, strict=True):
+            assert s.norm() < before.norm()  # it only decays
+        changed = x.clone()
+        changed[:, 30] = 3.0
+        assert (memory.predictor(changed, torch.zeros(1, D))[0, 30:32] > 1).all()
 
 
 def test_a_frozen_memory_is_read_while_the_stream_goes_on():

@@ -431,3 +431,24 @@ def test_a_state_says_what_it_is():
     assert f"position=[{READ}, 5, {SEGMENT}]" in repr(state)
     assert len(state) == 2
     assert state.get_seq_length() == READ
+
+
+@pytest.mark.parametrize("kind", ["mac", "mag", "mal", "lmm"])
+def test_what_the_next_token_is_predicted_from_is_part_of_the_state(kind, tmp_path):
+    changes = {"surprise_threshold": 50.0, "surprise_threshold_on": "prediction"}
+    model = tiny_model(kind, torch.float32, **changes)
+    ids = tokens(2, 2 * READ)
+    expected, whole = read(model, ids)
+    first, state = read(model, ids[:, :READ])
+    state.save(tmp_path / "memory")
+    loaded = TitansState.load(tmp_path / "memory", model)
+    assert any(name.endswith(".last") for name in state_tensors(loaded))
+    second, loaded = read(model, ids[:, READ:], loaded)
+    assert_close(torch.cat([first, second], 1), expected)
+    for name, value in state_tensors(loaded).items():
+        assert_close(value, state_tensors(whole)[name], name)
+    always, _ = read(tiny_model(kind, torch.float32, **(changes | {"surprise_threshold": None})), ids)
+    assert not torch.allclose(always, expected, rtol=1e-3)  # the threshold matters
+    loaded.reset()
+    again, _ = read(model, ids, loaded)
+    assert_close(again, expected)

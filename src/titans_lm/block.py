@@ -168,7 +168,8 @@ def _expand(state: NeuralMemoryState, batch: int) -> NeuralMemoryState:
     memory = state.memory._replace(
         anchor=rows(anchor), weights=rows(weights), momentum=rows(momentum), position=position.expand(batch)
     )
-    return NeuralMemoryState(memory, rows(state.tails))
+    last = None if state.last is None else state.last.expand(batch, -1)
+    return NeuralMemoryState(memory, rows(state.tails), last)
 
 
 def _remember(
@@ -200,6 +201,7 @@ def _memory(config: TitansConfig) -> NeuralMemory:
         conv_size=config.memory_conv_size,
         init=config.memory_init,
         threshold=config.surprise_threshold,
+        threshold_on=config.surprise_threshold_on,
     )
 
 

@@ -81,7 +81,9 @@ class TitansConfig(PreTrainedConfig):
     memory_loss_weight: float = 0.0
     """lambda: weight of the memory's own reconstruction loss in training."""
     surprise_threshold: float | None = None
-    """A token whose reconstruction loss is not above this is not written; None: all are."""
+    """A token whose surprise is not above this is not written; None: all are."""
+    surprise_threshold_on: Literal["reconstruction", "prediction"] = "reconstruction"
+    """Which surprise: the memory's reconstruction loss, or the error of a learned prediction of the layer's input."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         for alias, key in self.attribute_map.items():

@@ -37,6 +37,8 @@ class NeuralMemoryState(NamedTuple):
     memory: MemoryState
     tails: tuple[Float[Tensor, "B R I"], ...]
     """For q, k, v: the last projected inputs, `R` = conv_size - 1 of them, that the convolutions still see."""
+    last: Float[Tensor, "B D"] | None = None
+    """The last input, from which the next is predicted, where there is a predictor."""
 
 
 class ShortConvolution(nn.Module):
@@ -68,6 +70,37 @@ class ShortConvolution(nn.Module):
         return y, take(past, last)
 
 
+class Predictor(nn.Module):
+    """A linear map that predicts the next input: what it cannot predict is news.
+
+    It is trained along with whatever is trained through the memory's output, by its own squared error, and nothing else
+    is trained by that.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.map = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "B T D"], last: Float[Tensor, "B D"]) -> Float[Tensor, "B T"]:
+        """|| f(x_{t-1}) - x_t ||^2, `last` being the input before the first."""
+        x = x.detach()
+        before = torch.cat([last.detach()[:, None].to(x.dtype), x[:, :-1]], 1)
+        error = self.map(before) - x
+        return (error if error.dtype == torch.float64 else error.float()).square().sum(-1)
+
+
+class _TrainAlong(torch.autograd.Function):
+    """y as it is; what is minimised through it, `loss` is minimised with, at weight 1."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:  # noqa: ARG004
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004
+        return gradient, gradient.new_ones(())
+
+
 class NeuralMemory(nn.Module):
     """A layer whose memory is a small network per head that learns while it reads (arXiv:2501.00663, section 3).
 
@@ -88,7 +121,10 @@ class NeuralMemory(nn.Module):
             memory does after the length at which it settles was trained only if that is below a training sequence's.
         conv_size: width of the causal convolutions on q, k, v; 1: none.
         init: "learned": M_0 is a parameter. "zero": M_0(k) = 0, its last layer starts at 0.
-        threshold: tokens whose reconstruction loss is not above it are not written (None: all are).
+        threshold: tokens whose surprise is not above it are not written (None: all are); a chunk in which none is takes
+            less time, where no gradients are asked for.
+        threshold_on: which surprise that is: the "reconstruction" loss || M(k) - v ||^2 of each head, or the error of a
+            "prediction" of the input from the one before it, by a linear map that is learned along.
         backend: see `ops.memory_scan`.
 
     Raises ValueError for values outside these ranges.
@@ -113,6 +149,7 @@ class NeuralMemory(nn.Module):
         conv_size: int = 4,
         init: Literal["learned", "zero"] = "learned",
         threshold: float | None = None,
+        threshold_on: Literal["reconstruction", "prediction"] = "reconstruction",
         backend: Backend = "auto",
     ):
         super().__init__()
@@ -120,7 +157,7 @@ class NeuralMemory(nn.Module):
         hidden = 4 * head_dim if hidden is None else hidden
         counts = {"dim": dim, "heads": heads, "head_dim": head_dim, "depth": depth, "hidden": hidden,
                   "chunk_size": chunk_size, "conv_size": conv_size}  # fmt: skip
-        _check(counts, theta_max, form, init)
+        _check(counts, theta_max, {"form": form, "init": init, "threshold_on": threshold_on})
         self.heads, self.head_dim = heads, head_dim
         self.chunk_size, self.theta_max, self.clip, self.threshold = chunk_size, theta_max, clip, threshold
         self.activation, self.backend, self.alpha_bias = activation, backend, alpha_bias
@@ -140,6 +177,7 @@ class NeuralMemory(nn.Module):
         widths = [self.head_dim] + [hidden] * (depth - 1) + [self.head_dim]
         self.shapes = [(heads, i, o) for i, o in itertools.pairwise(widths)]
         learned = self.shapes if init == "learned" else self.shapes[:-1]
+        self.predictor = Predictor(dim) if threshold_on == "prediction" else None
         self.initial_memory = nn.ParameterList(nn.Parameter(torch.empty(s)) for s in learned)
         norm = torch.empty(heads, self.head_dim) if form == "residual" else None
         self.norm_weight = None if norm is None else nn.Parameter(norm)
@@ -167,7 +205,8 @@ class NeuralMemory(nn.Module):
         zero = tuple(torch.zeros(s, dtype=dtype, device=weight.device) for s in self.shapes[len(learned) :])
         memory = initial_state(learned + zero, batch)
         tails = tuple(weight.new_zeros(batch, *self.tail_shape) for _ in "qkv")
-        return NeuralMemoryState(memory, tails)
+        dim = self.q_proj.in_features
+        return NeuralMemoryState(memory, tails, None if self.predictor is None else weight.new_zeros(batch, dim))
 
     def forward(
         self,
@@ -214,7 +253,7 @@ class NeuralMemory(nn.Module):
         """As `forward`, but the memory is only read: the stream goes on, and leaves no trace in the weights."""
         tails = tuple(self._project(x, i, tail, present)[1] for i, tail in enumerate(state.tails))
         y, _ = self.read(x, state.memory.weights, state.tails[0], present)
-        return y, NeuralMemoryState(state.memory, tails)
+        return y, NeuralMemoryState(state.memory, tails, _last(x, state.last, present))
 
     # ---------------------------------------------------------------------------------------------- parts
 
@@ -225,12 +264,21 @@ class NeuralMemory(nn.Module):
         else:
             features = [self._project(x, i, tail, present) for i, tail in enumerate(state.tails)]
             (q, k, v), tails = (y for y, _ in features), tuple(tail for _, tail in features)
+        theta, eta, alpha = self._gates(x)
+        error = None if self.predictor is None or state.last is None else self.predictor(x, state.last)
+        if error is not None and self.threshold is not None:
+            theta = theta * (error.detach() > self.threshold)[..., None]
         y, memory, *seen = memory_scan(
-            q, k, v, *self._gates(x), state.memory,
+            q, k, v, theta, eta, alpha, state.memory,
             chunk_size=self.chunk_size, form=self._form(), mask=present, surprise=surprise, backend=self.backend,
             kept_bytes=self.kept_bytes,
         )  # fmt: skip
-        return self._output(x, y), NeuralMemoryState(memory, tails), *seen
+        y = self._output(x, y)
+        if error is not None and y.requires_grad:
+            there = error if present is None else error * present
+            count = max(error.numel(), 1) if present is None else present.sum().clamp(min=1)
+            y = _TrainAlong.apply(y, there.sum() / count)
+        return y, NeuralMemoryState(memory, tails, _last(x, state.last, present)), *seen
 
     def _project(self, x: Tensor, which: int, tail: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
         """Eq. 11, convolution, SiLU, and the unit of q and k: `[B, T, D]` -> `[B, T, H, head_dim]`, for q, k or v
@@ -266,7 +314,7 @@ class NeuralMemory(nn.Module):
 
     def _form(self) -> MemoryForm:
         norm = None if self.norm_weight is None or self.norm_bias is None else (self.norm_weight, self.norm_bias)
-        return MemoryForm(self.activation, norm, self.clip, self.threshold)
+        return MemoryForm(self.activation, norm, self.clip, self.threshold if self.predictor is None else None)
 
     def _output(self, x: Tensor, y: Tensor) -> Tensor:
         """Normalise each head, gate, project back to the model's width."""
@@ -295,12 +343,28 @@ def _is_aligned(mask: Tensor) -> bool:
     return not bool((mask[:, 1:] & ~mask[:, :-1]).any())
 
 
-def _check(counts: dict[str, int], theta_max: float, form: str, init: str) -> None:
+def _last(x: Tensor, last: Tensor | None, present: Tensor | None) -> Tensor | None:
+    """The last input of each row, `[B, D]`, `last` where there is none among x."""
+    if last is None or x.shape[1] == 0:
+        return last
+    if present is None:
+        return x[:, -1].detach()
+    return take(torch.cat([last[:, None].to(x.dtype), x.detach()], 1), present.sum(1)[:, None])[:, 0]
+
+
+_WORDS = {
+    "form": ("residual", "plain"),
+    "init": ("learned", "zero"),
+    "threshold_on": ("reconstruction", "prediction"),
+}
+
+
+def _check(counts: dict[str, int], theta_max: float, words: dict[str, str]) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0 < theta_max <= 1:
         raise ValueError(f"theta_max must be in (0, 1], got {theta_max}")
-    for name, word, known in (("form", form, ("residual", "plain")), ("init", init, ("learned", "zero"))):
-        if word not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {word!r}")
+    for name, word in words.items():
+        if word not in _WORDS[name]:
+            raise ValueError(f"{name} must be one of {', '.join(_WORDS[name])}, got {word!r}")
