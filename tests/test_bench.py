@@ -99,8 +99,9 @@ def test_mamba2_goes_on_from_what_it_has_read():
 READ = ["read", "--tokens", "90", "--stretches", "3", "--piece", "20"]
 
 
-def test_read(tmp_path):
-    result = bench(*READ, out=tmp_path / "read.json")
+@pytest.mark.parametrize(("name", "more"), [("mag", []), ("operation", ["--operation"])])
+def test_read(name, more, tmp_path):
+    result = bench(*READ, *more, out=tmp_path / "read.json")
     stretches = result["rows"][0]["repetitions"]["stretch"]
     assert len(stretches) == 3
     for stretch in stretches:
@@ -108,7 +109,7 @@ def test_read(tmp_path):
         assert stretch["calls"] == 1
         assert stretch["weights_norm"] > 0 < stretch["momentum_norm"]
         assert stretch["state_bytes"] == stretches[0]["state_bytes"] > 0
-    assert result["summary"]["mag"]["tokens"] == 90
+    assert result["summary"][name]["tokens"] == 90
     assert (tmp_path / "read.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import assert_bitwise, state_tensors, tiny_config
+from conftest import VOCABULARY, assert_bitwise, state_tensors, tiny_config
 from titans_lm import Reader, TitansForCausalLM, TitansState
 from titans_lm.cli import main
 from titans_lm.data import byte_tokenizer
-from tolerance import assert_close
+from tolerance import assert_close, relative_error
 
 BOOK = "It was a dark and stormy night; the rain fell in torrents. " * 12
 
@@ -169,6 +169,19 @@ def test_streams_texts_and_tokens_are_read_alike(model, whole, tmp_path):
     with pytest.raises(ValueError, match="not the stream"):
         reader(model, memory=memory).read(iter(words[::-1]))
     assert_bitwise(reader(model, memory=memory).read(iter(words)).state, whole)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+def test_pieces_of_any_size_leave_the_same_memory_after_a_hundred_thousand_tokens(dtype, tolerance):
+    torch.manual_seed(0)
+    options = {"num_hidden_layers": 1, "memory_chunk_size": 32, "window_size": 32, "initializer_range": 0.02}
+    model = TitansForCausalLM(tiny_config("mag", **options)).to(dtype)
+    ids = torch.randint(VOCABULARY, (100_000,))
+    one, other = (state_tensors(Reader(model, piece=piece).read(ids).state) for piece in (4096, 1999))
+    for name, value in one.items():
+        if value.is_floating_point():
+            assert relative_error(other[name], value) < tolerance, name
 
 
 def test_frozen_learning_and_reset(model, books):

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conftest import tiny_config
+from titans_lm import TitansForCausalLM
 from titans_lm.cli import VERBS, main
+from titans_lm.data import byte_tokenizer
 from titans_lm.settings import load_settings
 
 ROOT = Path(__file__).parents[1]
@@ -17,11 +20,16 @@ README = (ROOT / "README.md").read_text()
 @pytest.mark.usefixtures("unchecked")
 def test_the_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    TitansForCausalLM(tiny_config("mag", vocab_size=260)).save_pretrained("runs/titans")
+    byte_tokenizer().save_pretrained("runs/titans")
+    for name in ("one.txt", "two.txt"):
+        Path(name).write_text("It was the end. " * 20)
     names: dict[str, object] = {}
     for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(code, names)  # the project's own README
     assert names["y"].shape == (2, 24, 384)
     assert (tmp_path / "book.memory").is_file()
+    assert (tmp_path / "library.memory").is_file()
 
 
 def test_the_commands_are_there_and_their_settings_hold():

@@ -5,6 +5,7 @@ computes again.
 """
 
 import argparse
+import dataclasses
 import itertools
 import statistics
 from collections.abc import Callable
@@ -115,6 +116,22 @@ def both_ways(read: Read, x: Inputs) -> dict[str, Action]:
     return {"forward": Action(forward), "training": Action(training, x.trained)}
 
 
+def profiled(training: Action) -> Action:
+    """Forward and backward once more, with a profiler: the largest shares of time by PyTorch operation."""
+
+    def run(leaves: Any) -> Any:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            training.run(leaves)
+        return profile.key_averages()
+
+    def tell(events: Any) -> dict[str, Any]:
+        spent = {event.key: event.self_cpu_time_total for event in events}
+        largest = sorted(spent, key=lambda key: -spent[key])[:10]
+        return {"shares": {key: round(spent[key] / sum(spent.values()), 3) for key in largest}}
+
+    return Action(run, training.prepare, tell, once=True)
+
+
 def ours(options: dict[str, Any], setting: Setting, scan: Callable[..., Any] = memory_scan) -> Contender:
     shape = Shape(**options)
     x = inputs(shape, setting.torch_dtype(), setting.device)
@@ -125,7 +142,8 @@ def ours(options: dict[str, Any], setting: Setting, scan: Callable[..., Any] = m
         for action in both_ways(reader(shape, setting, scan), small).values():
             action.run(action.prepare())
 
-    return Contender({"matmul": matmul(setting), **actions}, {"operations": shape.operations()}, warm)
+    profile = {"profile": profiled(actions["training"])}
+    return Contender({"matmul": matmul(setting), **actions, **profile}, {"operations": shape.operations()}, warm)
 
 
 def compiled(options: dict[str, Any], setting: Setting) -> Contender:
@@ -164,6 +182,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", type=int, help=f"batch rows of {HEADS} heads (default: as many as threads; 8 on a GPU)"
     )
+    parser.add_argument("--profile", action="store_true", help="which PyTorch operations take the time")
     parser.add_argument(
         "--peer-tokens", type=int, default=256, help="tokens against titans-pytorch, which keeps weights for each"
     )
@@ -175,6 +194,8 @@ def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:
     for hidden, chunk in itertools.product(arguments.hidden, arguments.chunk):
         shapes = [Shape(rows, arguments.tokens, hidden, chunk, f) for f in arguments.forms]
         entrants = [_entrant(shape.form, "ours", shape) for shape in shapes]
+        if arguments.profile:
+            entrants = [dataclasses.replace(e, actions=[*ACTIONS, "profile"]) for e in entrants]
         if setting.device == "cuda":
             entrants += [_entrant(f"{shape.form}, compiled", "compiled", shape) for shape in shapes]
         name = f"hidden {hidden}, chunk {chunk}"
@@ -267,14 +288,19 @@ def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
                 made.add_row(*_cells(row, action))
         if row["error"]:
             made.add_row(row["heat"], row["name"], f"[red]{row['error']}")
+    profiles = Table("shape", "contender", "share of the time of forward and backward")
+    for row in rows:
+        for shares in [r["shares"] for r in row["repetitions"].get("profile", [])[-1:]]:
+            profiles.add_row(row["heat"], row["name"], ", ".join(f"{k} {100 * v:.1f} %" for k, v in shares.items()))
+    made_all = [made, profiles] if profiles.rows else [made]
     if not results["peers_over_ours"]:
-        return [made]
+        return made_all
     names = {"seconds": "time", "cpu_seconds": "CPU time", "peak_bytes": "memory"}
     keys = [f"{action}_{what}" for what in MEASURES for action in ACTIONS[1:]]
     ratios = Table("shape", "over ours", *(f"{action} {names[what]}" for what in MEASURES for action in ACTIONS[1:]))
     for r in results["peers_over_ours"]:
         ratios.add_row(r["heat"], r["peer"], *("-" if r[key] is None else f"{r[key]:.1f}" for key in keys))
-    return [made, ratios]
+    return [*made_all, ratios]
 
 
 def _cells(row: dict[str, Any], action: str) -> list[str]:

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from titans_lm.bench import lm
 from titans_lm.bench.measure import Action, Contender, Setting, resident
+from titans_lm.bench.op import Shape, form, inputs
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.checkpoint import load
 from titans_lm.config import SIZES
 from titans_lm.data import encode, load_tokenizer, read_text, stdlib_files
 from titans_lm.model import TitansForCausalLM
+from titans_lm.ops import initial_state, memory_scan
 from titans_lm.state import TitansState
 
 
@@ -84,6 +86,40 @@ def _text(tokenizer: Any) -> Iterator[int]:
         yield from encode(tokenizer, read_text(file)).tolist()
 
 
+class Operation:
+    """The memory operation alone on its way: random tokens, drawn anew for every piece, the default form."""
+
+    def __init__(self, options: dict[str, Any], setting: Setting):
+        self.setting, self.piece, self.finite = setting, options["piece"], True
+        self.shape = Shape(1, options["piece"], 64, 16, "residual")
+        self.form = form(self.shape.form, setting.device)
+        self.state = initial_state(inputs(self.shape, torch.float32, setting.device).first, 1)
+
+    @torch.no_grad()
+    def read(self, tokens: int) -> None:
+        """Goes on for so many tokens."""
+        for first in range(0, tokens, self.piece):
+            shape = self.shape._replace(tokens=min(self.piece, tokens - first))
+            x = inputs(shape, self.setting.torch_dtype(), self.setting.device)
+            options: dict[str, Any] = {"form": self.form, "backend": self.setting.backend}
+            y, self.state, *_ = memory_scan(*x[:6], self.state, chunk_size=shape.chunk, **options)
+            self.finite = self.finite and lm.is_finite([y])
+
+    def tell(self) -> dict[str, Any]:
+        parts = zip(NORMS, (self.state.weights, self.state.momentum), strict=True)
+        norms = {name: max(float(w.norm(dim=(-2, -1)).max()) for w in part) for name, part in parts}
+        size = sum(w.nbytes for part in self.state[:3] for w in part)
+        finite = self.finite and all(norm < float("inf") for norm in norms.values())
+        return {"resident_bytes": resident(), "state_bytes": size, **norms, "finite": finite}
+
+
+def operation(options: dict[str, Any], setting: Setting) -> Contender:
+    """An action reads the next stretch."""
+    one = Operation(options, setting)
+    action = Action(lambda _: one.read(options["stretch"]), tell=lambda _: one.tell(), once=True)
+    return Contender({"stretch": action}, {}, lambda: Operation(options, setting).read(options["piece"]))
+
+
 def reader(options: dict[str, Any], setting: Setting) -> Contender:
     """An action reads the next stretch."""
     one = Reader(options, setting)
@@ -95,7 +131,7 @@ def reader(options: dict[str, Any], setting: Setting) -> Contender:
     return Contender({"stretch": action}, {"parameters": lm.parameters(one.model)}, warm)
 
 
-BUILD = {"reader": reader}
+BUILD = {"reader": reader, "operation": operation}
 
 # ------------------------------------------------------------------------------------------------ command
 
@@ -104,6 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--model", type=Path, help="a folder that titans train wrote, instead of random weights")
     parser.add_argument("--variants", nargs="+", choices=lm.TITANS, default=["mag"])
+    parser.add_argument("--operation", action="store_true", help="the memory operation alone, on random tokens")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of text in all")
     parser.add_argument("--stretches", type=int, default=20, help="of the text, each with its figures")
     parser.add_argument("--piece", type=int, default=4096, help="tokens a call")
@@ -120,6 +157,10 @@ def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noq
     names = [str(arguments.model)] if arguments.model else arguments.variants
     names = [*names, *((lm.WINDOW, lm.MAMBA2) if arguments.peers else ())]
     stretch = arguments.tokens // arguments.stretches
+    if arguments.operation:
+        options = {"stretch": stretch, "piece": arguments.piece}
+        alone = [Entrant("operation", "read", "operation", ["stretch"], options)]
+        return [Heat("read", alone, arguments.stretches, warm_up=False)]
     return [Heat("read", [_entrant(n, stretch, arguments) for n in names], arguments.stretches, warm_up=False)]
 
 
