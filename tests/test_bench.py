@@ -10,11 +10,13 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import TITANS, tiny_model
-from titans_lm.bench import decode, measure, model, op, race
+from conftest import TITANS, tiny_config, tiny_model
+from titans_lm import TitansForCausalLM
+from titans_lm.bench import decode, measure, model, op, race, write
 from titans_lm.bench.measure import Action, Contender, Meter, Setting
 from titans_lm.bench.race import Dead, Entrant, Heat, Worker
 from titans_lm.cli import main
+from titans_lm.data import byte_tokenizer
 from titans_lm.ops import initial_state, memory_scan
 
 SMALL_OP = {"rows": 1, "tokens": 32, "hidden": 16, "chunk": 8, "form": "plain"}
@@ -111,6 +113,33 @@ def test_read(name, more, tmp_path):
         assert stretch["state_bytes"] == stretches[0]["state_bytes"] > 0
     assert result["summary"][name]["tokens"] == 90
     assert (tmp_path / "read.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_write(tmp_path):
+    for on, tau in (("reconstruction", 14.0), ("prediction", 110.0)):
+        torch.manual_seed(0)
+        model = TitansForCausalLM(tiny_config("mag", vocab_size=260, surprise_threshold_on=on))
+        model.save_pretrained(tmp_path / on)
+        byte_tokenizer().save_pretrained(tmp_path / on)
+        command = [
+            "write",
+            "--model",
+            str(tmp_path / on),
+            "--thresholds",
+            str(tau),
+            "1e9",
+            "--texts",
+            "log",
+            "--runs",
+            "1",
+        ]
+        summary = bench(*command, "--tokens", "300", out=tmp_path / "write.json")["summary"]["log"]
+        every, some, none = (summary[name] for name in ("all written", f"above {tau:g}", "above 1e+09"))
+        assert every["written"] == 1 > some["written"] >= none["written"] == 0
+        assert every["bits_per_byte"] != none["bits_per_byte"]
+        assert summary["no memory"]["written"] is None
+        assert all(s["bits_per_byte"] > 0 and s["tokens_per_second"] > 0 for s in summary.values())
+    assert all(len(make(5000)) == 5000 for make in write.TEXTS.values())
 
 
 def test_ctrl_c_leaves_what_was_measured(tmp_path, monkeypatch, capsys):
@@ -213,7 +242,7 @@ def test_a_memory_left_out_learns_nothing_and_comes_back():
         net = tiny_model(kind)
         tokens = torch.randint(23, (1, 20))
         before = net(tokens).logits
-        with model._no_memory(net):
+        with model.no_memory(net):
             net(tokens).logits.sum().backward()
         grads = [p.grad for m in model.lm.memories(net) for p in m.parameters()]
         assert all(g is None or not g.any() for g in grads), kind
@@ -312,4 +341,4 @@ def test_a_rate_is_over_the_matmul_of_its_own_repetition():
 def test_a_contender_s_facts_and_actions_are_what_the_command_asks_for():
     made = op.BUILD["ours"](SMALL_OP, Setting())
     assert isinstance(made, Contender)
-    assert list(made.actions) == op.ACTIONS
+    assert list(made.actions) == [*op.ACTIONS, "profile"]

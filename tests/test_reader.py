@@ -175,7 +175,8 @@ def test_streams_texts_and_tokens_are_read_alike(model, whole, tmp_path):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
 def test_pieces_of_any_size_leave_the_same_memory_after_a_hundred_thousand_tokens(dtype, tolerance):
     torch.manual_seed(0)
-    options = {"num_hidden_layers": 1, "memory_chunk_size": 32, "window_size": 32, "initializer_range": 0.02}
+    # Larger steps make random text a chaotic system, where a rounding grows to be everything.
+    options = {"num_hidden_layers": 1, "memory_chunk_size": 32, "window_size": 32, "memory_lr": 0.02}
     model = TitansForCausalLM(tiny_config("mag", **options)).to(dtype)
     ids = torch.randint(VOCABULARY, (100_000,))
     one, other = (state_tensors(Reader(model, piece=piece).read(ids).state) for piece in (4096, 1999))

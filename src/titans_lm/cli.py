@@ -35,10 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
+    from titans_lm.record import keep_freed_memory  # imports torch: not for `titans --help`
+
     module = importlib.import_module(f"titans_lm.{_MODULES.get(verb, verb)}")
     parser = argparse.ArgumentParser(f"titans {verb}", description=VERBS[verb])
     module.add_arguments(parser)
     _no_more_threads_than_cores()
+    keep_freed_memory()
     parsed = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int | None] = module.run
     try:

@@ -1,4 +1,4 @@
-"""`titans bench op | model | decode | read`: time and memory, ours and, with `--peers`, that of others.
+"""`titans bench op | model | decode | write | read`: time and memory, ours and, with `--peers`, that of others.
 
 Every contender has a process of its own. They are measured in turns, after a warm-up; told are medians, least and most,
 CPU seconds beside seconds, and the peak of memory above what the process takes before it begins. One thread by default:
@@ -21,12 +21,13 @@ WHAT = {
     "op": "the memory operation, beside a large matmul; peers: titans-pytorch",
     "model": "training step and prefill at several lengths; peers: attention, Mamba2",
     "decode": "a token's time after having read much; peers: full attention, Mamba2",
+    "write": "share of tokens written, quality and speed, by threshold, of a trained model",
     "read": "a long text through the carried state, in bounded memory; peers: sliding window, Mamba2",
 }
 """Each is a module of this package: `add_arguments`, `check`, `heats`, `summary`, `table`, and `BUILD` for workers."""
 WIDTH = 150
 """Of tables that go to a file."""
-RUNS = {"op": 7, "model": 3, "decode": 5}
+RUNS = {"op": 7, "model": 3, "decode": 5, "write": 2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

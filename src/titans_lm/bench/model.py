@@ -51,7 +51,7 @@ def _actions(model: nn.Module, length: int, setting: Setting) -> dict[str, Actio
         loss.backward()
 
     def without(_: Any) -> None:
-        with _no_memory(model):
+        with no_memory(model):
             step(None)
 
     def forget() -> None:
@@ -61,7 +61,7 @@ def _actions(model: nn.Module, length: int, setting: Setting) -> dict[str, Actio
 
 
 @contextlib.contextmanager
-def _no_memory(model: nn.Module) -> Iterator[None]:
+def no_memory(model: nn.Module) -> Iterator[None]:
     """Every memory hands on its input, and remembers nothing."""
 
     def forward(x: Tensor, state: Any, mask: Any = None, surprise: bool = False) -> tuple[Any, ...]:  # noqa: ARG001

@@ -1,0 +1,178 @@
+"""`titans bench write`: how much has to be written? Texts that can be predicted and texts that cannot, read by a
+trained model with one threshold after another: share of tokens written, bits per byte, speed beside no memory at all.
+"""
+
+import argparse
+import contextlib
+import itertools
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor
+
+from titans_lm.bench import lm
+from titans_lm.bench.measure import Action, Contender, Setting
+from titans_lm.bench.model import no_memory
+from titans_lm.bench.race import Entrant, Heat
+from titans_lm.checkpoint import load
+from titans_lm.data import encode, read_text, stdlib_files
+from titans_lm.model import TitansForCausalLM
+
+PIECE = 4096
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+"""The haystack of RULER's first needle task (arXiv:2404.06654)."""
+
+
+def log(size: int) -> str:
+    """Lines of a server's log: the same but for a number that counts, and seldom another word."""
+    draw = random.Random(0)
+    lines = (
+        f"2026-11-21 08:{i // 60 % 60:02d}:{i % 60:02d} INFO request {i:06d} served in "
+        f"{draw.choice(('12', '12', '12', '13'))} ms\n"
+        for i in itertools.count()
+    )
+    return _cut(lines, size)
+
+
+def haystack(size: int) -> str:
+    """One line again and again."""
+    return _cut(itertools.repeat(NOISE), size)
+
+
+def sources(size: int) -> str:
+    """The last of the Python standard library's source files, which training on `python-stdlib` may hold out."""
+    return _cut((read_text(file) for file in reversed(stdlib_files())), size)
+
+
+def _cut(parts: Iterator[str], size: int) -> str:
+    text = ""
+    while len(text) < size:
+        text += next(parts)
+    return text[:size]
+
+
+TEXTS = {"log": log, "haystack": haystack, "sources": sources}
+
+
+def reading(options: dict[str, Any], setting: Setting) -> Contender:
+    """A model with a threshold (or with none, or without its memory) on its way through a text, each time anew."""
+    model, tokenizer = load(Path(options["model"]))
+    name = options["text"]
+    text = TEXTS[name](options["tokens"]) if name in TEXTS else read_text(name)
+    ids = torch.as_tensor(encode(tokenizer, text))[: options["tokens"]].to(setting.device)
+    model.to(setting.device)
+    for memory in lm.memories(model):
+        memory.backend, memory.threshold = setting.backend, options["threshold"]  # type: ignore[assignment]
+    without = options["without"]
+    written = None if without else share_written(model, ids[:PIECE], options["threshold"])
+
+    @torch.no_grad()
+    def read(_: Any) -> float:
+        with no_memory(model) if without else contextlib.nullcontext():
+            return bits(model, ids) * len(ids) / len(text.encode())
+
+    action = Action(read, tell=lambda found: {"bits_per_byte": found}, once=True)
+    return Contender({"read": action}, {"tokens_read": len(ids), "written": written})
+
+
+def bits(model: TitansForCausalLM, ids: Tensor) -> float:
+    """Bits a token, in one stream; the first of each piece is not counted."""
+    state, total, count = model.initial_state(1), 0.0, 0
+    for piece in ids.split(PIECE):
+        logits = model(piece[None], past_key_values=state).logits[0, :-1]
+        total += float(F.cross_entropy(logits.float(), piece[1:], reduction="sum"))
+        count += len(piece) - 1
+    return total / max(count, 1) / math.log(2)
+
+
+@torch.no_grad()
+def share_written(model: TitansForCausalLM, ids: Tensor, threshold: float | None) -> float:
+    """Of the tokens of all layers and heads, how many have a surprise above the threshold."""
+    if threshold is None:
+        return 1.0
+    found: list[Tensor] = []
+    with contextlib.ExitStack() as hooks:
+        predictors = [m.predictor for m in lm.memories(model) if m.predictor is not None]
+        for predictor in predictors:
+            hook = predictor.register_forward_hook(lambda _, __, error: found.append(error > threshold))
+            hooks.callback(hook.remove)
+        out = model(ids[None], use_cache=True, output_surprise=True)
+    if not predictors:
+        found = [s.loss > threshold for s in out.surprise]
+    return float(torch.stack([x.float().mean() for x in found]).mean())
+
+
+BUILD = {"reading": reading}
+
+# ------------------------------------------------------------------------------------------------ command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="a folder that titans train wrote")
+    parser.add_argument(
+        "--texts", nargs="+", default=list(TEXTS), help=f"{', '.join(TEXTS)}, which are made on the spot, or text files"
+    )
+    parser.add_argument("--thresholds", type=float, nargs="+", required=True, help="surprise_threshold, each in turn")
+    parser.add_argument("--tokens", type=int, default=65536, help="of each text")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    if arguments.tokens < 2:
+        raise ValueError(f"--tokens must be at least 2, got {arguments.tokens}")
+    if not (arguments.model / "config.json").is_file():
+        raise ValueError(f"--model {arguments.model} is not a folder that titans train wrote")
+    for text in arguments.texts:
+        if text not in TEXTS:
+            read_text(text)
+
+
+def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noqa: ARG001 - the same for all commands
+    return [Heat(text, _entrants(text, arguments), arguments.runs, warm_up=False) for text in arguments.texts]
+
+
+WITHOUT, ALL = "no memory", "all written"
+
+
+def _entrants(text: str, arguments: argparse.Namespace) -> list[Entrant]:
+    settings = [(WITHOUT, None), (ALL, None), *((f"above {tau:g}", tau) for tau in arguments.thresholds)]
+    common = {"model": str(arguments.model), "text": text, "tokens": arguments.tokens}
+    return [
+        Entrant(name, "write", "reading", ["read"], {**common, "threshold": tau, "without": name == WITHOUT})
+        for name, tau in settings
+    ]
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Per text: share written, bits per byte, tokens a second, and time beyond that of the model without memory."""
+    found: dict[str, Any] = {}
+    for row in rows:
+        if not row["repetitions"]:
+            continue
+        read = row["actions"]["read"]
+        text = found.setdefault(row["heat"], {})
+        bare = text.get(WITHOUT, {}).get("tokens_per_second")
+        rate = row["tokens_read"] / read["seconds"]
+        text[row["name"]] = {
+            "written": row["written"], "bits_per_byte": row["repetitions"]["read"][-1]["bits_per_byte"],
+            "tokens_per_second": rate, "overhead": None if bare is None else bare / rate - 1,
+        }  # fmt: skip
+    return found
+
+
+def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
+    made = Table("text", "written are", "share", "bits per byte", "tokens/s", "over no memory")
+    for text, settings in results.items():
+        for name, r in settings.items():
+            share = "-" if r["written"] is None else f"{100 * r['written']:.1f} %"
+            over = "-" if r["overhead"] is None else f"{100 * r['overhead']:+.0f} %"
+            made.add_row(text, name, share, f"{r['bits_per_byte']:.3f}", f"{r['tokens_per_second']:,.0f}", over)
+    for row in rows:
+        if row["error"]:
+            made.add_row(row["heat"], row["name"], f"[red]{row['error']}")
+    return [made]
