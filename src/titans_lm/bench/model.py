@@ -88,6 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variants", nargs="+", choices=lm.TITANS, default=list(lm.TITANS))
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in training")
     parser.add_argument(
+        "--prefill-only", action="store_true", help="no training step: lengths for which one is too much"
+    )
+    parser.add_argument(
         "--patience", type=float, default=300.0, help="seconds of a warm-up above which it is the only measurement"
     )
 
@@ -104,7 +107,8 @@ def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noq
 
 
 def _entrant(name: str, tokens: int, arguments: argparse.Namespace) -> Entrant:
-    actions = ["prefill", "step", *([WITHOUT] if name in lm.TITANS else [])]
+    steps = [] if arguments.prefill_only else ["step", *([WITHOUT] if name in lm.TITANS else [])]
+    actions = ["prefill", *steps]
     options = {"kind": name, "size": arguments.size, "tokens": tokens, "checkpointing": arguments.checkpointing}
     return Entrant(f"{name}, {tokens:,} tokens", "model", "trained", actions, options)
 
@@ -125,6 +129,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "memory_part_of_step": {f"{name} {tokens}": _share(actions) for (name, tokens), actions in found.items()
                                 if WITHOUT in actions},
         "mag_peak_over_sliding_window": _peaks(found, "mag", lm.WINDOW),
+        "full_attention_peak_over_mag": _peaks(found, lm.FULL, "mag"),
     }  # fmt: skip
 
 
