@@ -30,6 +30,7 @@ from titans_lm.ops import (
     retrieve,
     take,
 )
+from titans_lm.ops.decays import Decays, back_decays, decays
 from tolerance import assert_close
 
 ops_chunked = importlib.import_module("titans_lm.ops.chunked")  # its name in the package is the function's
@@ -496,6 +497,27 @@ def test_below_the_threshold_nothing_is_written(backend: str):
     unwritten = x | {"theta": torch.zeros_like(x["theta"])}
     expected = named(*scan(unwritten, case._replace(threshold=None), backend=backend))
     assert_all_close(named(*scan(x, case, backend=backend)), expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_gradients_of_decays_are_those_of_small_changes(masked: bool):
+    """Also where tokens are missing in the middle, which no layout of today makes."""
+    torch.manual_seed(0)
+    gates = torch.rand(3, 2, 7, dtype=torch.float64) * 0.8 + 0.1
+    present = torch.tensor(
+        [[True, False, True, True, False, True, False], [False, True, True, False, True, True, True]]
+    )
+    left, saved = decays(*gates, present if masked else None)
+    by = Decays(*(torch.randn_like(x) for x in left))
+    expected, step = torch.zeros_like(gates), 1e-6
+    for place in range(gates.numel()):
+        above, below = gates.clone(), gates.clone()
+        above.view(-1)[place] += step
+        below.view(-1)[place] -= step
+        up, down = (decays(*g, present if masked else None)[0] for g in (above, below))
+        change = sum(((u - d) * b).sum() for u, d, b in zip(up, down, by, strict=True))
+        expected.view(-1)[place] = change / (2 * step)
+    assert torch.allclose(torch.stack(back_decays(by, saved)), expected, atol=1e-8)
 
 
 def read_only(x: dict[str, Tensor], case: Case, backend: str) -> tuple[dict[str, Tensor], int]:
