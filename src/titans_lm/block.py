@@ -300,7 +300,7 @@ class MACBlock(TitansBlock):
         self.segment_size = config.segment_size
         self.attention = SegmentAttention(dim, config.num_attention_heads, config.head_dim, config.segment_size)
         self.memory, self.gate = _memory(config), _gate(config)
-        self.memory.kept_bytes = 0  # each of many segments is a call: what all keep is most of a training step's memory
+        self.memory.kept_bytes = 32 * 2**20  # each of many segments is a call: what all keep is most of a step's memory
         self.retrieved_norm, self.memory_norm = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
 
     def initial_state(self, batch: int) -> LayerState:
