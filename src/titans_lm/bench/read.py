@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from titans_lm.bench import lm
 from titans_lm.bench.measure import Action, Contender, Setting, resident
-from titans_lm.bench.op import Shape, form, inputs
+from titans_lm.bench.op import HEADS, WIDTH, Shape, form, inputs
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.checkpoint import load
 from titans_lm.config import SIZES
@@ -87,13 +87,15 @@ def _text(tokenizer: Any) -> Iterator[int]:
 
 
 class Operation:
-    """The memory operation alone on its way: random tokens, drawn anew for every piece, the default form."""
+    """The memory operation alone on its way: random keys, drawn anew for every piece, whose values are a fixed
+    nonlinear function of them; little is forgotten, for weights that have decayed to 0 learn no more."""
 
     def __init__(self, options: dict[str, Any], setting: Setting):
         self.setting, self.piece, self.finite = setting, options["piece"], True
         self.shape = Shape(1, options["piece"], 64, 16, "residual")
         self.form = form(self.shape.form, setting.device)
         self.state = initial_state(inputs(self.shape, torch.float32, setting.device).first, 1)
+        self.values = torch.randn(HEADS, WIDTH, WIDTH, device=setting.device)
 
     @torch.no_grad()
     def read(self, tokens: int) -> None:
@@ -101,8 +103,11 @@ class Operation:
         for first in range(0, tokens, self.piece):
             shape = self.shape._replace(tokens=min(self.piece, tokens - first))
             x = inputs(shape, self.setting.torch_dtype(), self.setting.device)
+            v = torch.einsum("bthk,hkv->bthv", x.k.float(), self.values).abs().to(x.v.dtype)
             options: dict[str, Any] = {"form": self.form, "backend": self.setting.backend}
-            y, self.state, *_ = memory_scan(*x[:6], self.state, chunk_size=shape.chunk, **options)
+            y, self.state, *_ = memory_scan(
+                *x._replace(v=v, alpha=0.01 * x.alpha)[:6], self.state, chunk_size=shape.chunk, **options
+            )
             self.finite = self.finite and lm.is_finite([y])
 
     def tell(self) -> dict[str, Any]:
