@@ -69,6 +69,14 @@ def test_what_was_read_is_kept_the_newest_first_to_stay(model, tmp_path):
     assert 100 < len(card.sources) < 1000
 
 
+def test_a_file_is_replaced_and_never_written_to(model, file, tmp_path):
+    """Who has the old file open goes on reading it: at no moment is there half of the new one."""
+    before, other = file.read_bytes(), tmp_path / "other"
+    other.hardlink_to(file)
+    model.initial_state(1).save(file)
+    assert other.read_bytes() == before != file.read_bytes()
+
+
 def mutated(content: bytes, draw: random.Random) -> bytes:
     """One bit, a byte, a piece cut out, doubled, zeroed or put elsewhere, the end cut off."""
     at, size = draw.randrange(len(content)), draw.choice((1, 2, 8, 100, 5000))
