@@ -5,7 +5,8 @@ width, `V` value width, `P` persistent tokens, `W` window, `D` model width, `L` 
 """
 
 import contextlib
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,7 +17,17 @@ from titans_lm.ops.mlp import retrieve
 from titans_lm.ops.naive import naive
 from titans_lm.ops.ragged import Layout, lay_out, left_align, restore, take
 from titans_lm.ops.step import step
-from titans_lm.ops.types import Activation, MemoryForm, MemoryState, Surprise, initial_state, where_rows
+from titans_lm.ops.types import (
+    Activation,
+    Answer,
+    Call,
+    MemoryForm,
+    MemoryState,
+    Surprise,
+    Tokens,
+    initial_state,
+    where_rows,
+)
 
 __all__ = [
     "Activation",
@@ -37,7 +48,7 @@ __all__ = [
 ]
 
 Backend = Literal["auto", "naive", "step", "chunked", "triton"]
-_FORMS = {"naive": naive, "step": step, "chunked": chunked}
+_FORMS: dict[str, Callable[[Call], Answer]] = {"naive": naive, "step": step, "chunked": chunked}
 
 
 def resolve_backend(backend: Backend, tokens: int) -> str:
@@ -91,44 +102,39 @@ def memory_scan(
 
     Raises ValueError for shapes, sizes or names that do not fit, and for a backend that cannot run on what it is given.
     """
-    _check(q, k, v, (theta, eta, alpha), state, chunk_size, form, mask)
-    name = resolve_backend(backend, q.shape[1])
-    dtype = state.weights[0].dtype
-    gates = (theta.to(dtype), eta.to(dtype), alpha.to(dtype))
+    call = Call(Tokens(q, k, v, theta, eta, alpha), state, chunk_size, form, mask, surprise, kept_bytes)
+    _check(call)
+    name, dtype = resolve_backend(backend, q.shape[1]), state.weights[0].dtype
+    as_they_are = 3 if name == "triton" else 0  # bfloat16 q, k, v go to the tensor cores as they are
+    tokens = Tokens(*call.tokens[:as_they_are], *(x.to(dtype) for x in call.tokens[as_they_are:]))
     if form.norm is not None:
         form = form._replace(norm=(form.norm[0].to(dtype), form.norm[1].to(dtype)))
     half = torch.is_autocast_enabled(q.device.type)  # state and decays are never rounded to half precision
     with torch.autocast(q.device.type, enabled=False) if half else contextlib.nullcontext():
-        if name == "triton":  # takes tokens as they are: bfloat16 goes to the tensor cores as it is
-            from titans_lm.ops.triton import fused  # imports triton: only here
-
-            y, state, seen = fused(q, k, v, gates, state, chunk_size, form, mask, surprise)
-        else:
-            tokens = (q.to(dtype), k.to(dtype), v.to(dtype))
-            more: dict[str, Any] = {"kept_bytes": kept_bytes} if name == "chunked" else {}
-            y, state, seen = _FORMS[name](*tokens, gates, state, chunk_size, form, mask, surprise, **more)
+        y, state, seen = _form(name)(call._replace(tokens=tokens, form=form))
     y = y.to(v.dtype)
-    return (y, state, seen) if surprise and seen is not None else (y, state)
+    return (y, state) if seen is None else (y, state, seen)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: tuple[Tensor, ...],
-    state: MemoryState,
-    chunk_size: int,
-    form: MemoryForm,
-    mask: Tensor | None,
-) -> None:
+def _form(name: str) -> Callable[[Call], Answer]:
+    if name == "triton":
+        from titans_lm.ops.triton import fused  # imports triton: only here
+
+        return fused
+    return _FORMS[name]
+
+
+def _check(call: Call) -> None:
+    tokens, form, chunk_size = call.tokens, call.form, call.chunk_size
+    q, k, v = tokens[:3]
     if q.dim() != 4 or q.shape != k.shape or q.shape[:3] != v.shape[:3]:
         raise ValueError(f"q, k must be [B, T, H, K] and v [B, T, H, V], got {_shapes(q, k, v)}")
-    for name, gate in zip(("theta", "eta", "alpha"), gates, strict=True):
+    for name, gate in zip(("theta", "eta", "alpha"), tokens[3:], strict=True):
         if gate.shape != q.shape[:3]:
             raise ValueError(f"{name} must be [B, T, H] = {list(q.shape[:3])}, got {list(gate.shape)}")
-    if mask is not None and mask.shape != q.shape[:2]:
-        raise ValueError(f"mask must be [B, T] = {list(q.shape[:2])}, got {list(mask.shape)}")
-    _check_weights(q, v, state)
+    if call.mask is not None and call.mask.shape != q.shape[:2]:
+        raise ValueError(f"mask must be [B, T] = {list(q.shape[:2])}, got {list(call.mask.shape)}")
+    _check_weights(q, v, call.state)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if form.norm is not None and v.shape[3] != q.shape[3]:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from titans_lm.ops.chunk import Layers, Weights
-from titans_lm.ops.group import Group, Norm, Seen, Span, Tokens, Trace, back_group, read_group, seen
+from titans_lm.ops.group import Group, Norm, Seen, Span, Trace, back_group, read_group, seen
 from titans_lm.ops.ragged import lay_out
-from titans_lm.ops.types import MemoryForm, MemoryState, Surprise, where_rows
+from titans_lm.ops.types import Answer, Call, MemoryState, Surprise, Tokens, where_rows
 
 KEPT_BYTES = 256 * 2**20
 """A call whose chunks leave no more than this for the backward pass keeps it all, and computes nothing twice."""
@@ -120,7 +120,7 @@ class _ReadSpan(torch.autograd.Function):
         return None, None, *by_tokens, *(by_norm or (None, None)), *by_anchor, *itertools.chain(*by_state)
 
 
-def read_span(span: Span, inputs: Inputs, kept_bytes: int = KEPT_BYTES) -> tuple[Any, ...]:
+def read_span(span: Span, inputs: Inputs, kept_bytes: int) -> tuple[Any, ...]:
     """y `[B, S, H, V]`, loss and gradient norm `[B, S, H]` or None, the last anchor, weights and momentum after it."""
     flat = inputs.flat()
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat):
@@ -186,45 +186,24 @@ def _put(out: tuple[Tensor | None, ...], part: slice, rows: tuple[Tensor | None,
 # ------------------------------------------------------------------------------------------------ the whole call
 
 
-def chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: tuple[Tensor, Tensor, Tensor],
-    state: MemoryState,
-    chunk_size: int,
-    form: MemoryForm,
-    mask: Tensor | None,
-    surprise: bool = True,
-    kept_bytes: int = KEPT_BYTES,
-) -> tuple[Tensor, MemoryState, Surprise | None]:
-    """As `naive`, by matmuls. q, k `[B, T, H, K]`, v `[B, T, H, V]`, gates `[B, T, H]`, mask `[B, T]`."""
-    return in_spans(partial(read_span, kept_bytes=kept_bytes), q, k, v, gates, state, chunk_size, form, mask, surprise)
+def chunked(call: Call) -> Answer:
+    """As `naive`, by matmuls."""
+    return in_spans(call, partial(read_span, kept_bytes=call.kept_bytes))
 
 
-def in_spans(
-    read: Callable[[Span, Inputs], tuple[Any, ...]],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: tuple[Tensor, Tensor, Tensor],
-    state: MemoryState,
-    chunk_size: int,
-    form: MemoryForm,
-    mask: Tensor | None,
-    surprise: bool,
-) -> tuple[Tensor, MemoryState, Surprise | None]:
+def in_spans(call: Call, read: Callable[[Span, Inputs], tuple[Any, ...]]) -> Answer:
     """`chunked`, with spans read by `read`, which takes and gives what `read_span` does."""
-    layout = lay_out(mask, state.position, q.shape[1], chunk_size)
-    batch, heads = len(q), q.shape[2]
+    tokens, state, chunk_size, form, mask, surprise, _ = call
+    batch, length, heads, _ = tokens.q.shape
+    layout = lay_out(mask, state.position, length, chunk_size)
     norm = None
     if form.norm is not None:
         weight, bias = (x.expand(batch, *x.shape).reshape(batch * heads, 1, -1) for x in form.norm)
         norm = (weight, bias)
     anchor, w, s = ([x.flatten(0, 1) for x in part] for part in state[:3])
     spans, parts = layout.spans(), []
-    tokens = _split([layout.arrange(x) for x in (q, k, v, *gates)], spans)
-    for (start, end, width), here in zip(spans, tokens, strict=True):
+    slots = _split([layout.arrange(x) for x in tokens], spans)
+    for (start, end, width), here in zip(spans, slots, strict=True):
         present = None if layout.present is None else layout.present[:, start:end]
         span = Span(form, surprise, width, start >= layout.head, present)
         *part, anchor, w, s = read(span, Inputs(here, norm, anchor, Weights(w, s)))
@@ -233,8 +212,8 @@ def in_spans(
     at_end = [tuple(x.unflatten(0, (batch, heads)) for x in layers) for layers in (anchor, w, s)]
     after = MemoryState(where_rows(position == 0, at_end[1], at_end[0]), at_end[1], at_end[2], position)
     if not parts:  # no token, or all masked
-        nothing = torch.zeros_like(gates[0])
-        return torch.zeros_like(v), after, Surprise(nothing, nothing)
+        nothing = torch.zeros_like(tokens.theta)
+        return torch.zeros_like(tokens.v), after, Surprise(nothing, nothing) if surprise else None
     y, loss, gradient_norm = (None if x[0] is None else layout.restore(_joined(x)) for x in zip(*parts, strict=True))
     assert y is not None
     return y, after, None if loss is None or gradient_norm is None else Surprise(loss, gradient_norm)

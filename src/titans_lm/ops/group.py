@@ -9,21 +9,10 @@ from torch import Tensor
 from titans_lm.ops.chunk import Chunk, Form, Layers, Weights, back_chunk, back_scales, read_chunk
 from titans_lm.ops.decays import Decays, back_decays, decays
 from titans_lm.ops.mlp import through_norm
-from titans_lm.ops.types import NORM_EPS, MemoryForm
+from titans_lm.ops.types import NORM_EPS, MemoryForm, Tokens
 
 Norm = tuple[Tensor, Tensor]
 """Weight and bias of the residual form, `[R, 1, V]`."""
-
-
-class Tokens(NamedTuple):
-    """What is read: `[B, S, H, *]` of a span; `[N, R, C, *]` of a group, N chunks, R = B * H rows, contiguous."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    theta: Tensor  # without the last dimension; and eta, alpha
-    eta: Tensor
-    alpha: Tensor
 
 
 class Span(NamedTuple):

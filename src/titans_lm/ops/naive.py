@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_lm.ops.types import NORM_EPS, MemoryForm, MemoryState, Surprise, where_rows
+from titans_lm.ops.types import NORM_EPS, Answer, Call, MemoryForm, MemoryState, Surprise, where_rows
 
 
 def mlp(x: Tensor, weights: tuple[Tensor, ...], form: MemoryForm) -> Tensor:
@@ -51,22 +51,12 @@ def inner_gradient(
     return (loss, norm, gradient) if outer else (loss.detach(), norm, gradient)
 
 
-def naive(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: tuple[Tensor, Tensor, Tensor],
-    state: MemoryState,
-    chunk_size: int,
-    form: MemoryForm,
-    mask: Tensor | None,
-    surprise: bool = True,
-) -> tuple[Tensor, MemoryState, Surprise | None]:
-    """Equations 10 to 15 over q, k `[B, T, H, K]`, v `[B, T, H, V]`, gates (theta, eta, alpha) `[B, T, H]`.
+def naive(call: Call) -> Answer:
+    """Equations 10 to 15, over tokens one by one.
 
     `mask` `[B, T]`: False tokens are not there: no write, no decay, no step in the chunk, output 0.
     """
-    anchor, weights, momentum, position = state
+    (q, k, v, *gates), (anchor, weights, momentum, position), chunk_size, form, mask, surprise, _ = call
     outputs, losses, norms = [], [], []
     for t in range(q.shape[1]):
         theta, eta, alpha = (gate[:, t, :, None, None] for gate in gates)

@@ -3,37 +3,27 @@
 Rows are `R` = B * H here, one for each row and head.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titans_lm.ops.chunked import chunked
 from titans_lm.ops.mlp import activate, read_output, times_slope
-from titans_lm.ops.naive import naive
-from titans_lm.ops.types import NORM_EPS, MemoryForm, MemoryState, Surprise, where_rows
+from titans_lm.ops.types import NORM_EPS, Answer, Call, MemoryForm, MemoryState, Surprise, where_rows
 
 Layers = tuple[Tensor, ...]
 """One tensor for each layer of the memory, `[R, in, out]`, or `[B, H, in, out]`."""
 
 
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: tuple[Tensor, Tensor, Tensor],
-    state: MemoryState,
-    chunk_size: int,
-    form: MemoryForm,
-    mask: Tensor | None,
-    surprise: bool = True,
-) -> tuple[Tensor, MemoryState, Surprise | None]:
-    """As `naive`, for T = 1: q, k `[B, 1, H, K]`, v `[B, 1, H, V]`, gates `[B, 1, H]`, mask `[B, 1]`.
-
-    Where gradients are asked for it is `naive`: one token is read to decode, and is hardly ever trained on.
-    """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in _inputs(q, k, v, gates, state, form)):
-        return naive(q, k, v, gates, state, chunk_size, form, mask, surprise)
+def step(call: Call) -> Answer:
+    """As `naive`, for T = 1. Where gradients are asked for it is a chunk: only that has a backward pass of its own."""
+    (q, k, v, *gates), state, chunk_size, form, mask, surprise, _ = call
+    inputs = (*call.tokens, *itertools.chain(*state[:3]), *(form.norm or ()))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return chunked(call)
     batch, _, heads, _ = q.shape
     rows = batch * heads
     q, k, v = (x.reshape(rows, 1, -1) for x in (q, k, v))
@@ -58,10 +48,6 @@ def step(
         weights, momentum = where_rows(here, weights, state.weights), where_rows(here, momentum, state.momentum)
         position = torch.where(here, position, state.position)
     return y, MemoryState(_choose(position == 0, weights, anchor), weights, momentum, position), seen
-
-
-def _inputs(q: Tensor, k: Tensor, v: Tensor, gates: Layers, state: MemoryState, form: MemoryForm) -> Layers:
-    return (q, k, v, *gates, *state.anchor, *state.weights, *state.momentum, *(form.norm or ()))
 
 
 def _choose(rows: Tensor, yes: Layers, no: Layers) -> Layers:

@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from titans_lm.ops.chunk import Layers, Weights
 from titans_lm.ops.chunked import Inputs, in_spans, thirds, to_rows
 from titans_lm.ops.decays import Decays, Gates, back_decays, decays
-from titans_lm.ops.group import Span, Tokens
-from titans_lm.ops.types import NORM_EPS, MemoryForm, MemoryState, Surprise
+from titans_lm.ops.group import Span
+from titans_lm.ops.types import NORM_EPS, Answer, Call, MemoryForm, MemoryState, Tokens
 
 WIDTHS, LARGEST_HIDDEN, LARGEST_CHUNK = (16, 32, 64, 128), 256, 64
 SMALLEST = 16
@@ -372,19 +372,10 @@ def padded(span: Span, tokens: Tokens) -> tuple[Span, Tokens]:
 # ------------------------------------------------------------------------------------------------ the whole call
 
 
-def fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: tuple[Tensor, Tensor, Tensor],
-    state: MemoryState,
-    chunk_size: int,
-    form: MemoryForm,
-    mask: Tensor | None,
-    surprise: bool = True,
-) -> tuple[Tensor, MemoryState, Surprise | None]:
+def fused(call: Call) -> Answer:
     """As `naive`, by kernels; q, k and v also in bfloat16. Raises ValueError with the reason if they cannot run."""
-    check(q, state, chunk_size)
+    q, k, v = call.tokens[:3]
+    check(q, call.state, call.chunk_size)
     if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
-        q, k, v = q.float(), k.float(), v.float()
-    return in_spans(read_span, q, k, v, gates, state, chunk_size, form, mask, surprise)
+        call = call._replace(tokens=call.tokens._replace(q=q.float(), k=k.float(), v=v.float()))
+    return in_spans(call, read_span)

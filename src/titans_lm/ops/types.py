@@ -3,7 +3,7 @@
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Activation = Literal["silu", "gelu"]
@@ -41,6 +41,29 @@ class MemoryForm(NamedTuple):
     """A token whose reconstruction loss is not above this is not written (its theta is 0). None: all are."""
 
 
+class Tokens(NamedTuple):
+    """What is read: `[B, T, H, *]` of a call; within forms also `[N, R, C, *]`, R = B * H rows, contiguous."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    theta: Tensor  # without the last dimension; and eta, alpha
+    eta: Tensor
+    alpha: Tensor
+
+
+class Call(NamedTuple):
+    """What a form of the operation is asked to compute: the arguments of `memory_scan`, checked."""
+
+    tokens: Tokens
+    state: MemoryState
+    chunk_size: int
+    form: MemoryForm
+    mask: Bool[Tensor, "B T"] | None
+    surprise: bool
+    kept_bytes: int
+
+
 class Surprise(NamedTuple):
     """How unexpected each token was, before it was written; 0 where masked."""
 
@@ -49,6 +72,9 @@ class Surprise(NamedTuple):
     gradient_norm: Float[Tensor, "B T H"]
     """Frobenius norm of the gradient of that loss (after the clip) over all weights of the head's memory."""
 
+
+Answer = tuple[Tensor, MemoryState, Surprise | None]
+"""What every form gives for a `Call`: y `[B, T, H, V]`, the state after, and the surprise if it was asked for."""
 
 NORM_EPS = 1e-6
 """Added to the variance in the residual form's layer norm (TTT's value)."""
