@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import VOCABULARY, assert_bitwise, state_tensors, tiny_config
 from titans_lm import Reader, TitansForCausalLM, TitansState
@@ -153,7 +154,9 @@ def test_another_text_does_not_go_on_with_an_interrupted_one(model, books, tmp_p
     r = reader(model, memory=memory)
     r.abandon()
     r.read(other)
-    assert [(s.name, s.tokens) for s in r.state.sources] == [("one.txt", 150), ("other.txt", 7)]
+    assert [(s.name, s.tokens, s.done) for s in r.state.sources] == [("one.txt", 150, False), ("other.txt", 7, True)]
+    r.read(*books[:1])  # what was abandoned does not stand in the way
+    assert r.state.sources[-1].done
 
 
 def test_streams_texts_and_tokens_are_read_alike(model, whole, tmp_path):
@@ -168,6 +171,8 @@ def test_streams_texts_and_tokens_are_read_alike(model, whole, tmp_path):
         read_some(reader(model, memory=memory), [iter(words)], 20)
     with pytest.raises(ValueError, match="not the stream"):
         reader(model, memory=memory).read(iter(words[::-1]))
+    with pytest.raises(ValueError, match="ends before the 958 tokens"):
+        reader(model, memory=memory).read(iter(words[:1]))
     assert_bitwise(reader(model, memory=memory).read(iter(words)).state, whole)
 
 
@@ -210,6 +215,21 @@ def test_progress_says_how_far_it_is(model, books):
     stream = list(reader(model).reading(iter([BOOK])))
     assert all(p.left is None for p in stream)
     assert all(p.surprise is None for p in reader(model, mode="frozen").reading(books[0]))
+
+
+def test_what_is_not_written_costs_a_reader_less():
+    def operations(threshold: float | None) -> int:
+        torch.manual_seed(0)
+        model = TitansForCausalLM(tiny_config("mag", surprise_threshold=threshold)).requires_grad_(False)
+        with FlopCounterMode(display=False) as counter:
+            *_, last = Reader(model).reading(
+                torch.randint(VOCABULARY, (100,), generator=torch.Generator().manual_seed(0))
+            )
+        assert (last.surprise is None) == (threshold is not None)
+        return counter.get_total_flops()
+
+    assert operations(1e9) < operations(0.0)
+    assert operations(1e9) < operations(None)
 
 
 # ------------------------------------------------------------------------------------------------ asking
@@ -264,6 +284,8 @@ def test_what_is_wrong_is_said(model, books, tmp_path):
         assert r.state.position.item() == 0
     with pytest.raises(ValueError, match="a prompt is empty"):
         r.ask("a", "")
+    with pytest.raises(ValueError, match="no prompt"):
+        r.ask()
     with pytest.raises(ValueError, match="one prompt can be remembered"):
         r.ask("a", "b", remember=True)
 

@@ -35,6 +35,9 @@ class Source:
     tokens: int = 0
     """How many were read."""
     done: bool = False
+    """All of it was read."""
+    abandoned: bool = False
+    """The rest is not going to be."""
     when: str = ""
     """The time at which its last token was read, UTC."""
 

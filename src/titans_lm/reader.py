@@ -47,7 +47,8 @@ class Progress(NamedTuple):
     left: float | None
     """Seconds, for all texts; None where one is a stream, whose end is not known."""
     surprise: float | None
-    """Mean reconstruction loss of what was read since then; None without a memory that learns."""
+    """Mean reconstruction loss of what was read since then; None without a memory that learns, and with a threshold,
+    where it is not computed for what is not written."""
 
 
 class Reader:
@@ -60,8 +61,8 @@ class Reader:
     Args:
         model: a Titans model, on any device.
         tokenizer: what makes tokens of texts; None: only tokens can be read.
-        memory: a file to begin with, if it exists, and to save to: after each text, every `save_seconds` in between,
-            and at an interruption. None: what was learned is in `state` alone.
+        memory: a file to begin with, if it exists, and to save to: every `save_seconds`, at the end, and at an
+            interruption. None: what was learned is in `state` alone.
         mode: "learning" writes what is read. "frozen" reads without writing. "reset" forgets before each text.
         save_seconds: so much work is lost at most when the process is killed.
         piece: tokens of one call of the model. Not a limit of anything.
@@ -119,7 +120,7 @@ class Reader:
 
     def abandon(self) -> None:
         """Forget that a reading was interrupted, not what was learned of it."""
-        self.state.sources = [replace(s, done=True) for s in self.state.sources if s.tokens]
+        self.state.sources = [replace(s, abandoned=not s.done) for s in self.state.sources if s.tokens]
 
     def ask(self, *prompts: str, frozen: bool = False, remember: bool = False, **options: Any) -> list[str]:
         """What the model says after each prompt, each to a fork of this memory. `options` are those of `generate`.
@@ -128,6 +129,8 @@ class Reader:
         learns nothing of it in the first place. Raises ValueError without a tokenizer, for an empty prompt, or several
         to remember.
         """
+        if not prompts:
+            raise ValueError("there is no prompt to answer")
         if remember and (frozen or len(prompts) != 1):
             raise ValueError(f"one prompt can be remembered, and not frozen; got {len(prompts)}, frozen={frozen}")
         if self.tokenizer is None:
@@ -150,7 +153,7 @@ class Reader:
     def _plan(self, sources: list[Source]) -> tuple[list[Source], int]:
         """How far each is, where a reading of them was interrupted, else not begun; and where their records begin."""
         known = self.state.sources
-        open_ = next((i for i, s in enumerate(known) if not s.done), None)
+        open_ = next((i for i, s in enumerate(known) if not (s.done or s.abandoned)), None)
         if open_ is None:
             self.state.sources = [*known, *sources]
             return sources, len(known)
@@ -185,8 +188,10 @@ class Reader:
                         replace(source, tokens=tokens, sha256=digest.hexdigest() if source.size < 0 else source.sha256),
                     )
             units += len(content)
+        if tokens < source.tokens:
+            raise ValueError(f"{source.name} ends before the {source.tokens:,} tokens that this memory read of it")
         yield np.zeros(0, np.int64), 1.0, replace(
-            source, tokens=max(tokens, source.tokens), done=True,
+            source, tokens=tokens, done=True,
             sha256=digest.hexdigest() if source.size < 0 else source.sha256,
         )  # fmt: skip
 
@@ -201,7 +206,8 @@ class Reader:
         if len(ids):
             state.frozen = self.mode == "frozen"
             tokens = torch.from_numpy(ids)[None].to(self.model.device)
-            out = self.model(tokens, past_key_values=state, logits_to_keep=1, output_surprise=True)
+            told = self.model.config.surprise_threshold is None  # else what is not written need not be computed
+            out = self.model(tokens, past_key_values=state, logits_to_keep=1, output_surprise=told)
             state.frozen = False
             if out.surprise:
                 surprise = torch.stack([s.loss.mean() for s in out.surprise]).mean()

@@ -87,9 +87,7 @@ class Meter:
         before = time.process_time()
         seconds, result = (self._on_cuda if self.cuda else _on_cpu)(action, ready, calls)
         cpu = time.process_time() - before
-        if (
-            action not in self.calls
-        ):  # the first call also loads and allocates: the guess is rough, and need not be good
+        if action not in self.calls:  # the first call also loads and allocates: the guess need not be good
             self.calls[action] = 1 if action.once else max(1, min(1000, round(LEAST_SECONDS / max(seconds, 1e-6))))
         found = {"seconds": seconds / calls, "cpu_seconds": cpu / calls, "peak_bytes": self._peak(), "calls": calls}
         return {**found, **action.tell(result)}

@@ -228,7 +228,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
                 axes[2].plot(at, norms, line, label=f"{row['name']}, {name.replace('_norm', '')}")
     for axis, label in zip(axes, ("tokens a second", "resident memory, MiB", "largest norm of a head"), strict=True):
         axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.15 * max((max(line.get_ydata()) for line in axis.lines), default=1) or 1)
         if axis.lines:
             axis.legend(frameon=False)
     axes[2].set_xlabel("tokens read")
