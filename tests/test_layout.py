@@ -18,11 +18,13 @@ ORDER = [
     ["memory_file"],
     ["state"],
     ["model"],
-    ["checkpoint", "data", "settings", "record"],
+    ["checkpoint", "data", "record"],
+    ["tasks"],
+    ["settings"],
     ["train", "reader", "memories"],
     ["infer", "serve"],
     ["evaluate", "analyze", "bench", "stability"],
-    ["demo"],
+    ["study", "demo"],
     ["cli"],
 ]
 """A module imports from modules before its own line, and none of its own line."""

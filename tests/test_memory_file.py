@@ -62,7 +62,9 @@ def test_a_file_has_the_same_size_whatever_was_read(model, tmp_path):
 
 def test_what_was_read_is_kept_the_newest_first_to_stay(model, tmp_path):
     state = model.initial_state(1)
-    state.sources = [Source(f"{i} é", i, "a" * 64, "frozen", i, i % 2 == 0, i % 3 == 0, "2026-11-21") for i in range(1000)]
+    state.sources = [
+        Source(f"{i} é", i, "a" * 64, "frozen", i, i % 2 == 0, i % 3 == 0, "2026-11-21") for i in range(1000)
+    ]
     card = state.save(tmp_path / "memory")
     loaded = TitansState.load(tmp_path / "memory", model)
     assert loaded.sources == card.sources == state.sources[-len(card.sources) :]

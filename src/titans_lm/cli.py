@@ -12,6 +12,8 @@ VERBS = {
     "read": "read texts into a memory file; go on after an interruption",
     "memory": "show, verify, fork and compare memory files",
     "serve": "an OpenAI-compatible server whose clients begin with one memory",
+    "evaluate": "needle, BABILong, perplexity, harness tasks, recall and state tracking",
+    "study": "a grid of models, seeds and tests from a YAML file, resumable",
     "stability": "which forms of the memory stay finite on text that repeats",
     "bench": "measure time and memory: the operation, models, decoding, long texts, peers",
     "demo": "train a small model, read a long text, see what memory adds",

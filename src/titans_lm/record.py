@@ -30,13 +30,53 @@ def provenance(command: str) -> dict[str, str]:
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
+    """As `write_text`."""
+    write_text(path, json.dumps(result, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Beside, then renamed."""
     beside = path.with_name(f".{path.name}.part")
     try:
-        beside.write_text(json.dumps(result, indent=1) + "\n")
+        beside.write_text(text)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+class Lines:
+    """Results as JSON lines, one a cell, after a first line of `settings` and provenance: what is there is not computed
+    again, so that long work is interrupted and resumed. The file is whole at every moment.
+
+    Raises ValueError where `path` has results of other settings, or is something else, and then changes nothing.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], command: str):
+        self.path, self.rows = path, list[dict[str, Any]]()
+        self.head = {**provenance(command), "settings": json.loads(json.dumps(settings))}
+        if path.exists():
+            self._go_on()
+
+    def _go_on(self) -> None:
+        try:
+            head, *rows = map(json.loads, self.path.read_text().splitlines())
+            other = {key: value for key, value in head["settings"].items() if self.head["settings"].get(key) != value}
+            same = head["settings"] == self.head["settings"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{self.path} is not a result file of this command; give another name") from None
+        if not same:
+            raise ValueError(
+                f"{self.path} has results of other settings ({', '.join(other) or 'fewer'}); give another name"
+            )
+        self.head, self.rows = head, rows
+
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        """The first row that has these values."""
+        return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in (self.head, *self.rows)))
 
 
 def keep_freed_memory() -> None:

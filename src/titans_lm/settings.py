@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 
 from titans_lm.config import SIZES, TitansConfig, known_keys, preset, unknown_key
+from titans_lm.tasks import make_task
 
 
 @dataclass
 class DataSettings:
-    """Where the text comes from: `files`, or `dataset`."""
+    """Where the tokens come from: `files`, `dataset`, or a `task` that makes them."""
 
     files: list[str] = field(default_factory=list)
     """Text files, folders, or "python-stdlib"."""
@@ -31,12 +32,26 @@ class DataSettings:
     tokenizer: str = "bytes"
     """ "bytes", or any Hugging Face tokenizer."""
     sequence_length: int = 1024
+    task: dict[str, Any] = field(default_factory=dict)
+    """A synthetic task and its options, such as {name: mqar, pairs: 8} (`titans_lm.tasks`)."""
+    shortest: int | None = None
+    """With a task: each batch has a length drawn between this and the task's, evenly in its logarithm."""
 
     def check(self) -> None:
-        if bool(self.files) == bool(self.dataset):
-            raise ValueError("give data.files or data.dataset, and not both")
+        if sum(map(bool, (self.files, self.dataset, self.task))) != 1:
+            raise ValueError("give one of data.files, data.dataset and data.task")
+        if self.task:
+            self._check_task()
         _at_least("data.held_out", self.held_out, 0)
         _at_least("data.sequence_length", self.sequence_length, 2)
+
+    def _check_task(self) -> None:
+        try:
+            task = make_task(self.task)
+        except ValueError as error:
+            raise ValueError(f"data.task: {error}") from error
+        if self.shortest is not None and not 1 <= self.shortest <= task.length:
+            raise ValueError(f"data.shortest must be from 1 to the task's length={task.length}, got {self.shortest}")
 
 
 @dataclass
@@ -108,6 +123,8 @@ class Settings:
         for key in fields:
             if key not in known_keys():
                 raise ValueError(unknown_key(key, ["size", *known_keys()], "model"))
+        if self.data.task:
+            fields.setdefault("vocab_size", make_task(self.data.task).vocab_size)
         try:
             return TitansConfig(**fields) if size is None else preset(size, **fields)
         except ValueError as error:
@@ -144,8 +161,8 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
     training = _build(TrainingSettings, tree.get("training", {}), "training")
     data.check()
     training.check()
-    if training.carried_steps > 1 and data.dataset is not None:
-        raise ValueError("training.carried_steps above 1 needs data.files: a streamed data set has no such order")
+    if training.carried_steps > 1 and not data.files:
+        raise ValueError("training.carried_steps above 1 needs data.files: other data has no such order")
     settings = Settings(tree.get("model", {}), data, training)
     size = settings.model.get("size")
     if size is not None and size not in SIZES:
@@ -186,6 +203,9 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
             return float(value)  # YAML reads 1e-3 as a text
         except ValueError:
             pass
+    elif typing.get_origin(wanted) is dict:
+        if isinstance(value, dict) and all(isinstance(v, str) for v in value):
+            return value
     elif typing.get_origin(wanted) is list:
         if isinstance(value, str):
             return [value]
@@ -202,6 +222,7 @@ _NAMES: dict[Any, str] = {
     str: "a text",
     bool: "true or false",
     list: "a list of texts",
+    dict: "keys and values, such as {name: mqar}",
 }
 
 

@@ -1,0 +1,83 @@
+"""Tasks whose data is made as it is needed, with the answers: recall, state tracking, needles, facts in a text.
+
+A task is a frozen dataclass. Its fields are its options, all of them plain values, so that a task is told in a YAML
+file (`data.task: {name: mqar, pairs: 8}`) and changed for a test (`dataclasses.replace(task, length=1024)`).
+"""
+
+import dataclasses
+import importlib
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORED = -100
+"""The label of a position that is not asked about, as in transformers."""
+
+
+class Batch(NamedTuple):
+    """Rows of one length. `labels` are as transformers takes them: `labels[:, t]` is what the logits at t - 1 should
+    say; it is not always the token that follows. `IGNORED` where nothing is asked."""
+
+    input_ids: NDArray[np.int64]  # [B, T]
+    labels: NDArray[np.int64]  # [B, T]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Raises ValueError when made with values that cannot be, naming the field."""
+
+    @property
+    def length(self) -> int:
+        """Tokens T of every row, exactly."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens are below it."""
+
+    def batch(self, rng: np.random.Generator, rows: int) -> Batch:
+        """`rows` examples; the same generator state, the same bytes."""
+
+
+TASKS = {
+    "mqar": "recall.MQAR",
+    "forgetting_mqar": "recall.ForgettingMQAR",
+    "blank_gap": "recall.BlankGap",
+    "selective_copying": "recall.SelectiveCopying",
+    "parity": "tracking.Parity",
+    "modular": "tracking.Modular",
+    "s3": "tracking.S3",
+    "s5": "tracking.S5",
+    "needle": "needle.Needle",
+    "babilong": "babilong.Babilong",
+}
+"""Name -> file of this folder and class."""
+
+
+def task_class(name: str) -> type[Any]:
+    """Raises ValueError for a name that no task has."""
+    if name not in TASKS:
+        raise ValueError(f"task {name!r} is not one of: {', '.join(TASKS)}")
+    file, _, kind = TASKS[name].partition(".")
+    return getattr(importlib.import_module(f"titans_lm.tasks.{file}"), kind)
+
+
+def make_task(options: dict[str, Any]) -> Task:
+    """`{"name": "mqar", "pairs": 8}` -> the task. Raises ValueError naming the option that is wrong."""
+    if "name" not in options:
+        raise ValueError(f"a task needs a name, one of: {', '.join(TASKS)}")
+    name = str(options["name"])
+    kind = task_class(name)
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in options:
+        if key != "name" and key not in known:
+            raise ValueError(f"task {name} has no option {key!r}; it has {', '.join(known)}")
+    task: Task = kind(**{key: value for key, value in options.items() if key != "name"})
+    return task
+
+
+def at_least(least: int, **values: int) -> None:
+    """Raises ValueError for the first of `values` that is not a whole number of at least `least`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
