@@ -19,7 +19,7 @@ ORDER = [
     ["state"],
     ["model"],
     ["checkpoint", "data", "record"],
-    ["tasks"],
+    ["tasks", "baselines"],
     ["settings"],
     ["train", "reader", "memories"],
     ["infer", "serve"],

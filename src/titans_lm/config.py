@@ -186,19 +186,44 @@ PARAMETERS = {"tiny": 0.8e6, "small": 15e6, "170m": 170e6, "340m": 340e6, "400m"
 
 
 def preset(size: str, variant: Variant = "mag", **changes: Any) -> TitansConfig:
-    """The configuration of a named size. The MLP's width is what brings this variant to the size's parameter count, so
-    that variants of one size are a fair comparison; `changes` are set on top.
+    """The configuration of a named size, with `changes` set on top, and the MLP as wide as the size's parameter count
+    asks for, so that variants of one size are a fair comparison.
 
     Raises ValueError for a size or a key that does not exist.
     """
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; it is one of {', '.join(SIZES)}")
     fields = {**SIZES[size], "variant": variant, **changes}
-    if "intermediate_size" not in changes:
-        one, two = (count_parameters(TitansConfig(**fields, intermediate_size=n)) for n in (64, 128))
-        units = 1 + (PARAMETERS[size] - one) / (two - one)
-        fields["intermediate_size"] = 64 * max(1, round(units))
-    return TitansConfig(**fields)
+    if "intermediate_size" in changes:
+        return TitansConfig(**fields)
+    return fitted(size_target({"size": size, **fields}), **fields)
+
+
+def size_target(fields: dict[str, Any]) -> float:
+    """How many parameters the size in `fields` stands for, with the embedding of another vocabulary where it has one.
+    Raises ValueError without a size."""
+    if fields.get("size") not in SIZES:
+        raise ValueError(f"without a size (one of {', '.join(SIZES)}) parameters must be given")
+    usual = SIZES[fields["size"]].get("vocab_size", DEFAULT_CONFIG["vocab_size"])
+    more = fields.get("vocab_size", usual) - usual
+    return PARAMETERS[fields["size"]] + more * fields.get("hidden_size", SIZES[fields["size"]]["hidden_size"])
+
+
+def fitted(parameters: float, **fields: Any) -> TitansConfig:
+    """The configuration of `fields` whose MLP is as wide as brings the model to this many parameters, within 3 %.
+
+    Raises ValueError where it cannot be.
+    """
+    one, two = (count_parameters(TitansConfig(**fields, intermediate_size=n)) for n in (64, 128))
+    unit = 64 if parameters > 1e8 else 8
+    width = unit * max(1, round((64 + 64 * (parameters - one) / (two - one)) / unit))
+    found = one + (two - one) * (width - 64) / 64
+    if abs(found / parameters - 1) > 0.03:
+        raise ValueError(
+            f"no MLP brings this model to {parameters:,.0f} parameters within 3 %: one of width {width} makes "
+            f"them {found:,.0f}; give other parameters, or intermediate_size"
+        )
+    return TitansConfig(**fields, intermediate_size=width)
 
 
 def count_parameters(config: TitansConfig) -> int:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedConfig
 
-from titans_lm.config import SIZES, TitansConfig, known_keys, preset, unknown_key
+from titans_lm.baselines import BASELINES, MAMBA2, NAMES, mamba2_config
+from titans_lm.config import SIZES, TitansConfig, fitted, known_keys, preset, unknown_key
 from titans_lm.tasks import make_task
 
 
@@ -110,25 +112,46 @@ _COUNTS = (
 
 @dataclass
 class Settings:
-    """A whole run: `model` (a `size` of the presets and changes, or TitansConfig's fields), `data`, `training`."""
+    """A whole run: `model`, `data`, `training`.
+
+    `model` has fields of TitansConfig, and may have a `size` of the presets, a `baseline` (`baselines.NAMES`), and
+    `parameters`, to which the MLP's width brings it.
+    """
 
     model: dict[str, Any]
     data: DataSettings
     training: TrainingSettings
 
-    def config(self) -> TitansConfig:
+    def config(self) -> PreTrainedConfig:
         """The model's configuration. Raises ValueError with the key's full name."""
         fields = dict(self.model)
-        size = fields.pop("size", None)
         for key in fields:
-            if key not in known_keys():
-                raise ValueError(unknown_key(key, ["size", *known_keys()], "model"))
+            if key not in (*_MODEL_KEYS, *known_keys()):
+                raise ValueError(unknown_key(key, [*_MODEL_KEYS, *known_keys()], "model"))
         if self.data.task:
             fields.setdefault("vocab_size", make_task(self.data.task).vocab_size)
         try:
-            return TitansConfig(**fields) if size is None else preset(size, **fields)
+            return _config(fields)
         except ValueError as error:
             raise ValueError(f"model: {error}") from error
+
+
+_MODEL_KEYS = ("size", "baseline", "parameters")
+
+
+def _config(fields: dict[str, Any]) -> PreTrainedConfig:
+    baseline = fields.pop("baseline", None)
+    if baseline == MAMBA2:
+        return mamba2_config(fields)
+    if baseline is not None:
+        if baseline not in NAMES:
+            raise ValueError(f"baseline {baseline!r} is not one of: {', '.join(NAMES)}")
+        fields = {**BASELINES[baseline], **fields}
+    size, parameters = fields.pop("size", None), fields.pop("parameters", None)
+    if parameters is not None:
+        fields = fields if size is None else {**SIZES[size], **fields}
+        return fitted(parameters, **fields)
+    return TitansConfig(**fields) if size is None else preset(size, **fields)
 
 
 def load_settings(path: Path, changes: list[str]) -> Settings:

@@ -15,9 +15,18 @@ import yaml
 from rich.progress import Progress, TextColumn
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.trainer_callback import PrinterCallback
 
+from titans_lm.baselines import build
 from titans_lm.data import (
     Blocks,
     CarriedOrder,
@@ -29,9 +38,9 @@ from titans_lm.data import (
     streamed,
     text_files,
 )
-from titans_lm.model import TitansForCausalLM
 from titans_lm.settings import Settings, TrainingSettings, load_settings
 from titans_lm.state import TitansState
+from titans_lm.tasks import Rows, make_task
 
 CARRIED = "memory.safetensors"
 """In a checkpoint: the memory that goes on, with `carried_steps`."""
@@ -50,23 +59,22 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{settings.training.output_dir}: a model of {size:,} parameters; titans infer --model reads with it")
 
 
-def train(settings: Settings) -> TitansForCausalLM:
+def train(settings: Settings) -> PreTrainedModel:
     """Train what `settings` say, and save model, tokenizer and run.yaml in output_dir.
 
-    Raises ValueError for settings or texts that do not work, OSError where a file cannot be written, KeyboardInterrupt
-    after Ctrl-C, when a checkpoint has been saved. Nothing is written before everything was checked.
+    Raises ValueError for settings or texts that do not work, NotFinite where the loss stops being a number, OSError
+    where a file cannot be written, KeyboardInterrupt after Ctrl-C, when a checkpoint has been saved. Nothing is written
+    before everything was checked.
     """
     output = Path(settings.training.output_dir)
     checkpoint = _checkpoint(output, settings.training)
-    config = settings.config()
-    tokenizer = load_tokenizer(settings.data.tokenizer)
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"model.vocab_size={config.vocab_size} is below the tokenizer's {len(tokenizer)}")
+    config, tokenizer = settings.config(), _tokenizer(settings)
+    _check_vocabulary(config, settings, tokenizer)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(config, key, getattr(tokenizer, key))
+        setattr(config, key, None if tokenizer is None else getattr(tokenizer, key))
     training_set, evaluation_set = _data(settings, tokenizer)
     transformers.set_seed(settings.training.seed)
-    model = TitansForCausalLM(config)
+    model = build(config)
     trainer = TitansTrainer(model, settings, training_set, evaluation_set, tokenizer)
     with _Interruptible(trainer) as interruption:
         try:
@@ -81,6 +89,21 @@ def train(settings: Settings) -> TitansForCausalLM:
     return model
 
 
+def _tokenizer(settings: Settings) -> PreTrainedTokenizerBase | None:
+    """What makes the tokens of texts; None for a task whose tokens are numbers."""
+    name: str | None = settings.data.tokenizer
+    if settings.data.task:
+        name = getattr(make_task(settings.data.task), "tokenizer", None)
+    return None if name is None else load_tokenizer(name)
+
+
+def _check_vocabulary(config: PreTrainedConfig, settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    least = make_task(settings.data.task).vocab_size if settings.data.task else len(tokenizer or ())
+    if least > config.vocab_size:
+        what = "task's" if settings.data.task else "tokenizer's"
+        raise ValueError(f"model.vocab_size={config.vocab_size} is below the {what} {least}")
+
+
 def _save(trainer: "TitansTrainer", settings: Settings, output: Path) -> None:
     trainer.save_model()
     trainer.save_state()
@@ -91,8 +114,11 @@ def _save(trainer: "TitansTrainer", settings: Settings, output: Path) -> None:
 # ------------------------------------------------------------------------------------------------ data
 
 
-def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Blocks | None]:
+def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Any, Blocks | None]:
     data = settings.data
+    if data.task or tokenizer is None:
+        training = settings.training
+        return Rows(make_task(data.task), training.batch_size, training.seed, data.shortest), None
     if data.dataset is not None:
         rows = streamed(data.dataset, data.dataset_config, data.dataset_split, data.data_files)
         return StreamedBlocks(rows, data.text_column, tokenizer, data.sequence_length), None
@@ -217,21 +243,31 @@ class _Clock(TrainerCallback):
 # ------------------------------------------------------------------------------------------------ the trainer
 
 
+class NotFinite(ValueError):
+    """The loss is not a number."""
+
+    def __init__(self, step: int):
+        super().__init__(
+            f"the loss is not a number at step {step}: lower training.learning_rate, or model.memory_lr, or keep "
+            "model.memory_clip and the residual form"
+        )
+
+
 class TitansTrainer(Trainer):
     """`Trainer` with our schedule, our weight decay, memory carried across pieces, and rates in the log."""
 
     def __init__(
         self,
-        model: TitansForCausalLM,
+        model: PreTrainedModel,
         settings: Settings,
         training_set: Any,
         evaluation_set: Blocks | None,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
     ):
         self.settings = settings.training
         self.clock = _Clock(self.settings.max_steps, self.settings.max_minutes)
-        self.bytes = is_bytes(tokenizer)
-        self.tokens_a_step = self.settings.batch_size * self.settings.accumulation * settings.data.sequence_length
+        self.bytes = tokenizer is not None and is_bytes(tokenizer) and not settings.data.task
+        self.tokens = 0  # read in training
         self.logged = (0, time.monotonic())
         self.batches = 0  # read so far
         self.carried: TitansState | None = None  # the memory after the last of them
@@ -277,6 +313,8 @@ class TitansTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`'s; with `carried_steps` the memory goes on from the batch before, without its gradients."""
+        if model.training:
+            self.tokens += inputs["input_ids"].numel()
         if self.settings.carried_steps == 1 or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         if self.batches % self.settings.carried_steps == 0:
@@ -308,9 +346,11 @@ class TitansTrainer(Trainer):
             if self.bytes and name in logs:
                 logs[name.replace("loss", "bits_per_byte")] = round(logs[name] / math.log(2), 4)
         if "loss" in logs:
-            (step, then), now = self.logged, time.monotonic()
-            logs["tokens_per_second"] = round((self.state.global_step - step) * self.tokens_a_step / (now - then))
-            self.logged = (self.state.global_step, now)
+            (tokens, then), now = self.logged, time.monotonic()
+            logs["tokens_per_second"] = round((self.tokens - tokens) / (now - then))
+            self.logged = (self.tokens, now)
+            if not math.isfinite(logs["loss"]):
+                raise NotFinite(self.state.global_step)
         super().log(logs, start_time)
 
 
@@ -331,6 +371,7 @@ def _arguments(settings: Settings, evaluate: bool) -> TrainingArguments:
         activation_checkpointing=s.activation_checkpointing,
         logging_steps=s.logging_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # what is not a number is to be seen
         eval_strategy="steps" if evaluate else "no",
         eval_steps=s.eval_steps,
         save_steps=s.save_steps,

@@ -6,10 +6,16 @@ file (`data.task: {name: mqar, pairs: 8}`) and changed for a test (`dataclasses.
 
 import dataclasses
 import importlib
+import itertools
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import IterableDataset
 
 IGNORED = -100
 """The label of a position that is not asked about, as in transformers."""
@@ -81,3 +87,27 @@ def at_least(least: int, **values: int) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+class Rows(IterableDataset[dict[str, Tensor]]):
+    """Examples without end, for training; each `rows` of them are a batch and have one length, the task's, or one drawn
+    between `shortest` and it, evenly in its logarithm. Batch n is made from (seed, n) alone."""
+
+    def __init__(self, task: Task, rows: int, seed: int, shortest: int | None = None):
+        self.task, self.rows, self.seed, self.shortest = task, rows, seed, shortest
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for number in itertools.count():
+            rng = np.random.default_rng((self.seed, number))
+            task = self.task if self.shortest is None else with_length(self.task, self._drawn(rng, self.shortest))
+            ids, labels = map(torch.from_numpy, task.batch(rng, self.rows))
+            yield from ({"input_ids": i, "labels": j} for i, j in zip(ids, labels, strict=True))
+
+    def _drawn(self, rng: np.random.Generator, shortest: int) -> int:
+        return round(math.exp(rng.uniform(math.log(shortest), math.log(self.task.length))))
+
+
+def with_length(task: Task, length: int) -> Task:
+    """The same task in rows of another length."""
+    changed: Task = dataclasses.replace(task, length=length)  # type: ignore[type-var]
+    return changed
