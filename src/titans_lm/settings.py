@@ -165,7 +165,7 @@ def load_settings(path: Path, changes: list[str]) -> Settings:
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must have the sections model, data and training")
     for change in changes:
-        _change(tree, change)
+        change_tree(tree, change)
     try:
         return parse_settings(tree)
     except ValueError as error:
@@ -194,7 +194,8 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
     return settings
 
 
-def _change(tree: dict[str, Any], change: str) -> None:
+def change_tree(tree: dict[str, Any], change: str) -> None:
+    """Set `section.key=value` in sections. Raises ValueError for what is not of that form."""
     key, equals, value = change.partition("=")
     section, dot, name = key.partition(".")
     if not (equals and dot and name):

@@ -1,49 +1,27 @@
 """`titans train`: a language model from a YAML file, on transformers' `Trainer`."""
 
 import argparse
-import math
+import itertools
 import shutil
 import signal
-import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 import yaml
-from rich.progress import Progress, TextColumn
 from safetensors import SafetensorError
-from torch import nn
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-)
-from transformers.trainer_callback import PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from titans_lm.baselines import build
-from titans_lm.data import (
-    Blocks,
-    CarriedOrder,
-    StreamedBlocks,
-    is_bytes,
-    load_tokenizer,
-    read_text,
-    split_held_out,
-    streamed,
-    text_files,
-)
+from titans_lm.data import Blocks, StreamedBlocks, load_tokenizer, read_text, split_held_out, streamed, text_files
 from titans_lm.settings import Settings, TrainingSettings, load_settings
-from titans_lm.state import TitansState
 from titans_lm.tasks import Rows, make_task
+from titans_lm.trainer import TitansTrainer, step_of
 
-CARRIED = "memory.safetensors"
-"""In a checkpoint: the memory that goes on, with `carried_steps`."""
+EVALUATION_SEED = 2_000_003
+"""Where a search compares trials on examples of a task, they are made from this seed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,14 +46,7 @@ def train(settings: Settings) -> PreTrainedModel:
     """
     output = Path(settings.training.output_dir)
     checkpoint = _checkpoint(output, settings.training)
-    config, tokenizer = settings.config(), _tokenizer(settings)
-    _check_vocabulary(config, settings, tokenizer)
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(config, key, None if tokenizer is None else getattr(tokenizer, key))
-    training_set, evaluation_set = _data(settings, tokenizer)
-    transformers.set_seed(settings.training.seed)
-    model = build(config)
-    trainer = TitansTrainer(model, settings, training_set, evaluation_set, tokenizer)
+    trainer = trainer_for(settings)
     with _Interruptible(trainer) as interruption:
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -86,7 +57,34 @@ def train(settings: Settings) -> PreTrainedModel:
             raise _as_disk_error(error, output) from error
     if interruption.asked:
         raise KeyboardInterrupt(f"saved in {output}; go on with --set training.resume=true")
+    model: PreTrainedModel = trainer.model
     return model
+
+
+def trainer_for(settings: Settings, make: Callable[[Any], PreTrainedModel] | None = None) -> TitansTrainer:
+    """The trainer of what `settings` say, all of it checked.
+
+    `make` gives a model for each trial of a search. Trials are compared on examples that are not trained on.
+    """
+    tokenizer = _tokenizer(settings)
+    model = model_for(settings) if make is None else make
+    training_set, evaluation_set = _data(settings, tokenizer)
+    if make is not None and evaluation_set is None:
+        evaluation_set = _examples(settings)
+    return TitansTrainer(model, settings, training_set, evaluation_set, tokenizer)
+
+
+def model_for(settings: Settings) -> PreTrainedModel:
+    """The model with its first weights. Raises ValueError for a vocabulary below the data's."""
+    config, tokenizer, task = settings.config(), _tokenizer(settings), settings.data.task
+    least = make_task(task).vocab_size if task else len(tokenizer or ())
+    if least > config.vocab_size:
+        whose = "task's" if task else "tokenizer's"
+        raise ValueError(f"model.vocab_size={config.vocab_size} is below the {whose} {least}")
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, key, None if tokenizer is None else getattr(tokenizer, key))
+    transformers.set_seed(settings.training.seed)
+    return build(config)
 
 
 def _tokenizer(settings: Settings) -> PreTrainedTokenizerBase | None:
@@ -97,14 +95,7 @@ def _tokenizer(settings: Settings) -> PreTrainedTokenizerBase | None:
     return None if name is None else load_tokenizer(name)
 
 
-def _check_vocabulary(config: PreTrainedConfig, settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    least = make_task(settings.data.task).vocab_size if settings.data.task else len(tokenizer or ())
-    if least > config.vocab_size:
-        what = "task's" if settings.data.task else "tokenizer's"
-        raise ValueError(f"model.vocab_size={config.vocab_size} is below the {what} {least}")
-
-
-def _save(trainer: "TitansTrainer", settings: Settings, output: Path) -> None:
+def _save(trainer: TitansTrainer, settings: Settings, output: Path) -> None:
     trainer.save_model()
     trainer.save_state()
     sections = {"model": settings.model, "data": asdict(settings.data), "training": asdict(settings.training)}
@@ -114,7 +105,7 @@ def _save(trainer: "TitansTrainer", settings: Settings, output: Path) -> None:
 # ------------------------------------------------------------------------------------------------ data
 
 
-def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Any, Blocks | None]:
+def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Any, Any]:
     data = settings.data
     if data.task or tokenizer is None:
         training = settings.training
@@ -131,11 +122,15 @@ def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> tupl
     return blocks, evaluation
 
 
+def _examples(settings: Settings) -> list[dict[str, Any]]:
+    """Of a task, for the trials of a search."""
+    if not settings.data.task:
+        raise ValueError("a search needs a task, or files of which some are held out (data.held_out)")
+    rows = Rows(make_task(settings.data.task), settings.training.batch_size, EVALUATION_SEED)
+    return list(itertools.islice(rows, settings.training.eval_blocks))
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def _checkpoint(output: Path, training: TrainingSettings) -> Path | None:
@@ -144,8 +139,8 @@ def _checkpoint(output: Path, training: TrainingSettings) -> Path | None:
     if training.resume:
         if not whole:
             raise ValueError(f"training.resume: {output} has no checkpoint to go on from")
-        last = max(whole, key=_step_of)
-        if _step_of(last) >= training.max_steps:
+        last = max(whole, key=step_of)
+        if step_of(last) >= training.max_steps:
             raise ValueError(f"training.max_steps={training.max_steps} are done in {output}; give more to go on")
         return last
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -205,179 +200,3 @@ class _SaveAndStop(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 - the callback's form
         if self.interruption.asked:
             control.should_save = control.should_training_stop = True
-
-
-class _Clock(TrainerCallback):
-    """Stops when the time is over; says, and where there is a time limit shows, how much of the run is done."""
-
-    def __init__(self, max_steps: int, max_minutes: float | None):
-        self.max_steps, self.limit, self.begun = max_steps, (max_minutes or math.inf) * 60, time.monotonic()
-        self.bar = Progress(*Progress.get_default_columns(), TextColumn("{task.fields[found]}"))
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        self.begun = time.monotonic()
-        if self.limit < math.inf:
-            self.bar.start()
-            self.bar.add_task("training", total=self.limit, found="")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        elapsed = time.monotonic() - self.begun
-        if elapsed > self.limit:
-            control.should_training_stop = True
-        for task in self.bar.task_ids:
-            self.bar.update(task, completed=min(elapsed, self.limit))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
-        if logs and "loss" in logs:
-            words = f"step {state.global_step}, loss {logs['loss']:.3f}, {logs['tokens_per_second']:,} tokens/s"
-            for task in self.bar.task_ids:
-                self.bar.update(task, found=words)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        self.bar.stop()
-
-    def progress(self, step: int) -> float:
-        return min(1.0, max(step / self.max_steps, (time.monotonic() - self.begun) / self.limit))
-
-
-# ------------------------------------------------------------------------------------------------ the trainer
-
-
-class NotFinite(ValueError):
-    """The loss is not a number."""
-
-    def __init__(self, step: int):
-        super().__init__(
-            f"the loss is not a number at step {step}: lower training.learning_rate, or model.memory_lr, or keep "
-            "model.memory_clip and the residual form"
-        )
-
-
-class TitansTrainer(Trainer):
-    """`Trainer` with our schedule, our weight decay, memory carried across pieces, and rates in the log."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        settings: Settings,
-        training_set: Any,
-        evaluation_set: Blocks | None,
-        tokenizer: PreTrainedTokenizerBase | None,
-    ):
-        self.settings = settings.training
-        self.clock = _Clock(self.settings.max_steps, self.settings.max_minutes)
-        self.bytes = tokenizer is not None and is_bytes(tokenizer) and not settings.data.task
-        self.tokens = 0  # read in training
-        self.logged = (0, time.monotonic())
-        self.batches = 0  # read so far
-        self.carried: TitansState | None = None  # the memory after the last of them
-        super().__init__(
-            model,
-            _arguments(settings, evaluation_set is not None),
-            train_dataset=training_set,
-            eval_dataset=evaluation_set,
-            processing_class=tokenizer,
-            data_collator=default_data_collator,
-            callbacks=[self.clock],
-        )
-        self.remove_callback(PrinterCallback)  # where the clock shows the progress
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002
-        """Linear warm-up, then a cosine, over the steps or the minutes, whichever end first."""
-        if getattr(self, "lr_scheduler", None) is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer,
-                lambda step: self._rate(step),  # a plain function is not put into checkpoints
-            )
-        return self.lr_scheduler
-
-    def _rate(self, step: int) -> float:
-        s, done = self.settings, self.clock.progress(step)
-        rise = min(1.0, max(done, (step + 1) / s.max_steps) / s.warmup) if s.warmup else 1.0
-        return rise * (s.final_rate + (1 - s.final_rate) * (1 + math.cos(math.pi * done)) / 2)
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """The weights of linear maps; not norms, biases, embeddings, convolutions, persistent tokens, nor M_0."""
-        tied = model.get_input_embeddings().weight  # type: ignore[operator]
-        return [
-            f"{name}.weight"
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module.weight is not tied
-        ]
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:  # noqa: ARG002 - as Trainer calls it
-        if not isinstance(self.train_dataset, Blocks):
-            return None
-        s = self.settings
-        return CarriedOrder(len(self.train_dataset), s.batch_size, s.carried_steps, s.seed)
-
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer`'s; with `carried_steps` the memory goes on from the batch before, without its gradients."""
-        if model.training:
-            self.tokens += inputs["input_ids"].numel()
-        if self.settings.carried_steps == 1 or not model.training:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        if self.batches % self.settings.carried_steps == 0:
-            self.carried = None
-        self.batches += 1
-        kwargs["return_outputs"] = True
-        loss, out = super().compute_loss(
-            model, {**inputs, "past_key_values": self.carried, "use_cache": True}, *args, **kwargs
-        )
-        self.carried = out.past_key_values.detach()
-        return loss
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.carried is not None:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            self.carried.save(folder / CARRIED)
-        super()._save_checkpoint(model, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.settings.carried_steps > 1:
-            self.batches = _step_of(Path(checkpoint)) * self.settings.accumulation
-            self.carried = TitansState.load(Path(checkpoint) / CARRIED, self.model)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds tokens per second, and bits per byte where tokens are bytes."""
-        for name in ("loss", "eval_loss"):
-            if self.bytes and name in logs:
-                logs[name.replace("loss", "bits_per_byte")] = round(logs[name] / math.log(2), 4)
-        if "loss" in logs:
-            (tokens, then), now = self.logged, time.monotonic()
-            logs["tokens_per_second"] = round((self.tokens - tokens) / (now - then))
-            self.logged = (self.tokens, now)
-            if not math.isfinite(logs["loss"]):
-                raise NotFinite(self.state.global_step)
-        super().log(logs, start_time)
-
-
-def _arguments(settings: Settings, evaluate: bool) -> TrainingArguments:
-    s = settings.training
-    return TrainingArguments(
-        output_dir=s.output_dir,
-        max_steps=s.max_steps,
-        per_device_train_batch_size=s.batch_size,
-        per_device_eval_batch_size=s.batch_size,
-        gradient_accumulation_steps=s.accumulation,
-        learning_rate=s.learning_rate,
-        weight_decay=s.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=s.max_grad_norm,
-        bf16=s.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        activation_checkpointing=s.activation_checkpointing,
-        logging_steps=s.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # what is not a number is to be seen
-        eval_strategy="steps" if evaluate else "no",
-        eval_steps=s.eval_steps,
-        save_steps=s.save_steps,
-        save_total_limit=2,
-        seed=s.seed,
-        disable_tqdm=s.max_minutes is not None,
-        report_to="tensorboard",
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )

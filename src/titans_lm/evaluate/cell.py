@@ -1,0 +1,137 @@
+"""One cell of an experiment: train what the settings say, test it, and tell what came of it, failure as well."""
+
+import dataclasses
+import itertools
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from titans_lm.evaluate import babilong, needle, perplexity
+from titans_lm.record import provenance
+from titans_lm.settings import Settings
+from titans_lm.tasks import IGNORED, Task, make_task
+from titans_lm.tasks.babilong import Babilong
+from titans_lm.tasks.needle import Needle
+from titans_lm.train import train
+from titans_lm.trainer import NotFinite
+
+SAMPLES, ROWS = 256, 32
+"""Examples of a test and rows read at once, where a test does not say."""
+TEST_SEED = 1_000_003
+"""Tests are made from other seeds than training: this one and the cell's."""
+MEASURES = ("task", "perplexity")
+
+
+def run_cell(settings: Settings, tests: list[dict[str, Any]], command: str) -> dict[str, Any]:
+    """Train, or go on with an interrupted training in `training.output_dir`, then test.
+
+    Returns a row of plain values: `status` is "ok", or "not finite" where training ended so, with its `error`; `scores`
+    has a row for each test. Raises as `train` does for everything else.
+    """
+    begun = time.monotonic()
+    told: dict[str, Any] = {**provenance(command), "status": "ok", "error": None, "scores": []}
+    try:
+        model = _trained(settings)
+    except NotFinite as error:
+        return {**told, "status": "not finite", "error": str(error), "seconds": round(time.monotonic() - begun, 1)}
+    told |= {"parameters": sum(p.numel() for p in model.parameters()), **_training(settings)}
+    told["training_seconds"] = round(time.monotonic() - begun, 1)
+    for test in tests:
+        told["scores"] += run_test(model, settings, test)
+    return {**told, "seconds": round(time.monotonic() - begun, 1)}
+
+
+def check_tests(settings: Settings, tests: list[dict[str, Any]]) -> None:
+    """Raises ValueError for a test that cannot be, before anything is trained."""
+    for test in tests:
+        measure = test.get("measure", "task")
+        if measure not in MEASURES:
+            raise ValueError(f"tests: measure {measure!r} is not one of: {', '.join(MEASURES)}")
+        if measure == "task":
+            _tasks(settings, test)
+        elif not test.get("files"):
+            raise ValueError("tests: measure perplexity needs files")
+
+
+def run_test(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -> list[dict[str, Any]]:
+    """A test with options as lists is each of them in turn. -> rows of the options and their figures"""
+    if test.get("measure") == "perplexity":
+        return perplexity.study_rows(model, {k: v for k, v in test.items() if k != "measure"})
+    samples, rows = test.get("samples", SAMPLES), test.get("rows", ROWS)
+    seed = TEST_SEED + settings.training.seed
+    return [{**changes, **score(model, task, samples, seed, rows)} for changes, task in _tasks(settings, test)]
+
+
+def _tasks(settings: Settings, test: dict[str, Any]) -> list[tuple[dict[str, Any], Task]]:
+    """The task that was trained, or the one the test names, with each combination of the test's options."""
+    if not settings.data.task and "name" not in test:
+        raise ValueError("tests: without data.task a test needs the name of a task, or measure: perplexity")
+    options = {key: value for key, value in test.items() if key not in ("measure", "samples", "rows")}
+    keys = list(options)
+    lists = [value if isinstance(value, list) and key not in ("files", "background") else [value]
+             for key, value in options.items()]  # fmt: skip
+    changes = [dict(zip(keys, values, strict=True)) for values in itertools.product(*lists)]
+    return [(change, make_task({**settings.data.task, **change})) for change in changes]
+
+
+def score(model: PreTrainedModel, task: Task, samples: int, seed: int, rows: int) -> dict[str, Any]:
+    """How well `model` does `task`, as its field scores it: `score` in [0, 1], and `samples`."""
+    if isinstance(task, Needle):
+        return needle.score(model, task, samples, seed, rows)
+    if isinstance(task, Babilong):
+        return babilong.score(model, task, samples, seed, rows)
+    return accuracy(model, task, samples, seed, rows)
+
+
+@torch.no_grad()
+def accuracy(model: PreTrainedModel, task: Task, samples: int, seed: int, rows: int) -> dict[str, Any]:
+    """`score`: the share of asked positions that are answered right; `whole`: of rows with no mistake."""
+    model.eval()
+    right, asked, whole, done = 0, 0, 0, 0
+    for number in itertools.count():
+        if done >= samples:
+            break
+        count = min(rows, samples - done)
+        ids, labels = map(torch.from_numpy, task.batch(np.random.default_rng((seed, number)), count))
+        there = labels[:, 1:] != IGNORED
+        logits = model(ids.to(model.device), use_cache=False).logits[:, :-1]
+        hits = (logits.argmax(-1).cpu() == labels[:, 1:]) & there
+        right, asked, done = right + int(hits.sum()), asked + int(there.sum()), done + count
+        whole += int((hits.sum(1) == there.sum(1)).sum())
+    return {"score": right / asked, "whole": whole / done, "samples": done, "length": task.length}
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def _trained(settings: Settings) -> PreTrainedModel:
+    """Trained now; or an earlier process's, whose training ended or goes on from its last checkpoint."""
+    output = Path(settings.training.output_dir)
+    if (output / "run.yaml").is_file():  # written last
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(output)
+        return model
+    resume = any((p / "trainer_state.json").is_file() for p in output.glob("checkpoint-*"))
+    if not resume and output.is_dir():
+        shutil.rmtree(output)
+    return train(dataclasses.replace(settings, training=dataclasses.replace(settings.training, resume=resume)))
+
+
+def _training(settings: Settings) -> dict[str, Any]:
+    """What the trainer says of the run: its steps, tokens, rate and last loss."""
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(str(Path(settings.training.output_dir) / "trainer_state.json"))
+    losses = [(log["loss"], log["tokens_per_second"]) for log in state.log_history if "loss" in log]
+    last = losses[-max(1, len(losses) // 20) :]
+    loss = sum(x for x, _ in last) / len(last)
+    return {
+        "steps": state.global_step,
+        "loss": round(loss, 5) if math.isfinite(loss) else None,
+        "tokens_per_second": round(float(np.median([rate for _, rate in losses]))),
+    }

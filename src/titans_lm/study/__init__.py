@@ -1,0 +1,50 @@
+"""`titans study STUDY.yaml`: models x tasks x seeds, each trained and tested by itself; a table and a figure of them.
+
+A result is a line of `results/NAME.jsonl`, and is never made twice: an interrupted study goes on, one with another
+model or seed only makes what is missing. A run that fails is a line as well.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", type=Path, help="a YAML file, such as studies/parity.yaml")
+    change = "change a value for all runs, such as training.max_steps=100; may be repeated"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help=change)
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder for lines, table, figure")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for models in training")
+    parser.add_argument("--keep", action="store_true", help="keep the trained models")
+    parser.add_argument("--search", type=int, metavar="TRIALS", help="instead: look for each model's best values")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from titans_lm.record import Lines
+    from titans_lm.study.grid import load_study
+    from titans_lm.study.report import write_report
+    from titans_lm.study.scheduler import run_cells, train_and_test
+
+    study = load_study(arguments.study, arguments.changes)
+    if arguments.processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {arguments.processes}")
+    if not arguments.results.is_dir():
+        raise ValueError(f"--results {arguments.results}: this folder does not exist")
+    command = " ".join(["titans study", str(arguments.study), *(f"--set {change}" for change in arguments.changes)])
+    if arguments.search is not None:
+        from titans_lm.study.search import search
+
+        return search(study, arguments, command)
+    lines = Lines(arguments.results / f"{study.name}.jsonl", {"study": study.name}, command)
+    missing = [cell for cell in study.cells if lines.find(**cell.about()) is None]
+    console = Console()
+    console.print(f"{study.name}: {len(study.cells)} runs, {len(missing)} to do, {arguments.processes} side by side")
+    try:
+        run_cells(missing, train_and_test, arguments, command, lines, console)
+    finally:
+        rows = [row for cell in study.cells if (row := lines.find(**cell.about())) is not None]
+        if rows:
+            write_report(study, rows, arguments.results, console)

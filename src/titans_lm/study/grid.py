@@ -1,0 +1,138 @@
+"""A study as a YAML file says it: every combination of its models, tasks and seeds, each a run and its tests."""
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from titans_lm.config import unknown_key
+from titans_lm.evaluate.cell import check_tests
+from titans_lm.settings import Settings, change_tree, parse_settings
+
+KEYS = ("name", "about", "shared", "models", "tasks", "seeds", "tests", "figure", "search")
+SECTIONS = ("model", "data", "training")
+
+
+@dataclass
+class Cell:
+    """A run of the grid."""
+
+    model: str
+    task: str
+    seed: int
+    sections: dict[str, dict[str, Any]]
+    """`model`, `data` and `training`, as of `titans train`."""
+    tests: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return "-".join(part for part in (self.model, self.task, str(self.seed)) if part)
+
+    def settings(self, runs: Path) -> Settings:
+        """Checked; the run's folder is in `runs`. Raises ValueError."""
+        sections = copy.deepcopy(self.sections)
+        sections["training"] |= {"output_dir": str(runs / self.name), "seed": self.seed}
+        return parse_settings(sections)
+
+    def about(self) -> dict[str, Any]:
+        """What makes its result this cell's result and no other's."""
+        return {
+            "model": self.model,
+            "task": self.task,
+            "seed": self.seed,
+            "settings": self.sections,
+            "tests": self.tests,
+        }
+
+
+@dataclass
+class Study:
+    """A whole study."""
+
+    name: str
+    cells: list[Cell]
+    figure: str | None = None
+    """The option of the tests that is the figure's horizontal axis, such as length."""
+    search: dict[str, Any] = field(default_factory=dict)
+    """Dotted key -> [low, high], [low, high, log], or {choices: [...]}: what `--search` tries."""
+
+
+def load_study(path: Path, changes: list[str]) -> Study:
+    """Read and check the file, with `section.key=value` changes in `shared`. Raises ValueError naming file and key."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist or is not a file; give a YAML file such as studies/parity.yaml")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        return _study(tree, path.stem, changes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _study(tree: Any, stem: str, changes: list[str]) -> Study:
+    if not isinstance(tree, dict):
+        raise ValueError(f"must have the keys {', '.join(KEYS)}")
+    for key in tree:
+        if key not in KEYS:
+            raise ValueError(unknown_key(str(key), list(KEYS), "the study"))
+    models, tasks = _named(tree, "models", {}), _named(tree, "tasks", {"": {}})
+    if not models:
+        raise ValueError("models must name at least one, such as {mag: {model.variant: mag}}")
+    seeds = tree.get("seeds", [0])
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise ValueError(f"seeds must be a list of whole numbers, got {seeds!r}")
+    tests = _tests(tree)
+    shared = {name: dict(section) for name, section in _mapping(tree.get("shared", {}), "shared").items()}
+    for change in changes:
+        change_tree(shared, change)
+    cells = [
+        Cell(model, task, seed, _sections(shared, tasks[task], models[model]), _tests(tasks[task], tests))
+        for task in tasks for seed in seeds for model in models
+    ]  # fmt: skip
+    study = Study(str(tree.get("name", stem)), cells, tree.get("figure"), _mapping(tree.get("search", {}), "search"))
+    for cell in cells:
+        _check(cell)
+    return study
+
+
+def _check(cell: Cell) -> None:
+    try:
+        check_tests(cell.settings(Path("runs")), cell.tests)
+    except ValueError as error:
+        raise ValueError(f"{cell.name}: {error}") from error
+
+
+def _sections(shared: dict[str, Any], *changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """`shared` with dotted keys changed."""
+    sections = {name: copy.deepcopy(shared.get(name, {})) for name in SECTIONS}
+    for name in shared:
+        if name not in SECTIONS:
+            raise ValueError(unknown_key(name, list(SECTIONS), "shared"))
+    for key, value in (item for change in changes for item in change.items() if item[0] != "tests"):
+        section, dot, name = key.partition(".")
+        if not dot or section not in SECTIONS:
+            raise ValueError(f"{key!r} must be section.key, such as model.variant or training.learning_rate")
+        sections[section][name] = value
+    return sections
+
+
+def _tests(tree: dict[str, Any], default: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    tests = tree.get("tests", default if default is not None else [{}])
+    if not isinstance(tests, list) or not all(isinstance(test, dict) for test in tests):
+        raise ValueError(f"tests must be a list of keys and values, such as [{{length: [64, 128]}}], got {tests!r}")
+    return tests
+
+
+def _named(tree: dict[str, Any], key: str, default: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    found = _mapping(tree.get(key, default), key)
+    return {str(name): _mapping({} if value is None else value, f"{key}.{name}") for name, value in found.items()}
+
+
+def _mapping(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be keys and values, got {value!r}")
+    return value

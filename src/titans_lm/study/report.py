@@ -1,0 +1,149 @@
+"""A study's results as a table, mean and spread over seeds, on screen and as Markdown, and as a figure."""
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from titans_lm.record import write_text
+from titans_lm.study.grid import Study
+
+FIGURES = ("score", "bits_per_byte")
+"""The figure of a test that is told: the first of these that it has."""
+
+Scores = dict[tuple[str, str], dict[str, list[float]]]
+"""(task, model) -> the test's words -> its figure for each seed."""
+
+
+def write_report(study: Study, rows: list[dict[str, Any]], results: Path, console: Console) -> None:
+    """`NAME.md`, and `NAME.png` where the study names an axis, in `results`; the table on screen."""
+    scores = collect(rows)
+    for task in dict.fromkeys(task for task, _ in scores):
+        console.print(_table(task, scores, rows))
+    write_text(results / f"{study.name}.md", markdown(study.name, scores, rows))
+    if study.figure is not None:
+        figure(rows, study.figure, results / f"{study.name}.png")
+
+
+def collect(rows: list[dict[str, Any]]) -> Scores:
+    """Every model has its line, also one of which no run succeeded."""
+    scores: Scores = {}
+    for row in rows:
+        tests = scores.setdefault((row["task"], row["model"]), {})
+        for score in row["scores"]:
+            tests.setdefault(words(score), []).append(figure_of(score))
+    return scores
+
+
+def words(score: dict[str, Any]) -> str:
+    """What was tested, without what came of it: "length 64"."""
+    options = {key: value for key, value in score.items() if isinstance(value, str | int) and key not in _TOLD}
+    return ", ".join(f"{key} {value}" for key, value in options.items()) or "score"
+
+
+_TOLD = ("samples", "rows", "seconds")
+
+
+def figure_of(score: dict[str, Any]) -> float:
+    """Raises KeyError for a row with none of FIGURES."""
+    name = next(name for name in FIGURES if name in score)
+    return float(score[name])
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """ "0.95 ± 0.02": the mean, and the standard deviation where there are several."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def _cells(scores: Scores, rows: list[dict[str, Any]], task: str) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a line for each model."""
+    models = [model for t, model in scores if t == task]
+    tests = list(dict.fromkeys(test for model in models for test in scores[task, model]))
+    lines = []
+    for model in models:
+        mine = [row for row in rows if (row["task"], row["model"]) == (task, model)]
+        good = [row for row in mine if row["status"] == "ok"]
+        found = [mean_and_spread(values) if (values := scores[task, model].get(test)) else "-" for test in tests]
+        parameters = f"{good[0]['parameters']:,}" if good else "-"
+        lines.append([model, *found, parameters, f"{len(good)}/{len(mine)}"])
+    return ["model", *tests, "parameters", "runs"], lines
+
+
+def _table(task: str, scores: Scores, rows: list[dict[str, Any]]) -> Table:
+    head, lines = _cells(scores, rows, task)
+    table = Table(*head, title=task or None)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def markdown(name: str, scores: Scores, rows: list[dict[str, Any]]) -> str:
+    """Tables with where they come from."""
+    out = [f"# {name}", "", f"Mean and standard deviation over seeds. {_where(rows)}", ""]
+    for task in dict.fromkeys(task for task, _ in scores):
+        head, lines = _cells(scores, rows, task)
+        out += [f"## {task}", ""] if task else []
+        out += [_line(head), _line(["---"] * len(head)), *map(_line, lines), ""]
+    failed = [row for row in rows if row["status"] != "ok"]
+    if failed:
+        out += ["Runs that gave no score:", ""]
+        out += [
+            f"* {row['model']} {row['task']}, seed {row['seed']}: {row['status']}: {row['error']}" for row in failed
+        ]
+        out.append("")
+    return "\n".join(out)
+
+
+def _where(rows: list[dict[str, Any]]) -> str:
+    def each(key: str) -> str:
+        return " and ".join(dict.fromkeys(str(row[key]) for row in rows))
+
+    hours = sum(row["seconds"] for row in rows) / 3600
+    return f"`{each('command')}`, {each('machine')}, {each('date')}, commit {each('commit')}; {hours:.1f} core hours."
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def figure(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
+    """Each model's score along `axis`, an option of the tests; the band is least and most over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels: dict[str, dict[str, dict[float, list[float]]]] = {}
+    for row in rows:
+        for score in (score for score in row["scores"] if axis in score):
+            others = {key: value for key, value in score.items() if key != axis}
+            panel = panels.setdefault(", ".join(filter(None, [row["task"], words(others)])), {})
+            panel.setdefault(row["model"], {}).setdefault(score[axis], []).append(figure_of(score))
+    drawing, axes = plt.subplots(1, max(len(panels), 1), figsize=(2 + 4 * max(len(panels), 1), 4), squeeze=False)
+    for ax, (title, models) in zip(axes[0], panels.items(), strict=False):
+        for number, (model, points) in enumerate(models.items()):
+            x = sorted(points)
+            ax.plot(
+                x,
+                [statistics.mean(points[p]) for p in x],
+                marker="o",
+                markersize=3,
+                label=model,
+                color=f"C{number % 10}",
+            )
+            ax.fill_between(
+                x, [min(points[p]) for p in x], [max(points[p]) for p in x], alpha=0.15, color=f"C{number % 10}"
+            )
+        ax.set_xscale("log", base=2)
+        ax.set_xlabel(axis)
+        ax.set_title("" if title == "score" else title, fontsize=9)
+        ax.grid(alpha=0.3)
+    axes[0][0].set_ylabel("score")
+    axes[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=130)
+    plt.close(drawing)

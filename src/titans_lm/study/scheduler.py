@@ -1,0 +1,149 @@
+"""Cells side by side, each in a process of its own: one that dies is a result, and takes no other with it."""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from titans_lm.evaluate.cell import run_cell
+from titans_lm.record import Lines, provenance
+from titans_lm.study.grid import Cell
+
+LOG = "log.txt"
+"""In a run's folder's place: what the run printed."""
+
+
+class Running(NamedTuple):
+    cell: Cell
+    process: BaseProcess
+    answer: Connection
+    begun: float
+
+
+Job = Callable[[Cell, Path, str], dict[str, Any]]
+"""(cell, folder of the runs, command) -> the cell's row; a function that another process can import."""
+
+
+def run_cells(
+    cells: list[Cell], job: Job, arguments: argparse.Namespace, command: str, lines: Lines, console: Console
+) -> None:
+    """Run all, `arguments.processes` at a time, in folders of `arguments.runs`, and add a line for each as it ends.
+
+    Raises KeyboardInterrupt after Ctrl-C, when all have saved a checkpoint from which the next call goes on.
+    """
+    waiting, running = list(cells), list[Running]()
+    processes, runs = arguments.processes, arguments.runs / lines.path.stem
+    runs.mkdir(parents=True, exist_ok=True)
+    with _bar(console) as bar:
+        task = bar.add_task("", total=len(cells), left="")
+        seconds: list[float] = []
+        try:
+            while waiting or running:
+                while waiting and len(running) < processes:
+                    running.append(_start(waiting.pop(0), job, runs, command))
+                names = ", ".join(one.cell.name for one in running)
+                bar.update(task, description=names, left=_left(seconds, len(waiting) + len(running), processes))
+                ended = wait([one.answer for one in running])  # it answers, or is no more
+                for one in [one for one in running if one.answer in ended]:
+                    running.remove(one)
+                    row = _end(one, runs, arguments.keep, command)
+                    lines.add({**one.cell.about(), **row})
+                    seconds.append(time.monotonic() - one.begun)
+                    bar.advance(task)
+                    bar.console.print(f"{one.cell.name}: {_told(row)}", highlight=False, markup=False)
+        except KeyboardInterrupt:
+            for one in running:  # they were interrupted as well, and save
+                one.process.join()
+            raise KeyboardInterrupt(f"{len(lines.rows)} results are in {lines.path}; the same again goes on") from None
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[left]}"),
+        TimeElapsedColumn(), TextColumn("{task.description}"), console=console,
+    )  # fmt: skip
+
+
+def _left(seconds: list[float], count: int, processes: int) -> str:
+    """Those that run are taken to be half done."""
+    if not seconds or not count:
+        return ""
+    rest = statistics.mean(seconds) * max(count - min(processes, count) / 2, 0.5) / min(processes, count)
+    return f"about {rest / 60:.0f} min left"
+
+
+def _told(row: dict[str, Any]) -> str:
+    if row["status"] != "ok":
+        return f"{row['status']}: {row['error']}"
+    scores = [f"{score['score']:.3f}" for score in row["scores"] if "score" in score]
+    return f"loss {row['loss']}, {row['seconds']:.0f} s" + (f", scores {' '.join(scores)}" if scores else "")
+
+
+def train_and_test(cell: Cell, runs: Path, command: str) -> dict[str, Any]:
+    """The job of a study."""
+    return run_cell(cell.settings(runs), cell.tests, command)
+
+
+# ------------------------------------------------------------------------------------------------ one process
+
+
+def _start(cell: Cell, job: Job, runs: Path, command: str) -> Running:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(cell, job, runs, command, theirs), name=cell.name)
+    process.start()
+    theirs.close()
+    return Running(cell, process, ours, time.monotonic())
+
+
+def _work(cell: Cell, job: Job, runs: Path, command: str, answer: Connection) -> None:
+    """In the cell's process: a thread of its own, its words in a file, its result through the pipe."""
+    import torch
+
+    from titans_lm.record import keep_freed_memory
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    with (runs / f"{cell.name}.{LOG}").open("a", buffering=1) as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+        try:
+            answer.send(job(cell, runs, command))
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except Exception as error:  # whatever it is, it is this cell's result
+            traceback.print_exc()
+            answer.send({"status": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+
+
+def _end(one: Running, runs: Path, keep: bool, command: str) -> dict[str, Any]:
+    """The row of a process that ended."""
+    row: dict[str, Any]
+    try:
+        row = one.answer.recv()
+        one.process.join()
+    except EOFError:
+        one.process.join()
+        code = one.process.exitcode
+        if code == 130:
+            raise KeyboardInterrupt from None
+        why = "killed, most likely for want of memory" if code == -9 else f"the process ended with status {code}"
+        row = {"status": "failed", "error": why}
+    one.answer.close()
+    folder = runs / one.cell.name
+    for checkpoint in [*folder.glob("checkpoint-*"), folder / "runs"] if keep else [folder]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    seconds = round(time.monotonic() - one.begun, 1)
+    return {**provenance(command), "scores": [], "loss": None, "seconds": seconds, **row}

@@ -1,0 +1,111 @@
+"""Each model's best values: trials of `Trainer.hyperparameter_search`, by Optuna, compared by their loss."""
+
+import argparse
+import dataclasses
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from titans_lm.record import Lines, provenance
+from titans_lm.settings import Settings
+from titans_lm.study.grid import SECTIONS, Cell, Study
+from titans_lm.study.scheduler import run_cells
+from titans_lm.train import model_for, trainer_for
+from titans_lm.trainer import NotFinite
+
+TRAINING_KEYS = ("learning_rate", "weight_decay", "max_grad_norm")
+"""Of `training`: those that are TrainingArguments of one trial; of `model` every key can be searched."""
+
+
+def search(study: Study, arguments: argparse.Namespace, command: str) -> None:
+    """For the first seed of each model and task; a line each in `NAME_search.jsonl`, not made twice."""
+    space, trials = study.search, arguments.search
+    _check(space, trials)
+    first = study.cells[0].seed
+    cells = [cell for cell in study.cells if cell.seed == first]
+    command = f"{command} --search {trials}"
+    lines = Lines(arguments.results / f"{study.name}_search.jsonl", {"search": space, "trials": trials}, command)
+    missing = [cell for cell in cells if lines.find(**cell.about()) is None]
+    console = Console()
+    job = functools.partial(search_cell, space=space, trials=trials)
+    run_cells(missing, job, arguments, command, lines, console)
+    for cell in cells:
+        row = lines.find(**cell.about())
+        if row is not None and row["status"] == "ok":
+            console.print(f"{cell.name}: loss {row['loss']:.4f} with {row['best']}", highlight=False, markup=False)
+
+
+def search_cell(cell: Cell, runs: Path, command: str, space: dict[str, Any], trials: int) -> dict[str, Any]:
+    """The best of `trials` trials; those of an interrupted search count."""
+    import optuna
+
+    begun, settings = time.monotonic(), cell.settings(runs)
+    never = dataclasses.replace(settings.training, eval_steps=10**9, save_steps=10**9)
+    settings = dataclasses.replace(settings, training=never)
+    storage = f"sqlite:///{(runs / cell.name).absolute()}.db"
+    optuna.create_study(study_name="search", storage=storage, load_if_exists=True)
+    done = len(optuna.load_study(study_name="search", storage=storage).trials)
+
+    def make(trial: Any) -> PreTrainedModel:
+        return model_for(settings if trial is None else _changed(settings, suggested(trial, space)))
+
+    trainer = trainer_for(settings, make)
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: _arguments(suggested(trial, space)), compute_objective=lambda found: found["eval_loss"],
+        n_trials=max(trials - done, 0), direction="minimize", backend="optuna", catch=(NotFinite, ValueError),
+        study_name="search", storage=storage, load_if_exists=True,
+    )  # fmt: skip
+    found = optuna.load_study(study_name="search", storage=storage)
+    Path(storage.removeprefix("sqlite:///")).unlink()
+    tried = [{"loss": t.value, "state": t.state.name.lower(), **t.params} for t in found.trials]
+    return {
+        **provenance(command), "status": "ok", "error": None, "scores": [], "loss": found.best_value,
+        "best": found.best_params, "trials": tried, "seconds": round(time.monotonic() - begun, 1),
+    }  # fmt: skip
+
+
+def suggested(trial: Any, space: dict[str, Any]) -> dict[str, Any]:
+    """Dotted key -> this trial's value."""
+    values = {}
+    for key, choice in space.items():
+        if isinstance(choice, dict):
+            values[key] = trial.suggest_categorical(key, choice["choices"])
+        else:
+            low, high, *log = choice
+            values[key] = trial.suggest_float(key, low, high, log=bool(log))
+    return values
+
+
+def _arguments(values: dict[str, Any]) -> dict[str, Any]:
+    return {key.partition(".")[2]: value for key, value in values.items() if key.startswith("training.")}
+
+
+def _changed(settings: Settings, values: dict[str, Any]) -> Settings:
+    model = {key.partition(".")[2]: value for key, value in values.items() if key.startswith("model.")}
+    return dataclasses.replace(settings, model={**settings.model, **model})
+
+
+def _check(space: dict[str, Any], trials: int) -> None:
+    if trials < 1:
+        raise ValueError(f"--search must be at least 1, got {trials}")
+    if not space:
+        raise ValueError("the study has no search section, such as {training.learning_rate: [0.0003, 0.01, log]}")
+    for key, choice in space.items():
+        section, _, name = key.partition(".")
+        if section not in SECTIONS[::2] or (section == "training" and name not in TRAINING_KEYS):
+            raise ValueError(f"search: {key!r} must be model.KEY, or training. and one of {', '.join(TRAINING_KEYS)}")
+        if not (_is_range(choice) or (isinstance(choice, dict) and list(choice) == ["choices"])):
+            raise ValueError(
+                f"search: {key} must be [low, high], [low, high, log] or {{choices: [...]}}, got {choice!r}"
+            )
+
+
+def _is_range(choice: Any) -> bool:
+    if not isinstance(choice, list) or len(choice) not in (2, 3) or choice[2:] not in ([], ["log"]):
+        return False
+    low, high = choice[:2]
+    return all(isinstance(x, int | float) for x in (low, high)) and low < high and (low > 0 or len(choice) == 2)

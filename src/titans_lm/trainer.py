@@ -1,0 +1,209 @@
+"""`TitansTrainer`: transformers' `Trainer` with our schedule, weight decay, carried memory and clock."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress, TextColumn
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.trainer_callback import PrinterCallback
+
+from titans_lm.data import Blocks, CarriedOrder, is_bytes
+from titans_lm.settings import Settings
+from titans_lm.state import TitansState
+
+CARRIED = "memory.safetensors"
+"""In a checkpoint: the memory that goes on, with `carried_steps`."""
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+class _Clock(TrainerCallback):
+    """Stops when the time is over; says, and where there is a time limit shows, how much of the run is done."""
+
+    def __init__(self, max_steps: int, max_minutes: float | None):
+        self.max_steps, self.limit, self.begun = max_steps, (max_minutes or math.inf) * 60, time.monotonic()
+        self.bar = Progress(*Progress.get_default_columns(), TextColumn("{task.fields[found]}"))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self.begun = time.monotonic()
+        if self.limit < math.inf:
+            self.bar.start()
+            self.bar.add_task("training", total=self.limit, found="")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        elapsed = time.monotonic() - self.begun
+        if elapsed > self.limit:
+            control.should_training_stop = True
+        for task in self.bar.task_ids:
+            self.bar.update(task, completed=min(elapsed, self.limit))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
+        if logs and "loss" in logs:
+            words = f"step {state.global_step}, loss {logs['loss']:.3f}, {logs['tokens_per_second']:,} tokens/s"
+            for task in self.bar.task_ids:
+                self.bar.update(task, found=words)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self.bar.stop()
+
+    def progress(self, step: int) -> float:
+        return min(1.0, max(step / self.max_steps, (time.monotonic() - self.begun) / self.limit))
+
+
+class NotFinite(ValueError):
+    """The loss is not a number."""
+
+    def __init__(self, step: int):
+        super().__init__(
+            f"the loss is not a number at step {step}: lower training.learning_rate, or model.memory_lr, or keep "
+            "model.memory_clip and the residual form"
+        )
+
+
+class TitansTrainer(Trainer):
+    """`Trainer` with our schedule, our weight decay, memory carried across pieces, and rates in the log.
+
+    `model` may be a function that makes one for a trial, as of `Trainer.hyperparameter_search`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | Callable[[Any], PreTrainedModel],
+        settings: Settings,
+        training_set: Any,
+        evaluation_set: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ):
+        self.settings = settings.training
+        self.clock = _Clock(self.settings.max_steps, self.settings.max_minutes)
+        self.bytes = tokenizer is not None and is_bytes(tokenizer) and not settings.data.task
+        self.tokens = 0  # read in training
+        self.logged = (0, time.monotonic())
+        self.batches = 0  # read so far
+        self.carried: TitansState | None = None  # the memory after the last of them
+        whole = isinstance(model, nn.Module)
+        super().__init__(
+            model if whole else None,
+            _arguments(settings, evaluation_set is not None),
+            train_dataset=training_set,
+            eval_dataset=evaluation_set,
+            processing_class=tokenizer,
+            data_collator=default_data_collator,
+            callbacks=[self.clock],
+            model_init=None if whole else model,
+        )
+        self.remove_callback(PrinterCallback)  # where the clock shows the progress
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002
+        """Linear warm-up, then a cosine, over the steps or the minutes, whichever end first."""
+        if getattr(self, "lr_scheduler", None) is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: self._rate(step),  # a plain function is not put into checkpoints
+            )
+        return self.lr_scheduler
+
+    def _rate(self, step: int) -> float:
+        s, done = self.settings, self.clock.progress(step)
+        rise = min(1.0, max(done, (step + 1) / s.max_steps) / s.warmup) if s.warmup else 1.0
+        return rise * (s.final_rate + (1 - s.final_rate) * (1 + math.cos(math.pi * done)) / 2)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The weights of linear maps; not norms, biases, embeddings, convolutions, persistent tokens, nor M_0."""
+        tied = model.get_input_embeddings().weight  # type: ignore[operator]
+        return [
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module.weight is not tied
+        ]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:  # noqa: ARG002 - as Trainer calls it
+        if not isinstance(self.train_dataset, Blocks):
+            return None
+        s = self.settings
+        return CarriedOrder(len(self.train_dataset), s.batch_size, s.carried_steps, s.seed)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`'s; with `carried_steps` the memory goes on from the batch before, without its gradients."""
+        if model.training:
+            self.tokens += inputs["input_ids"].numel()
+        if self.settings.carried_steps == 1 or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        if self.batches % self.settings.carried_steps == 0:
+            self.carried = None
+        self.batches += 1
+        kwargs["return_outputs"] = True
+        loss, out = super().compute_loss(
+            model, {**inputs, "past_key_values": self.carried, "use_cache": True}, *args, **kwargs
+        )
+        self.carried = out.past_key_values.detach()
+        return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.carried is not None:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            self.carried.save(folder / CARRIED)
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.settings.carried_steps > 1:
+            self.batches = step_of(Path(checkpoint)) * self.settings.accumulation
+            self.carried = TitansState.load(Path(checkpoint) / CARRIED, self.model)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds tokens per second, and bits per byte where tokens are bytes."""
+        for name in ("loss", "eval_loss"):
+            if self.bytes and name in logs:
+                logs[name.replace("loss", "bits_per_byte")] = round(logs[name] / math.log(2), 4)
+        if "loss" in logs:
+            (tokens, then), now = self.logged, time.monotonic()
+            logs["tokens_per_second"] = round((self.tokens - tokens) / (now - then))
+            self.logged = (self.tokens, now)
+            if not math.isfinite(logs["loss"]):
+                raise NotFinite(self.state.global_step)
+        super().log(logs, start_time)
+
+
+def _arguments(settings: Settings, evaluate: bool) -> TrainingArguments:
+    s = settings.training
+    return TrainingArguments(
+        output_dir=s.output_dir,
+        max_steps=s.max_steps,
+        per_device_train_batch_size=s.batch_size,
+        per_device_eval_batch_size=s.batch_size,
+        gradient_accumulation_steps=s.accumulation,
+        learning_rate=s.learning_rate,
+        weight_decay=s.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=s.max_grad_norm,
+        bf16=s.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        activation_checkpointing=s.activation_checkpointing,
+        logging_steps=s.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # what is not a number is to be seen
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=s.eval_steps,
+        save_steps=s.save_steps,
+        save_total_limit=2,
+        seed=s.seed,
+        disable_tqdm=s.max_minutes is not None,
+        report_to="tensorboard",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
