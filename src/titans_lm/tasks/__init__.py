@@ -6,6 +6,7 @@ file (`data.task: {name: mqar, pairs: 8}`) and changed for a test (`dataclasses.
 
 import dataclasses
 import importlib
+import inspect
 import itertools
 import math
 from collections.abc import Iterator
@@ -74,7 +75,7 @@ def make_task(options: dict[str, Any]) -> Task:
         raise ValueError(f"a task needs a name, one of: {', '.join(TASKS)}")
     name = str(options["name"])
     kind = task_class(name)
-    known = [field.name for field in dataclasses.fields(kind)]
+    known = list(inspect.signature(kind).parameters)
     for key in options:
         if key != "name" and key not in known:
             raise ValueError(f"task {name} has no option {key!r}; it has {', '.join(known)}")
