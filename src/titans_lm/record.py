@@ -1,13 +1,16 @@
 """Result files: what was found, with when, where and from which source; written whole or not at all. Also the process
 that a command is."""
 
+import argparse
 import contextlib
 import ctypes
 import json
 import os
 import platform
+import shlex
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,23 @@ def provenance(command: str) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
     }
+
+
+def command_line(verb: str, arguments: argparse.Namespace, positional: Iterable[str] = ()) -> str:
+    """`titans VERB ...` in full, defaults too. `positional` are the arguments whose names are not written."""
+    words = ["titans", *verb.split()]
+    for name in positional:
+        value = getattr(arguments, name)
+        words += map(str, value if isinstance(value, list) else [value])
+    for name, value in vars(arguments).items():
+        flag = f"--{'set' if name == 'changes' else name.replace('_', '-')}"
+        if name in (*positional, "what") or value is None or value is False:
+            continue
+        if name == "changes":
+            words += [word for change in value for word in (flag, change)]
+        else:
+            words += [flag, *map(str, [] if value is True else value if isinstance(value, list) else [value])]
+    return shlex.join(words)
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:

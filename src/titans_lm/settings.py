@@ -146,7 +146,7 @@ def _config(fields: dict[str, Any]) -> PreTrainedConfig:
     if baseline is not None:
         if baseline not in NAMES:
             raise ValueError(f"baseline {baseline!r} is not one of: {', '.join(NAMES)}")
-        fields = {**BASELINES[baseline], **fields}
+        fields = {**fields, **BASELINES[baseline]}  # what makes it what it is, no other key changes
     size, parameters = fields.pop("size", None), fields.pop("parameters", None)
     if parameters is not None:
         fields = fields if size is None else {**SIZES[size], **fields}

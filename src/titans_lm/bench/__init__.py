@@ -9,7 +9,6 @@ spinning), so more than the cores of this process are refused.
 import argparse
 import contextlib
 import importlib
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from titans_lm.bench.measure import told
     from titans_lm.bench.race import race
-    from titans_lm.record import provenance, write_json
+    from titans_lm.record import command_line, provenance, write_json
 
     command = importlib.import_module(f"titans_lm.bench.{arguments.what}")
     _check(arguments)
@@ -70,7 +69,11 @@ def run(arguments: argparse.Namespace) -> None:
     with _kept_until_told() as interruption:
         race(command.heats(arguments, setting), setting, rows, console)
     results = command.summary(rows)
-    record = {**provenance(_command(arguments)), "threads": str(setting.threads), "setting": told(setting)}
+    record = {
+        **provenance(command_line(f"bench {arguments.what}", arguments)),
+        "threads": str(setting.threads),
+        "setting": told(setting),
+    }
     if setting.device == "cuda":
         record["device"] = torch.cuda.get_device_name()
     write_json(arguments.out, {**record, "complete": not interruption, "summary": results, "rows": rows})
@@ -119,14 +122,3 @@ def _setting(arguments: argparse.Namespace) -> Any:
 
     limit = round(0.8 * available_memory(), 1) if arguments.memory_limit is None else arguments.memory_limit
     return Setting(arguments.device, arguments.dtype, arguments.backend, arguments.threads, limit)
-
-
-def _command(arguments: argparse.Namespace) -> str:
-    """The command that was typed, in full."""
-    words = ["titans", "bench", arguments.what]
-    for name, value in vars(arguments).items():
-        if name == "what" or value is None or value is False:
-            continue
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return shlex.join(words)

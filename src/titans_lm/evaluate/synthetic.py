@@ -1,11 +1,93 @@
-"""To be written."""
+"""`titans evaluate synthetic TASK`: train a model on recall or state tracking, test it, also at lengths that it was not
+trained on. One cell of a study; `titans study` compares many.
+"""
 
 import argparse
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from titans_lm.baselines import NAMES
+from titans_lm.config import VARIANTS
+
+_MODEL = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 128, "window_size": 16,
+    "segment_size": 16, "num_persistent_tokens": 4, "memory_head_dim": 32, "memory_dim": 64,
+}  # fmt: skip
+_TRACKING = {"model": {"memory_chunk_size": 1, "memory_lr": 1.0, "memory_layers": 1, "memory_form": "plain",
+                       "memory_clip": None}}  # fmt: skip
+_RUN = {"model": _MODEL, "training": {"max_steps": 600, "batch_size": 64, "learning_rate": 3e-3, "warmup": 0.05}}
+
+TASKS: dict[str, dict[str, Any]] = {
+    "mqar": {"task": {"length": 64, "pairs": 4}, "lengths": [64, 128, 256]},
+    "forgetting_mqar": {"task": {"length": 64, "pairs": 4}, "lengths": [64, 128, 256]},
+    "blank_gap": {"task": {"length": 116, "pairs": 4}, "lengths": [116, 216, 416]},
+    "selective_copying": {"task": {"length": 96, "symbols": 8}, "lengths": [96, 192]},
+    "parity": {"task": {"length": 40}, "lengths": [40, 80, 160, 320], **_TRACKING},
+    "modular": {"task": {"length": 40, "modulus": 5}, "lengths": [40, 80, 160, 320], **_TRACKING},
+    "s3": {"task": {"length": 40}, "lengths": [40, 80, 160, 320], **_TRACKING},
+    "s5": {"task": {"length": 40}, "lengths": [40, 80, 160, 320], **_TRACKING},
+}
+"""What each trains on, where it is tested, and what its models are where that is not as for all: a step that can reach
+1 and gradients at every token are what state tracking takes (README of `ops`, chunk 1)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    del parser
+    parser.add_argument("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument("--model", choices=[*VARIANTS, *NAMES], default="mag", help="a variant or a baseline")
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens of the rows that are tested")
+    parser.add_argument("--samples", type=int, default=256, help="rows of a test")
+    parser.add_argument("--seed", type=int, default=0)
+    change = "change a value of the run, such as training.max_steps=100 or data.task={length: 128, pairs: 8}"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help=change)
+    parser.add_argument("--out", type=Path, help="the JSON file to write (default: results/TASK_MODEL.json)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    raise ValueError(f"{arguments.what} is not there yet")
+    from rich.console import Console
+    from rich.table import Table
+
+    from titans_lm.evaluate.cell import check_tests, run_cell
+    from titans_lm.record import command_line, write_json
+    from titans_lm.settings import parse_settings
+
+    out = arguments.out or Path(f"results/{arguments.task}_{arguments.model}.json")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+    if arguments.samples < 1 or arguments.seed < 0:
+        raise ValueError(f"--samples must be at least 1 and --seed not negative: {arguments.samples}, {arguments.seed}")
+    tests = [{"length": arguments.lengths or TASKS[arguments.task]["lengths"], "samples": arguments.samples}]
+    with tempfile.TemporaryDirectory() as folder:
+        sections = run_of(arguments.task, arguments.model, arguments.changes)
+        sections["training"] |= {"output_dir": folder, "seed": arguments.seed}
+        settings = parse_settings(sections)
+        check_tests(settings, tests)
+        row = run_cell(settings, tests, command_line("evaluate synthetic", arguments, ["task"]))
+    write_json(out, {"task": arguments.task, "model": arguments.model, "settings": sections, **row})
+    if row["status"] != "ok":
+        raise ValueError(f"{row['error']} (told in {out})")
+    table = Table("length", "right", "rows without a mistake", title=f"{arguments.model} on {arguments.task}")
+    for score in row["scores"]:
+        table.add_row(str(score["length"]), f"{score['score']:.3f}", f"{score['whole']:.3f}")
+    console = Console()
+    console.print(table)
+    console.print(f"{row['parameters']:,} parameters, {row['steps']} steps, {row['seconds']:.0f} s; {out}")
+
+
+def run_of(task: str, model: str, changes: list[str]) -> dict[str, dict[str, Any]]:
+    """The sections of the run, with `section.key=value` changes; those of `data.task` add to the task's own options."""
+    from titans_lm.settings import change_tree
+
+    own = TASKS[task]
+    named = {"variant": model} if model in VARIANTS else {"baseline": model}
+    memory = own.get("model", {}) if model in VARIANTS else {}  # a baseline is what its paper says
+    sections: dict[str, dict[str, Any]] = copy.deepcopy({"data": {}, **_RUN})
+    sections["model"] |= {**memory, **named}
+    for change in changes:
+        change_tree(sections, change)
+    options = sections["data"].get("task", {})
+    if not isinstance(options, dict):
+        raise ValueError(f"data.task must be options, such as {{length: 128}}, got {options!r}")
+    sections["data"]["task"] = {"name": task, **own["task"], **options}
+    return sections

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from titans_lm.record import Lines
+    from titans_lm.record import Lines, command_line
     from titans_lm.study.grid import load_study
     from titans_lm.study.report import write_report
     from titans_lm.study.scheduler import run_cells, train_and_test
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--processes must be at least 1, got {arguments.processes}")
     if not arguments.results.is_dir():
         raise ValueError(f"--results {arguments.results}: this folder does not exist")
-    command = " ".join(["titans study", str(arguments.study), *(f"--set {change}" for change in arguments.changes)])
+    command = command_line("study", argparse.Namespace(study=arguments.study, changes=arguments.changes), ["study"])
     if arguments.search is not None:
         from titans_lm.study.search import search
 
