@@ -1,0 +1,186 @@
+"""Haystacks: long texts as tokens that know where their words and sentences begin.
+
+A text is encoded word by word, each with the space or line break before it, and so is all that is put between. The
+tokens of parts are then those of the whole, whatever the tokenizer would join if it saw the parts together.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from titans_lm.data import STDLIB, is_bytes, load_tokenizer, read_text, stdlib_files, text_files
+from titans_lm.tasks.words import ADJECTIVES, NOUNS, PEOPLE, VERBS, prose
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+"""The line that RULER's first needle task repeats (arXiv:2404.06654)."""
+PROSE = "prose"
+"""In place of a path: sentences made by a small grammar."""
+SUFFIXES = (".txt", ".md")
+"""Of a folder, the files with these names are read."""
+_SENTENCES, _WORDS = 1 << 14, 1 << 17
+"""Of prose, of random words; more are the same again."""
+_LONG = 400
+"""Letters. What has so many and no full stop has sentences where its lines end, such as a log."""
+_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["')\]\u201d\u2019]))\s+|\n\s*\n""")
+_DOCSTRING = re.compile(r'"""(.+?)"""', re.DOTALL)
+_SAMPLE = ("\nOne of the special magic uuids for", " brave-otter", " is:", " 1f0e-43a7", ".", "\nWhat is")
+
+
+class Encoder:
+    """Parts of texts to tokens, in any order, each by itself.
+
+    Raises ValueError for a tokenizer from whose tokens the text does not come back, or that has no token for a gap.
+    """
+
+    def __init__(self, name: str):
+        self.tokenizer = load_tokenizer(name)
+        self._bytes, self._anchor, self._known = is_bytes(self.tokenizer), "", dict[str, NDArray[np.int64]]()
+        if self.decode(np.tile(self.fresh("x"), 2)) != "xx":
+            self._anchor = "\n"  # it marks where a text begins: no part may begin there
+        if self.decode(np.concatenate([self.fresh(part) for part in _SAMPLE])).strip() != "".join(_SAMPLE).strip():
+            raise ValueError(f"tokenizer {name!r} does not give back the text it is given; no answer could be found")
+        gaps = [ids for ids in map(self.fresh, ("\n", " ", ".")) if len(ids) == 1]
+        if not gaps:
+            raise ValueError(f"tokenizer {name!r} has no single token for a line break, a space or a full stop")
+        self.gap = int(gaps[0][0])
+        """A token that says nothing, to fill what no word fits in."""
+
+    def __call__(self, part: str) -> NDArray[np.int64]:
+        """Tokens `[T]`, kept for the next time."""
+        if part not in self._known:
+            self._known[part] = self.fresh(part)
+        return self._known[part]
+
+    def fresh(self, part: str) -> NDArray[np.int64]:
+        """Tokens `[T]` of what will not come again."""
+        return self._encode([part])[0]
+
+    def learn(self, parts: Iterable[str]) -> None:
+        """Many at once are encoded faster than one by one."""
+        new = sorted(set(parts) - self._known.keys())
+        self._known.update(zip(new, self._encode(new), strict=True))
+
+    def decode(self, ids: NDArray[np.int64]) -> str:
+        text: str = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _encode(self, parts: list[str]) -> list[NDArray[np.int64]]:
+        if self._bytes:
+            return [np.frombuffer(part.encode(), np.uint8).astype(np.int64) for part in parts]
+        rows = self.tokenizer([self._anchor, *(self._anchor + part for part in parts)], add_special_tokens=False)
+        first, *rest = rows["input_ids"]
+        if any(ids[: len(first)] != first for ids in rest):
+            raise ValueError(f"tokenizer {self.tokenizer.name_or_path!r} joins what follows to a line break")
+        return [np.asarray(ids[len(first) :], np.int64) for ids in rest]
+
+
+class Window(NamedTuple):
+    """A part of a haystack that begins with a sentence and ends where a word does."""
+
+    text: str
+    ids: NDArray[np.int64]  # [T]
+    first: int
+    """Tokens of its first word."""
+    head: str
+    """That word, with the space or line break before it."""
+    borders: NDArray[np.int64]  # [n + 1]
+    """Of n sentences, the tokens before each, and T."""
+
+
+class Haystack(NamedTuple):
+    """A text of N tokens, W words, S sentences."""
+
+    text: str
+    ids: NDArray[np.int64]  # [N]
+    words: NDArray[np.int64]  # [W + 1], the token at which each begins, and N
+    letters: NDArray[np.int64]  # [W + 1], the same in letters
+    sentences: NDArray[np.int64]  # [S + 1], the word at which each begins, and W
+
+    def repeated(self, times: int) -> "Haystack":
+        """The same again and again."""
+
+        def along(starts: NDArray[np.int64]) -> NDArray[np.int64]:
+            each = starts[:-1] + starts[-1] * np.arange(times)[:, None]
+            return np.append(each.ravel(), starts[-1] * times)
+
+        starts = map(along, (self.words, self.letters, self.sentences))
+        return Haystack(self.text * times, np.tile(self.ids, times), *starts)
+
+    def window(self, rng: np.random.Generator, room: int, encode: Encoder) -> Window:
+        """From a sentence drawn evenly, as many words as fit in `room` tokens, also when the first follows a line break
+        in place of a space. There are at least `room` tokens."""
+        starts = self.words[self.sentences[:-1]]
+        sentence = int(rng.integers(np.searchsorted(starts, len(self.ids) - room, "right")))
+        word = int(self.sentences[sentence])
+        head, first = self._text(word, word + 1), int(self.words[word + 1] - self.words[word])
+        room -= max(0, len(encode("\n" + head.lstrip())) - first)
+        end = max(word, int(np.searchsorted(self.words, self.words[word] + room, "right")) - 1)
+        last = np.searchsorted(self.sentences, end)
+        borders = self.words[np.append(self.sentences[sentence:last], end)]
+        ids = self.ids[borders[0] : borders[-1]]
+        return Window(self._text(word, end), ids, first, head, borders - borders[0])
+
+    def _text(self, word: int, end: int) -> str:
+        return self.text[self.letters[word] : self.letters[end]]
+
+
+@lru_cache(maxsize=8)
+def encoder(tokenizer: str) -> Encoder:
+    """Of this name, folder or "bytes"; raises ValueError as `Encoder` and `data.load_tokenizer` do."""
+    return Encoder(tokenizer)
+
+
+def haystack(kind: str, files: tuple[str, ...], tokenizer: str, room: int) -> Haystack:
+    """Of a kind "noise" (`NOISE`, line after line), "words" (random ones, a sentence each) or "text" (`files`), with
+    enough tokens for windows of `room` tokens to begin at many places.
+
+    `files` are text files, folders, `PROSE`, or `data.STDLIB`, whose docstrings are read. Raises ValueError for a path
+    that does not exist, is empty or is not text.
+    """
+    once = _repeated(kind, files, tokenizer, 1)
+    doublings = max(0, math.ceil(math.log2(max(1, 2 * room) / len(once.ids))))  # few sizes, so that few are kept
+    return _repeated(kind, files, tokenizer, 2**doublings)
+
+
+@lru_cache(maxsize=16)
+def _repeated(kind: str, files: tuple[str, ...], tokenizer: str, times: int) -> Haystack:
+    if times > 1:
+        return _repeated(kind, files, tokenizer, 1).repeated(times)
+    if kind == "noise":
+        sentences = [[("" if i else "\n") + word for i, word in enumerate(re.findall(r" ?\S+", NOISE))]]
+    elif kind == "words":
+        known = [f" {word}" for word in (*ADJECTIVES, *NOUNS, *VERBS, *PEOPLE)]
+        sentences = [[known[i]] for i in np.random.default_rng(0).integers(len(known), size=_WORDS)]
+    else:
+        sentences = [[f" {word}" for word in sentence.split()] for file in files for sentence in _sentences(file)]
+    return _haystack(sentences, encoder(tokenizer))
+
+
+def _haystack(sentences: Sequence[Sequence[str]], encode: Encoder) -> Haystack:
+    words = [word for sentence in sentences for word in sentence]
+    encode.learn(words)
+    tokens = [encode(word) for word in words]
+    return Haystack(
+        "".join(words), np.concatenate(tokens), *(_starts(map(len, parts)) for parts in (tokens, words, sentences))
+    )
+
+
+def _starts(lengths: Iterable[int]) -> NDArray[np.int64]:
+    return np.cumsum([0, *lengths])
+
+
+def _sentences(source: str) -> list[str]:
+    if source == PROSE:
+        return prose(_SENTENCES)
+    if source == STDLIB:
+        texts = [text for file in stdlib_files() for text in _DOCSTRING.findall(read_text(file))]
+    else:
+        texts = [read_text(file) for file in text_files([source], SUFFIXES)]
+    found = [sentence for text in texts for sentence in _END.split(text)]
+    short = [part for s in found for part in (s.splitlines() if len(s) > _LONG else [s])]
+    return [sentence for sentence in short if sentence.strip()]

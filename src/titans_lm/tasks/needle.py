@@ -1,0 +1,266 @@
+"""A needle in a haystack: a sentence with a key and a value in a long text, and at the end the question for the value.
+
+The three kinds are RULER's `niah_single_1`, `niah_single_2` and `niah_single_3` (arXiv:2404.06654; its repository for
+the words of the prompt, the 40 depths and the 128 tokens that are kept for the answer), over any text and tokenizer.
+What differs: a row has `length` tokens exactly, and every row has a part of the text of its own; RULER's have at most
+so many, from the beginning of the same essays. Keys are of our own words.
+"""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from titans_lm.data import STDLIB
+from titans_lm.tasks import IGNORED, Batch, at_least
+from titans_lm.tasks.haystack import PROSE, Encoder, Haystack, Window, encoder, haystack
+from titans_lm.tasks.words import ADJECTIVES, NOUNS
+
+Tokens = NDArray[np.int64]
+Kind = Literal["passkey", "number", "uuid"]
+Hay = Literal["noise", "words", "text"]
+Style = Literal["ruler", "short"]
+HAY: dict[str, str] = {"passkey": "noise", "number": "text", "uuid": "text"}
+DEPTHS = np.round(np.linspace(0, 100, 40)).astype(int)
+"""In percent; RULER's, for text."""
+RULER_ANSWER = 128
+_UUID = 36
+_MOST_DIGITS = 18
+_TRIES = 100
+
+
+class Form(NamedTuple):
+    """The words of a prompt. What stands between bars is encoded by itself: key and value are the same tokens wherever
+    they are. `lead` is the space or the line break that stands before a sentence."""
+
+    intro: str
+    needle: str
+    question: str
+    value: str
+
+
+FORMS = {
+    "ruler": Form(
+        "A special magic {one} is hidden within the following text. Make sure to memorize it. "
+        "I will quiz you about the {one} afterwards.",
+        "{lead}One of the special magic {one}s for| {key}| is:|{value}|.",
+        "\nWhat is the special magic {one} for| {key}| mentioned in the provided text? "
+        "The special magic {one} for| {key}| mentioned in the provided text is",
+        " {value}",
+    ),
+    "short": Form("", "{lead}{key}|=|{value}|.", "{lead}{key}|=", "{value}"),
+}
+
+
+class Examples(NamedTuple):
+    """Prompts that end where the answer begins, and what it should say."""
+
+    prompts: Tokens  # [B, T - kept]
+    values: list[str]
+
+
+@dataclass(frozen=True)
+class Needle:
+    """Rows of exactly `length` tokens: an introduction (ruler), haystack with the needle, filling, question, value.
+
+    The needle is there once, and the value nowhere else. The haystack begins with a sentence and ends where a word
+    does; less than a word is filled with line breaks. Of its n sentences (noise: lines; words: words), the last of
+    which may be cut, floor(n * depth / 100) stand before the needle.
+
+    Raises ValueError for a length in which needle, question and answer have no place, naming the least.
+    """
+
+    length: int = 1024
+    """Tokens of a row, question and answer included."""
+    kind: Kind = "passkey"
+    """A number in noise, a number in text, a uuid in text: S-NIAH-1, 2, 3."""
+    haystack: Hay | None = None
+    """One line again and again, random words, or text from `files`. None: as the kind has it."""
+    files: Sequence[str] = (PROSE, STDLIB)
+    """Text files, folders, "prose" (made by a grammar), "python-stdlib" (its docstrings)."""
+    digits: int = 7
+    depth: float | None = None
+    """Of the needle, in percent; 0 is the beginning. None: drawn, one of RULER's 40 depths in text, any place between
+    words in words, the place of any line in noise."""
+    style: Style = "ruler"
+    """RULER's sentences, or no more than `key=value.` and `key=`, for rows of few tokens."""
+    tokenizer: str = "bytes"
+    """ "bytes", or the name or folder of any Hugging Face tokenizer."""
+    everywhere: bool = False
+    """Every token of a batch is asked, as in language modelling; else the value's alone."""
+    answer: int | None = None
+    """Tokens of a row kept for what a model says (`examples`). None: RULER's 128, or, short, as many as the value has
+    characters, which is enough for any tokenizer."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("kind", self.kind, get_args(Kind)), ("haystack", self._hay, get_args(Hay)),
+            ("style", self.style, get_args(Style)),
+        ):  # fmt: skip
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is not one of: {', '.join(known)}")
+        at_least(1, length=self.length, digits=self.digits, answer=self.kept)
+        if self.digits > _MOST_DIGITS:
+            raise ValueError(f"digits must be at most {_MOST_DIGITS}, got {self.digits}")
+        if self.depth is not None:
+            if isinstance(self.depth, bool | str) or not 0 <= self.depth <= 100:
+                raise ValueError(f"depth must be from 0 to 100 percent, got {self.depth!r}")
+            object.__setattr__(self, "depth", float(self.depth))
+        files = (self.files,) if isinstance(self.files, str) else tuple(self.files)
+        object.__setattr__(self, "files", files)
+        if self._hay == "text" and not files:
+            raise ValueError("files: a haystack of text needs at least one")
+        self._check(self._value_length)
+        self._haystack(0)  # a file that cannot be read is told now
+
+    # ------------------------------------------------------------------------------------------ what is given
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._encoder.tokenizer)
+
+    @property
+    def kept(self) -> int:
+        """Tokens of a row that `examples` leaves for the answer."""
+        if self.answer is not None:
+            return self.answer
+        return RULER_ANSWER if self.style == "ruler" else self._value_length
+
+    def batch(self, rng: np.random.Generator, rows: int) -> Batch:
+        """Labels are of the value's tokens alone, unless `everywhere`."""
+        ids = np.empty((rows, self.length), np.int64)
+        labels = np.full_like(ids, IGNORED)
+        for i in range(rows):
+            prompt, value, _ = self._row(rng, None)
+            ids[i] = np.concatenate([prompt, value])
+            labels[i, len(prompt) :] = value
+        return Batch(ids, ids.copy() if self.everywhere else labels)
+
+    def examples(self, rng: np.random.Generator, rows: int) -> Examples:
+        """What a model is asked: prompts of `length - kept` tokens. Each is drawn after the other, so that rows in
+        twos are the same as in fours. Raises ValueError as `check_examples` does."""
+        self.check_examples()
+        found = [self._row(rng, self.kept) for _ in range(rows)]
+        return Examples(np.stack([prompt for prompt, _, _ in found]), [value for _, _, value in found])
+
+    def decode(self, ids: Tokens) -> str:
+        """The text of ids `[T]`, without special tokens."""
+        return self._encoder.decode(ids)
+
+    def check_examples(self) -> None:
+        """Raises ValueError for a length in which the tokens kept for the answer have no place."""
+        self._check(self.kept)
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    @property
+    def _hay(self) -> str:
+        return self.haystack or HAY.get(self.kind, "text")
+
+    @property
+    def _encoder(self) -> Encoder:
+        return encoder(self.tokenizer)
+
+    @property
+    def _value_length(self) -> int:
+        """Its letters, with the space before it; a tokenizer needs no more tokens than that."""
+        return (_UUID if self.kind == "uuid" else self.digits) + len(FORMS[self.style].value.format(value=""))
+
+    def _haystack(self, room: int) -> Haystack:
+        return haystack(self._hay, tuple(self.files), self.tokenizer, room)
+
+    def _check(self, answer: int) -> None:
+        least = _least(self.kind, self.style, self._hay, self.tokenizer) + self._value_length + answer
+        if self.length < least:
+            raise ValueError(
+                f"length={self.length} is too short for needle, question and {answer} tokens of answer; "
+                f"it must be at least {least}"
+            )
+
+    def _row(self, rng: np.random.Generator, kept: int | None) -> tuple[Tokens, Tokens, str]:
+        """-> a prompt that leaves `kept` tokens (None: as many as the value has), the value's tokens, the value"""
+        for _ in range(_TRIES):
+            key, value = _key(rng), self._value(rng)
+            said = self._encoder.fresh(FORMS[self.style].value.format(value=value))
+            says = Prompt(self.kind, self.style, self._hay, self._encoder, key, said)
+            length = self.length - (len(said) if kept is None else kept)
+            room = length - says.least
+            window = self._haystack(room).window(rng, room, self._encoder)
+            if value not in window.text:
+                return says.around(window, self._place(rng, len(window.borders) - 1), length), said, value
+        raise ValueError(f"digits={self.digits} is too few: the haystack has nearly every such number")
+
+    def _value(self, rng: np.random.Generator) -> str:
+        if self.kind == "uuid":
+            return str(uuid.UUID(bytes=rng.bytes(16), version=4))
+        return str(rng.integers(10 ** (self.digits - 1), 10**self.digits))
+
+    def _place(self, rng: np.random.Generator, count: int) -> int:
+        """How many of `count` sentences stand before the needle."""
+        if self.depth is not None:
+            return int(count * self.depth / 100)
+        if self._hay == "text":
+            return int(count * rng.choice(DEPTHS) / 100)
+        return int(rng.integers(max(1, count + (self._hay == "words"))))
+
+
+def _key(rng: np.random.Generator) -> str:
+    return f"{ADJECTIVES[rng.integers(len(ADJECTIVES))]}-{NOUNS[rng.integers(len(NOUNS))]}"
+
+
+@lru_cache(maxsize=64)
+def _least(kind: str, style: str, hay: str, tokenizer: str) -> int:
+    """Tokens of a prompt without its haystack and its value, whatever the key."""
+    keys, encode, none = [f"{a}-{n}" for a in ADJECTIVES for n in NOUNS], encoder(tokenizer), np.zeros(0, np.int64)
+    encode.learn(f"{lead}{key}" for key in keys for lead in " \n")
+    return max(Prompt(kind, style, hay, encode, key, none).least for key in keys)
+
+
+class Prompt(NamedTuple):
+    """What stands around a haystack, as tokens."""
+
+    kind: str
+    style: str
+    hay: str
+    encode: Encoder
+    key: str
+    value: Tokens
+
+    @property
+    def least(self) -> int:
+        """Tokens without haystack."""
+        needle = max(len(self.needle(first)) for first in (False, True))
+        return len(self.intro) + needle + len(self.question)
+
+    @property
+    def intro(self) -> Tokens:
+        return self._tokens(FORMS[self.style].intro)
+
+    @property
+    def question(self) -> Tokens:
+        return self._tokens(FORMS[self.style].question)
+
+    def needle(self, first: bool) -> Tokens:
+        """`first`: after the introduction, and so a line break."""
+        return self._tokens(FORMS[self.style].needle, "\n" if first and len(self.intro) else None)
+
+    def around(self, window: Window, place: int, length: int) -> Tokens:
+        """`place` sentences of the window, needle, the others, as many gaps as `length` needs, question."""
+        before, after = np.split(window.ids, [window.borders[place]])
+        if place and len(self.intro):
+            before = np.concatenate([self.encode("\n" + window.head.lstrip()), before[window.first :]])
+        context = np.concatenate([self.intro, before, self.needle(first=not place), after])
+        question = self.question
+        return np.concatenate([context, np.full(length - len(context) - len(question), self.encode.gap), question])
+
+    def _tokens(self, text: str, lead: str | None = None) -> Tokens:
+        words = {"lead": lead or ("\n" if self.hay == "noise" else " "), "key": self.key}
+        words["one"] = "uuid" if self.kind == "uuid" else "number"
+        parts = text.split("|")
+        return np.concatenate(
+            [self.value if part == "{value}" else self.encode(part.format(**words)) for part in parts]
+        )
