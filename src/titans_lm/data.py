@@ -5,6 +5,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -42,9 +43,15 @@ def _byte_characters() -> list[str]:
     return [chr(b) if b in set(printable) else chr(next(others)) for b in range(256)]
 
 
+_known: WeakKeyDictionary[PreTrainedTokenizerBase, bool] = WeakKeyDictionary()
+
+
 def is_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether each token below 256 is one byte."""
-    return tokenizer.vocab_size == 256 and tokenizer.convert_tokens_to_ids(_byte_characters()) == list(range(256))
+    if tokenizer not in _known:  # asking takes as long as the bytes of a megabyte, and short texts are many
+        ids = tokenizer.convert_tokens_to_ids(_byte_characters()) if tokenizer.vocab_size == 256 else []
+        _known[tokenizer] = ids == list(range(256))
+    return _known[tokenizer]
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
