@@ -1,0 +1,288 @@
+"""bAbI's facts in a long text (BABILong, arXiv:2406.10149): what was said, in order, among sentences of books.
+
+A bAbI file holds stories. Each line is numbered, 1 begins a story, and a line with tabs is a question: its text, the
+answer, and the numbers of the facts that support it. Each question is an example; its facts are all lines before it.
+"""
+
+import dataclasses
+import itertools
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path, PurePath
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from titans_lm.data import STDLIB, encode, load_tokenizer, read_text, text_files
+from titans_lm.tasks import IGNORED, Batch, at_least
+
+Split = Literal["train", "test"]
+FOLDERS = ("en-10k", "en")
+"""Of bAbI, in this order: ten thousand stories to train on rather than one; the tests are the same."""
+Tokens = NDArray[np.int64]
+
+
+class Example(NamedTuple):
+    facts: tuple[str, ...]
+    question: str
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Babilong:
+    """Rows of facts scattered among background sentences, then the question, then its answer, which alone is labelled.
+
+    The background goes on sentence by sentence from a random one on, book after book, and begins again after the last;
+    a blank line ends a sentence too. Its last sentence is cut so that a row has its length. Each fact stands between
+    two sentences, all places being as likely, as in BABILong (there the length is that of background and facts alone).
+    Examples that a row has no room for are left out.
+
+    Raises ValueError where the task is not in `babi`, the background has no text, or no example fits.
+    """
+
+    babi: str
+    """A folder with bAbI's files, at any depth, or an archive (.tar.xz), which is read as it is."""
+    task: str = "qa1"
+    """qa1 to qa20."""
+    length: int = 1024
+    """Tokens of a row: background, facts, question and answer. 0, without a background: those of the longest."""
+    split: str = "train"
+    background: Sequence[str] = (STDLIB,)
+    """Text files, folders of .txt files, or "python-stdlib". Without any, only facts are read ("0k"); a `batch` then
+    has line breaks before shorter rows."""
+    tokenizer: str = "bytes"
+    """"bytes", or the name or folder of a tokenizer."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"qa([1-9]|1\d|20)", self.task):
+            raise ValueError(f"task must be one of qa1 to qa20, got {self.task!r}")
+        if self.split not in get_args(Split):
+            raise ValueError(f"split={self.split!r} is not one of: {', '.join(get_args(Split))}")
+        at_least(1 if self.background else 0, length=self.length)
+        if not self.length:
+            object.__setattr__(self, "length", int(self._data.sizes.max()))
+        if not (self._data.sizes <= self.length).any():
+            raise ValueError(
+                f"length={self.length} is too short for {self.task}: its shortest example takes "
+                f"{self._data.sizes.min()} tokens"
+            )
+        if self.background:
+            _sentences(self._files)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(_tokenizer(self.tokenizer))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What can be answered in this task, as its files tell; of lists, what can be in them. In order."""
+        return self._data.labels
+
+    @property
+    def examples(self) -> list[Example]:
+        """Those that fit, in the file's order."""
+        return [
+            example for example, size in zip(self._data.examples, self._data.sizes, strict=True) if size <= self.length
+        ]
+
+    @property
+    def answer_tokens(self) -> int:
+        """Of the longest answer; so many are kept free in `prompt`."""
+        return self._data.room
+
+    def batch(self, rng: np.random.Generator, rows: int) -> Batch:
+        fitting = np.flatnonzero(self._data.sizes <= self.length)
+        ids = np.empty((rows, self.length), np.int64)
+        labels = np.full_like(ids, IGNORED)
+        for row in range(rows):
+            example = self._data.examples[rng.choice(fitting)]
+            answer = _encoded(self.tokenizer, _answer(example))
+            first = self.length - len(answer)
+            ids[row] = np.concatenate([*self._context(example, rng, first), answer])
+            labels[row, first:] = answer
+        return Batch(ids, labels)
+
+    def prompt(self, example: Example, rng: np.random.Generator) -> Tokens:
+        """What an example is asked with, `[T]`: T = `length` - `answer_tokens`, or what it takes without background."""
+        size = self.length - self.answer_tokens if self.background else None
+        return np.concatenate(self._context(example, rng, size))
+
+    def _context(self, example: Example, rng: np.random.Generator, size: int | None) -> list[Tokens]:
+        """Background, facts and question in `size` tokens; with None, facts and question."""
+        facts = [_encoded(self.tokenizer, _fact(fact)) for fact in example.facts]
+        question = _encoded(self.tokenizer, _question(example))
+        room = 0 if size is None else size - sum(map(len, facts)) - len(question)
+        parts = list(self._background(room, rng))
+        places = (
+            np.sort(rng.integers(len(parts) + 1, size=len(facts))) if self.background else [len(parts)] * len(facts)
+        )
+        for place, fact in reversed(list(zip(places, facts, strict=True))):
+            parts.insert(place, fact)
+        return [*parts, question]
+
+    def _background(self, room: int, rng: np.random.Generator) -> Iterator[Tokens]:
+        """Sentences, the last one cut, in `room` tokens."""
+        tokenizer = _tokenizer(self.tokenizer)
+        if not self.background:
+            yield np.full(room, encode(tokenizer, "\n")[-1])
+            return
+        sentences = _sentences(self._files)
+        at = int(rng.integers(len(sentences)))
+        while room > 0:
+            ids = encode(tokenizer, sentences[at])[:room]
+            room, at = room - len(ids), (at + 1) % len(sentences)
+            yield ids
+
+    @property
+    def _data(self) -> "_Data":
+        return _data(self.babi, self.task, self.split, self.tokenizer)
+
+    @property
+    def _files(self) -> tuple[str, ...]:
+        return (self.background,) if isinstance(self.background, str) else tuple(self.background)
+
+
+# ------------------------------------------------------------------------------------------------ how it is told
+
+
+def _fact(fact: str) -> str:
+    return f" {fact}"
+
+
+def _question(example: Example) -> str:
+    return f"\n\nQuestion: {example.question}\nAnswer:"
+
+
+def _answer(example: Example) -> str:
+    return f" {example.answer}."
+
+
+# ------------------------------------------------------------------------------------------------ bAbI
+
+
+class _Data(NamedTuple):
+    """A task's examples, and the tokens of each with the longest answer: the same for all lengths."""
+
+    examples: list[Example]
+    sizes: Tokens
+    labels: tuple[str, ...]
+    room: int
+
+
+@lru_cache(maxsize=64)
+def _data(babi: str, task: str, split: str, tokenizer: str) -> _Data:
+    files = {name: parse(text, f"{babi}: {name}") for name, text in _texts(babi, task).items()}
+    here = next((found for name, found in files.items() if name.endswith(f"_{split}.txt")), None)
+    if not here:
+        raise ValueError(
+            f"{babi} has no question of {task} to {split}: there is no {task}_..._{split}.txt, or nothing in it"
+        )
+    answers = {example.answer for found in files.values() for example in found}
+    room = max(len(_encoded(tokenizer, _answer(Example((), "", answer)))) for answer in answers)
+    sizes = [
+        sum(len(_encoded(tokenizer, _fact(fact))) for fact in example.facts)
+        + len(_encoded(tokenizer, _question(example)))
+        + room
+        for example in here
+    ]
+    labels = {part for answer in answers for part in parts(answer)}
+    return _Data(here, np.asarray(sizes, np.int64), tuple(sorted(labels)), room)
+
+
+def parse(text: str, name: str) -> list[Example]:
+    """Every question of a bAbI file. Raises ValueError for a line that is not bAbI's, with the `name` of the file."""
+    found: list[Example] = []
+    facts: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        match = re.fullmatch(r"(\d+) ([^\t]+)(?:\t([^\t]+)(?:\t[\d ]*)?)?", line)
+        if match is None:
+            raise ValueError(f"{name}, line {number}: not a numbered fact, nor a question with its answer after a tab")
+        if match[1] == "1":
+            facts = []
+        if match[3] is None:
+            facts.append(match[2].strip())
+        else:
+            found.append(Example(tuple(facts), match[2].strip(), match[3].strip()))
+    return found
+
+
+def parts(answer: str) -> list[str]:
+    """Of a list (qa8: "apple,milk") its members; a way (qa19: "n,w") is one answer, as in BABILong."""
+    return answer.split(",") if len(answer) > len("n,w") else [answer]
+
+
+@lru_cache(maxsize=64)
+def _texts(babi: str, task: str) -> dict[str, str]:
+    """The task's files by name, each from the best folder that has it. Raises ValueError where there are none."""
+    path = Path(babi)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give a folder with bAbI's files, or the archive of them")
+    wanted = re.compile(rf"{task}_.*_(train|test)\.txt")
+    found = _in_folder(path, wanted) if path.is_dir() else _in_archive(path, wanted)
+    if not found:
+        raise ValueError(f"{path} has no file of {task} ({task}_..._test.txt)")
+    best: dict[str, str] = {}
+    for place in sorted(found, key=lambda place: _rank(path, place)):
+        best.setdefault(place.name, found[place])
+    return best
+
+
+def _rank(path: Path, place: PurePath) -> tuple[int, str]:
+    """The folder itself, then the English ones, then others (bAbI's Hindi and shuffled ones)."""
+    folder = place.parent.name
+    known = 0 if place.parent == path else 1 + FOLDERS.index(folder) if folder in FOLDERS else 1 + len(FOLDERS)
+    return known, str(place)
+
+
+def _in_folder(path: Path, wanted: re.Pattern[str]) -> dict[PurePath, str]:
+    return {file: read_text(file) for file in path.rglob("*.txt") if wanted.fullmatch(file.name)}
+
+
+def _in_archive(path: Path, wanted: re.Pattern[str]) -> dict[PurePath, str]:
+    found: dict[PurePath, str] = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if wanted.fullmatch(PurePath(member.name).name) and (file := archive.extractfile(member)):
+                    found[PurePath(member.name)] = file.read().decode()
+    except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is neither a folder nor an archive of bAbI's files: {error}") from None
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ background
+
+_NO_TITLE = "".join(rf"(?<!\b{title}\.)" for title in ("Mr", "Mrs", "Ms", "Dr", "St", "Prof", "[A-Z]"))
+_STOP = re.compile(rf"[.!?]{_NO_TITLE}[.!?]*[\"'\u201d\u2019)\]]*(?=\s+[\"'\u201c\u2018(\[]*[A-Z0-9])")
+"""What ends a sentence: a stop before a capital letter, but not that of a title or an initial."""
+_BLANK = re.compile(r"\s*\n\s*\n")
+
+
+@lru_cache(maxsize=4)
+def _sentences(files: tuple[str, ...]) -> list[str]:
+    """Of all texts: each begins with the space before it, and together they are all there is."""
+    return [s for file in text_files(files, [".txt"]) for s in sentences("\n\n" + read_text(file).strip())]
+
+
+def sentences(text: str) -> list[str]:
+    """The text in pieces, cut behind what ends a sentence, and before blank lines."""
+    ends = sorted({0, *(m.end() for m in _STOP.finditer(text)), *(m.start() for m in _BLANK.finditer(text)), len(text)})
+    return [text[first:end] for first, end in itertools.pairwise(ends)]
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    return load_tokenizer(name)
+
+
+@lru_cache(maxsize=1 << 16)
+def _encoded(tokenizer: str, text: str) -> Tokens:
+    """Of a fact, a question or an answer: there are few, told again and again."""
+    return encode(_tokenizer(tokenizer), text)
