@@ -1,11 +1,186 @@
-"""To be written."""
+"""`titans evaluate babilong`: bAbI's facts in a long text, asked for at its end.
+
+Three scores, each the share of questions answered right (the functions of these names):
+* "babilong": that of BABILong itself (booydar/babilong, `metrics.py`).
+* "substring": that of lm-evaluation-harness' `babilong` tasks, looser: "kitchen or garden" is right for both.
+* "exact": nothing but the answer, as for models that were trained on the task.
+"""
 
 import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from titans_lm.checkpoint import load
+from titans_lm.data import STDLIB, load_tokenizer
+from titans_lm.evaluate.ask import follow
+from titans_lm.evaluate.command import command
+from titans_lm.record import Lines
+from titans_lm.state import identity
+from titans_lm.tasks import at_least
+from titans_lm.tasks.babilong import Babilong, Example, Tokens, members
+
+SCORES = ("babilong", "substring", "exact")
+TOKENS = 32
+"""Of what a model says, or of the longest answer: more is not looked at."""
+_EXAMPLES = ("<context>", "<example>")
+"""Where a model begins to make up the next question."""
+
+
+class Answer(NamedTuple):
+    example: Example
+    said: str
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+def babilong(said: str, example: Example, labels: tuple[str, ...]) -> bool:
+    """Lower case, up to the first full stop: of all labels that occur in it, but not in the question, only the right
+    one is left, or of a list all that are in it.
+
+    A label occurs wherever its letters do, as in BABILong: "none" (qa7) has "one" in it, and is never right.
+    """
+    said, question = said.lower(), example.question.lower()
+    for end in (".", *_EXAMPLES):
+        said = said.split(end)[0]
+    possible = {label.lower() for label in labels}
+    left = {label for label in possible if label in said and label not in question}
+    return left == set(members(example.answer.lower()))
+
+
+def substring(said: str, example: Example) -> bool:
+    """The answer occurs, in any case, anywhere."""
+    return example.answer.lower() in said.lower()
+
+
+def exact(said: str, example: Example) -> bool:
+    """In any case, what comes before the first full stop or the line's end is the answer."""
+    return said.strip().lower().split("\n")[0].split(".")[0].strip() == example.answer.lower()
+
+
+# ------------------------------------------------------------------------------------------------ asking
+
+
+def score(model: PreTrainedModel, task: Babilong, samples: int, seed: int = 0, rows: int = 8) -> dict[str, Any]:
+    """Ask `samples` questions of the task, `rows` at a time, which changes nothing but the time it takes.
+
+    -> the three scores (0 to 1); `samples`; `examples`, of which they were drawn; and the `answers`, word for word.
+    Each example is asked once before one is asked again in another text. Raises ValueError for numbers below 1.
+    """
+    return summary(task, list(answers(model, task, samples, seed, rows)))
+
+
+def answers(model: PreTrainedModel, task: Babilong, samples: int, seed: int, rows: int) -> Iterator[Answer]:
+    at_least(1, samples=samples, rows=rows)
+    tokenizer, count = load_tokenizer(task.tokenizer), max(TOKENS, task.answer_tokens)
+    for group in _groups(_prompts(task, samples, seed), rows):
+        ids = torch.from_numpy(np.stack([prompt for _, prompt in group]))
+        said = tokenizer.batch_decode(follow(model, ids, count), skip_special_tokens=True)
+        yield from map(Answer, (example for example, _ in group), said)
+
+
+def _prompts(task: Babilong, samples: int, seed: int) -> Iterator[tuple[Example, Tokens]]:
+    """Each sample has random numbers of its own. Without a background they go in order of length."""
+    fitting = task.examples
+    order = np.random.default_rng(seed).permutation(len(fitting))
+    drawn = ((fitting[order[i % len(order)]], np.random.default_rng([seed, i])) for i in range(samples))
+    prompts = ((example, task.prompt(example, rng)) for example, rng in drawn)
+    return prompts if task.background else iter(sorted(prompts, key=lambda pair: len(pair[1])))
+
+
+def _groups(prompts: Iterator[tuple[Example, Tokens]], rows: int) -> Iterator[list[tuple[Example, Tokens]]]:
+    """At most `rows` prompts of one length, made as they are needed."""
+    group: list[tuple[Example, Tokens]] = []
+    for pair in prompts:
+        if group and (len(group) == rows or len(pair[1]) != len(group[0][1])):
+            yield group
+            group = []
+        group.append(pair)
+    yield group
+
+
+def summary(task: Babilong, given: list[Answer]) -> dict[str, Any]:
+    def share(right: Iterator[bool]) -> float:
+        return round(sum(right) / len(given), 4)
+
+    return {
+        "babilong": share(babilong(said, example, task.labels) for example, said in given),
+        "substring": share(substring(said, example) for example, said in given),
+        "exact": share(exact(said, example) for example, said in given),
+        "samples": len(given),
+        "examples": len(task.examples),
+        "answers": [{"question": e.question, "target": e.answer, "said": said} for e, said in given],
+    }
+
+
+# ------------------------------------------------------------------------------------------------ command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    del parser
+    parser.add_argument("--model", type=Path, required=True, help="a folder that titans train wrote")
+    parser.add_argument("--babi", type=Path, required=True, help="a folder of bAbI's files, or the archive of them")
+    parser.add_argument(
+        "--background", nargs="+", default=[STDLIB], help='text files, folders of .txt files, or "python-stdlib"'
+    )
+    parser.add_argument("--tasks", nargs="+", default=["qa1", "qa2", "qa3", "qa4", "qa5"], help="qa1 to qa20")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[0, 1024, 4096], help="tokens; 0: facts alone")
+    parser.add_argument("--samples", type=int, default=50, help="questions of each task and length")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=8, help="questions that are read side by side")
+    parser.add_argument("--out", type=Path, default=Path("results/babilong.jsonl"), help="continued if it exists")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    raise ValueError(f"{arguments.what} is not there yet")
+    at_least(1, **{"--samples": arguments.samples, "--batch": arguments.batch})
+    at_least(0, **{"--seed": arguments.seed})
+    if not arguments.out.absolute().parent.is_dir():
+        raise ValueError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist")
+    model, _ = load(arguments.model)
+    cells = _cells(arguments)
+    lines = Lines(arguments.out, _settings(arguments, identity(model)["weights"]), command(arguments))
+    for (name, length), task in cells.items():
+        if lines.find(task=name, length=length) is None:
+            asked = answers(model, task, arguments.samples, arguments.seed, arguments.batch)
+            given = list(track(asked, f"{name}, {length:,} tokens", total=arguments.samples))
+            lines.add({"task": name, "length": length, **summary(task, given)})
+    console = Console()
+    console.print(table(lines, list(cells)))
+    console.print(f"Scores and answers are in {arguments.out}.")
+
+
+def _cells(arguments: argparse.Namespace) -> dict[tuple[str, int], Babilong]:
+    """By task and length."""
+    cells: dict[tuple[str, int], Babilong] = {}
+    for name in arguments.tasks:
+        alone = Babilong(str(arguments.babi), name, 0, "test", (), str(arguments.model))
+        for length in arguments.lengths:
+            background = tuple(arguments.background)
+            cells[name, length] = replace(alone, length=length, background=background) if length else alone
+    return cells
+
+
+def _settings(arguments: argparse.Namespace, weights: str) -> dict[str, Any]:
+    return {
+        "babi": str(arguments.babi),
+        "background": arguments.background,
+        "samples": arguments.samples,
+        "seed": arguments.seed,
+        "weights": weights,
+    }
+
+
+def table(lines: Lines, cells: list[tuple[str, int]]) -> Table:
+    made = Table("task", "tokens", *SCORES, title="answered right, in %")
+    for name, length in cells:
+        if (row := lines.find(task=name, length=length)) is not None:
+            made.add_row(name, f"{length:,}", *(f"{100 * row[score]:.0f}" for score in SCORES))
+    return made

@@ -189,7 +189,7 @@ def _data(babi: str, task: str, split: str, tokenizer: str) -> _Data:
         + room
         for example in here
     ]
-    labels = {part for answer in answers for part in parts(answer)}
+    labels = {part for answer in answers for part in members(answer)}
     return _Data(here, np.asarray(sizes, np.int64), tuple(sorted(labels)), room)
 
 
@@ -210,7 +210,7 @@ def parse(text: str, name: str) -> list[Example]:
     return found
 
 
-def parts(answer: str) -> list[str]:
+def members(answer: str) -> list[str]:
     """Of a list (qa8: "apple,milk") its members; a way (qa19: "n,w") is one answer, as in BABILong."""
     return answer.split(",") if len(answer) > len("n,w") else [answer]
 
@@ -249,8 +249,8 @@ def _in_archive(path: Path, wanted: re.Pattern[str]) -> dict[PurePath, str]:
             for member in archive:
                 if wanted.fullmatch(PurePath(member.name).name) and (file := archive.extractfile(member)):
                     found[PurePath(member.name)] = file.read().decode()
-    except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is neither a folder nor an archive of bAbI's files: {error}") from None
+    except (tarfile.TarError, EOFError, UnicodeDecodeError):
+        raise ValueError(f"{path} is neither a folder nor an archive of bAbI's files, or it is damaged") from None
     return found
 
 
