@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from titans_lm.checkpoint import load
 from titans_lm.data import STDLIB, load_tokenizer
 from titans_lm.evaluate.ask import follow
-from titans_lm.evaluate.command import command
+from titans_lm.record import command_line
 from titans_lm.record import Lines
 from titans_lm.state import identity
 from titans_lm.tasks import at_least
@@ -146,7 +146,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist")
     model, _ = load(arguments.model)
     cells = _cells(arguments)
-    lines = Lines(arguments.out, _settings(arguments, identity(model)["weights"]), command(arguments))
+    lines = Lines(arguments.out, _settings(arguments, identity(model)["weights"]), command_line("evaluate babilong", arguments))
     for (name, length), task in cells.items():
         if lines.find(task=name, length=length) is None:
             asked = answers(model, task, arguments.samples, arguments.seed, arguments.batch)

@@ -9,3 +9,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     raise ValueError(f"{arguments.what} is not there yet")
+
+
+def score(*a, **k):
+    raise ValueError

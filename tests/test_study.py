@@ -1,0 +1,272 @@
+"""A study's grid, its scheduler, its report and its search; what a cell makes of failure."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from titans_lm import cli
+from titans_lm.evaluate.cell import run_test
+from titans_lm.study.grid import load_study
+from titans_lm.study.report import collect, mean_and_spread, words
+from titans_lm.study.scheduler import run_cells
+
+STUDY: dict[str, Any] = {
+    "shared": {
+        "model": {
+            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16,
+            "window_size": 4, "num_persistent_tokens": 0, "memory_head_dim": 8, "memory_dim": 8,
+        },
+        "data": {"task": {"name": "parity", "length": 12}},
+        "training": {"max_steps": 6, "batch_size": 4, "save_steps": 3, "logging_steps": 2},
+    },
+    "models": {"lmm": {"model.variant": "lmm"}, "window": {"model.baseline": "sliding_window"}},
+    "seeds": [0, 1],
+    "tests": [{"length": [8, 16], "samples": 8}],
+    "figure": "length",
+}  # fmt: skip
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes STUDY with changes to a file in an empty folder with `results`, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    Path("results").mkdir()
+
+    def write(**changes: Any) -> str:
+        Path("small.yaml").write_text(yaml.safe_dump({**STUDY, **changes}))
+        return "small.yaml"
+
+    return write
+
+
+def lines(name: str = "small") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(f"results/{name}.jsonl").read_text().splitlines()][1:]
+
+
+def figures(rows: list[dict[str, Any]]) -> list[Any]:
+    return sorted((r["model"], r["seed"], json.dumps(r["scores"]), r["loss"], r["status"]) for r in rows)
+
+
+# ------------------------------------------------------------------------------------------------ the whole command
+
+
+def test_a_study_is_made_once_goes_on_and_tells(write, capsys):
+    study = write()
+    assert cli.main(["study", study, "--processes", "2"]) == 0
+    rows = lines()
+    assert [(r["model"], r["seed"]) for r in sorted(rows, key=lambda r: (r["model"], r["seed"]))] == [
+        ("lmm", 0), ("lmm", 1), ("window", 0), ("window", 1),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["status"] == "ok"
+        assert row["steps"] == 6
+        assert [s["length"] for s in row["scores"]] == [8, 16]
+        assert all(0 <= s["score"] <= 1 for s in row["scores"])
+        assert {"commit", "date", "machine", "seconds", "parameters", "settings", "loss"} <= row.keys()
+    assert len({json.dumps(r["scores"]) for r in rows if r["model"] == "lmm"}) == 2  # seeds differ
+    assert not list(Path("runs/small").glob("*/"))  # models are not kept
+    text = Path("results/small.md").read_text()
+    assert "| lmm |" in text
+    assert "length 16" in text
+    assert Path("results/small.png").read_bytes().startswith(b"\x89PNG")
+
+    capsys.readouterr()
+    before = Path("results/small.jsonl").read_text()
+    assert cli.main(["study", study]) == 0  # nothing to do, the table again
+    assert "4 runs, 0 to do" in capsys.readouterr().out
+    assert Path("results/small.jsonl").read_text() == before
+
+    study = write(models={**STUDY["models"], "attention": {"model.baseline": "full_attention"}}, seeds=[1])
+    assert cli.main(["study", study, "--keep"]) == 0
+    assert lines()[:4] == rows
+    assert [(r["model"], r["seed"]) for r in lines()[4:]] == [("attention", 1)]
+    assert Path("runs/small/attention-1/model.safetensors").is_file()
+    assert "| lmm |" in Path("results/small.md").read_text()
+
+
+def test_a_run_that_fails_is_a_result(write):
+    models = {
+        "wild": {"model.variant": "lmm", "training.learning_rate": 1e30},
+        "tame": {"model.variant": "lmm"},
+        "none": {"model.variant": "lmm", "data.task": {"name": "mqar"}, "model.vocab_size": 4},
+    }
+    study = write(models=models, seeds=[0], tests=[{"samples": 4}])
+    assert cli.main(["study", study]) == 0
+    status = {row["model"]: (row["status"], row["error"], row["scores"]) for row in lines()}
+    assert status["wild"][0] == "not finite"
+    assert "not a number at step" in status["wild"][1]
+    assert status["tame"][0] == "ok"
+    assert status["none"][0] == "failed"
+    assert "model.vocab_size=4 is below the task's" in status["none"][1]
+    text = Path("results/small.md").read_text()
+    assert "0/1" in text
+    assert "not finite" in text
+
+
+def die(cell: Any, runs: Path, command: str) -> dict[str, Any]:  # noqa: ARG001 - a job
+    if cell.model == "lmm":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"status": "ok", "error": None, "scores": [], "loss": 1.0, "large": "x" * 10**6}
+
+
+def test_a_process_that_dies_takes_no_other_with_it(write, tmp_path):
+    import argparse
+
+    from rich.console import Console
+
+    from titans_lm.record import Lines
+
+    study = load_study(Path(write(seeds=[0])), [])
+    made = Lines(tmp_path / "lines.jsonl", {}, "")
+    run_cells(study.cells, die, argparse.Namespace(processes=1, runs=tmp_path, keep=False), "", made, Console())
+    assert {row["model"]: row["status"] for row in made.rows} == {"lmm": "failed", "window": "ok"}
+    assert "killed" in made.rows[0]["error"]
+
+
+def test_an_interrupted_study_goes_on_to_the_same_results(write):
+    training = {**STUDY["shared"]["training"], "max_steps": 60, "save_steps": 5}
+    study = write(shared={**STUDY["shared"], "training": training}, seeds=[0], models={"lmm": {"model.variant": "lmm"}})
+    code = "import sys; from titans_lm.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "study", study]
+    process = subprocess.Popen([*command, "--runs", "a"], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(Path("a").glob("small/*/checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "the same again goes on" in said
+    assert not Path("results/small.jsonl").exists()
+    assert cli.main(["study", study, "--runs", "a"]) == 0
+    interrupted = figures(lines())
+    Path("results/small.jsonl").unlink()
+    assert cli.main(["study", study, "--runs", "b"]) == 0
+    assert figures(lines()) == interrupted
+
+
+def test_a_search_finds_each_model_s_values(write):
+    space = {"training.learning_rate": [1e-4, 1e-1, "log"], "model.memory_lr": {"choices": [0.1, 0.5]}}
+    study = write(search=space, seeds=[0], models={"lmm": {"model.variant": "lmm"}})
+    assert cli.main(["study", study, "--search", "3"]) == 0
+    (row,) = lines("small_search")
+    assert row["best"].keys() == space.keys()
+    assert len(row["trials"]) == 3
+    assert row["loss"] == min(trial["loss"] for trial in row["trials"])
+    assert len({trial["loss"] for trial in row["trials"]}) == 3  # what is tried makes a difference
+    assert all(1e-4 <= trial["training.learning_rate"] <= 1e-1 for trial in row["trials"])
+
+
+# ------------------------------------------------------------------------------------------------ the grid
+
+
+def test_the_grid_is_every_combination_with_the_changes_of_each(write):
+    study = load_study(
+        Path(
+            write(
+                tasks={
+                    "short": {"data.task": {"name": "parity", "length": 8}, "tests": [{"samples": 2}]},
+                    "usual": None,
+                }
+            )
+        ),
+        ["training.max_steps=9"],
+    )
+    assert len(study.cells) == 2 * 2 * 2
+    cell = next(c for c in study.cells if (c.model, c.task, c.seed) == ("window", "short", 1))
+    assert cell.name == "window-short-1"
+    assert cell.sections["data"]["task"] == {"name": "parity", "length": 8}
+    assert cell.sections["model"]["baseline"] == "sliding_window"
+    assert cell.tests == [{"samples": 2}]
+    settings = cell.settings(Path("runs"))
+    assert (settings.training.seed, settings.training.max_steps) == (1, 9)
+    assert settings.training.output_dir == "runs/window-short-1"
+    assert next(c for c in study.cells if c.task == "usual").tests == STUDY["tests"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": {}}, "unknown key 'model' in the study; did you mean 'models'?"),
+        ({"models": {}}, "models must name at least one"),
+        ({"models": {"a": {"variant": "lmm"}}}, "'variant' must be section.key"),
+        ({"models": {"a": {"model.varian": "lmm"}}}, "unknown key 'varian' in model; did you mean 'variant'?"),
+        ({"models": {"a": {"model.baseline": "rnn"}}}, "baseline 'rnn' is not one of"),
+        ({"models": {"a": 3}}, "models.a must be keys and values, got 3"),
+        ({"seeds": [0.5]}, "seeds must be a list of whole numbers"),
+        ({"tests": [{"length": [1]}]}, "length"),
+        ({"tests": [{"lenght": [8]}]}, "has no option 'lenght'"),
+        ({"tests": [{"measure": "taste"}]}, "measure 'taste' is not one of"),
+        ({"tests": [{"measure": "perplexity"}]}, "needs files"),
+        ({"tests": {}}, "tests must be a list"),
+        ({"shared": {"modell": {}}}, "unknown key 'modell' in shared; did you mean 'model'?"),
+        ({"shared": {"data": {"task": {"name": "parrot"}}}}, "task 'parrot' is not one of"),
+    ],
+)
+def test_a_wrong_study_is_one_line(write, capsys, changes, words):
+    assert cli.main(["study", write(**changes)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert "small.yaml" in error
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["missing.yaml"], "missing.yaml does not exist"),
+        (["small.yaml", "--processes", "0"], "--processes must be at least 1"),
+        (["small.yaml", "--results", "nowhere"], "--results nowhere"),
+        (["small.yaml", "--search", "2"], "has no search section"),
+        (["small.yaml", "--set", "training.max_step=3"], "did you mean 'max_steps'?"),
+        (["small.yaml", "--set", "max_steps"], "must be section.key=value"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(write, capsys, arguments, words):
+    write()
+    assert cli.main(["study", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_a_search_of_what_cannot_be_searched_is_one_line(write, capsys):
+    for space, told in (
+        ({"training.max_steps": [1, 2]}, "training.max_steps"),
+        ({"model.memory_lr": [0.5, 0.1]}, "model.memory_lr must be [low, high]"),
+        ({"data.task": {"choices": [1]}}, "data.task"),
+    ):
+        assert cli.main(["study", write(search=space), "--search", "2"]) == 2
+        assert told in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ the report
+
+
+def test_the_table_has_means_and_spreads_by_hand():
+    assert mean_and_spread([0.5]) == "0.500"
+    assert mean_and_spread([0.25, 0.75]) == f"0.500 ± {math.sqrt(0.125):.3f}"
+    rows = [
+        {"task": "t", "model": "m", "scores": [{"length": 8, "samples": 4, "score": 0.25, "whole": 0.5}]},
+        {"task": "t", "model": "m", "scores": [{"length": 8, "samples": 4, "score": 0.75, "whole": 0.5}]},
+        {"task": "t", "model": "dead", "scores": []},
+    ]
+    assert collect(rows) == {("t", "m"): {"length 8": [0.25, 0.75]}, ("t", "dead"): {}}
+    assert words({"mode": "on", "length": 8, "bits_per_byte": 2.0}) == "mode on, length 8"
+
+
+def test_a_test_s_lists_are_tried_one_by_one(write):
+    from titans_lm.train import model_for
+
+    settings = load_study(Path(write()), []).cells[0].settings(Path("runs"))
+    rows = run_test(model_for(settings), settings, {"name": "modular", "modulus": [2], "length": [4, 6], "samples": 4})
+    assert [(row["modulus"], row["length"], row["samples"]) for row in rows] == [(2, 4, 4), (2, 6, 4)]
