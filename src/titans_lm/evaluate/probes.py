@@ -32,6 +32,8 @@ from titans_lm.record import provenance, write_json
 THETAS = (0.003, 0.01, 0.018, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)
 SHOWN = 0.018
 """The theta for which the stream's errors are known and shown beside the best."""
+DIVERGES = 10
+"""An error that is larger is on its way to infinity."""
 STREAM_DEPTHS, CHUNKS = (1, 2, 3, 4), (1, 16, 64)
 CAPACITY_DEPTHS, CORRELATIONS = (1, 2), (0.0, 0.5, 0.9)
 PAIRS_PER_WIDTH = (0.25, 0.5, 1, 2, 4, 8)
@@ -52,18 +54,23 @@ def stream(depth: int, chunk: int, width: int = 16, heads: int = 32, tokens: int
 
 
 def capacity(depth: int, correlation: float, pairs: int, width: int = 16, heads: int = 32) -> dict[str, Any]:
-    """The error over all pairs, once all are written. Keys have this cosine with one another on average, values lie
-    evenly on the unit sphere; M_0 is as for the stream but for its last layer, which is 0: it says nothing, error 1."""
+    """The error over all pairs, once all are written. Values lie evenly on the unit sphere. M_0 is as for the stream,
+    but its last layer is 0: it says nothing, its error is 1."""
     torch.manual_seed(0)
-    shared, own = _unit(torch.randn(1, heads, width)), _unit(torch.randn(pairs, heads, width))
-    k = _unit(correlation**0.5 * shared + (1 - correlation) ** 0.5 * own)
-    v = _unit(torch.randn(pairs, heads, width))
+    k, v = keys(correlation, pairs, width, heads), _unit(torch.randn(pairs, heads, width))
     weights = _weights(depth, width, heads)
     weights[-1].zero_()
     after, _ = _write(k, v, weights, chunk=1)
     found = retrieve(k.expand(len(THETAS), -1, -1, -1), after, MemoryForm())
     errors = _errors((found - v).square().sum(-1), v)
     return {"depth": depth, "correlation": correlation, "pairs": pairs, **errors}
+
+
+def keys(correlation: float, pairs: int, width: int, heads: int) -> Tensor:
+    """Of length 1, random but for a direction that all keys of a head share: the cosine of any two is `correlation` on
+    average. -> `[pairs, heads, width]`"""
+    shared, own = _unit(torch.randn(1, heads, width)), _unit(torch.randn(pairs, heads, width))
+    return _unit(correlation**0.5 * shared + (1 - correlation) ** 0.5 * own)
 
 
 def least_of_linear(pairs: int, width: int) -> float:
@@ -167,7 +174,9 @@ def _capacity_table(rows: list[dict[str, Any]], least: dict[int, float]) -> Tabl
 
 
 def _told(error: float | None, theta: float | None = None) -> str:
-    return "diverges" if error is None else f"{error:.3f}" + ("" if theta is None else f" ({theta:g})")
+    return (
+        "diverges" if error is None or error > DIVERGES else f"{error:.3f}" + ("" if theta is None else f" ({theta:g})")
+    )
 
 
 def figure(
