@@ -22,6 +22,7 @@ hook = install_import_hook(
 )
 
 from titans_lm import TitansConfig, TitansForCausalLM, TitansState  # noqa: E402
+from titans_lm.data import byte_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -78,6 +79,22 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, **c
             if name.endswith("alpha.bias"):
                 parameter.add_(5)
     return model.to(dtype)
+
+
+@pytest.fixture(scope="module")
+def model() -> TitansForCausalLM:
+    """One that reads bytes."""
+    torch.manual_seed(0)
+    return TitansForCausalLM(tiny_config("mag", vocab_size=260)).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(model: TitansForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a user has it: saved, with its tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:

@@ -15,15 +15,6 @@ from titans_lm.demo import PIECE, read_three_ways, tenths
 from titans_lm.reader import go_on, read
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model")
-    TitansForCausalLM(tiny_config("mag", vocab_size=260)).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "book.txt"

@@ -15,20 +15,6 @@ from titans_lm.data import byte_tokenizer
 from titans_lm.memory_file import Source
 
 
-@pytest.fixture(scope="module")
-def model() -> TitansForCausalLM:
-    torch.manual_seed(0)
-    return TitansForCausalLM(tiny_config("mag", vocab_size=260)).eval()
-
-
-@pytest.fixture(scope="module")
-def folder(model, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    model.save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def file(model, tmp_path) -> Path:
     path = tmp_path / "book.memory"

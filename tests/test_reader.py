@@ -19,20 +19,6 @@ from tolerance import assert_close, relative_error
 BOOK = "It was a dark and stormy night; the rain fell in torrents. " * 12
 
 
-@pytest.fixture(scope="module")
-def model() -> TitansForCausalLM:
-    torch.manual_seed(0)
-    return TitansForCausalLM(tiny_config("mag", vocab_size=260)).eval()
-
-
-@pytest.fixture(scope="module")
-def folder(model, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    model.save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def books(tmp_path) -> list[Path]:
     paths = [tmp_path / "one.txt", tmp_path / "two.txt"]

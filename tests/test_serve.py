@@ -6,23 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-import torch
 import uvicorn
 from transformers import pipeline
 
-from conftest import tiny_config
-from titans_lm import Reader, TitansForCausalLM
+from titans_lm import Reader
 from titans_lm.cli import main
 from titans_lm.data import byte_tokenizer
 from titans_lm.serve import _listen, app
 
 SECRETS = [f"my number is {n}{n}{n}; " * 6 for n in range(8)]
-
-
-@pytest.fixture(scope="module")
-def model() -> TitansForCausalLM:
-    torch.manual_seed(0)
-    return TitansForCausalLM(tiny_config("mag", vocab_size=260)).eval()
 
 
 @pytest.fixture(scope="module")

@@ -155,6 +155,13 @@ def test_the_gap_is_blank_and_as_long_as_it_is_said_to_be(options, seed):
     assert (labels[:, 2 * pairs + gap + 1 :: 2] != IGNORED).all()
 
 
+def test_after_a_gap_the_keys_are_asked_in_any_order():
+    _, (ids, _) = drawn({"name": "blank_gap", "pairs": 3, "gap": 2}, rows=3000)
+    keys, questions = ids[:, 0:6:2], ids[:, 8::2]
+    place = np.argmax(questions[:, :, None] == keys[:, None], axis=2)
+    assert unevenness(np.tile(np.arange(3), 3000), place.ravel(), cells=(3, 3)) < 5
+
+
 @law
 @given(options=copyings(), seed=seeds)
 def test_symbols_are_copied_in_their_order(options, seed):

@@ -1,11 +1,211 @@
-"""To be written."""
+"""`titans evaluate probes`: what the memory can hold by itself, before anything is trained. No momentum, no forgetting.
+
+The stream: values are a nonlinear function of their keys, v = |k A|, each read once; how wrong is the memory about the
+next one? No linear memory learns such a function, a deep one does, and a chunk has its price.
+
+Capacity: random values at random keys, each written once, one token at a time; how wrong is the memory about them at
+the end? Keys may share a direction, as those of a trained model do.
+
+An error is || M(k) - v ||^2 / || v ||^2, over all memories. Each is told for every theta of a list, and the least of
+them, chosen afterwards.
+"""
 
 import argparse
+import itertools
+import math
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from titans_lm.ops import MemoryForm, initial_state, memory_scan, retrieve
+from titans_lm.record import provenance, write_json
+
+THETAS = (0.003, 0.01, 0.018, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)
+SHOWN = 0.018
+"""The theta for which the stream's errors are known and shown beside the best."""
+DIVERGES = 10
+"""An error that is larger is on its way to infinity."""
+STREAM_DEPTHS, CHUNKS = (1, 2, 3, 4), (1, 16, 64)
+CAPACITY_DEPTHS, CORRELATIONS = (1, 2), (0.0, 0.5, 0.9)
+PAIRS_PER_WIDTH = (0.25, 0.5, 1, 2, 4, 8)
+HIDDEN_PER_WIDTH = 4
+"""Of the layers between, in widths of a head."""
+
+
+def stream(depth: int, chunk: int, width: int = 16, heads: int = 32, tokens: int = 1024) -> dict[str, Any]:
+    """The error over the last quarter of the stream. Keys lie evenly on the unit sphere; A is normal, as is M_0, whose
+    layers are scaled by 1 / sqrt(inputs)."""
+    torch.manual_seed(0)
+    k = _unit(torch.randn(tokens, heads, width))
+    v = (k @ torch.randn(width, width)).abs()
+    weights = _weights(depth, width, heads)
+    _, loss = _write(k, v, weights, chunk)
+    late = slice(tokens * 3 // 4, None)
+    return {"depth": depth, "chunk": chunk, **_errors(loss[:, late], v[late])}
+
+
+def capacity(depth: int, correlation: float, pairs: int, width: int = 16, heads: int = 32) -> dict[str, Any]:
+    """The error over all pairs, once all are written. Values lie evenly on the unit sphere. M_0 is as for the stream,
+    but its last layer is 0: it says nothing, its error is 1."""
+    torch.manual_seed(0)
+    k, v = keys(correlation, pairs, width, heads), _unit(torch.randn(pairs, heads, width))
+    weights = _weights(depth, width, heads)
+    weights[-1].zero_()
+    after, _ = _write(k, v, weights, chunk=1)
+    found = retrieve(k.expand(len(THETAS), -1, -1, -1), after, MemoryForm())
+    errors = _errors((found - v).square().sum(-1), v)
+    return {"depth": depth, "correlation": correlation, "pairs": pairs, **errors}
+
+
+def keys(correlation: float, pairs: int, width: int, heads: int) -> Tensor:
+    """Of length 1, random but for a direction that all keys of a head share: the cosine of any two is `correlation` on
+    average. -> `[pairs, heads, width]`"""
+    shared, own = _unit(torch.randn(1, heads, width)), _unit(torch.randn(pairs, heads, width))
+    return _unit(correlation**0.5 * shared + (1 - correlation) ** 0.5 * own)
+
+
+def least_of_linear(pairs: int, width: int) -> float:
+    """The error of the best of all linear maps from keys of this width to as many random values, on average."""
+    return max(0.0, 1 - width / pairs)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1)
+
+
+def _weights(depth: int, width: int, heads: int) -> list[Tensor]:
+    widths = [width] + [HIDDEN_PER_WIDTH * width] * (depth - 1) + [width]
+    return [torch.randn(heads, i, o) / i**0.5 for i, o in pairwise(widths)]
+
+
+@torch.no_grad()
+def _write(k: Tensor, v: Tensor, weights: list[Tensor], chunk: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Tokens `[T, H, K]` written with each theta, in a row of its own -> the weights after, the losses `[R, T, H]`."""
+    rows = len(THETAS)
+    k, v = (x.expand(rows, *x.shape) for x in (k, v))
+    theta = torch.tensor(THETAS)[:, None, None].expand(k.shape[:3])
+    none, state = torch.zeros_like(theta), initial_state(tuple(weights), rows)
+    _, state, *seen = memory_scan(k, k, v, theta, none, none, state, chunk_size=chunk, surprise=True)
+    return state.weights, seen[0].loss
+
+
+def _errors(losses: Tensor, v: Tensor) -> dict[str, Any]:
+    """losses `[R, T, H]` -> by theta, None where it is not a number; and the least of them with its theta."""
+    errors = (losses.sum((1, 2)) / v.square().sum()).tolist()
+    known = {theta: error for theta, error in zip(THETAS, errors, strict=True) if math.isfinite(error)}
+    best = min(known, key=known.__getitem__, default=None)
+    by_theta = {f"{theta:g}": known.get(theta) for theta in THETAS}
+    return {"error": None if best is None else known[best], "theta": best, "by_theta": by_theta}
+
+
+# ------------------------------------------------------------------------------------------------ command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    del parser
+    parser.add_argument("--width", type=int, default=16, help="of keys and values; layers between are 4 times as wide")
+    parser.add_argument(
+        "--heads", type=int, default=32, help="memories that know nothing of each other, taken together"
+    )
+    parser.add_argument("--tokens", type=int, default=1024, help="of the stream")
+    parser.add_argument("--out", type=Path, default=Path("results/probes.json"), help="the JSON file; beside it a .png")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    raise ValueError(f"{arguments.what} is not there yet")
+    _check(arguments)
+    width, heads, tokens, out = arguments.width, arguments.heads, arguments.tokens, arguments.out
+    pairs = [int(n * width) for n in PAIRS_PER_WIDTH]
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    cells = list(itertools.product(STREAM_DEPTHS, CHUNKS))
+    streams = [stream(*cell, width, heads, tokens) for cell in track(cells, "a nonlinear stream", console=console)]
+    grid = list(itertools.product(CAPACITY_DEPTHS, CORRELATIONS, pairs))
+    capacities = [capacity(*cell, width, heads) for cell in track(grid, "capacity", console=console)]
+    command = f"titans evaluate probes --width {width} --heads {heads} --tokens {tokens} --out {out}"
+    sizes = {"width": width, "hidden": HIDDEN_PER_WIDTH * width, "heads": heads, "tokens": tokens}
+    least = {n: least_of_linear(n, width) for n in pairs}
+    result = {"settings": sizes, "stream": streams, "capacity": capacities, "least_of_linear": least}
+    write_json(out, {**provenance(command), **result})
+    figure(streams, capacities, least, out.with_suffix(".png"))
+    console.print(_stream_table(streams), _capacity_table(capacities, least))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    out: Path = arguments.out
+    if arguments.width < 4:
+        raise ValueError(f"--width must be at least 4, got {arguments.width}")
+    if arguments.heads < 1:
+        raise ValueError(f"--heads must be at least 1, got {arguments.heads}")
+    if arguments.tokens < 4:
+        raise ValueError(f"--tokens must be at least 4, got {arguments.tokens}")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+    if out.is_dir() or out.suffix == ".png":
+        raise ValueError(f"--out {out} must name the JSON file, such as probes.json; the picture is written beside it")
+
+
+def _stream_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("depth", "chunk", f"theta {SHOWN:g}", "least (theta)", title="error on v = |k A|, read once")
+    for row in rows:
+        table.add_row(
+            f"{row['depth']}",
+            f"{row['chunk']}",
+            _told(row["by_theta"][f"{SHOWN:g}"]),
+            _told(row["error"], row["theta"]),
+        )
+    return table
+
+
+def _capacity_table(rows: list[dict[str, Any]], least: dict[int, float]) -> Table:
+    title = "error (theta) on pairs written once, by depth and correlation of the keys"
+    columns = list(itertools.product(CAPACITY_DEPTHS, CORRELATIONS))
+    table = Table("pairs", *(f"{depth}, {rho:g}" for depth, rho in columns), "best linear map", title=title)
+    found = {(r["depth"], r["correlation"], r["pairs"]): _told(r["error"], r["theta"]) for r in rows}
+    for n, floor in least.items():
+        table.add_row(f"{n}", *(found[*column, n] for column in columns), f"{floor:.3f}")
+    return table
+
+
+def _told(error: float | None, theta: float | None = None) -> str:
+    return (
+        "diverges" if error is None or error > DIVERGES else f"{error:.3f}" + ("" if theta is None else f" ({theta:g})")
+    )
+
+
+def figure(
+    streams: list[dict[str, Any]], capacities: list[dict[str, Any]], least: dict[int, float], path: Path
+) -> None:
+    """Left the stream's error by chunk, a line per depth; right capacity by pairs, colours for correlations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for depth in STREAM_DEPTHS:
+        errors = [row["error"] for row in streams if row["depth"] == depth]
+        left.plot(CHUNKS, np.array(errors, float), marker="o", label=f"depth {depth}")
+    for depth, (colour, rho) in itertools.product(CAPACITY_DEPTHS, enumerate(CORRELATIONS)):
+        errors = [row["error"] for row in capacities if (row["depth"], row["correlation"]) == (depth, rho)]
+        style, label = ":" if depth == 1 else "-", f"depth {depth}, correlation {rho:g}"
+        right.plot(list(least), np.array(errors, float), style, color=f"C{colour}", marker="o", label=label)
+    right.plot(list(least), list(least.values()), "--", color="grey", label="best linear map")
+    for axis, title, label, ticks in (
+        (left, "v = |k A|, read once", "tokens of a chunk", CHUNKS),
+        (right, "random pairs, written once", "pairs", list(least)),
+    ):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.set(title=title, xlabel=label, ylabel="error, best theta", ylim=(0, 1.15))
+        axis.legend(frameon=False, fontsize="small")
+    beside = path.with_name(f".{path.name}.part")
+    figure.savefig(beside, format="png", dpi=120)
+    beside.replace(path)
+    plt.close(figure)
