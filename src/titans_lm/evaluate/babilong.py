@@ -22,8 +22,7 @@ from transformers import PreTrainedModel
 from titans_lm.checkpoint import load
 from titans_lm.data import STDLIB, load_tokenizer
 from titans_lm.evaluate.ask import follow
-from titans_lm.record import command_line
-from titans_lm.record import Lines
+from titans_lm.record import Lines, command_line
 from titans_lm.state import identity
 from titans_lm.tasks import at_least
 from titans_lm.tasks.babilong import Babilong, Example, Tokens, members
@@ -146,7 +145,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist")
     model, _ = load(arguments.model)
     cells = _cells(arguments)
-    lines = Lines(arguments.out, _settings(arguments, identity(model)["weights"]), command_line("evaluate babilong", arguments))
+    lines = Lines(
+        arguments.out, _settings(arguments, identity(model)["weights"]), command_line("evaluate babilong", arguments)
+    )
     for (name, length), task in cells.items():
         if lines.find(task=name, length=length) is None:
             asked = answers(model, task, arguments.samples, arguments.seed, arguments.batch)
@@ -182,5 +183,5 @@ def table(lines: Lines, cells: list[tuple[str, int]]) -> Table:
     made = Table("task", "tokens", *SCORES, title="answered right, in %")
     for name, length in cells:
         if (row := lines.find(task=name, length=length)) is not None:
-            made.add_row(name, f"{length:,}", *(f"{100 * row[score]:.0f}" for score in SCORES))
+            made.add_row(name, f"{length:,}", *(f"{100 * row[kind]:.0f}" for kind in SCORES))
     return made

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from titans_lm.data import load_tokenizer, split_held_out, text_files
 from titans_lm.evaluate import babilong, needle, perplexity
+from titans_lm.model import TitansForCausalLM
 from titans_lm.record import provenance
 from titans_lm.settings import Settings
 from titans_lm.tasks import IGNORED, Task, make_task
@@ -55,14 +57,14 @@ def check_tests(settings: Settings, tests: list[dict[str, Any]]) -> None:
             raise ValueError(f"tests: measure {measure!r} is not one of: {', '.join(MEASURES)}")
         if measure == "task":
             _tasks(settings, test)
-        elif not test.get("files"):
-            raise ValueError("tests: measure perplexity needs files")
+        else:
+            _check_perplexity(settings, test)
 
 
 def run_test(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -> list[dict[str, Any]]:
     """A test with options as lists is each of them in turn. -> rows of the options and their figures"""
     if test.get("measure") == "perplexity":
-        return perplexity.study_rows(model, {k: v for k, v in test.items() if k != "measure"})
+        return _perplexity(model, settings, test)
     samples, rows = test.get("samples", SAMPLES), test.get("rows", ROWS)
     seed = TEST_SEED + settings.training.seed
     return [{**changes, **score(model, task, samples, seed, rows)} for changes, task in _tasks(settings, test)]
@@ -85,8 +87,41 @@ def score(model: PreTrainedModel, task: Task, samples: int, seed: int, rows: int
     if isinstance(task, Needle):
         return needle.score(model, task, samples, seed, rows)
     if isinstance(task, Babilong):
-        return babilong.score(model, task, samples, seed, rows)
+        found = babilong.score(model, task, samples, seed, rows)
+        told = {key: found[key] for key in ("substring", "exact", "samples")}
+        return {"score": found["babilong"], "task": task.task, "length": task.length, **told}
     return accuracy(model, task, samples, seed, rows)
+
+
+_PERPLEXITY = ("measure", "files", "tokens", "modes", "bucket", "reset_every")
+
+
+def _check_perplexity(settings: Settings, test: dict[str, Any]) -> None:
+    for key in test:
+        if key not in _PERPLEXITY:
+            raise ValueError(f"tests: perplexity has no option {key!r}; it has {', '.join(_PERPLEXITY[1:])}")
+    data = settings.data
+    if not test.get("files") and not (data.files and data.held_out):
+        raise ValueError("tests: perplexity needs files, or data.files of which some are held out")
+
+
+def _perplexity(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -> list[dict[str, Any]]:
+    """Along `files` (default: those held out from training) as one stream; only modes that the model has."""
+    if not isinstance(model, TitansForCausalLM):
+        raise ValueError("measure perplexity reads through the carried state, which only a Titans model has")
+    data = settings.data
+    files = text_files(test["files"], data.suffixes) if test.get("files") else _held_out(settings)
+    ids, sizes = perplexity.stream(files, load_tokenizer(data.tokenizer), test.get("tokens"))
+    options = {key: test[key] for key in ("bucket", "reset_every") if key in test}
+    possible = perplexity.possible_modes(model)
+    modes = [mode for mode in test.get("modes", possible) if mode in possible]
+    rows = perplexity.perplexity(model, ids, modes, sizes=sizes, **options)
+    return [{"mode": row["mode"], "until": row["to"], "bits_per_byte": row["bits_per_byte"]} for row in rows]
+
+
+def _held_out(settings: Settings) -> list[Path]:
+    data = settings.data
+    return split_held_out(text_files(data.files, data.suffixes), data.held_out)[1]
 
 
 @torch.no_grad()

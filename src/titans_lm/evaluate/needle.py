@@ -1,15 +1,251 @@
-"""To be written."""
+"""`titans evaluate needle`: how much of a needle in a haystack does a model give back, by length and depth?
+
+Read through the carried state, answered greedily. A cell has two figures. The score is RULER's (arXiv:2404.06654): the
+share of samples in whose answer the value occurs, in any case, also within a longer word. Exact is stricter: the answer
+begins with the value. Unlike there the answer always has as many tokens as are kept for it, for no end token is taken,
+and samples begin at many places of the text (`tasks.needle`). For published claims there is `titans evaluate harness`.
+"""
 
 import argparse
+import hashlib
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from titans_lm.checkpoint import load
+from titans_lm.data import STDLIB
+from titans_lm.evaluate.ask import follow
+from titans_lm.record import Lines
+from titans_lm.tasks import at_least
+from titans_lm.tasks.haystack import PROSE
+from titans_lm.tasks.needle import Kind, Needle
+
+_ENDS = 300
+"""Letters of a prompt's beginning and of its end that are shown."""
+
+
+def occurs(value: str, answer: str) -> bool:
+    """RULER's rule: anywhere in it, upper and lower case alike, and also within a longer number."""
+    return value.lower() in answer.lower()
+
+
+def begins(value: str, answer: str) -> bool:
+    """The answer says nothing before the value, and says it to the letter."""
+    return answer.lstrip().startswith(value)
+
+
+def answers(
+    model: PreTrainedModel, task: Needle, samples: int, seed: int, rows: int = 8
+) -> Iterator[tuple[str, str, str]]:
+    """(prompt, value, what the model says) of so many examples, `rows` at a time, which does not change them.
+
+    Raises ValueError for a task with more tokens than the model has, or too short to keep tokens for the answer.
+    """
+    at_least(1, samples=samples, rows=rows)
+    if task.vocab_size > model.config.vocab_size:
+        raise ValueError(f"the task has {task.vocab_size} tokens, the model only {model.config.vocab_size}")
+    rng = np.random.default_rng(seed)
+    for first in range(0, samples, rows):
+        prompts, values = task.examples(rng, min(rows, samples - first))
+        said = follow(model, torch.from_numpy(prompts), task.kept).numpy()
+        for prompt, value, answer in zip(prompts, values, said, strict=True):
+            yield task.decode(prompt), value, task.decode(answer)
+
+
+def score(model: PreTrainedModel, task: Needle, samples: int, seed: int, rows: int = 8) -> dict[str, Any]:
+    """One cell: "score" and "exact", shares in [0, 1], and "samples", "length", "depth". Raises as `answers` does."""
+    found = [(occurs(value, said), begins(value, said)) for _, value, said in answers(model, task, samples, seed, rows)]
+    total, exact = np.mean(found, axis=0).tolist()
+    return {"score": total, "exact": exact, "samples": samples, "length": task.length, "depth": task.depth}
+
+
+# ------------------------------------------------------------------------------------------------ command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    del parser
+    parser.add_argument("--model", type=Path, required=True, help="a folder that titans train wrote")
+    parser.add_argument(
+        "--kind", nargs="+", default=list(get_args(Kind)), help="passkey, number, uuid (S-NIAH-1, 2, 3)"
+    )
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="tokens, the answer included"
+    )
+    parser.add_argument("--depths", type=int, default=5, metavar="COUNT", help="so many, evenly from 0 to 100 percent")
+    parser.add_argument("--samples", type=int, default=20, help="of each kind, length and depth")
+    parser.add_argument("--style", default="ruler", help="ruler: its sentences; short: key=value, for few tokens")
+    parser.add_argument("--haystack", nargs="+", metavar="TEXT",
+                        help="noise or words, for all kinds; or text files, folders, "
+                             f"{PROSE}, {STDLIB}, for those that have text (default: the last two)")  # fmt: skip
+    parser.add_argument("--digits", type=int, default=7, help="of a number")
+    parser.add_argument(
+        "--answer", type=int, help="tokens kept for it (default: ruler 128; short: the value's letters)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=8, help="samples read at a time")
+    parser.add_argument("--show", action="store_true", help="print the ends of a prompt of each kind, and the answer")
+    parser.add_argument("--out", type=Path, default=Path("results/needle.jsonl"),
+                        help="JSON lines, one a cell; completed if it is there; the picture lies beside")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
-    raise ValueError(f"{arguments.what} is not there yet")
+    _check(arguments)
+    cells, console = _cells(arguments), Console(stderr=True)
+    lines = Lines(arguments.out, _settings(arguments), _command(arguments))
+    model, _ = load(arguments.model)
+    if arguments.show:
+        for task in {cell.kind: cell for cell in cells}.values():
+            _show(model, task, arguments.seed, console)
+    try:
+        _fill(lines, model, cells, arguments, console)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the same again goes on with {arguments.out}") from None
+    rows = [row for cell in cells if (row := lines.find(**_place(cell))) is not None]
+    for kind in arguments.kind:
+        console.print(_table(kind, [row for row in rows if row["kind"] == kind]))
+    picture(rows, arguments.out.with_suffix(".png"))
+    print(f"{arguments.out}: {len(rows)} cells; {arguments.out.with_suffix('.png')}")
 
 
-def score(*a, **k):
-    raise ValueError
+def _check(arguments: argparse.Namespace) -> None:
+    for name in ("depths", "samples", "batch"):
+        at_least(1, **{f"--{name}": getattr(arguments, name)})
+    if arguments.seed < 0:
+        raise ValueError(f"--seed must not be negative, got {arguments.seed}")
+    for name in ("kind", "lengths"):
+        values = getattr(arguments, name)
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{name} has a value twice: {' '.join(map(str, values))}")
+    if not arguments.out.absolute().parent.is_dir():
+        raise ValueError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist")
+    if arguments.out.suffix == ".png":
+        raise ValueError(f"--out {arguments.out} is the name of the picture; give one that ends in .jsonl")
+    if not (arguments.model / "config.json").is_file():
+        raise ValueError(f"--model {arguments.model} is not a folder that titans train wrote")
+
+
+def _cells(arguments: argparse.Namespace) -> list[Needle]:
+    """A task for each kind, length and depth; all of them can be asked."""
+    options: dict[str, Any] = {"style": arguments.style, "digits": arguments.digits, "answer": arguments.answer}
+    given = arguments.haystack
+    if given and len(given) == 1 and given[0] in ("noise", "words"):
+        options["haystack"] = given[0]
+    elif given:
+        options["files"] = given
+    made = []
+    for kind in arguments.kind:
+        for length in arguments.lengths:
+            task = Needle(length=length, kind=kind, tokenizer=str(arguments.model), **options)
+            task.check_examples()
+            made += [replace(task, depth=depth) for depth in np.linspace(0, 100, arguments.depths).tolist()]
+    return made
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a cell's figures depend on, beside its kind, length and depth."""
+    names = ("samples", "style", "haystack", "digits", "answer", "seed")
+    digest = hashlib.sha256()
+    for path in sorted(p for p in arguments.model.iterdir() if p.suffix in (".json", ".safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return {
+        "model": str(arguments.model), "digest": digest.hexdigest(),
+        **{name: getattr(arguments, name) for name in names},
+    }  # fmt: skip
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """What was typed, in full."""
+    words = ["titans", "evaluate"]
+    for name, value in vars(arguments).items():
+        if value is None or value is False:
+            continue
+        words += [] if name == "what" else [f"--{name}"]
+        words += [] if value is True else map(str, value if isinstance(value, list) else [value])
+    return shlex.join(words)
+
+
+def _place(task: Needle) -> dict[str, Any]:
+    return {"kind": task.kind, "length": task.length, "depth": task.depth}
+
+
+def _fill(
+    lines: Lines, model: PreTrainedModel, cells: list[Needle], arguments: argparse.Namespace, console: Console
+) -> None:
+    """The cells that are not there yet."""
+    left = [cell for cell in cells if lines.find(**_place(cell)) is None]
+    columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"),
+               TimeRemainingColumn()]  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=sum(cell.length for cell in left))
+        for cell in left:
+            progress.update(bar, description=f"{cell.kind}, {cell.length:,} tokens, {cell.depth:.0f} %")
+            found = score(model, cell, arguments.samples, arguments.seed, arguments.batch)
+            lines.add({"kind": cell.kind, **found})
+            progress.advance(bar, cell.length)
+
+
+def _show(model: PreTrainedModel, task: Needle, seed: int, console: Console) -> None:
+    prompt, value, said = next(answers(model, task, 1, seed))
+    console.rule(f"{task.kind}, {task.length:,} tokens")
+    cut = prompt if len(prompt) <= 2 * _ENDS else f"{prompt[:_ENDS]}\n[...]\n{prompt[-_ENDS:]}"
+    console.print(cut, markup=False, highlight=False)
+    console.print(f"wanted: {value!r}\nsaid:   {said!r}", markup=False, highlight=False)
+
+
+def _grid(rows: list[dict[str, Any]]) -> tuple[list[int], list[float], np.ndarray]:
+    """Lengths, depths, and scores `[depths, lengths]` in percent of rows of one kind."""
+    lengths, depths = (sorted({row[name] for row in rows}) for name in ("length", "depth"))
+    scores = np.full((len(depths), len(lengths)), np.nan)
+    for row in rows:
+        scores[depths.index(row["depth"]), lengths.index(row["length"])] = 100 * row["score"]
+    return lengths, depths, scores
+
+
+def _table(kind: str, rows: list[dict[str, Any]]) -> Table:
+    lengths, depths, scores = _grid(rows)
+    table = Table("depth", *(f"{length:,}" for length in lengths), title=f"{kind}, % found")
+    for depth, line in zip(depths, scores, strict=True):
+        table.add_row(f"{depth:.0f} %", *(f"{share:.1f}" for share in line))
+    table.add_section()
+    table.add_row("mean", *(f"{share:.1f}" for share in scores.mean(0)))
+    exact = [np.mean([100 * row["exact"] for row in rows if row["length"] == length]) for length in lengths]
+    table.add_row("exact", *(f"{share:.1f}" for share in exact))
+    return table
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """A heat map a kind: depth by length, percent found."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    grids = [_grid([row for row in rows if row["kind"] == kind]) for kind in kinds]
+    width, height = 1.6 + 0.75 * max(len(grid[0]) for grid in grids), 1.6 + 0.45 * len(grids[0][1])
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(max(2.8, width) * len(kinds) + 1, height), squeeze=False, layout="constrained"
+    )
+    for axis, kind, (lengths, depths, scores) in zip(axes[0], kinds, grids, strict=True):
+        image = axis.imshow(scores, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+        axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, ha="right")
+        axis.set_yticks(range(len(depths)), [f"{depth:.0f} %" for depth in depths])
+        axis.set_title(kind)
+        axis.set_xlabel("tokens")
+        for (y, x), share in np.ndenumerate(scores):
+            axis.text(x, y, f"{share:.0f}", ha="center", va="center", color="black" if share > 60 else "white")
+    axes[0, 0].set_ylabel("depth of the needle")
+    figure.colorbar(image, ax=axes[0], label="percent found")
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, format="png", dpi=120)
+    beside.replace(path)
+    plt.close(figure)

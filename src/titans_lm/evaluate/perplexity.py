@@ -1,15 +1,370 @@
-"""To be written."""
+"""`titans evaluate perplexity`: how well a stream is predicted along its way, with the same weights and the memory
+
+* "on": what is read is written to it;
+* "frozen": it is read as it was before the first token, and not written;
+* "reset": after every so many tokens all is forgotten, also what attention's window holds;
+* "off": it says 0, whatever it is asked.
+
+All predict the same tokens, each but the first, of which nothing is known. Where "reset" has just forgotten, it still
+reads the last token before the next that it predicts, so it never predicts from nothing. "off" takes the memory's part
+from the sum (LMM, MAL), leaves the constant gate that 0 gives (MAG, MAC: sigmoid(0) with the product gate), and shows
+MAC's attention retrieved tokens of 0. The model was trained with a memory: one trained without it may do better than
+"off", which tells what this model's memory is worth to it.
+"""
 
 import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from titans_lm.checkpoint import load
+from titans_lm.data import encode, is_bytes, text_files, text_pieces
+from titans_lm.memory import NeuralMemory
+from titans_lm.model import TitansForCausalLM
+from titans_lm.reader import PIECE
+from titans_lm.record import command_line, provenance, write_json
+from titans_lm.state import identity
+from titans_lm.tasks import at_least
+
+MODES = ("on", "frozen", "reset", "off")
+BUCKET, RESET = 1024, 4096
+ROWS = 8
+"""Stretches between two resets that are read side by side: they do not know of each other."""
+_LOGITS = 2**25
+"""Numbers that a call may return: pieces of fewer tokens where there are many words."""
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def perplexity(
+    model: TitansForCausalLM,
+    ids: Tensor,
+    modes: Sequence[str] = MODES,
+    *,
+    sizes: Tensor | None = None,
+    bucket: int = BUCKET,
+    reset_every: int = RESET,
+    piece: int = PIECE,
+) -> list[dict[str, Any]]:
+    """Read ids `[1, T]`, T >= 2, once in each mode, at most `piece` tokens a call, in memory that does not grow with T
+    (but unlimited attention's).
+
+    -> a row for each mode and bucket: the tokens at positions `from` <= t < `to` of the stream (the first `bucket` of
+    them, then as many, then twice as many, and so on), `nats` and `perplexity` a token, and `bits_per_byte` where
+    `sizes` `[T]`, the bytes of each token (`token_sizes`), are given: nats / ln 2 * tokens / bytes. Raises ValueError
+    for numbers below 1, for a mode that is unknown, or that asks for a memory where there is none.
+    """
+    check_modes(model, modes)
+    at_least(1, bucket=bucket, reset_every=reset_every, piece=piece)
+    if ids.dim() != 2 or len(ids) != 1 or ids.shape[1] < 2:
+        raise ValueError(f"ids must be one stream [1, T] of at least 2 tokens, got {list(ids.shape)}")
+    rows: list[dict[str, Any]] = []
+    for mode in dict.fromkeys(modes):
+        sums = Sums(ids.shape[1], bucket, sizes)
+        read(model, ids, mode, reset_every, sums.add, piece)
+        rows += sums.rows(mode)
+    return rows
+
+
+def check_modes(model: TitansForCausalLM, modes: Sequence[str]) -> None:
+    unknown = [mode for mode in modes if mode not in MODES]
+    if unknown or not modes:
+        raise ValueError(f"mode {unknown[0]!r} is not one of: {', '.join(MODES)}" if unknown else "give a mode")
+    without = [mode for mode in modes if mode not in possible_modes(model)]
+    if without:
+        raise ValueError(f"mode {without[0]!r} asks for a memory, and this model (attention alone) has none")
+
+
+def possible_modes(model: TitansForCausalLM) -> list[str]:
+    """Attention alone can be reset too."""
+    return [mode for mode in MODES if mode in ("on", "reset") or any(_memories(model))]
+
+
+def _memories(model: TitansForCausalLM) -> list[NeuralMemory]:
+    return [module for module in model.modules() if isinstance(module, NeuralMemory)]
+
+
+@torch.no_grad()
+def read(
+    model: TitansForCausalLM,
+    ids: Tensor,
+    mode: str,
+    reset_every: int,
+    tell: Callable[[int, Tensor], None],
+    piece: int = PIECE,
+) -> None:
+    """Read ids `[1, T]` in a mode, at most `piece` tokens a call. `tell(t, nats)` is called with the nats `[n]` of the
+    tokens t, t + 1, ...: of each token but the first once, in any order."""
+    model.eval()
+    piece = max(1, min(piece, _LOGITS // model.config.vocab_size))
+    with memory_off(model) if mode == "off" else contextlib.nullcontext():
+        for start, rows, length in _stretches(ids.shape[1] - 1, reset_every if mode == "reset" else None):
+            inputs, targets = (ids[0, start + i :][: rows * length].view(rows, length) for i in (0, 1))
+            state = model.initial_state(rows)
+            state.frozen = mode in ("frozen", "off")  # what is not heard need not be learned
+            width = max(1, piece // rows)
+            for first in range(0, length, width):
+                part = inputs[:, first : first + width].to(model.device)
+                nats = _nats(model(part, past_key_values=state).logits, targets[:, first : first + width])
+                for row in range(rows):
+                    tell(start + row * length + first + 1, nats[row])
+
+
+def _stretches(tokens: int, reset_every: int | None) -> Iterator[tuple[int, int, int]]:
+    """Where a block of rows begins, how many rows it has, and their length, after which all is forgotten."""
+    length = min(tokens, reset_every or tokens)
+    for start in range(0, tokens, ROWS * length):
+        rows, rest = divmod(min(ROWS * length, tokens - start), length)
+        if rows:
+            yield start, rows, length
+        if rest:
+            yield start + rows * length, 1, rest
+
+
+def _nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """`[R, n, V]`, `[R, n]` -> `[R, n]`"""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = targets.to(logits.device)
+    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double().cpu()
+
+
+@contextlib.contextmanager
+def memory_off(model: TitansForCausalLM) -> Iterator[None]:
+    """Every memory of the model says 0 to whatever it is asked, also states that are made meanwhile."""
+    with contextlib.ExitStack() as hooks:
+        for memory in _memories(model):
+            hook = memory.o_proj.register_forward_hook(lambda _, __, y: torch.zeros_like(y))
+            hooks.callback(hook.remove)
+        yield
+
+
+class Sums:
+    """Of a reading, by bucket. What was not read is not counted."""
+
+    def __init__(self, length: int, bucket: int, sizes: Tensor | None):
+        self.edges = [0]
+        while self.edges[-1] < length:
+            self.edges.append(min(length, max(bucket, 2 * self.edges[-1])))
+        self.borders, self.sizes = torch.tensor(self.edges[1:-1], dtype=torch.long), sizes
+        self.tokens, self.nats, self.bytes = torch.zeros(3, len(self.edges) - 1, dtype=torch.float64)
+
+    def add(self, first: int, nats: Tensor) -> None:
+        bucket = torch.bucketize(torch.arange(first, first + len(nats)), self.borders, right=True)
+        self.nats.index_add_(0, bucket, nats)
+        self.tokens.index_add_(0, bucket, torch.ones_like(nats))
+        if self.sizes is not None:
+            self.bytes.index_add_(0, bucket, self.sizes[first : first + len(nats)].double())
+
+    def rows(self, mode: str) -> list[dict[str, Any]]:
+        """Buckets of which something was read; those that it ended in are not `complete`."""
+        found = []
+        for i, (first, end) in enumerate(itertools.pairwise(self.edges)):
+            if self.tokens[i]:
+                first = max(first, 1)
+                told = _told(int(self.tokens[i]), float(self.nats[i]), float(self.bytes[i]))
+                found.append(
+                    {"mode": mode, "from": first, "to": end, **told, "complete": told["tokens"] == end - first}
+                )
+        return found
+
+
+def _told(tokens: int, nats: float, size: float) -> dict[str, Any]:
+    mean = nats / tokens
+    found = {"tokens": tokens, "nats": mean, "perplexity": float(np.exp(mean))}
+    return {**found, "bytes": round(size), "bits_per_byte": nats / math.log(2) / size} if size else found
+
+
+def whole(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By mode: the same of all its buckets together."""
+    found: dict[str, dict[str, Any]] = {}
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        own = [row for row in rows if row["mode"] == mode]
+        tokens, nats = sum(row["tokens"] for row in own), sum(row["tokens"] * row["nats"] for row in own)
+        found[mode] = _told(tokens, nats, float(sum(row.get("bytes", 0) for row in own)))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ texts
+
+
+def stream(files: Iterable[Path], tokenizer: PreTrainedTokenizerBase, most: int | None) -> tuple[Tensor, Tensor]:
+    """The files one after another, `most` tokens of them: ids `[1, T]`, and the bytes of each token `[T]`."""
+    ids: list[NDArray[np.int64]] = []
+    sizes: list[NDArray[np.float64]] = []
+    count = 0
+    for part in (part for file in files for part in text_pieces(file)):
+        if most is not None and count >= most:
+            break
+        new, size = token_sizes(tokenizer, part)
+        ids, sizes, count = [*ids, new], [*sizes, size], count + len(new)
+    return torch.from_numpy(np.concatenate(ids)[:most])[None], torch.from_numpy(np.concatenate(sizes)[:most])
+
+
+def token_sizes(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """A text's tokens, and how many of its UTF-8 bytes each stands for; together all of them.
+
+    Tokens within one character: its bytes are all counted for the first. A tokenizer that does not tell where its
+    tokens stand (a slow one): each has the mean.
+    """
+    if is_bytes(tokenizer) or not tokenizer.is_fast:
+        ids = encode(tokenizer, text)
+        return ids, np.full(len(ids), len(text.encode()) / max(len(ids), 1))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (code >= 1 << 7) + (code >= 1 << 11) + (code >= 1 << 16).astype(np.int64)
+    ends = np.maximum.accumulate(np.array([end for _, end in encoded["offset_mapping"]], np.int64))
+    ends[-1:] = len(code)  # space at the end that belongs to no token
+    before = np.concatenate([[0], np.cumsum(widths)])[ends]
+    return np.asarray(encoded["input_ids"], np.int64), np.diff(before, prepend=0).astype(np.float64)
+
+
+# ------------------------------------------------------------------------------------------------ command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    del parser
+    parser.add_argument("files", nargs="+", metavar="FILE", help='text files, folders of .txt files, "python-stdlib"')
+    parser.add_argument("--model", type=Path, required=True, help="a folder that titans train wrote")
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="(default: all that the model has)")
+    parser.add_argument("--tokens", type=int, help="read at most so many (default: all)")
+    parser.add_argument(
+        "--bucket", type=int, default=BUCKET, help="tokens of the first; each next one ends twice as far"
+    )
+    parser.add_argument("--reset-every", type=int, default=RESET, help="tokens after which mode reset forgets")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/perplexity.json"),
+        help="written after each mode; modes that an interrupted run has there are not read again",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
-    raise ValueError(f"{arguments.what} is not there yet")
+    at_least(1, **{"--bucket": arguments.bucket, "--reset-every": arguments.reset_every})
+    at_least(2, **{} if arguments.tokens is None else {"--tokens": arguments.tokens})
+    if not arguments.out.absolute().parent.is_dir():
+        raise ValueError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist")
+    files = text_files(arguments.files, [".txt"])
+    model, tokenizer = load(arguments.model)
+    modes = arguments.modes or possible_modes(model)
+    check_modes(model, modes)
+    ids, sizes = stream(files, tokenizer, arguments.tokens)
+    if ids.shape[1] < 2:
+        raise ValueError(f"{files[0]} has one token; give a text with more")
+    record = {
+        **provenance(command_line("evaluate perplexity", arguments, ["files"])),
+        "settings": _settings(arguments, model, ids),
+    }
+    rows = _measure(model, (ids, sizes), modes, record, arguments.out)
+    picture(rows, arguments.out.with_suffix(".png"))
+    console = Console()
+    console.print(table(rows))
+    console.print(f"Figures are in {arguments.out}, the picture is {arguments.out.with_suffix('.png')}.")
 
 
-def study_rows(*a, **k):
-    raise ValueError
+def _settings(arguments: argparse.Namespace, model: TitansForCausalLM, ids: Tensor) -> dict[str, Any]:
+    return {
+        "weights": identity(model)["weights"],
+        "text": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+        "tokens": ids.shape[1],
+        "bucket": arguments.bucket,
+        "reset_every": arguments.reset_every,
+    }
+
+
+def _known(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the modes that an interrupted run of the same has read to the end."""
+    if not out.exists():
+        return []
+    try:
+        old = json.loads(out.read_text())
+        same, rows = old["settings"] == settings and not old["complete"], old["rows"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{out} is not a result file of this command; give another name") from None
+    broken = {row["mode"] for row in rows if not row["complete"]}
+    return [row for row in rows if same and row["mode"] not in broken]
+
+
+def _measure(
+    model: TitansForCausalLM, text: tuple[Tensor, Tensor], modes: Sequence[str], record: dict[str, Any], out: Path
+) -> list[dict[str, Any]]:
+    """Read ids and sizes in all modes that are not in `out` yet, and write after each."""
+    (ids, sizes), settings = text, record["settings"]
+    rows = _known(out, settings)
+    left = [mode for mode in modes if mode not in {row["mode"] for row in rows}]
+    with Progress() as bars:
+        bar = bars.add_task("", total=(ids.shape[1] - 1) * len(left))
+        for mode in left:
+            bars.update(bar, description=f"memory {mode}")
+            sums = Sums(ids.shape[1], settings["bucket"], sizes)
+
+            def tell(first: int, nats: Tensor, sums: Sums = sums) -> None:
+                sums.add(first, nats)
+                bars.advance(bar, len(nats))
+
+            try:
+                read(model, ids, mode, settings["reset_every"], tell)
+            except KeyboardInterrupt:
+                _write(out, record, [*rows, *sums.rows(mode)], False)
+                raise KeyboardInterrupt(f"what was measured before is in {out}") from None
+            rows += sums.rows(mode)
+            _write(out, record, rows, mode == left[-1])
+    return rows
+
+
+def _write(out: Path, record: dict[str, Any], rows: list[dict[str, Any]], complete: bool) -> None:
+    write_json(out, {**record, "complete": complete, "summary": whole(rows), "rows": rows})
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Bits per byte: a line for each bucket, a column for each mode; over all; and perplexity."""
+    modes = whole(rows)
+    made = Table("tokens", *modes, title="bits per byte")
+    for first, end in dict.fromkeys((row["from"], row["to"]) for row in rows):
+        found = {row["mode"]: row for row in rows if row["from"] == first}
+        made.add_row(f"{first:,} to {end:,}", *(_bits(found.get(mode, {})) for mode in modes))
+    made.add_section()
+    made.add_row("all", *map(_bits, modes.values()))
+    made.add_row("perplexity a token", *(f"{found['perplexity']:,.2f}" for found in modes.values()))
+    return made
+
+
+def _bits(found: dict[str, Any]) -> str:
+    return f"{found['bits_per_byte']:.3f}" if "bits_per_byte" in found else "-"
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bits per byte along the stream, a line for each mode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for mode in whole(rows):
+        own = [row for row in rows if row["mode"] == mode]
+        style = "--" if mode in ("reset", "off") else "-"  # it may lie on another line
+        ends = [own[0]["from"], *(row["to"] for row in own)]
+        bits = [row.get("bits_per_byte", math.nan) for row in own]
+        axis.stairs(bits, ends, baseline=None, linestyle=style, label=f"memory {mode}")
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("tokens read")
+    axis.set_ylabel("bits per byte")
+    axis.legend(frameon=False)
+    beside = path.with_name(f".{path.name}.part")
+    figure.savefig(beside, format="png", dpi=130)
+    beside.replace(path)
+    plt.close(figure)

@@ -11,13 +11,16 @@ from typing import Any
 from titans_lm.baselines import NAMES
 from titans_lm.config import VARIANTS
 
-_MODEL = {
+_MODEL: dict[str, Any] = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 128, "window_size": 16,
     "segment_size": 16, "num_persistent_tokens": 4, "memory_head_dim": 32, "memory_dim": 64,
 }  # fmt: skip
-_TRACKING = {"model": {"memory_chunk_size": 1, "memory_lr": 1.0, "memory_layers": 1, "memory_form": "plain",
+_TRACKING: dict[str, Any] = {"model": {"memory_chunk_size": 1, "memory_lr": 1.0, "memory_layers": 1, "memory_form": "plain",
                        "memory_clip": None}}  # fmt: skip
-_RUN = {"model": _MODEL, "training": {"max_steps": 600, "batch_size": 64, "learning_rate": 3e-3, "warmup": 0.05}}
+_RUN: dict[str, dict[str, Any]] = {
+    "model": _MODEL,
+    "training": {"max_steps": 600, "batch_size": 64, "learning_rate": 3e-3, "warmup": 0.05},
+}
 
 TASKS: dict[str, dict[str, Any]] = {
     "mqar": {"task": {"length": 64, "pairs": 4}, "lengths": [64, 128, 256]},

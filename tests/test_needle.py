@@ -1,0 +1,512 @@
+"""Needles: there once, where they were asked for, in rows of exactly so many tokens of any kind; and their score."""
+
+import itertools
+import json
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from conftest import tiny_config
+from titans_lm import TitansForCausalLM
+from titans_lm.cli import main
+from titans_lm.data import byte_tokenizer
+from titans_lm.evaluate.needle import answers, begins, occurs, score
+from titans_lm.tasks import IGNORED, Task, make_task
+from titans_lm.tasks.haystack import NOISE
+from titans_lm.tasks.needle import Needle
+from titans_lm.tasks.words import ADJECTIVES, NOUNS, prose
+
+UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+LONGEST_WORD = 16
+TEXT = "".join(
+    f"{'Abcdefghij'[i % 10].upper()}{' lantern river and 42 owls'[: 3 + 7 * i % 23]} x. " + "\n" * (i % 3)
+    for i in range(400)
+)
+"""Every sentence has one capital letter, and begins with it."""
+
+
+def trained(tokenizer: Tokenizer, folder: Path, special: list[str]) -> str:
+    texts = [sentence.replace("\n", " ") for sentence in prose(300)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if tokenizer.normalizer is None else []
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(special) + 500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    told = json.loads(tokenizer.to_str())
+    told["added_tokens"] = told["added_tokens"][:1]  # a byte is no special token
+    tokenizer = Tokenizer.from_str(json.dumps(told))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=special[0]).save_pretrained(folder)
+    return str(folder)
+
+
+def byte_level() -> Tokenizer:
+    """As GPT-2's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def marked() -> Tokenizer:
+    """As Llama 2's: a text begins with a mark, other letters are bytes. Here words may be joined, too."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory) -> dict[str, str]:
+    pieces = ["<unk>", *(f"<0x{i:02X}>" for i in range(256))]
+    return {
+        "bytes": "bytes",
+        "byte_level": trained(byte_level(), tmp_path_factory.mktemp("byte_level"), ["<unk>"]),
+        "marked": trained(marked(), tmp_path_factory.mktemp("marked"), pieces),
+    }
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("book") / "book.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+def least(**options) -> int:
+    with pytest.raises(ValueError, match="must be at least") as error:
+        Needle(length=1, **options)
+    return int(re.findall(r"at least (\d+)", str(error.value))[0])
+
+
+def context_of(text: str, task: Needle, value: str) -> tuple[str, str]:
+    """What stands before the needle and after it in a prompt, whose other words are as they should be."""
+    one = "uuid" if task.kind == "uuid" else "number"
+    key = re.search(rf"([a-z]+-[a-z]+)(?: is: |=){value}\.", text)[1]
+    adjective, noun = key.split("-")
+    assert adjective in ADJECTIVES
+    assert noun in NOUNS
+    intro, needle, question = "", f"{key}={value}.", f"{key}="
+    if task.style == "ruler":
+        intro = (
+            f"A special magic {one} is hidden within the following text. Make sure to memorize it. "
+            f"I will quiz you about the {one} afterwards.\n"
+        )
+        needle = f"One of the special magic {one}s for {key} is: {value}."
+        question = (
+            f"\nWhat is the special magic {one} for {key} mentioned in the provided text? "
+            f"The special magic {one} for {key} mentioned in the provided text is"
+        )
+    assert text.startswith(intro)
+    assert text.endswith(question)
+    assert text.count(key) == (3 if task.style == "ruler" else 2)
+    before, after = text.removeprefix(intro).removesuffix(question).split(needle)
+    return before, after
+
+
+def sentences(part: str, task: Needle) -> int:
+    """How many begin in it."""
+    hay = task.haystack or ("noise" if task.kind == "passkey" else "text")
+    if hay == "noise":
+        return len([line for line in part.split("\n") if line.strip()])
+    return len(part.split()) if hay == "words" else len(re.findall("[A-Z]", part))
+
+
+# ------------------------------------------------------------------------------------------------ the task
+
+
+@settings(deadline=None, max_examples=70, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    tokenizer=st.sampled_from(["bytes", "byte_level", "marked"]),
+    kind=st.sampled_from(["passkey", "number", "uuid"]),
+    hay=st.sampled_from([None, "noise", "words", "text"]),
+    style=st.sampled_from(["ruler", "short"]),
+    digits=st.integers(3, 18),
+    more=st.integers(0, 900),
+    depth=st.none() | st.floats(0, 100) | st.sampled_from([0, 50, 100]),
+    seed=st.integers(0, 2**32),
+)
+def test_every_row_keeps_its_promises(tokenizers, book, tokenizer, kind, hay, style, digits, more, depth, seed):
+    options = {"kind": kind, "haystack": hay, "style": style, "digits": digits, "files": [book]}
+    options["tokenizer"] = tokenizers[tokenizer]
+    task = Needle(length=least(**options) + more, depth=depth, **options)
+    ids, labels = task.batch(np.random.default_rng(seed), 2)
+    assert ids.shape == labels.shape == (2, task.length)
+    assert ids.max() < task.vocab_size
+    for row, label in zip(ids, labels, strict=True):
+        asked = np.flatnonzero(label != IGNORED)
+        assert list(asked) == list(range(asked[0], task.length))
+        assert (label[asked] == row[asked]).all()
+        text, answer = task.decode(row), task.decode(label[asked])
+        value = answer.strip()
+        assert re.fullmatch(UUID if kind == "uuid" else rf"[1-9]\d{{{digits - 1}}}", value)
+        assert text.count(value) == 2  # in the needle, and the answer
+        assert text.endswith(f" {value}" if style == "ruler" else f"={value}")
+        before, after = context_of(text.removesuffix(value).rstrip(" "), task, value)
+        assert len(after) - len(after.rstrip("\n")) <= LONGEST_WORD
+        one, other = sentences(before, task), sentences(after, task)
+        if depth is not None:
+            assert one == int((one + other) * depth / 100)
+        words = f"{before} {after}".split()  # with the needle taken out it is what it was
+        source = {"noise": NOISE, "text": TEXT}.get(hay or ("noise" if kind == "passkey" else "text"))
+        if source is not None:
+            repeated = source.split() * (len(words) // len(source.split()) + 2)
+            assert " ".join(words) in " ".join(repeated)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "byte_level", "marked"])
+@pytest.mark.parametrize("style", ["ruler", "short"])
+def test_what_is_asked_is_the_row_without_its_answer(tokenizers, book, tokenizer, style):
+    options = {"kind": "uuid", "style": style, "files": [book], "tokenizer": tokenizers[tokenizer]}
+    task = Needle(length=700, **options)
+    prompts, values = task.examples(np.random.default_rng(1), 4)
+    kept = 128 if style == "ruler" else 36
+    assert prompts.shape == (4, 700 - kept)
+    for prompt, value in zip(prompts, values, strict=True):
+        text = task.decode(prompt)
+        assert text.count(value) == 1
+        context_of(text, task, value)
+    rng = np.random.default_rng(1)
+    twos = [task.examples(rng, 2) for _ in range(2)]
+    assert np.array_equal(np.concatenate([two.prompts for two in twos]), prompts)
+    assert [value for two in twos for value in two.values] == values
+    assert replace(task, answer=50).examples(np.random.default_rng(1), 1).prompts.shape == (1, 650)
+
+
+def test_a_seed_is_a_row(book):
+    for kind in ("passkey", "number", "uuid"):
+        task = Needle(length=512, kind=kind, files=[book])
+        one, same, other = (task.batch(np.random.default_rng(seed), 3) for seed in (3, 3, 4))
+        assert one.input_ids.tobytes() == same.input_ids.tobytes()
+        assert one.labels.tobytes() == same.labels.tobytes()
+        assert not (one.input_ids == other.input_ids).all(1).any()
+        assert len({row.tobytes() for row in one.input_ids}) == 3
+
+
+def test_every_token_is_asked_where_that_is_wanted():
+    ids, labels = Needle(length=128, style="short", everywhere=True).batch(np.random.default_rng(0), 2)
+    assert np.array_equal(ids, labels)
+    assert np.array_equal(ids, Needle(length=128, style="short").batch(np.random.default_rng(0), 2).input_ids)
+
+
+def places(task: Needle, rows: int) -> list[tuple[int, int]]:
+    """Sentences before the needle, and all."""
+    found = []
+    prompts, values = task.examples(np.random.default_rng(0), rows)
+    for prompt, value in zip(prompts, values, strict=True):
+        before, after = (sentences(part, task) for part in context_of(task.decode(prompt), task, value))
+        found.append((before, before + after))
+    return found
+
+
+def test_a_depth_that_is_not_given_is_drawn_as_ruler_draws_it(book):
+    lines = places(Needle(length=1200), 200)
+    assert all(before < count for before, count in lines)
+    assert {before for before, _ in lines} == set(range(max(count for _, count in lines)))
+    words = places(Needle(length=80, haystack="words", style="short"), 200)
+    assert any(before == count for before, count in words)
+    assert any(before == 0 for before, _ in words)
+    text = places(Needle(length=9000, kind="number", files=[book]), 200)
+    depths = [round(100 * i / 39) for i in range(40)]
+    assert all(before in {int(count * depth / 100) for depth in depths} for before, count in text)
+    assert len({round(before / count, 2) for before, count in text}) > 30
+
+
+def test_a_value_that_the_haystack_has_is_not_taken(tmp_path):
+    path = tmp_path / "digits.txt"
+    path.write_text("1 2 3 4 5 6 7 8. " * 50)
+    task = Needle(length=128, kind="number", style="short", digits=1, files=[str(path)])
+    assert set(task.examples(np.random.default_rng(0), 30).values) == {"9"}
+    path = tmp_path / "more.txt"
+    path.write_text("19 28 37 46 5. " * 50)
+    with pytest.raises(ValueError, match="digits=1 is too few"):
+        replace(task, files=[str(path)]).examples(np.random.default_rng(0), 1)
+
+
+def test_a_text_goes_on_from_its_beginning_and_rows_begin_anywhere(book):
+    task = Needle(length=3 * len(TEXT), kind="number", files=[book], depth=0)
+    text = task.decode(task.batch(np.random.default_rng(0), 1).input_ids[0])
+    assert text.count(" ".join(TEXT.split())) >= 1
+    rows = Needle(length=600, kind="number", files=[book], depth=100).batch(np.random.default_rng(0), 20).input_ids
+    assert len({task.decode(row)[131:160] for row in rows}) > 10
+
+
+def test_sentences_of_a_log_are_its_lines_and_of_prose_end_with_a_full_stop(tmp_path):
+    log, letter = tmp_path / "a.log", tmp_path / "b.txt"
+    log.write_text("".join(f"{i} request served\n" for i in range(500)))
+    letter.write_text('He said "No."  She\nleft. Why?\n\nA title\n\nThen')
+    task = Needle(length=2000, kind="number", files=[str(log)], depth=50)
+    (prompt,), (value,) = task.examples(np.random.default_rng(0), 1)
+    before, after = context_of(task.decode(prompt), task, value)
+    assert abs(before.count("request") - after.count("request")) <= 1
+    from titans_lm.tasks.haystack import haystack
+
+    found = haystack("text", (str(letter),), "bytes", 0)
+    starts = [found.letters[word] for word in found.sentences]
+    parts = [found.text[a:b] for a, b in itertools.pairwise(starts)]
+    assert parts == [' He said "No."', " She left.", " Why?", " A title", " Then"]
+
+
+def test_what_a_key_and_prose_are_made_of():
+    assert len(set(ADJECTIVES)) == len(ADJECTIVES) >= 60
+    assert len(set(NOUNS)) == len(NOUNS) >= 60
+    made = prose(2000)
+    assert made == prose(2000) != prose(2000, seed=1)
+    assert len(set(made)) > 1900
+    assert all(re.fullmatch(r"[A-Z][A-Za-z', ]+[.?]", sentence) for sentence in made)
+    assert not [sentence for sentence in made if re.search(r"\ba [aeiou]", sentence)]
+
+
+def test_the_default_text_is_there_on_every_machine_and_quickly_made():
+    task = make_task({"name": "needle", "kind": "number"})
+    assert isinstance(task, Task)
+    assert (task.length, task.vocab_size) == (1024, 259)
+    task.batch(np.random.default_rng(0), 8)
+    begun = time.process_time()
+    task.batch(np.random.default_rng(0), 200)
+    assert time.process_time() - begun < 1
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "key"}, "kind='key' is not one of: passkey, number, uuid"),
+        ({"haystack": "hay"}, "haystack='hay' is not one of: noise, words, text"),
+        ({"style": "long"}, "style='long' is not one of: ruler, short"),
+        ({"length": 0}, "length must be a whole number of at least 1"),
+        (
+            {"length": 370},
+            "length=370 is too short for needle, question and 8 tokens of answer; it must be at least 371",
+        ),
+        ({"length": 50, "style": "short"}, "at least 51"),
+        ({"digits": 19}, "digits must be at most 18"),
+        ({"digits": 0}, "digits must be a whole number of at least 1"),
+        ({"depth": 101}, "depth must be from 0 to 100 percent, got 101"),
+        ({"digits": "7"}, "digits must be a whole number"),
+        ({"everywhere": "no"}, "everywhere must be true or false, got 'no'"),
+        ({"tokenizer": 5}, "tokenizer and files must be texts, got 5"),
+        ({"depth": float("nan")}, "depth must be from 0 to 100 percent, got nan"),
+        ({"depth": "50"}, "depth must be from 0 to 100 percent, got '50'"),
+        ({"answer": 0}, "answer must be a whole number of at least 1"),
+        ({"tokenizer": "/no/such"}, "tokenizer '/no/such' cannot be loaded"),
+        ({"kind": "number", "files": ["/no/such"]}, "/no/such does not exist"),
+        ({"kind": "number", "files": []}, "at least one"),
+    ],
+)
+def test_what_cannot_be_is_said_at_once(options, words):
+    with pytest.raises(ValueError, match=words):
+        make_task({"name": "needle", **options})
+
+
+def test_the_answer_has_to_fit_only_where_it_is_kept():
+    task = Needle(length=400)
+    assert task.batch(np.random.default_rng(0), 1).input_ids.shape == (1, 400)
+    with pytest.raises(ValueError, match="128 tokens of answer; it must be at least 491"):
+        task.examples(np.random.default_rng(0), 1)
+    assert Needle(length=491).examples(np.random.default_rng(0), 1).prompts.shape == (1, 363)
+
+
+def test_a_tokenizer_that_loses_the_text_is_refused(tmp_path):
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.Lowercase()
+    name = trained(tokenizer, tmp_path, ["<unk>"])
+    with pytest.raises(ValueError, match="does not give back the text"):
+        Needle(tokenizer=name)
+
+
+# ------------------------------------------------------------------------------------------------ the score
+
+
+@pytest.mark.parametrize(
+    ("value", "answer", "found", "exact"),
+    [
+        ("1234567", " 1234567.", True, True),
+        ("1234567", " is: 1234567", True, False),
+        ("1234567", " 12345678", True, True),  # RULER's rule: within a longer number, too
+        ("1234567", "91234567", True, False),
+        ("1234567", " 123456", False, False),
+        ("1234567", " 123 4567", False, False),
+        ("1234567", " 1,234,567", False, False),
+        ("1234567", "", False, False),
+        ("ab12-cd", " AB12-CD", True, False),
+        ("ab12-cd", "\n ab12-cd and", True, True),
+        ("ab12-cd", " ab12cd", False, False),
+    ],
+)
+def test_right_and_wrong_answers(value, answer, found, exact):
+    assert occurs(value, answer) is found
+    assert begins(value, answer) is exact
+
+
+def new_model(vocabulary: int = 260) -> TitansForCausalLM:
+    torch.manual_seed(0)
+    return TitansForCausalLM(tiny_config("mag", vocab_size=vocabulary, num_hidden_layers=1, initializer_range=0.05))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    new_model().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_a_model_that_was_not_trained_finds_nothing_and_one_that_was_finds_what_it_learned(tmp_path):
+    path = tmp_path / "digits.txt"
+    path.write_text("1 2 3 4 5 6 7 8. " * 50)  # so that the value is always 9
+    task = Needle(length=64, kind="number", style="short", digits=1, files=[str(path)], depth=50.0)
+    model = new_model()
+    nothing = {"score": 0.0, "exact": 0.0, "samples": 5, "length": 64, "depth": 50.0}
+    assert score(model, task, samples=5, seed=0, rows=2) == nothing
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    rng = np.random.default_rng(0)
+    for _ in range(15):
+        ids, labels = map(torch.from_numpy, task.batch(rng, 4))
+        model.train()(ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert score(model, task, samples=5, seed=0, rows=2) == {**nothing, "score": 1.0, "exact": 1.0}
+    late = [(begins(v, said), occurs(v, said)) for _, v, said in answers(model, replace(task, answer=4), 5, 0)]
+    assert late == [(True, True)] * 5
+    with pytest.raises(ValueError, match="the task has 259 tokens, the model only 100"):
+        score(new_model(100), task, 1, 0)
+    with pytest.raises(ValueError, match="samples must be"):
+        score(model, task, 0, 0)
+
+
+def test_the_figures_are_shares_of_the_samples():
+    """A model that always says the same is right about the values that are it."""
+    task = Needle(length=64, haystack="words", style="short", digits=1, depth=50.0)
+    model = new_model()
+    rng = np.random.default_rng(0)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(15):
+        ids, labels = map(torch.from_numpy, task.batch(rng, 4))
+        model.train()(ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = score(model, task, 24, 5, rows=7)
+    told = list(answers(model, task, 24, 5, rows=24))
+    right = sum(value == said for _, value, said in told)
+    assert 0 < right < 24
+    assert found["score"] == found["exact"] == pytest.approx(right / 24)
+    assert [value for _, value, _ in told] == task.examples(np.random.default_rng(5), 24).values
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def arguments(folder: Path, path: Path, **changes: str) -> list[str]:
+    options = {
+        "model": str(folder), "kind": "passkey uuid", "lengths": "128 150", "depths": "2", "samples": "2",
+        "style": "short", "haystack": "words", "answer": "4", "out": str(path),
+    }  # fmt: skip
+    options.update(changes)
+    return ["evaluate", "needle", *(word for k, v in options.items() for word in (f"--{k}", *v.split()))]
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()][1:]
+
+
+def test_the_command_leaves_a_cell_a_line_and_a_picture_and_goes_on(folder, tmp_path, capsys):
+    from matplotlib import image
+
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    assert main([*arguments(folder, whole), "--show"]) == 0
+    told = capsys.readouterr().err
+    assert "passkey, % found" in told
+    assert "wanted: '" in told
+    cells = rows(whole)
+    assert [(cell["kind"], cell["length"], cell["depth"]) for cell in cells] == [
+        (kind, length, depth) for kind in ("passkey", "uuid") for length in (128, 150) for depth in (0.0, 100.0)
+    ]
+    assert all(cell["samples"] == 2 and 0 <= cell["exact"] <= cell["score"] <= 1 for cell in cells)
+    head = json.loads(whole.read_text().splitlines()[0])
+    assert head["command"].startswith(f"titans evaluate needle --model {folder} --kind passkey uuid --lengths 128 150")
+    picture = image.imread(whole.with_suffix(".png"))
+    assert picture.shape[1] > picture.shape[0] > 100
+    assert picture.std() > 0.1
+    lines = whole.read_text().splitlines()
+    lines[1] = json.dumps({**cells[0], "score": 0.25})  # to see that it is not computed again
+    part.write_text("\n".join(lines[:4]) + "\n")
+    assert main(arguments(folder, part, batch="1")) == 0
+    assert rows(part) == [{**cells[0], "score": 0.25}, *cells[1:]]
+    assert main(arguments(folder, part, lengths="150 170", kind="uuid")) == 0
+    assert [cell["length"] for cell in rows(part)[len(cells) :]] == [170, 170]
+    before = part.read_text()
+    assert main(arguments(folder, part, seed="1")) == 2
+    assert "other settings (seed)" in capsys.readouterr().err
+    assert part.read_text() == before
+
+
+def test_an_interruption_loses_no_cell(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "needle.jsonl"
+    forward, calls = TitansForCausalLM.forward, []
+
+    def interrupted(self, *inputs, **options):
+        calls.append(1)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return forward(self, *inputs, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TitansForCausalLM, "forward", interrupted)
+        assert main(arguments(folder, out)) == 130
+    assert f"interrupted: the same again goes on with {out}" in capsys.readouterr().err
+    done = rows(out)
+    assert 0 < len(done) < 8
+    assert main(arguments(folder, out)) == 0
+    assert main(arguments(folder, tmp_path / "whole.jsonl")) == 0
+    assert rows(out) == rows(tmp_path / "whole.jsonl")
+    assert rows(out)[: len(done)] == done
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "/no/such"}, "--model /no/such is not a folder"),
+        ({"kind": "passkey key"}, "kind='key' is not one of: passkey, number, uuid"),
+        ({"kind": "uuid uuid"}, "--kind has a value twice"),
+        ({"lengths": "128 20"}, "length=20 is too short"),
+        ({"lengths": "0"}, "length must be a whole number of at least 1"),
+        ({"answer": "100"}, "100 tokens of answer; it must be at least"),
+        ({"haystack": "/no/such"}, "/no/such does not exist"),
+        ({"kind": "number", "haystack": "EMPTY"}, "is empty; give a file with text in it"),
+        ({"style": "long"}, "style='long'"),
+        ({"samples": "0"}, "--samples must be a whole number of at least 1"),
+        ({"depths": "0"}, "--depths must be a whole number of at least 1"),
+        ({"batch": "0"}, "--batch must be a whole number of at least 1"),
+        ({"seed": "-1"}, "--seed must not be negative"),
+        ({"out": "/no/such/needle.jsonl"}, "the folder /no/such does not exist"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_nothing_is_written(folder, tmp_path, capsys, changes, words):
+    (tmp_path / "empty.txt").write_text("")
+    changes = {name: value.replace("EMPTY", str(tmp_path / "empty.txt")) for name, value in changes.items()}
+    assert main(arguments(folder, tmp_path / "needle.jsonl", **changes)) == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.count("\n") == 1
+    assert not list(tmp_path.glob("needle*"))
+
+
+def test_the_haystack_is_what_was_given(folder, book, tmp_path, capsys):
+    for haystack, expected in ((book, " x."), ("noise", "The grass is green")):
+        out = tmp_path / f"{Path(haystack).stem}.jsonl"
+        options = {"kind": "number", "lengths": "400", "depths": "1", "samples": "1", "haystack": haystack}
+        assert main([*arguments(folder, out, **options), "--show"]) == 0
+        assert expected in capsys.readouterr().err
+        assert json.loads(out.read_text().splitlines()[0])["settings"]["haystack"] == [haystack]
