@@ -15,12 +15,9 @@ _MODEL: dict[str, Any] = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 128, "window_size": 16,
     "segment_size": 16, "num_persistent_tokens": 4, "memory_head_dim": 32, "memory_dim": 64,
 }  # fmt: skip
-_TRACKING: dict[str, Any] = {"model": {"memory_chunk_size": 1, "memory_lr": 1.0, "memory_layers": 1, "memory_form": "plain",
-                       "memory_clip": None}}  # fmt: skip
-_RUN: dict[str, dict[str, Any]] = {
-    "model": _MODEL,
-    "training": {"max_steps": 600, "batch_size": 64, "learning_rate": 3e-3, "warmup": 0.05},
-}
+_MEMORY = {"memory_chunk_size": 1, "memory_lr": 1.0, "memory_layers": 1, "memory_form": "plain", "memory_clip": None}
+_TRACKING: dict[str, Any] = {"model": _MEMORY}
+_TRAINING: dict[str, Any] = {"max_steps": 600, "batch_size": 64, "learning_rate": 3e-3, "warmup": 0.05}
 
 TASKS: dict[str, dict[str, Any]] = {
     "mqar": {"task": {"length": 64, "pairs": 4}, "lengths": [64, 128, 256]},
@@ -85,7 +82,7 @@ def run_of(task: str, model: str, changes: list[str]) -> dict[str, dict[str, Any
     own = TASKS[task]
     named = {"variant": model} if model in VARIANTS else {"baseline": model}
     memory = own.get("model", {}) if model in VARIANTS else {}  # a baseline is what its paper says
-    sections: dict[str, dict[str, Any]] = copy.deepcopy({"data": {}, **_RUN})
+    sections: dict[str, dict[str, Any]] = copy.deepcopy({"model": _MODEL, "data": {}, "training": _TRAINING})
     sections["model"] |= {**memory, **named}
     for change in changes:
         change_tree(sections, change)
