@@ -23,10 +23,9 @@ from titans_lm.bench.race import Entrant, Heat
 from titans_lm.checkpoint import load
 from titans_lm.data import encode, read_text, stdlib_files
 from titans_lm.model import TitansForCausalLM
+from titans_lm.tasks.haystack import NOISE
 
 PIECE = 4096
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
-"""The haystack of RULER's first needle task (arXiv:2404.06654)."""
 
 
 def log(size: int) -> str:
@@ -42,7 +41,7 @@ def log(size: int) -> str:
 
 def haystack(size: int) -> str:
     """One line again and again."""
-    return _cut(itertools.repeat(NOISE), size)
+    return _cut(itertools.repeat(NOISE + "\n"), size)
 
 
 def sources(size: int) -> str:

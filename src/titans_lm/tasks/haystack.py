@@ -60,10 +60,11 @@ class Encoder:
         """Tokens `[T]` of what will not come again."""
         return self._encode([part])[0]
 
-    def learn(self, parts: Iterable[str]) -> None:
-        """Many at once are encoded faster than one by one."""
+    def each(self, parts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """Tokens of many, which are encoded at once: that is faster than one by one. Kept as well."""
         new = sorted(set(parts) - self._known.keys())
         self._known.update(zip(new, self._encode(new), strict=True))
+        return [self._known[part] for part in parts]
 
     def decode(self, ids: NDArray[np.int64]) -> str:
         text: str = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -163,8 +164,7 @@ def _repeated(kind: str, files: tuple[str, ...], tokenizer: str, times: int) -> 
 
 def _haystack(sentences: Sequence[Sequence[str]], encode: Encoder) -> Haystack:
     words = [word for sentence in sentences for word in sentence]
-    encode.learn(words)
-    tokens = [encode(word) for word in words]
+    tokens = encode.each(words)
     return Haystack(
         "".join(words), np.concatenate(tokens), *(_starts(map(len, parts)) for parts in (tokens, words, sentences))
     )

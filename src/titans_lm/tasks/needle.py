@@ -83,7 +83,7 @@ class Needle:
     files: Sequence[str] = (PROSE, STDLIB)
     """Text files, folders, "prose" (made by a grammar), "python-stdlib" (its docstrings)."""
     digits: int = 7
-    depth: float | None = None
+    depth: int | float | None = None
     """Of the needle, in percent; 0 is the beginning. None: drawn, one of RULER's 40 depths in text, any place between
     words in words, the place of any line in noise."""
     style: Style = "ruler"
@@ -97,25 +97,32 @@ class Needle:
     characters, which is enough for any tokenizer."""
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("kind", self.kind, get_args(Kind)), ("haystack", self._hay, get_args(Hay)),
-            ("style", self.style, get_args(Style)),
-        ):  # fmt: skip
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is not one of: {', '.join(known)}")
-        at_least(1, length=self.length, digits=self.digits, answer=self.kept)
-        if self.digits > _MOST_DIGITS:
-            raise ValueError(f"digits must be at most {_MOST_DIGITS}, got {self.digits}")
-        if self.depth is not None:
-            if isinstance(self.depth, bool | str) or not 0 <= self.depth <= 100:
-                raise ValueError(f"depth must be from 0 to 100 percent, got {self.depth!r}")
-            object.__setattr__(self, "depth", float(self.depth))
         files = (self.files,) if isinstance(self.files, str) else tuple(self.files)
         object.__setattr__(self, "files", files)
-        if self._hay == "text" and not files:
-            raise ValueError("files: a haystack of text needs at least one")
-        self._check(self._value_length)
+        self._check_values()
+        if self.depth is not None:
+            object.__setattr__(self, "depth", float(self.depth))
+        self._check_length(self._value_length)
         self._haystack(0)  # a file that cannot be read is told now
+
+    def _check_values(self) -> None:
+        for name, known in (("kind", get_args(Kind)), ("haystack", (None, *get_args(Hay))), ("style", get_args(Style))):
+            if getattr(self, name) not in known:
+                words = ", ".join(word for word in known if word)
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of: {words}")
+        at_least(1, length=self.length, digits=self.digits)
+        at_least(1, answer=self.kept)
+        if self.digits > _MOST_DIGITS:
+            raise ValueError(f"digits must be at most {_MOST_DIGITS}, got {self.digits}")
+        number = isinstance(self.depth, int | float) and not isinstance(self.depth, bool)
+        if self.depth is not None and not (number and 0 <= self.depth <= 100):
+            raise ValueError(f"depth must be from 0 to 100 percent, got {self.depth!r}")
+        if not isinstance(self.everywhere, bool):
+            raise ValueError(f"everywhere must be true or false, got {self.everywhere!r}")
+        if not all(isinstance(text, str) for text in (self.tokenizer, *self.files)):
+            raise ValueError(f"tokenizer and files must be texts, got {self.tokenizer!r} and {self.files!r}")
+        if self._hay == "text" and not self.files:
+            raise ValueError("files: a haystack of text needs at least one")
 
     # ------------------------------------------------------------------------------------------ what is given
 
@@ -153,13 +160,13 @@ class Needle:
 
     def check_examples(self) -> None:
         """Raises ValueError for a length in which the tokens kept for the answer have no place."""
-        self._check(self.kept)
+        self._check_length(self.kept)
 
     # ------------------------------------------------------------------------------------------ parts
 
     @property
     def _hay(self) -> str:
-        return self.haystack or HAY.get(self.kind, "text")
+        return self.haystack or HAY[self.kind]
 
     @property
     def _encoder(self) -> Encoder:
@@ -173,7 +180,7 @@ class Needle:
     def _haystack(self, room: int) -> Haystack:
         return haystack(self._hay, tuple(self.files), self.tokenizer, room)
 
-    def _check(self, answer: int) -> None:
+    def _check_length(self, answer: int) -> None:
         least = _least(self.kind, self.style, self._hay, self.tokenizer) + self._value_length + answer
         if self.length < least:
             raise ValueError(
@@ -215,9 +222,11 @@ def _key(rng: np.random.Generator) -> str:
 @lru_cache(maxsize=64)
 def _least(kind: str, style: str, hay: str, tokenizer: str) -> int:
     """Tokens of a prompt without its haystack and its value, whatever the key."""
-    keys, encode, none = [f"{a}-{n}" for a in ADJECTIVES for n in NOUNS], encoder(tokenizer), np.zeros(0, np.int64)
-    encode.learn(f"{lead}{key}" for key in keys for lead in " \n")
-    return max(Prompt(kind, style, hay, encode, key, none).least for key in keys)
+    encode, none = encoder(tokenizer), np.zeros(0, np.int64)
+    keys = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]
+    leads = [encode.each([f"{lead}{key}" for key in keys]) for lead in " \n"]
+    kinds = {(len(one), len(other)): key for one, other, key in zip(*leads, keys, strict=True)}  # all else is the same
+    return max(Prompt(kind, style, hay, encode, key, none).least for key in kinds.values())
 
 
 class Prompt(NamedTuple):
