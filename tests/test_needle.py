@@ -385,9 +385,11 @@ def test_a_model_that_was_not_trained_finds_nothing_and_one_that_was_finds_what_
         score(model, task, 0, 0)
 
 
-def test_the_figures_are_shares_of_the_samples():
-    """A model that always says the same is right about the values that are it."""
-    task = Needle(length=64, haystack="words", style="short", digits=1, depth=50.0)
+def test_the_figures_are_shares_of_the_samples(tmp_path):
+    """A model that can only guess is sometimes right."""
+    path = tmp_path / "digits.txt"
+    path.write_text("1 2 3 4 5 6 7. " * 50)  # the value is 8 or 9
+    task = Needle(length=64, kind="number", style="short", digits=1, files=[str(path)], depth=50.0)
     model = new_model()
     rng = np.random.default_rng(0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
