@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from titans_lm.baselines import BASELINES, MAMBA2, NAMES, mamba2_config
 from titans_lm.config import SIZES, TitansConfig, fitted, known_keys, preset, unknown_key
-from titans_lm.tasks import make_task
+from titans_lm.tasks import make_task, with_length
 
 
 @dataclass
@@ -52,8 +52,14 @@ class DataSettings:
             task = make_task(self.task)
         except ValueError as error:
             raise ValueError(f"data.task: {error}") from error
-        if self.shortest is not None and not 1 <= self.shortest <= task.length:
+        if self.shortest is None:
+            return
+        if not 1 <= self.shortest <= task.length:
             raise ValueError(f"data.shortest must be from 1 to the task's length={task.length}, got {self.shortest}")
+        try:
+            with_length(task, self.shortest)
+        except ValueError as error:
+            raise ValueError(f"data.shortest: {error}") from error
 
 
 @dataclass

@@ -8,7 +8,6 @@ and samples begin at many places of the text (`tasks.needle`). For published cla
 
 import argparse
 import hashlib
-import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from transformers import PreTrainedModel
 from titans_lm.checkpoint import load
 from titans_lm.data import STDLIB
 from titans_lm.evaluate.ask import follow
-from titans_lm.record import Lines
+from titans_lm.record import Lines, command_line
 from titans_lm.tasks import at_least
 from titans_lm.tasks.haystack import PROSE
 from titans_lm.tasks.needle import Kind, Needle
@@ -99,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     cells, console = _cells(arguments), Console(stderr=True)
-    lines = Lines(arguments.out, _settings(arguments), _command(arguments))
+    lines = Lines(arguments.out, _settings(arguments), command_line("evaluate needle", arguments))
     model, _ = load(arguments.model)
     if arguments.show:
         for task in {cell.kind: cell for cell in cells}.values():
@@ -160,17 +159,6 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": str(arguments.model), "digest": digest.hexdigest(),
         **{name: getattr(arguments, name) for name in names},
     }  # fmt: skip
-
-
-def _command(arguments: argparse.Namespace) -> str:
-    """What was typed, in full."""
-    words = ["titans", "evaluate"]
-    for name, value in vars(arguments).items():
-        if value is None or value is False:
-            continue
-        words += [] if name == "what" else [f"--{name}"]
-        words += [] if value is True else map(str, value if isinstance(value, list) else [value])
-    return shlex.join(words)
 
 
 def _place(task: Needle) -> dict[str, Any]:
