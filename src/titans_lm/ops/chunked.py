@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from titans_lm.ops.chunk import Layers, Weights
 from titans_lm.ops.group import Group, Norm, Seen, Span, Trace, back_group, read_group, seen
-from titans_lm.ops.ragged import lay_out
+from titans_lm.ops.ragged import Layout, lay_out
 from titans_lm.ops.types import Answer, Call, MemoryState, Surprise, Tokens, where_rows
 
 KEPT_BYTES = 256 * 2**20
 """A call whose chunks leave no more than this for the backward pass keeps it all, and computes nothing twice."""
 GROUP_BYTES = 128 * 2**20
 """Else they are computed again in groups that leave no more than this, or of sqrt(chunks) chunks if that is more."""
+LONGEST = 64
+"""Tokens of a chunk that are read at once: D and scores grow with their square. A longer chunk is read in parts."""
 CACHED_BYTES = 6 * 2**20
 """Where nothing is kept, a group is as large as what is computed for all its chunks at once stays in a core's cache."""
 
@@ -140,7 +142,7 @@ def _group_size(inputs: Inputs, span: Span, kept_bytes: int) -> tuple[int, bool]
     c, n = span.width, inputs.slots() // span.width
     numbers = sum(2 * i * o + c * (4 * o + 6 * i + 2 * c) for i, o in inputs.shapes())  # the fields of a `Chunk`
     each = numbers * len(inputs.anchor[0]) * inputs.tokens.q.element_size()
-    if n * each <= kept_bytes:
+    if n * each <= kept_bytes * span.share:
         return c * n, True
     return c * min(n, max(round(math.sqrt(n)), GROUP_BYTES // each)), False
 
@@ -201,11 +203,14 @@ def in_spans(call: Call, read: Callable[[Span, Inputs], tuple[Any, ...]]) -> Ans
         weight, bias = (x.expand(batch, *x.shape).reshape(batch * heads, 1, -1) for x in form.norm)
         norm = (weight, bias)
     anchor, w, s = ([x.flatten(0, 1) for x in part] for part in state[:3])
-    spans, parts = layout.spans(), []
-    slots = _split([layout.arrange(x) for x in tokens], spans)
-    for (start, end, width), here in zip(spans, slots, strict=True):
-        present = None if layout.present is None else layout.present[:, start:end]
-        span = Span(form, surprise, width, start >= layout.head, present)
+    pieces, parts = _pieces(layout), []
+    slots = _split([layout.arrange(x) for x in tokens], pieces)
+    for piece, here in zip(pieces, slots, strict=True):
+        present = None if layout.present is None else layout.present[:, piece.start : piece.end]
+        if piece.chunks == "first":
+            anchor = w if present is None else list(where_rows(_heads(present[:, 0], heads), tuple(w), tuple(anchor)))
+        share = (piece.end - piece.start) / layout.size
+        span = Span(form, surprise, piece.width, piece.chunks == "all", present, share)
         *part, anchor, w, s = read(span, Inputs(here, norm, anchor, Weights(w, s)))
         parts.append(part)
     position = (state.position + layout.length) % chunk_size
@@ -219,11 +224,42 @@ def in_spans(call: Call, read: Callable[[Span, Inputs], tuple[Any, ...]]) -> Ans
     return y, after, None if loss is None or gradient_norm is None else Surprise(loss, gradient_norm)
 
 
-def _split(tokens: list[Tensor], spans: list[tuple[int, int, int]]) -> list[Tokens]:
-    """The tokens of each span."""
-    if len(spans) == 1:
+class Piece(NamedTuple):
+    """Slots that make a span: chunks, or parts of one chunk, of `width` slots each."""
+
+    start: int
+    end: int
+    width: int
+    chunks: Literal["all", "first", "none"]  # which begin a chunk
+
+
+def _pieces(layout: Layout) -> list[Piece]:
+    """`Layout.spans`; what of them is longer than LONGEST in parts of equal width, the last of a chunk narrower."""
+    pieces = []
+    for start, end, width in layout.spans():
+        fresh = start >= layout.head
+        if width <= LONGEST:
+            pieces.append(Piece(start, end, width, "all" if fresh else "none"))
+            continue
+        part = -(-width // -(-width // LONGEST))
+        for first in range(start, end, width):
+            last = first + width // part * part
+            pieces.append(Piece(first, last, part, "first" if fresh else "none"))
+            if last < first + width:
+                pieces.append(Piece(last, first + width, first + width - last, "none"))
+    return pieces
+
+
+def _heads(rows: Tensor, heads: int) -> Tensor:
+    """`[B]` -> `[B * H]`"""
+    return rows[:, None].expand(-1, heads).flatten()
+
+
+def _split(tokens: list[Tensor], pieces: list[Piece]) -> list[Tokens]:
+    """The tokens of each piece."""
+    if len(pieces) == 1:
         return [Tokens(*tokens)]
-    sizes = [end - start for start, end, _ in spans]
+    sizes = [piece.end - piece.start for piece in pieces]
     return [Tokens(*part) for part in zip(*(x.split(sizes, 1) for x in tokens), strict=True)]
 
 
