@@ -34,7 +34,7 @@ WITHIN_OPS = [
     ["chunk"],
     ["group"],
     ["chunked"],
-    ["step"],
+    ["step", "linear"],
     ["kernel_mlp"],
     ["kernels"],
     ["triton"],

@@ -129,8 +129,7 @@ def read_span(span: Span, inputs: Inputs, kept_bytes: int) -> tuple[Any, ...]:
         y, loss, norm, *state = _ReadSpan.apply(span, kept_bytes, *flat)
         return y, loss, norm, *thirds(state)
     out, trace = _empty(inputs, span), Trace([], [], inputs.anchor, inputs.state)
-    tokens = max(1, CACHED_BYTES // (inputs.row_bytes() * span.width)) * span.width
-    for part in _parts(inputs, tokens):
+    for part in _parts(inputs, cached_size(inputs, span)):
         group = _group(inputs, span, part, keep=False)
         trace = read_group(group, trace.anchor, trace.state)
         _put(out, part, seen(group, trace), span.width)
@@ -138,13 +137,25 @@ def read_span(span: Span, inputs: Inputs, kept_bytes: int) -> tuple[Any, ...]:
 
 
 def _group_size(inputs: Inputs, span: Span, kept_bytes: int) -> tuple[int, bool]:
-    """Slots of a group, and whether the call is one group that keeps what its chunks leave."""
-    c, n = span.width, inputs.slots() // span.width
+    """Slots of a group, and whether the span is one group that keeps what its chunks leave."""
+    c = span.width
     numbers = sum(2 * i * o + c * (4 * o + 6 * i + 2 * c) for i, o in inputs.shapes())  # the fields of a `Chunk`
     each = numbers * len(inputs.anchor[0]) * inputs.tokens.q.element_size()
-    if n * each <= kept_bytes * span.share:
-        return c * n, True
-    return c * min(n, max(round(math.sqrt(n)), GROUP_BYTES // each)), False
+    size, keep = group_size(inputs.slots() // c, each, kept_bytes * span.share)
+    return c * size, keep
+
+
+def group_size(chunks: int, each: int, kept_bytes: float) -> tuple[int, bool]:
+    """Chunks of a group, if each leaves `each` bytes for the backward pass, and whether that is kept: then it is one
+    group."""
+    if chunks * each <= kept_bytes:
+        return chunks, True
+    return min(chunks, max(round(math.sqrt(chunks)), GROUP_BYTES // each)), False
+
+
+def cached_size(inputs: Inputs, span: Span) -> int:
+    """Slots of a group where nothing is kept."""
+    return max(1, CACHED_BYTES // (inputs.row_bytes() * span.width)) * span.width
 
 
 def _parts(inputs: Inputs, size: int) -> list[slice]:
@@ -152,11 +163,16 @@ def _parts(inputs: Inputs, size: int) -> list[slice]:
 
 
 def _group(inputs: Inputs, span: Span, part: slice, keep: bool) -> Group:
-    tokens = Tokens(*(to_rows(x[:, part], span.width) for x in inputs.tokens))
-    if span.present is not None:
-        heads = inputs.tokens.q.shape[2]
-        span = span._replace(present=to_rows(span.present[:, part, None].expand(-1, -1, heads), span.width))
+    tokens, span = rows_of(Tokens(*(x[:, part] for x in inputs.tokens)), span, part)
     return Group(tokens, span, inputs.norm, inputs.shapes(), keep)
+
+
+def rows_of(tokens: Tokens, span: Span, part: slice) -> tuple[Tokens, Span]:
+    """`tokens`, slots `part` of a span, and what the span says of them, chunk by chunk and row by row."""
+    heads = tokens.q.shape[2]
+    if span.present is not None:
+        span = span._replace(present=to_rows(span.present[:, part, None].expand(-1, -1, heads), span.width))
+    return Tokens(*(to_rows(x, span.width) for x in tokens)), span
 
 
 # ------------------------------------------------------------------------------------------------ tokens and rows
@@ -170,6 +186,11 @@ def _view(x: Tensor, width: int) -> Tensor:
 def to_rows(x: Tensor, width: int) -> Tensor:
     """`[B, N * C, H, *]` -> `[N, B * H, C, *]`, contiguous."""
     return _view(x, width).flatten(1, 2).contiguous()
+
+
+def to_tokens(x: Tensor, batch: int) -> Tensor:
+    """Undo `to_rows`."""
+    return x.unflatten(1, (batch, -1)).transpose(2, 3).movedim(1, 0).flatten(1, 2)
 
 
 def _empty(inputs: Inputs, span: Span) -> Seen:
