@@ -35,7 +35,7 @@ WITHIN_OPS = [
     ["chunk"],
     ["group"],
     ["chunked"],
-    ["step"],
+    ["step", "linear"],
     ["kernel_mlp"],
     ["kernels"],
     ["triton"],

@@ -19,8 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from titans_lm.ops import (
+    Call,
     MemoryForm,
     MemoryState,
+    Tokens,
     initial_state,
     lay_out,
     left_align,
@@ -34,6 +36,7 @@ from titans_lm.ops.decays import Decays, back_decays, decays
 from tolerance import assert_close
 
 ops_chunked = importlib.import_module("titans_lm.ops.chunked")  # its name in the package is the function's
+ops_linear = importlib.import_module("titans_lm.ops.linear")
 B, H, K, HIDDEN = 2, 2, 4, 6
 law = settings(deadline=None, max_examples=25, derandomize=True)
 
@@ -94,6 +97,27 @@ def covering_cases(kind: type[Case], options: dict[str, tuple]) -> list[Case]:
 
 
 CASES = covering_cases(Case, OPTIONS)
+LINEAR = {"depth": 1, "chunk": 1, "residual": False, "clip": None, "threshold": None}
+"""What `backend="linear"` reads."""
+BLOCK = ops_linear.BLOCK
+LINEAR_CASES = covering_cases(
+    Case,
+    OPTIONS
+    | {name: (value,) for name, value in LINEAR.items()}
+    | {"tokens": (5, BLOCK, 2 * BLOCK + 13), "activation": ("silu",)},
+)
+LONG_CASES = covering_cases(
+    Case, OPTIONS | {"depth": (1, 2, 3), "chunk": (11, 16, 2**30), "tokens": (37,), "activation": ("silu",)}
+)
+"""Chunks longer than `SHORT` tokens, for tests in which that is the longest that is read at once."""
+SHORT = 5
+
+
+def able(case: Case, backend: str) -> Case:
+    """`case`, or what is nearest to it of what `backend` can run."""
+    if backend == "linear":
+        return case._replace(**LINEAR)
+    return case._replace(tokens=1) if backend == "step" else case
 
 
 def name_of(case: Case) -> str:
@@ -217,9 +241,25 @@ def test_chunked_is_naive_in_outputs_and_all_gradients(case: Case):
     assert_all_close(outputs_and_gradients(x, case, "chunked"), outputs_and_gradients(x, case, "naive"))
 
 
-@pytest.mark.parametrize("backend", ["naive", "chunked", "step"])
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=name_of)
+def test_linear_is_naive_in_outputs_and_all_gradients(case: Case):
+    x = make_inputs(case)
+    assert_all_close(outputs_and_gradients(x, case, "linear"), outputs_and_gradients(x, case, "naive"))
+
+
+@pytest.mark.parametrize("case", LONG_CASES, ids=name_of)
+def test_a_chunk_read_in_parts_is_naive_in_outputs_and_all_gradients(case: Case, monkeypatch):
+    monkeypatch.setattr(ops_chunked, "LONGEST", SHORT)
+    x = make_inputs(case)
+    assert_all_close(outputs_and_gradients(x, case, "chunked"), outputs_and_gradients(x, case, "naive"))
+
+
+FORMS = ["naive", "chunked", "step", "linear"]
+
+
+@pytest.mark.parametrize("backend", FORMS)
 def test_asking_for_surprise_changes_no_number(backend: str):
-    case = Case(mask="random", residual=True, clip=0.7, threshold=2.0, tokens=1 if backend == "step" else 20)
+    case = able(Case(mask="random", residual=True, clip=0.7, threshold=2.0, tokens=20), backend)
     x = make_inputs(case)
     asked = named(*scan(x, case, backend=backend))
     y, state = memory_scan(
@@ -230,28 +270,22 @@ def test_asking_for_surprise_changes_no_number(backend: str):
     assert all(torch.equal(w, asked[f"weights{layer}"]) for layer, w in enumerate(state.weights))
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", [*CASES, *LINEAR_CASES[:4]], ids=name_of)
 def test_one_token_is_the_same_in_every_form(case: Case):
     case = case._replace(tokens=1)
     x = make_inputs(case)
     expected = outputs_and_gradients(x, case, "naive")
     assert_all_close(outputs_and_gradients(x, case, "step"), expected)
     assert_all_close(outputs_and_gradients(x, case, "chunked"), expected)
+    if case._asdict().items() >= LINEAR.items():
+        assert_all_close(outputs_and_gradients(x, case, "linear"), expected)
     outputs = named(*scan(x, case, backend="naive"))
     assert_all_close(
         named(*scan(x, case, backend="step")), outputs
     )  # what decoding runs, where nothing asks for gradients
 
 
-@pytest.mark.parametrize("backend", ["auto", "naive", "chunked"])
-@pytest.mark.parametrize("case", CASES[:8], ids=name_of)
-def test_no_tokens_leave_the_memory_as_it_was(case: Case, backend: str):
-    case = case._replace(tokens=0)
-    x = make_inputs(case)
-    y, state, surprise = scan(x, case, backend=backend)
-    assert y.shape == (B, 0, H, case.v_width)
-    assert surprise.loss.shape == surprise.gradient_norm.shape == (B, 0, H)
-    before = make_state(x, case)
+def assert_untouched(state: MemoryState, before: MemoryState) -> None:
     assert torch.equal(state.position, before.position)
     for got, had in zip(state.weights + state.momentum, before.weights + before.momentum, strict=True):
         assert torch.equal(got, had)
@@ -260,26 +294,38 @@ def test_no_tokens_leave_the_memory_as_it_was(case: Case, backend: str):
         assert all(torch.equal(got[row], had[row]) for got, had in zip(state.anchor, anchor, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["auto", "naive", "chunked", "linear"])
+@pytest.mark.parametrize("case", CASES[:8], ids=name_of)
+def test_no_tokens_leave_the_memory_as_it_was(case: Case, backend: str):
+    case = able(case._replace(tokens=0), backend)
+    x = make_inputs(case)
+    y, state, surprise = scan(x, case, backend=backend)
+    assert y.shape == (B, 0, H, case.v_width)
+    assert surprise.loss.shape == surprise.gradient_norm.shape == (B, 0, H)
+    assert_untouched(state, make_state(x, case))
+
+
 @pytest.mark.parametrize("case", CASES[:8], ids=name_of)
 def test_numbers_do_not_depend_on_whether_gradients_are_on(case: Case):
-    case = case._replace(tokens=21)
-    x = make_inputs(case)
-    for backend in ("naive", "chunked"):
+    for backend in ("naive", "chunked", "linear"):
+        case = able(case._replace(tokens=21), backend)
+        x = make_inputs(case)
         expected = outputs_and_gradients(x, case, backend)
         with torch.no_grad():
             actual = named(*scan(x, case, backend=backend))
         assert_all_close(actual, {name: expected[name] for name in actual})
 
 
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("residual", "backend"), [(False, "chunked"), (True, "chunked"), (False, "linear")])
 @pytest.mark.parametrize("mask", ["none", "random"])
-def test_gradcheck(residual: bool, mask: str):
+def test_gradcheck(residual: bool, mask: str, backend: str):
     case = Case(2, 3, 7, residual, clip=0.7 if residual else None, mask=mask, start="ragged", gates="alpha")
+    case = able(case, backend)
     x = make_inputs(case)
     leaves = {name: v.requires_grad_() for name, v in x.items() if v.is_floating_point()}
 
     def outputs(*values: Tensor) -> tuple[Tensor, ...]:
-        out = named(*scan(x | dict(zip(leaves, values, strict=True)), case, backend="chunked"))
+        out = named(*scan(x | dict(zip(leaves, values, strict=True)), case, backend=backend))
         return tuple(value for value in out.values() if value.requires_grad)
 
     # finite differences step outside [0, 1] at a gate of exactly 1, where the operation is not defined
@@ -295,6 +341,14 @@ def test_chunked_in_float32_is_near_naive_in_float64(depth: int, chunk: int, res
     x = make_inputs(case, torch.float32)
     wide = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
     assert_all_close(outputs_and_gradients(x, case, "chunked"), outputs_and_gradients(wide, case, "naive"))
+
+
+@pytest.mark.parametrize("width", [4, 64])
+def test_linear_in_float32_is_near_naive_in_float64(width: int):
+    case = Case(**LINEAR, tokens=2 * BLOCK + 5, gates="all", mask="random", width=width)
+    x = make_inputs(case, torch.float32)
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
+    assert_all_close(outputs_and_gradients(x, case, "linear"), outputs_and_gradients(wide, case, "naive"))
 
 
 # ------------------------------------------------------------------------------------------------ cut, mask, rows
@@ -314,6 +368,7 @@ small_cases = st.builds(
     width=st.just(K),
     hidden=st.just(HIDDEN),
 )
+small_cases |= small_cases.map(lambda case: able(case, "linear"))
 
 
 def scan_in_pieces(x: dict[str, Tensor], case: Case, cuts: list[int]) -> dict[str, Tensor]:
@@ -332,8 +387,26 @@ def test_cut_anywhere(case: Case, cuts: list[int], seed: int):
     assert_all_close(scan_in_pieces(x, case, cuts), named(*scan(x, case)))
 
 
-def test_gradients_cross_a_cut():
-    case = Case(2, 4, 23, residual=True, mask="random", start="ragged")
+@law
+@given(
+    case=small_cases,
+    chunk=st.sampled_from([7, 13, 2**30]),
+    longest=st.integers(1, 6),
+    cuts=st.lists(st.integers(0, 40), max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_cut_a_long_chunk_anywhere(case: Case, chunk: int, longest: int, cuts: list[int], seed: int):
+    case = case._replace(chunk=chunk)
+    x = make_inputs(case, seed=seed)
+    whole = named(*scan(x, case, backend="chunked"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops_chunked, "LONGEST", longest)
+        assert_all_close(scan_in_pieces(x, case, cuts), whole)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "linear"])
+def test_gradients_cross_a_cut(backend: str):
+    case = able(Case(2, 4, 23, residual=True, mask="random", start="ragged"), backend)
     x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
     whole, pieces = named(*scan(x, case)), scan_in_pieces(x, case, [1, 2, 9, 16])
     assert_all_close(gradients(pieces, x), gradients(whole, x))
@@ -362,18 +435,15 @@ def test_masked_tokens_are_invisible(case: Case, junk: int, scale: float, seed: 
         assert not grads[f"d {name}"][~mixed["mask"]].any(), f"a masked token's {name} has a gradient"
 
 
-@pytest.mark.parametrize("backend", ["naive", "chunked", "step"])
+@pytest.mark.parametrize("backend", FORMS)
 def test_a_call_of_padding_alone_changes_nothing(backend: str):
-    case = Case(tokens=1 if backend == "step" else 5, start="ragged")
+    case = able(Case(tokens=5, start="ragged"), backend)
     x = make_inputs(case)
     x["mask"] = torch.zeros(B, case.tokens, dtype=torch.bool)
     y, state, surprise = scan(x, case, backend=backend)
     assert not y.any()
     assert not surprise.loss.any()
-    before = make_state(x, case)
-    assert torch.equal(state.position, before.position)
-    for part in ("anchor", "weights", "momentum"):
-        assert all(map(torch.equal, getattr(state, part), getattr(before, part)))
+    assert_untouched(state, make_state(x, case))
 
 
 @law
@@ -400,7 +470,7 @@ def test_rows_and_heads_are_independent(case: Case, row: int, seed: int):
 @law
 @given(
     tokens=st.integers(1, 12),
-    chunk=st.integers(1, 5),
+    chunk=st.integers(1, 5) | st.just(2**30),
     position=st.lists(st.integers(0, 8), min_size=3, max_size=3),
     masked=st.booleans(),
     seed=st.integers(0, 99),
@@ -424,6 +494,7 @@ def test_layout_puts_every_token_at_its_place_in_a_chunk(
     for row in range(3):
         used = present[row].nonzero()[:, 0]
         assert torch.equal(layout.arrange(number)[row, used], number[row, there[row]]), "in order"
+        assert layout.size <= 2 * tokens, "a chunk that no row fills is not laid out"
         place = (position[row] + torch.arange(len(used))) % chunk
         after = used >= layout.head
         assert torch.equal(place[after], (used[after] - layout.head) % chunk), "on the grid from `head` on"
@@ -464,13 +535,13 @@ def test_a_token_does_not_change_what_came_before(case: Case, token: int, seed: 
         assert torch.equal(before[name][:, :token], after[name][:, :token]), name
 
 
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("residual", "backend"), [(False, "chunked"), (True, "chunked"), (False, "linear")])
 @pytest.mark.parametrize("mask", ["none", "random"])
-def test_no_gradient_comes_from_the_future(residual: bool, mask: str):
-    case = Case(2, 4, 11, residual, mask=mask, start="same")
+def test_no_gradient_comes_from_the_future(residual: bool, mask: str, backend: str):
+    case = able(Case(2, 4, 11, residual, mask=mask, start="same"), backend)
     x = make_inputs(case)
     leaves = [x[name].requires_grad_() for name in TOKENS]
-    y, _, _ = scan(x, case, backend="chunked")
+    y, _, _ = scan(x, case, backend=backend)
     for s in range(case.tokens):
         found = torch.autograd.grad(y[:, s].sum(), leaves, retain_graph=True)
         for name, gradient in zip(TOKENS, found, strict=True):
@@ -575,9 +646,23 @@ def test_the_clip_bounds_the_gradient_and_keeps_its_direction():
     assert_close(clipped[1].weights[0] - had, (plain[1].weights[0] - had) * 0.1 / (length + 0.1))
 
 
+def make_call(case: Case) -> Call:
+    x = make_inputs(case)
+    tokens = Tokens(*(x[name] for name in TOKENS))
+    return Call(tokens, make_state(x, case), case.chunk, make_form(x, case), x.get("mask"), False, 0)
+
+
 def test_auto_decodes_one_token_by_step_and_reads_more_by_chunks():
-    assert [resolve_backend("auto", tokens) for tokens in (0, 1, 2)] == ["chunked", "step", "chunked"]
-    assert resolve_backend("naive", 1) == "naive"
+    calls = [make_call(Case(tokens=tokens)) for tokens in (0, 1, 2)]
+    assert [resolve_backend("auto", call) for call in calls] == ["chunked", "step", "chunked"]
+    assert resolve_backend("naive", calls[1]) == "naive"
+
+
+def test_auto_reads_a_linear_memory_with_chunk_one_by_linear():
+    calls = [make_call(Case(**LINEAR, tokens=tokens)) for tokens in (0, 1, 2)]
+    assert [resolve_backend("auto", call) for call in calls] == ["chunked", "step", "linear"]
+    for name, other in (("depth", 2), ("chunk", 2), ("residual", True), ("clip", 0.7), ("threshold", 0.0)):
+        assert resolve_backend("auto", make_call(Case(**LINEAR | {name: other}, tokens=2))) == "chunked", name
 
 
 def test_a_memory_that_has_read_nothing():
@@ -598,10 +683,10 @@ def test_a_memory_that_has_read_nothing():
 # ------------------------------------------------------------------------------------------------ dtypes, sizes
 
 
-@pytest.mark.parametrize("backend", ["naive", "chunked", "step"])
+@pytest.mark.parametrize("backend", FORMS)
 @pytest.mark.parametrize("residual", [False, True])
 def test_bfloat16_tokens_keep_a_float32_state(backend: str, residual: bool):
-    case = Case(tokens=1 if backend == "step" else 20, residual=residual, start="ragged")
+    case = able(Case(tokens=20, residual=residual, start="ragged"), backend)
     x = make_inputs(case, torch.float32)
     half = {name: x[name].bfloat16() for name in (*TOKENS, "norm_weight", "norm_bias") if name in x}
     actual = named(*scan(x | half, case, backend=backend))
@@ -612,9 +697,9 @@ def test_bfloat16_tokens_keep_a_float32_state(backend: str, residual: bool):
     assert_all_close(actual, expected)
 
 
-@pytest.mark.parametrize("backend", ["naive", "chunked", "step"])
+@pytest.mark.parametrize("backend", FORMS)
 def test_autocast_does_not_round_the_memory(backend: str):
-    case = Case(tokens=1 if backend == "step" else 20)
+    case = able(Case(tokens=20), backend)
     x = make_inputs(case, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         actual = named(*scan(x, case, backend=backend))
@@ -632,8 +717,8 @@ def test_the_state_has_the_same_size_after_any_number_of_tokens(mask: str):
 
 
 def test_a_call_leaves_its_inputs_and_the_given_state_alone():
-    for backend, tokens in (("naive", 6), ("chunked", 6), ("step", 1)):
-        case = Case(tokens=tokens, mask="random", start="ragged")
+    for backend in FORMS:
+        case = able(Case(tokens=6, mask="random", start="ragged"), backend)
         x = make_inputs(case)
         copy = {name: value.clone() for name, value in x.items()}
         scan(x, case, backend=backend)
@@ -662,15 +747,17 @@ def test_training_keeps_no_weights_per_chunk(monkeypatch):
     assert many <= 2 * few + 2
 
 
+@pytest.mark.parametrize("backend", ["chunked", "linear"])
 @pytest.mark.parametrize("mask", ["none", "random"])
-def test_kept_and_computed_again_are_the_same(mask: str, monkeypatch):
-    case = Case(tokens=4 * 9 + 1, mask=mask, start="ragged", residual=True, clip=0.7)
+def test_kept_and_computed_again_are_the_same(mask: str, backend: str, monkeypatch):
+    case = able(Case(tokens=4 * 9 + 1, mask=mask, start="ragged", residual=True, clip=0.7), backend)
     x = make_inputs(case)
-    kept = outputs_and_gradients(x, case, "chunked")
+    monkeypatch.setattr(ops_linear, "BLOCK", 4)
+    kept = outputs_and_gradients(x, case, backend)
     leaves = {name: v.clone().requires_grad_() if v.is_floating_point() else v for name, v in x.items()}
     for size in (0, 10**9):  # groups of sqrt(N), and one that is computed again
         monkeypatch.setattr(ops_chunked, "GROUP_BYTES", size)
-        out = named(*scan(leaves, case, backend="chunked", kept_bytes=0))
+        out = named(*scan(leaves, case, backend=backend, kept_bytes=0))
         assert_all_close(out | gradients(out, leaves), kept)
 
 
@@ -692,6 +779,75 @@ def test_activation_checkpointing_drops_what_a_call_keeps(monkeypatch):
     gc.collect()
     assert len(groups) == 0
     y.sum().backward()
+
+
+def groups_kept(tokens: int, chunk: int, kept_bytes: int, monkeypatch) -> int:
+    """How many groups wait for their backward pass."""
+    groups = weakref.WeakSet()
+
+    class Watched(ops_chunked.Group):
+        def __init__(self, *arguments: Any, **named: Any):
+            super().__init__(*arguments, **named)
+            groups.add(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops_chunked, "Group", Watched)
+        case = Case(tokens=tokens, chunk=chunk)
+        x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
+        out = scan(x, case, backend="chunked", kept_bytes=kept_bytes)
+        gc.collect()
+        assert out[0].requires_grad
+        return len(groups)
+
+
+def test_the_parts_of_long_chunks_keep_no_more_together_than_a_call_may(monkeypatch):
+    monkeypatch.setattr(ops_chunked, "LONGEST", SHORT)
+    enough = next(4**n for n in itertools.count(5) if groups_kept(10, 10, 4**n, monkeypatch))
+    assert enough > 4**5
+    assert groups_kept(80, 10, enough, monkeypatch) == 0
+    assert groups_kept(80, 10, 8 * enough, monkeypatch) == 8
+
+
+@pytest.mark.parametrize("mask", ["none", "random"])
+@pytest.mark.parametrize("start", ["boundary", "same", "ragged"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_chunk_longer_than_the_text_costs_as_much_for_each_token_of_any_number(depth: int, start: str, mask: str):
+    def operations(tokens: int) -> int:
+        case = Case(depth=depth, chunk=2**30, tokens=tokens, start=start, mask=mask)
+        x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
+        with FlopCounterMode(display=False) as counter:
+            y, _, _ = scan(x, case, backend="chunked")
+            y.sum().backward()
+        return counter.get_total_flops()
+
+    few = operations(8 * ops_chunked.LONGEST)
+    assert few > 0
+    assert operations(16 * ops_chunked.LONGEST) / few == pytest.approx(2, abs=0.3)
+
+
+def bytes_left(case: Case, kept_bytes: int) -> int:
+    """What `linear` leaves for its backward pass."""
+    x = {
+        name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case, torch.float32).items()
+    }
+    saved = {}
+
+    def pack(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        scan(x, case, backend="linear", kept_bytes=kept_bytes)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_what_linear_leaves_for_its_backward_pass_is_what_it_counts(width: int):
+    case = Case(**LINEAR, tokens=8 * BLOCK, width=width)
+    kept = bytes_left(case, 2**40)
+    count = next(2**n for n in itertools.count() if bytes_left(case, 2**n) == kept)  # of sizes that keep all, the least
+    assert count / 2.2 < kept < 1.1 * count
+    assert bytes_left(case, 0) < kept / 4
 
 
 # ------------------------------------------------------------------------------------------------ errors
@@ -735,8 +891,9 @@ def test_a_wrong_shape_is_named(message: str):
         ("clip must be above 0 or None, got 0.0", {"form": MemoryForm(clip=0.0)}),
         ("activation='relu'", {"form": MemoryForm(activation="relu")}),
         ("residual form needs V == K, got K=4, V=5", {"form": MemoryForm(norm=(torch.ones(H, 5), torch.ones(H, 5)))}),
-        ("backend='fast' is not one of: auto, naive, step, chunked", {"backend": "fast"}),
+        ("backend='fast' is not one of: auto, naive, step, linear, chunked, triton", {"backend": "fast"}),
         ('backend="step" decodes one token, got T=5', {"backend": "step"}),
+        ('backend="linear" reads memories of depth 1, got 2; use "chunked"', {"backend": "linear"}),
     ],
 )
 def test_a_wrong_option_is_named(message: str, options: dict):

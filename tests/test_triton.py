@@ -282,8 +282,9 @@ def test_a_value_narrower_than_its_key_has_no_kernel():
 
 
 def test_auto_is_never_triton():
-    assert {resolve_backend("auto", tokens) for tokens in range(200)} == {"step", "chunked"}
-    assert resolve_backend("triton", 1) == resolve_backend("triton", 9) == "triton"
+    calls = [test_ops.make_call(SMALL._replace(tokens=tokens, depth=depth)) for tokens in range(9) for depth in (1, 2)]
+    assert "triton" not in {resolve_backend("auto", call) for call in calls}
+    assert {resolve_backend("triton", call) for call in calls} == {"triton"}
 
 
 # ------------------------------------------------------------------------------------------------ products, compiler

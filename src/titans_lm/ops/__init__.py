@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from titans_lm.ops.chunked import KEPT_BYTES, chunked
+from titans_lm.ops.linear import linear, obstacle
 from titans_lm.ops.mlp import retrieve
 from titans_lm.ops.naive import naive
 from titans_lm.ops.ragged import Layout, lay_out, left_align, restore, take
@@ -32,10 +33,12 @@ from titans_lm.ops.types import (
 __all__ = [
     "Activation",
     "Backend",
+    "Call",
     "Layout",
     "MemoryForm",
     "MemoryState",
     "Surprise",
+    "Tokens",
     "initial_state",
     "lay_out",
     "left_align",
@@ -47,23 +50,26 @@ __all__ = [
     "where_rows",
 ]
 
-Backend = Literal["auto", "naive", "step", "chunked", "triton"]
-_FORMS: dict[str, Callable[[Call], Answer]] = {"naive": naive, "step": step, "chunked": chunked}
+Backend = Literal["auto", "naive", "step", "linear", "chunked", "triton"]
+_FORMS: dict[str, Callable[[Call], Answer]] = {"naive": naive, "step": step, "linear": linear, "chunked": chunked}
 
 
-def resolve_backend(backend: Backend, tokens: int) -> str:
-    """The form that `memory_scan` runs for `backend` on `tokens` tokens: "auto" chooses, the others are what they say.
+def resolve_backend(backend: Backend, call: Call) -> str:
+    """The form that `memory_scan` runs for `backend` on `call`: "auto" chooses, the others are what they say.
 
     "auto" is never "triton", whose kernels were not measured on a GPU: who wants them names them.
 
-    Raises ValueError for a name that is not a backend, or one that cannot run this many tokens.
+    Raises ValueError for a name that is not a backend, or one that cannot run this call.
     """
+    tokens, reason = call.tokens.q.shape[1], obstacle(call)
     if backend == "auto":
-        return "step" if tokens == 1 else "chunked"
+        return "step" if tokens == 1 else "linear" if tokens > 1 and reason is None else "chunked"
     if backend not in (*_FORMS, "triton"):
         raise ValueError(f"backend={backend!r} is not one of: auto, {', '.join(_FORMS)}, triton")
     if backend == "step" and tokens != 1:
         raise ValueError(f'backend="step" decodes one token, got T={tokens}; use "chunked"')
+    if backend == "linear" and reason is not None:
+        raise ValueError(f'backend="linear" {reason}; use "chunked"')
     return backend
 
 
@@ -95,8 +101,10 @@ def memory_scan(
     `mask` is False at padding, which is invisible: not written, no decay, no step in the chunk, output 0. With
     `surprise=True` a `Surprise` is returned as well. Work is done in the state's dtype; y has v's dtype.
 
-    `kept_bytes`: a call by "chunked" that leaves no more than this for its backward pass keeps it; one that leaves more
-    computes it again, group by group, in a third more time and bounded space.
+    `kept_bytes`: a call by "chunked" or "linear" that leaves no more than this for its backward pass keeps it; one that
+    leaves more computes it again, group by group, in a third more time and bounded space.
+
+    `backend="linear"` is for a memory of depth 1 in the plain form with `chunk_size=1`, where "auto" takes it.
 
     `backend="triton"` are fused kernels for a CUDA device, for some depths and widths (README.md beside this file).
 
@@ -104,7 +112,7 @@ def memory_scan(
     """
     call = Call(Tokens(q, k, v, theta, eta, alpha), state, chunk_size, form, mask, surprise, kept_bytes)
     _check(call)
-    name, dtype = resolve_backend(backend, q.shape[1]), state.weights[0].dtype
+    name, dtype = resolve_backend(backend, call), state.weights[0].dtype
     as_they_are = 3 if name == "triton" else 0  # bfloat16 q, k, v go to the tensor cores as they are
     tokens = Tokens(*call.tokens[:as_they_are], *(x.to(dtype) for x in call.tokens[as_they_are:]))
     if form.norm is not None:

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +17,15 @@ from torch.autograd.function import once_differentiable
 
 from titans_lm.ops.chunk import Layers, Weights
 from titans_lm.ops.group import Group, Norm, Seen, Span, Trace, back_group, read_group, seen
-from titans_lm.ops.ragged import lay_out
+from titans_lm.ops.ragged import Layout, lay_out
 from titans_lm.ops.types import Answer, Call, MemoryState, Surprise, Tokens, where_rows
 
 KEPT_BYTES = 256 * 2**20
 """A call whose chunks leave no more than this for the backward pass keeps it all, and computes nothing twice."""
 GROUP_BYTES = 128 * 2**20
 """Else they are computed again in groups that leave no more than this, or of sqrt(chunks) chunks if that is more."""
+LONGEST = 64
+"""Tokens of a chunk that are read at once: D and scores grow with their square. A longer chunk is read in parts."""
 CACHED_BYTES = 6 * 2**20
 """Where nothing is kept, a group is as large as what is computed for all its chunks at once stays in a core's cache."""
 
@@ -127,8 +129,7 @@ def read_span(span: Span, inputs: Inputs, kept_bytes: int) -> tuple[Any, ...]:
         y, loss, norm, *state = _ReadSpan.apply(span, kept_bytes, *flat)
         return y, loss, norm, *thirds(state)
     out, trace = _empty(inputs, span), Trace([], [], inputs.anchor, inputs.state)
-    tokens = max(1, CACHED_BYTES // (inputs.row_bytes() * span.width)) * span.width
-    for part in _parts(inputs, tokens):
+    for part in _parts(inputs, cached_size(inputs, span)):
         group = _group(inputs, span, part, keep=False)
         trace = read_group(group, trace.anchor, trace.state)
         _put(out, part, seen(group, trace), span.width)
@@ -136,13 +137,25 @@ def read_span(span: Span, inputs: Inputs, kept_bytes: int) -> tuple[Any, ...]:
 
 
 def _group_size(inputs: Inputs, span: Span, kept_bytes: int) -> tuple[int, bool]:
-    """Slots of a group, and whether the call is one group that keeps what its chunks leave."""
-    c, n = span.width, inputs.slots() // span.width
+    """Slots of a group, and whether the span is one group that keeps what its chunks leave."""
+    c = span.width
     numbers = sum(2 * i * o + c * (4 * o + 6 * i + 2 * c) for i, o in inputs.shapes())  # the fields of a `Chunk`
     each = numbers * len(inputs.anchor[0]) * inputs.tokens.q.element_size()
-    if n * each <= kept_bytes:
-        return c * n, True
-    return c * min(n, max(round(math.sqrt(n)), GROUP_BYTES // each)), False
+    size, keep = group_size(inputs.slots() // c, each, kept_bytes * span.share)
+    return c * size, keep
+
+
+def group_size(chunks: int, each: int, kept_bytes: float) -> tuple[int, bool]:
+    """Chunks of a group, if each leaves `each` bytes for the backward pass, and whether that is kept: then it is one
+    group."""
+    if chunks * each <= kept_bytes:
+        return chunks, True
+    return min(chunks, max(round(math.sqrt(chunks)), GROUP_BYTES // each)), False
+
+
+def cached_size(inputs: Inputs, span: Span) -> int:
+    """Slots of a group where nothing is kept."""
+    return max(1, CACHED_BYTES // (inputs.row_bytes() * span.width)) * span.width
 
 
 def _parts(inputs: Inputs, size: int) -> list[slice]:
@@ -150,11 +163,16 @@ def _parts(inputs: Inputs, size: int) -> list[slice]:
 
 
 def _group(inputs: Inputs, span: Span, part: slice, keep: bool) -> Group:
-    tokens = Tokens(*(to_rows(x[:, part], span.width) for x in inputs.tokens))
-    if span.present is not None:
-        heads = inputs.tokens.q.shape[2]
-        span = span._replace(present=to_rows(span.present[:, part, None].expand(-1, -1, heads), span.width))
+    tokens, span = rows_of(Tokens(*(x[:, part] for x in inputs.tokens)), span, part)
     return Group(tokens, span, inputs.norm, inputs.shapes(), keep)
+
+
+def rows_of(tokens: Tokens, span: Span, part: slice) -> tuple[Tokens, Span]:
+    """`tokens`, slots `part` of a span, and what the span says of them, chunk by chunk and row by row."""
+    heads = tokens.q.shape[2]
+    if span.present is not None:
+        span = span._replace(present=to_rows(span.present[:, part, None].expand(-1, -1, heads), span.width))
+    return Tokens(*(to_rows(x, span.width) for x in tokens)), span
 
 
 # ------------------------------------------------------------------------------------------------ tokens and rows
@@ -168,6 +186,11 @@ def _view(x: Tensor, width: int) -> Tensor:
 def to_rows(x: Tensor, width: int) -> Tensor:
     """`[B, N * C, H, *]` -> `[N, B * H, C, *]`, contiguous."""
     return _view(x, width).flatten(1, 2).contiguous()
+
+
+def to_tokens(x: Tensor, batch: int) -> Tensor:
+    """Undo `to_rows`."""
+    return x.unflatten(1, (batch, -1)).transpose(2, 3).movedim(1, 0).flatten(1, 2)
 
 
 def _empty(inputs: Inputs, span: Span) -> Seen:
@@ -201,11 +224,14 @@ def in_spans(call: Call, read: Callable[[Span, Inputs], tuple[Any, ...]]) -> Ans
         weight, bias = (x.expand(batch, *x.shape).reshape(batch * heads, 1, -1) for x in form.norm)
         norm = (weight, bias)
     anchor, w, s = ([x.flatten(0, 1) for x in part] for part in state[:3])
-    spans, parts = layout.spans(), []
-    slots = _split([layout.arrange(x) for x in tokens], spans)
-    for (start, end, width), here in zip(spans, slots, strict=True):
-        present = None if layout.present is None else layout.present[:, start:end]
-        span = Span(form, surprise, width, start >= layout.head, present)
+    pieces, parts = _pieces(layout), []
+    slots = _split([layout.arrange(x) for x in tokens], pieces)
+    for piece, here in zip(pieces, slots, strict=True):
+        present = None if layout.present is None else layout.present[:, piece.start : piece.end]
+        if piece.chunks == "first":
+            anchor = w if present is None else list(where_rows(_heads(present[:, 0], heads), tuple(w), tuple(anchor)))
+        share = (piece.end - piece.start) / layout.size
+        span = Span(form, surprise, piece.width, piece.chunks == "all", present, share)
         *part, anchor, w, s = read(span, Inputs(here, norm, anchor, Weights(w, s)))
         parts.append(part)
     position = (state.position + layout.length) % chunk_size
@@ -219,11 +245,42 @@ def in_spans(call: Call, read: Callable[[Span, Inputs], tuple[Any, ...]]) -> Ans
     return y, after, None if loss is None or gradient_norm is None else Surprise(loss, gradient_norm)
 
 
-def _split(tokens: list[Tensor], spans: list[tuple[int, int, int]]) -> list[Tokens]:
-    """The tokens of each span."""
-    if len(spans) == 1:
+class Piece(NamedTuple):
+    """Slots that make a span: chunks, or parts of one chunk, of `width` slots each."""
+
+    start: int
+    end: int
+    width: int
+    chunks: Literal["all", "first", "none"]  # which begin a chunk
+
+
+def _pieces(layout: Layout) -> list[Piece]:
+    """`Layout.spans`; what of them is longer than LONGEST in parts of equal width, the last of a chunk narrower."""
+    pieces = []
+    for start, end, width in layout.spans():
+        fresh = start >= layout.head
+        if width <= LONGEST:
+            pieces.append(Piece(start, end, width, "all" if fresh else "none"))
+            continue
+        part = -(-width // -(-width // LONGEST))
+        for first in range(start, end, width):
+            last = first + width // part * part
+            pieces.append(Piece(first, last, part, "first" if fresh else "none"))
+            if last < first + width:
+                pieces.append(Piece(last, first + width, first + width - last, "none"))
+    return pieces
+
+
+def _heads(rows: Tensor, heads: int) -> Tensor:
+    """`[B]` -> `[B * H]`"""
+    return rows[:, None].expand(-1, heads).flatten()
+
+
+def _split(tokens: list[Tensor], pieces: list[Piece]) -> list[Tokens]:
+    """The tokens of each piece."""
+    if len(pieces) == 1:
         return [Tokens(*tokens)]
-    sizes = [end - start for start, end, _ in spans]
+    sizes = [piece.end - piece.start for piece in pieces]
     return [Tokens(*part) for part in zip(*(x.split(sizes, 1) for x in tokens), strict=True)]
 
 

@@ -21,8 +21,9 @@ class Span(NamedTuple):
     form: MemoryForm
     surprise: bool
     width: int  # C
-    at_boundary: bool  # every chunk begins here; else the span completes one chunk that an earlier call began
+    at_boundary: bool  # every C slots begin a chunk; else all are parts of the one whose anchor is given
     present: Tensor | None  # [B, S] or [N, R, C], which slots hold a token
+    share: float  # of the call's slots
 
 
 class Group:

@@ -25,7 +25,8 @@ def restore(x: Tensor, mask: Bool[Tensor, "B T"]) -> Tensor:
 
 
 class Layout(NamedTuple):
-    """Tokens in slots: first `head` slots that complete each row's current chunk, then whole chunks for all rows.
+    """Tokens in slots: first `head` slots that complete each row's current chunk, then chunks that are the same for all
+    rows, the last as long as its longest row.
 
     With `source` None every row has all its tokens at the same position, and slots are tokens.
     """
@@ -69,8 +70,7 @@ def lay_out(mask: Bool[Tensor, "B T"] | None, position: Int[Tensor, " B"], token
     order, length = left_align(mask)
     completing = torch.minimum(length, (-position) % chunk)  # tokens until the row's next boundary
     head = int(completing.max())
-    chunks = -(-int((length - completing).max()) // chunk)
-    slot = torch.arange(head + chunks * chunk, device=mask.device)
+    slot = torch.arange(head + int((length - completing).max()), device=mask.device)
     in_head = slot < head
     rank = torch.where(in_head, slot, slot - head + completing[:, None])  # [B, S], which token of its row
     present = torch.where(in_head, slot < completing[:, None], rank < length[:, None])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from titans_lm.ops.chunk import Layers, Weights
-from titans_lm.ops.chunked import Inputs, in_spans, thirds, to_rows
+from titans_lm.ops.chunked import Inputs, in_spans, thirds, to_rows, to_tokens
 from titans_lm.ops.decays import Decays, Gates, back_decays, decays
 from titans_lm.ops.group import Span
 from titans_lm.ops.types import NORM_EPS, Answer, Call, MemoryForm, MemoryState, Tokens
@@ -350,11 +350,6 @@ def read_span(span: Span, inputs: Inputs) -> tuple[Any, ...]:
         gain, bias = inputs.norm
         y = tokens.q.float() + F.layer_norm(y, y.shape[-1:], eps=NORM_EPS) * gain + bias
     return *(None if x is None else to_tokens(x[:, :, :width], batch) for x in (y, loss, norm)), anchor, w, s
-
-
-def to_tokens(x: Tensor, batch: int) -> Tensor:
-    """Undo `to_rows`: `[N, B * H, C, *]` -> `[B, N * C, H, *]`."""
-    return x.unflatten(1, (batch, -1)).transpose(2, 3).movedim(1, 0).flatten(1, 2)
 
 
 def padded(span: Span, tokens: Tokens) -> tuple[Span, Tokens]:
