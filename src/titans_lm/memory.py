@@ -185,9 +185,13 @@ class NeuralMemory(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set what is the memory's own: M_0 at the scale of its width, where the gates begin, the norm."""
-        for w in self.initial_memory:
-            nn.init.normal_(w, std=w.shape[1] ** -0.5)
+        """Set what is the memory's own: M_0, where the gates begin, the norm.
+
+        Each layer of M_0 keeps the scale of what goes through it. Keys have length 1, not 1 in each channel: the first
+        of several layers makes them large enough to be bent by its activation, and so to differ.
+        """
+        for layer, w in enumerate(self.initial_memory):
+            nn.init.normal_(w, std=1.0 if layer == 0 and len(self.shapes) > 1 else w.shape[1] ** -0.5)
         nn.init.constant_(self.theta.bias, THETA_BIAS)
         if self.eta is not None:  # momentum begins to span about a chunk: 1 / (1 - eta) = C
             nn.init.constant_(self.eta.bias, math.log(max(self.chunk_size, 2) - 1))
