@@ -49,6 +49,7 @@ def mamba2_config(fields: dict[str, Any]) -> PreTrainedConfig:
         return Mamba2Config(
             vocab_size=fields["vocab_size"], hidden_size=width, num_hidden_layers=layers, expand=2, head_dim=head,
             num_heads=2 * width // head, n_groups=1, state_size=state, chunk_size=64, tie_word_embeddings=True,
+            pad_token_id=None, bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
 
     one, two = (_parameters(make(n, 128)) for n in (1, 2))
