@@ -43,6 +43,7 @@ BOOK = (
     'It was dark. Mr. Quill said: "Who\'s there?" Nobody answered! The rain fell in torrents, '
     "and\nthe wind blew (as ever). J. Quill lit a candle...\n\nChapter Two\n\n'Tis late, he thought. "
 ) * 3 + "The end."
+PIECES = sentences("\n\n" + BOOK)
 
 
 def write_babi(folder: Path) -> Path:
@@ -141,17 +142,25 @@ def test_rows_hold_the_facts_in_order_and_a_stretch_of_the_text(task, seed, leng
 
 def test_facts_stand_between_sentences_anywhere(task):
     """Before, between and after the sentences that are there, all places as often."""
-    pieces, seen = sentences("\n\n" + BOOK), np.zeros(3)
+    seen = np.zeros(3)
     story = task.examples[0]
     task = dataclasses.replace(task, length=400)
     for seed in range(300):
         before, fact, after = text(task.prompt(story, draw(seed))).partition(" Zoe went to the attic.")
         after = after.removesuffix("\n\nQuestion: Where is Zoe?\nAnswer:")
         assert fact
-        assert not before or not after or before.endswith(tuple(pieces))
+        assert not before or not after or before.endswith(tuple(PIECES))
         seen += [not before, bool(before and after), not after]
     assert (seen > [10, 200, 10]).all(), seen  # of about eleven places, as there are about ten sentences
     assert (seen < [60, 280, 60]).all(), seen
+
+
+def test_the_background_begins_at_any_sentence(task):
+    begun = set()
+    for seed in range(400):
+        context = text(dataclasses.replace(task, length=400).prompt(task.examples[0], draw(seed)))
+        begun.add(next(i for i, s in enumerate(PIECES) if context.replace(" Zoe went to the attic.", "").startswith(s)))
+    assert {PIECES[i] for i in begun} == set(PIECES)
 
 
 def test_facts_of_one_story_scatter(task):
@@ -277,16 +286,27 @@ def test_scores_of_lists_and_ways():
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_asked_is_the_prompt_and_what_is_said_is_the_model_s(task):
     model, task = tiny_model("mag", vocab_size=260), dataclasses.replace(task, length=200)
+    asked: list[torch.Tensor] = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0]))
+    found = score(model, task, samples=5, seed=3, rows=2)
+    asked = [ids for ids in asked if ids.shape[1] > 1]  # all but a prompt's last token are read at once
+    assert [len(ids) for ids in asked] == [2, 2, 1]
+    assert (found["samples"], found["examples"]) == (5, 3)
+    assert len({a["question"] + a["target"] for a in found["answers"][:3]}) == 3
+    for i, (answer, ids) in enumerate(zip(found["answers"], torch.cat(asked), strict=True)):
+        example = next(e for e in task.examples if (e.question, e.answer) == (answer["question"], answer["target"]))
+        prompt = torch.from_numpy(task.prompt(example, np.random.default_rng([3, i])))
+        assert torch.equal(ids, prompt[:-1])
+    said = model.generate(prompt[None], max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
+    assert byte_tokenizer().decode(said[0, len(prompt) :], skip_special_tokens=True) == answer["said"]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_seed_decides_and_the_rows_do_not(task):
+    model, task = tiny_model("mag", vocab_size=260), dataclasses.replace(task, length=200)
     found = score(model, task, samples=3, seed=3, rows=2)
     assert found == score(model, task, samples=3, seed=3, rows=3)
     assert found != score(model, task, samples=3, seed=4, rows=2)
-    assert (found["samples"], found["examples"]) == (3, 3)
-    assert len({a["question"] + a["target"] for a in found["answers"][:3]}) == 3
-    for i, answer in enumerate(found["answers"]):
-        example = next(e for e in task.examples if (e.question, e.answer) == (answer["question"], answer["target"]))
-        prompt = torch.from_numpy(task.prompt(example, np.random.default_rng([3, i])))[None]
-        said = model.generate(prompt, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, pad_token_id=0)
-        assert byte_tokenizer().decode(said[0, prompt.shape[1] :], skip_special_tokens=True) == answer["said"]
 
 
 def test_a_model_that_was_trained_on_the_task_is_right(book, tmp_path):

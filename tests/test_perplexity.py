@@ -195,6 +195,10 @@ def test_bytes_of_tokens_by_hand():
         assert found.tolist() == sizes, text
         assert tokenizer.decode(ids) == text
     assert token_sizes(byte_tokenizer(), "ñ!")[1].tolist() == [1, 1, 1]
+    words = Tokenizer(models.WordLevel({"ab": 0, "ñ": 1}, "ab"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # space belongs to no token
+    _, found = token_sizes(PreTrainedTokenizerFast(tokenizer_object=words), " ab ñ \n")
+    assert found.tolist() == [3, 5]
 
 
 @settings(max_examples=50, deadline=None)
