@@ -12,11 +12,13 @@ from titans_lm.baselines import NAMES
 from titans_lm.config import VARIANTS
 
 _MODEL: dict[str, Any] = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 128, "window_size": 16,
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "window_size": 16,
     "segment_size": 16, "num_persistent_tokens": 4, "memory_head_dim": 32, "memory_dim": 64,
 }  # fmt: skip
 _MEMORY = {"memory_chunk_size": 1, "memory_lr": 1.0, "memory_layers": 1, "memory_form": "plain", "memory_clip": None}
 _TRACKING: dict[str, Any] = {"model": _MEMORY}
+PARAMETERS = 120_000
+"""Of every model, beside the embedding."""
 _TRAINING: dict[str, Any] = {"max_steps": 600, "batch_size": 64, "learning_rate": 3e-3, "warmup": 0.05}
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -78,6 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
 def run_of(task: str, model: str, changes: list[str]) -> dict[str, dict[str, Any]]:
     """The sections of the run, with `section.key=value` changes; those of `data.task` add to the task's own options."""
     from titans_lm.settings import change_tree
+    from titans_lm.tasks import make_task
 
     own = TASKS[task]
     named = {"variant": model} if model in VARIANTS else {"baseline": model}
@@ -90,4 +93,7 @@ def run_of(task: str, model: str, changes: list[str]) -> dict[str, dict[str, Any
     if not isinstance(options, dict):
         raise ValueError(f"data.task must be options, such as {{length: 128}}, got {options!r}")
     sections["data"]["task"] = {"name": task, **own["task"], **options}
+    if not {"size", "intermediate_size", "parameters"} & sections["model"].keys():
+        embedding = make_task(sections["data"]["task"]).vocab_size * sections["model"]["hidden_size"]
+        sections["model"]["parameters"] = PARAMETERS + embedding
     return sections

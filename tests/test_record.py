@@ -1,0 +1,52 @@
+"""Result files: whole at every moment, gone on with, never mixed; the command that made them."""
+
+import argparse
+import json
+
+import pytest
+
+from titans_lm.record import Lines, command_line
+
+
+def test_lines_are_there_when_they_are_added_and_found_again(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    lines = Lines(path, {"seed": 1}, "titans x")
+    assert not path.exists()  # nothing is written before there is something
+    lines.add({"length": 8, "score": 0.5})
+    lines.add({"length": 16, "score": 0.25})
+    head, *rows = map(json.loads, path.read_text().splitlines())
+    assert head["command"] == "titans x"
+    assert {"date", "commit", "machine", "torch", "settings"} <= head.keys()
+    assert rows == [{"length": 8, "score": 0.5}, {"length": 16, "score": 0.25}]
+    again = Lines(path, {"seed": 1}, "titans x again")
+    assert again.find(length=16) == {"length": 16, "score": 0.25}
+    assert again.find(length=16, score=0.5) is None
+    again.add({"length": 32})
+    assert len(path.read_text().splitlines()) == 4
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_results_of_other_settings_are_left_alone(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    Lines(path, {"seed": 1}, "").add({"length": 8})
+    before = path.read_text()
+    for settings in ({"seed": 2}, {"seed": 1, "more": 2}, {}):
+        with pytest.raises(ValueError, match=r"lines\.jsonl has results of other settings"):
+            Lines(path, settings, "")
+    for text in ("no json", "[]\n", '{"a": 1}\n', ""):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="is not a result file of this command"):
+            Lines(path, {"seed": 1}, "")
+        assert path.read_text() == text
+    path.write_text(before)
+    assert Lines(path, {"seed": 1}, "").rows == [{"length": 8}]
+
+
+def test_a_command_is_told_in_full():
+    given = argparse.Namespace(
+        what="needle", files=["a b", "c"], lengths=[1, 2], show=True, quiet=False, out=None, batch_size=3,
+        changes=["x.y=1", "x.z={a: 1}"],
+    )  # fmt: skip
+    assert command_line("evaluate needle", given, ["files"]) == (
+        "titans evaluate needle 'a b' c --lengths 1 2 --show --batch-size 3 --set x.y=1 --set 'x.z={a: 1}'"
+    )
