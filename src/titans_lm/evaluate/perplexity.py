@@ -178,9 +178,8 @@ class Sums:
             if self.tokens[i]:
                 first = max(first, 1)
                 told = _told(int(self.tokens[i]), float(self.nats[i]), float(self.bytes[i]))
-                found.append(
-                    {"mode": mode, "from": first, "to": end, **told, "complete": told["tokens"] == end - first}
-                )
+                complete = told["tokens"] == end - first
+                found.append({"mode": mode, "from": first, "to": end, **told, "complete": complete})
         return found
 
 
@@ -357,7 +356,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     for mode in whole(rows):
         own = [row for row in rows if row["mode"] == mode]
         style = "--" if mode in ("reset", "off") else "-"  # it may lie on another line
-        ends = [own[0]["from"], *(row["to"] for row in own)]
+        ends = [max(own[0]["from"], own[0]["to"] / 2), *(row["to"] for row in own)]  # the axis is for what follows
         bits = [row.get("bits_per_byte", math.nan) for row in own]
         axis.stairs(bits, ends, baseline=None, linestyle=style, label=f"memory {mode}")
     axis.set_xscale("log", base=2)

@@ -117,9 +117,8 @@ class Babilong:
         question = _encoded(self.tokenizer, _question(example))
         room = 0 if size is None else size - sum(map(len, facts)) - len(question)
         parts = list(self._background(room, rng))
-        places = (
-            np.sort(rng.integers(len(parts) + 1, size=len(facts))) if self.background else [len(parts)] * len(facts)
-        )
+        least = 0 if self.background else len(parts)
+        places = np.sort(rng.integers(least, len(parts) + 1, size=len(facts)))
         for place, fact in reversed(list(zip(places, facts, strict=True))):
             parts.insert(place, fact)
         return [*parts, question]
