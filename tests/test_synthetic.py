@@ -140,3 +140,29 @@ def test_a_task_trains_from_a_yaml_file(tmp_path, capsys):
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
     assert (tmp_path / "run" / "tokenizer.json").is_file()  # that of the task
     assert "parameters" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_mixed_tasks_take_turns(tmp_path):
+    tasks = [{"name": "parity"}, {"name": "mqar", "pairs": 2, "vocab_size": 16}]
+    task = make_task({"name": "mixed", "tasks": tasks, "length": 12})
+    assert (task.vocab_size, task.length, task.tokenizer) == (16, 12, None)
+    batches = [task.batch(np.random.default_rng(i), 3) for i in range(40)]
+    assert all(batch.input_ids.shape == (3, 12) for batch in batches)
+    asked = [int((batch.labels != IGNORED).sum()) // 3 for batch in batches]
+    assert set(asked) == {11, 2}
+    assert 8 < asked.count(2) < 32
+    assert make_task({"name": "mixed", "tasks": [{**t, "length": 8} for t in tasks]}).length == 8
+    settings = _settings(tmp_path, task={"name": "mixed", "tasks": tasks, "length": 12}, shortest=8)
+    lengths = {len(row["input_ids"]) for row, _ in zip(Rows(task, 2, 0, 8), range(80), strict=False)}
+    assert lengths == set(range(8, 13))
+    assert settings.config().vocab_size == 16
+    for options, words in (
+        ({"tasks": tasks[:1]}, "two or more"),
+        ({"tasks": ["parity", "s3"]}, "two or more"),
+        ({"tasks": [*tasks, {"name": "needle"}]}, "one tokenizer"),
+        ({"tasks": [*tasks, {"name": "needl"}]}, "'needl' is not one of"),
+        ({}, "task mixed needs tasks"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make_task({"name": "mixed", **options})

@@ -57,6 +57,7 @@ TASKS = {
     "s5": "tracking.S5",
     "needle": "needle.Needle",
     "babilong": "babilong.Babilong",
+    "mixed": "mixed.Mixed",
 }
 """Name -> file of this folder and class."""
 
@@ -75,10 +76,13 @@ def make_task(options: dict[str, Any]) -> Task:
         raise ValueError(f"a task needs a name, one of: {', '.join(TASKS)}")
     name = str(options["name"])
     kind = task_class(name)
-    known = list(inspect.signature(kind).parameters)
+    known = inspect.signature(kind).parameters
     for key in options:
         if key != "name" and key not in known:
             raise ValueError(f"task {name} has no option {key!r}; it has {', '.join(known)}")
+    missing = [key for key, p in known.items() if p.default is inspect.Parameter.empty and key not in options]
+    if missing:
+        raise ValueError(f"task {name} needs {' and '.join(missing)}")
     task: Task = kind(**{key: value for key, value in options.items() if key != "name"})
     return task
 

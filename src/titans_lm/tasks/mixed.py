@@ -1,0 +1,50 @@
+"""Several tasks in turn, for a model that is to do them all."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from titans_lm.tasks import Batch, Task, make_task
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Each batch is of one of `tasks`, drawn evenly.
+
+    Raises ValueError where there are fewer than two, one is wrong, or their tokens are made by different tokenizers.
+    """
+
+    tasks: Sequence[Mapping[str, Any]]
+    """The options of each, such as {name: mqar, pairs: 8}."""
+    length: int | None = None
+    """Tokens of a row of every task; None: of each its own."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tasks, str) or len(self.tasks) < 2 or not all(isinstance(t, Mapping) for t in self.tasks):
+            raise ValueError(f"tasks must be two or more, each such as {{name: mqar}}, got {self.tasks!r}")
+        names = {getattr(task, "tokenizer", None) for task in self._made}
+        if len(names) > 1:
+            raise ValueError(f"tasks must have one tokenizer, got {', '.join(sorted(map(str, names)))}")
+        if self.length is None:
+            object.__setattr__(self, "length", max(task.length for task in self._made))
+
+    @cached_property
+    def _made(self) -> list[Task]:
+        own = {} if self.length is None else {"length": self.length}
+        return [make_task({**options, **own}) for options in self.tasks]
+
+    @property
+    def tokenizer(self) -> str | None:
+        """That of all; None where tokens are numbers."""
+        name: str | None = getattr(self._made[0], "tokenizer", None)
+        return name
+
+    @property
+    def vocab_size(self) -> int:
+        return max(task.vocab_size for task in self._made)
+
+    def batch(self, rng: np.random.Generator, rows: int) -> Batch:
+        return self._made[rng.integers(len(self._made))].batch(rng, rows)
