@@ -50,6 +50,16 @@ def test_linear_in_float32_is_near_naive_in_float64(width: int):
     assert_all_close(outputs_and_gradients(x, case, "linear"), outputs_and_gradients(wide, case, "naive"))
 
 
+@pytest.mark.parametrize("name", ["theta", "eta", "alpha"])
+def test_a_gate_is_0_or_1_at_every_token(name: str):
+    case = Case(**LINEAR, tokens=BLOCK + 9)
+    x = make_inputs(case)
+    x[name] = torch.randint(0, 2, x[name].shape).double()
+    if name == "theta":
+        x["eta"] *= 0.1  # with more momentum, steps of 1 amplify rounding
+    assert_all_close(outputs_and_gradients(x, case, "linear"), outputs_and_gradients(x, case, "naive"))
+
+
 # ------------------------------------------------------------------------------------------------ chosen
 
 

@@ -232,6 +232,14 @@ def test_chunked_is_naive_in_outputs_and_all_gradients(case: Case):
 FORMS = ["naive", "chunked", "step", "linear"]
 
 
+@pytest.mark.parametrize("backend", ["chunked", "linear"])
+def test_keys_and_queries_may_have_any_length(backend: str):
+    case = able(Case(tokens=40), backend)
+    x = make_inputs(case)
+    x |= {name: x[name] * (0.2 + 2 * torch.rand(B, case.tokens, H, 1)) for name in ("q", "k")}
+    assert_all_close(outputs_and_gradients(x, case, backend), outputs_and_gradients(x, case, "naive"))
+
+
 @pytest.mark.parametrize("backend", FORMS)
 def test_asking_for_surprise_changes_no_number(backend: str):
     case = able(Case(mask="random", residual=True, clip=0.7, threshold=2.0, tokens=20), backend)
