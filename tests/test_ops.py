@@ -99,18 +99,6 @@ def covering_cases(kind: type[Case], options: dict[str, tuple]) -> list[Case]:
 CASES = covering_cases(Case, OPTIONS)
 LINEAR = {"depth": 1, "chunk": 1, "residual": False, "clip": None, "threshold": None}
 """What `backend="linear"` reads."""
-BLOCK = ops_linear.BLOCK
-LINEAR_CASES = covering_cases(
-    Case,
-    OPTIONS
-    | {name: (value,) for name, value in LINEAR.items()}
-    | {"tokens": (5, BLOCK, 2 * BLOCK + 13), "activation": ("silu",)},
-)
-LONG_CASES = covering_cases(
-    Case, OPTIONS | {"depth": (1, 2, 3), "chunk": (11, 16, 2**30), "tokens": (37,), "activation": ("silu",)}
-)
-"""Chunks longer than `SHORT` tokens, for tests in which that is the longest that is read at once."""
-SHORT = 5
 
 
 def able(case: Case, backend: str) -> Case:
@@ -241,20 +229,15 @@ def test_chunked_is_naive_in_outputs_and_all_gradients(case: Case):
     assert_all_close(outputs_and_gradients(x, case, "chunked"), outputs_and_gradients(x, case, "naive"))
 
 
-@pytest.mark.parametrize("case", LINEAR_CASES, ids=name_of)
-def test_linear_is_naive_in_outputs_and_all_gradients(case: Case):
-    x = make_inputs(case)
-    assert_all_close(outputs_and_gradients(x, case, "linear"), outputs_and_gradients(x, case, "naive"))
-
-
-@pytest.mark.parametrize("case", LONG_CASES, ids=name_of)
-def test_a_chunk_read_in_parts_is_naive_in_outputs_and_all_gradients(case: Case, monkeypatch):
-    monkeypatch.setattr(ops_chunked, "LONGEST", SHORT)
-    x = make_inputs(case)
-    assert_all_close(outputs_and_gradients(x, case, "chunked"), outputs_and_gradients(x, case, "naive"))
-
-
 FORMS = ["naive", "chunked", "step", "linear"]
+
+
+@pytest.mark.parametrize("backend", ["chunked", "linear"])
+def test_keys_and_queries_may_have_any_length(backend: str):
+    case = able(Case(tokens=40), backend)
+    x = make_inputs(case)
+    x |= {name: x[name] * (0.2 + 2 * torch.rand(B, case.tokens, H, 1)) for name in ("q", "k")}
+    assert_all_close(outputs_and_gradients(x, case, backend), outputs_and_gradients(x, case, "naive"))
 
 
 @pytest.mark.parametrize("backend", FORMS)
@@ -270,15 +253,13 @@ def test_asking_for_surprise_changes_no_number(backend: str):
     assert all(torch.equal(w, asked[f"weights{layer}"]) for layer, w in enumerate(state.weights))
 
 
-@pytest.mark.parametrize("case", [*CASES, *LINEAR_CASES[:4]], ids=name_of)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_one_token_is_the_same_in_every_form(case: Case):
     case = case._replace(tokens=1)
     x = make_inputs(case)
     expected = outputs_and_gradients(x, case, "naive")
     assert_all_close(outputs_and_gradients(x, case, "step"), expected)
     assert_all_close(outputs_and_gradients(x, case, "chunked"), expected)
-    if case._asdict().items() >= LINEAR.items():
-        assert_all_close(outputs_and_gradients(x, case, "linear"), expected)
     outputs = named(*scan(x, case, backend="naive"))
     assert_all_close(
         named(*scan(x, case, backend="step")), outputs
@@ -343,14 +324,6 @@ def test_chunked_in_float32_is_near_naive_in_float64(depth: int, chunk: int, res
     assert_all_close(outputs_and_gradients(x, case, "chunked"), outputs_and_gradients(wide, case, "naive"))
 
 
-@pytest.mark.parametrize("width", [4, 64])
-def test_linear_in_float32_is_near_naive_in_float64(width: int):
-    case = Case(**LINEAR, tokens=2 * BLOCK + 5, gates="all", mask="random", width=width)
-    x = make_inputs(case, torch.float32)
-    wide = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
-    assert_all_close(outputs_and_gradients(x, case, "linear"), outputs_and_gradients(wide, case, "naive"))
-
-
 # ------------------------------------------------------------------------------------------------ cut, mask, rows
 
 small_cases = st.builds(
@@ -385,23 +358,6 @@ def scan_in_pieces(x: dict[str, Tensor], case: Case, cuts: list[int]) -> dict[st
 def test_cut_anywhere(case: Case, cuts: list[int], seed: int):
     x = make_inputs(case, seed=seed)
     assert_all_close(scan_in_pieces(x, case, cuts), named(*scan(x, case)))
-
-
-@law
-@given(
-    case=small_cases,
-    chunk=st.sampled_from([7, 13, 2**30]),
-    longest=st.integers(1, 6),
-    cuts=st.lists(st.integers(0, 40), max_size=4),
-    seed=st.integers(0, 99),
-)
-def test_cut_a_long_chunk_anywhere(case: Case, chunk: int, longest: int, cuts: list[int], seed: int):
-    case = case._replace(chunk=chunk)
-    x = make_inputs(case, seed=seed)
-    whole = named(*scan(x, case, backend="chunked"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops_chunked, "LONGEST", longest)
-        assert_all_close(scan_in_pieces(x, case, cuts), whole)
 
 
 @pytest.mark.parametrize("backend", ["chunked", "linear"])
@@ -658,13 +614,6 @@ def test_auto_decodes_one_token_by_step_and_reads_more_by_chunks():
     assert resolve_backend("naive", calls[1]) == "naive"
 
 
-def test_auto_reads_a_linear_memory_with_chunk_one_by_linear():
-    calls = [make_call(Case(**LINEAR, tokens=tokens)) for tokens in (0, 1, 2)]
-    assert [resolve_backend("auto", call) for call in calls] == ["chunked", "step", "linear"]
-    for name, other in (("depth", 2), ("chunk", 2), ("residual", True), ("clip", 0.7), ("threshold", 0.0)):
-        assert resolve_backend("auto", make_call(Case(**LINEAR | {name: other}, tokens=2))) == "chunked", name
-
-
 def test_a_memory_that_has_read_nothing():
     weights = tuple(torch.randn(H, i, o, dtype=torch.bfloat16, requires_grad=True) for i, o in ((K, 6), (6, K)))
     state = initial_state(weights, batch=3)
@@ -761,9 +710,8 @@ def test_kept_and_computed_again_are_the_same(mask: str, backend: str, monkeypat
         assert_all_close(out | gradients(out, leaves), kept)
 
 
-def test_activation_checkpointing_drops_what_a_call_keeps(monkeypatch):
-    case = Case(tokens=4 * 9)
-    x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
+def watched_groups(patch: pytest.MonkeyPatch) -> weakref.WeakSet:
+    """The groups of chunks that are there, from now on."""
     groups = weakref.WeakSet()
 
     class Watched(ops_chunked.Group):
@@ -771,7 +719,14 @@ def test_activation_checkpointing_drops_what_a_call_keeps(monkeypatch):
             super().__init__(*arguments, **named)
             groups.add(self)
 
-    monkeypatch.setattr(ops_chunked, "Group", Watched)
+    patch.setattr(ops_chunked, "Group", Watched)
+    return groups
+
+
+def test_activation_checkpointing_drops_what_a_call_keeps(monkeypatch):
+    case = Case(tokens=4 * 9)
+    x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
+    groups = watched_groups(monkeypatch)
     y = scan(x, case, backend="chunked")[0]
     gc.collect()
     assert len(groups) == 1
@@ -779,75 +734,6 @@ def test_activation_checkpointing_drops_what_a_call_keeps(monkeypatch):
     gc.collect()
     assert len(groups) == 0
     y.sum().backward()
-
-
-def groups_kept(tokens: int, chunk: int, kept_bytes: int, monkeypatch) -> int:
-    """How many groups wait for their backward pass."""
-    groups = weakref.WeakSet()
-
-    class Watched(ops_chunked.Group):
-        def __init__(self, *arguments: Any, **named: Any):
-            super().__init__(*arguments, **named)
-            groups.add(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ops_chunked, "Group", Watched)
-        case = Case(tokens=tokens, chunk=chunk)
-        x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
-        out = scan(x, case, backend="chunked", kept_bytes=kept_bytes)
-        gc.collect()
-        assert out[0].requires_grad
-        return len(groups)
-
-
-def test_the_parts_of_long_chunks_keep_no_more_together_than_a_call_may(monkeypatch):
-    monkeypatch.setattr(ops_chunked, "LONGEST", SHORT)
-    enough = next(4**n for n in itertools.count(5) if groups_kept(10, 10, 4**n, monkeypatch))
-    assert enough > 4**5
-    assert groups_kept(80, 10, enough, monkeypatch) == 0
-    assert groups_kept(80, 10, 8 * enough, monkeypatch) == 8
-
-
-@pytest.mark.parametrize("mask", ["none", "random"])
-@pytest.mark.parametrize("start", ["boundary", "same", "ragged"])
-@pytest.mark.parametrize("depth", [1, 2])
-def test_a_chunk_longer_than_the_text_costs_as_much_for_each_token_of_any_number(depth: int, start: str, mask: str):
-    def operations(tokens: int) -> int:
-        case = Case(depth=depth, chunk=2**30, tokens=tokens, start=start, mask=mask)
-        x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
-        with FlopCounterMode(display=False) as counter:
-            y, _, _ = scan(x, case, backend="chunked")
-            y.sum().backward()
-        return counter.get_total_flops()
-
-    few = operations(8 * ops_chunked.LONGEST)
-    assert few > 0
-    assert operations(16 * ops_chunked.LONGEST) / few == pytest.approx(2, abs=0.3)
-
-
-def bytes_left(case: Case, kept_bytes: int) -> int:
-    """What `linear` leaves for its backward pass."""
-    x = {
-        name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case, torch.float32).items()
-    }
-    saved = {}
-
-    def pack(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        scan(x, case, backend="linear", kept_bytes=kept_bytes)
-    return sum(storage.nbytes() for storage in saved.values())
-
-
-@pytest.mark.parametrize("width", [16, 64])
-def test_what_linear_leaves_for_its_backward_pass_is_what_it_counts(width: int):
-    case = Case(**LINEAR, tokens=8 * BLOCK, width=width)
-    kept = bytes_left(case, 2**40)
-    count = next(2**n for n in itertools.count() if bytes_left(case, 2**n) == kept)  # of sizes that keep all, the least
-    assert count / 2.2 < kept < 1.1 * count
-    assert bytes_left(case, 0) < kept / 4
 
 
 # ------------------------------------------------------------------------------------------------ errors
@@ -893,7 +779,6 @@ def test_a_wrong_shape_is_named(message: str):
         ("residual form needs V == K, got K=4, V=5", {"form": MemoryForm(norm=(torch.ones(H, 5), torch.ones(H, 5)))}),
         ("backend='fast' is not one of: auto, naive, step, linear, chunked, triton", {"backend": "fast"}),
         ('backend="step" decodes one token, got T=5', {"backend": "step"}),
-        ('backend="linear" reads memories of depth 1, got 2; use "chunked"', {"backend": "linear"}),
     ],
 )
 def test_a_wrong_option_is_named(message: str, options: dict):

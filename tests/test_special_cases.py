@@ -1,5 +1,6 @@
 """Published recurrences and closed forms that the memory must equal, each written here from its own paper."""
 
+import importlib
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vmap
 
-from titans_lm.ops import MemoryForm, MemoryState, initial_state, memory_scan
+from titans_lm.ops import Backend, MemoryForm, MemoryState, initial_state, memory_scan
 from tolerance import assert_close
 
 B, T, H, K, V = 2, 40, 2, 6, 5
@@ -36,11 +37,12 @@ def read(
     eta: Tensor | float = 0.0,
     alpha: Tensor | float = 0.0,
     form: MemoryForm = MemoryForm(),  # noqa: B008 - immutable
+    backend: Backend = "auto",
 ) -> tuple[Tensor, MemoryState, Tensor]:
     """Our memory from M_0 = `weights` -> outputs, state, loss of each token before its chunk is written."""
     each = (torch.as_tensor(gate, dtype=q.dtype).expand(q.shape[:3]) for gate in (theta, eta, alpha))
     state = initial_state(tuple(weights), q.shape[0])
-    y, state, surprise = memory_scan(q, k, v, *each, state, chunk_size=chunk, form=form, surprise=True)
+    y, state, surprise = memory_scan(q, k, v, *each, state, chunk_size=chunk, form=form, surprise=True, backend=backend)
     return y, state, surprise.loss
 
 
@@ -58,11 +60,17 @@ def seed():
 # ------------------------------------------------------------------------------------------------ linear memories
 
 
+chunk_one = pytest.mark.parametrize("backend", ["linear", "chunked"])
+"""The forms that read a linear memory with chunk 1."""
+
+
+@pytest.mark.parametrize("chunk", [T, 2**30])
 @pytest.mark.parametrize("decays", [False, True])
-def test_linear_attention(decays: bool):
+def test_linear_attention(decays: bool, chunk: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.import_module("titans_lm.ops.chunked"), "LONGEST", 16)
     q, k, v, theta = tokens(K), tokens(K), tokens(V), gates(0.5)
     alpha = gates(0.3) if decays else torch.zeros(B, T, H).double()
-    y, _, _ = read(q, k, v, [torch.zeros(H, K, V).double()], chunk=T, theta=theta, alpha=alpha)
+    y, _, _ = read(q, k, v, [torch.zeros(H, K, V).double()], chunk=chunk, theta=theta, alpha=alpha)
 
     def linear_attention(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
         """o_t = sum_{s <= t} (a_{s+1} .. a_t) (q_t . k_s) v_s, term by term."""
@@ -73,10 +81,11 @@ def test_linear_attention(decays: bool):
     assert_close(y, each_head(linear_attention, q, k, 2 * theta[..., None] * v, 1 - alpha))
 
 
-def test_delta_net():
+@chunk_one
+def test_delta_net(backend: Backend):
     q, k, v, theta = tokens(K), unit(tokens(K)), tokens(V), gates(0.5)
     start = torch.randn(H, K, V).double()
-    y, _, _ = read(q, k, v, [start], chunk=1, theta=theta)
+    y, _, _ = read(q, k, v, [start], chunk=1, theta=theta, backend=backend)
 
     def delta_net(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, s: Tensor) -> Tensor:
         """S_t = S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t (arXiv:2406.06484)."""
@@ -90,10 +99,11 @@ def test_delta_net():
     assert_close(y, each_head(delta_net, q, k, v, 2 * theta, s_0))
 
 
-def test_gated_delta_net():
+@chunk_one
+def test_gated_delta_net(backend: Backend):
     q, k, v, theta, alpha = tokens(K), unit(tokens(K)), tokens(V), gates(0.3), gates(0.3)
     start = torch.randn(H, K, V).double()
-    y, _, _ = read(q, k, v, [start], chunk=1, theta=theta, alpha=alpha)
+    y, _, _ = read(q, k, v, [start], chunk=1, theta=theta, alpha=alpha, backend=backend)
 
     def gated_delta_net(q: Tensor, k: Tensor, v: Tensor, a: Tensor, beta: Tensor, s: Tensor) -> Tensor:
         """S_t = S_{t-1} (a_t (I - beta_t k_t k_t^T)) + beta_t v_t k_t^T, o_t = S_t q_t (arXiv:2412.06464)."""
@@ -174,17 +184,19 @@ def test_ttt_mlp():
     check_ttt(lambda w, x: F.gelu(x @ w[0], approximate="tanh") @ w[1], [K, 4 * K, K], "gelu")
 
 
-@pytest.mark.parametrize("chunk", [1, 7])
-def test_titans_with_momentum_and_forgetting(chunk: int):
-    """Equations 10 to 15 for a memory of three layers, gradients by torch.func at the weights of the chunk's start."""
+@pytest.mark.parametrize(("chunk", "depth"), [(1, 3), (7, 3), (1, 1)])
+def test_titans_with_momentum_and_forgetting(chunk: int, depth: int):
+    """Equations 10 to 15 for a memory of some layers, gradients by torch.func at the weights of the chunk's start."""
     q, k, v = unit(tokens(K)), unit(tokens(K)), tokens(V)
     theta, eta, alpha = gates(0.1), gates(0.9), gates(0.1)
-    widths = [(K, 8), (8, 8), (8, V)]
+    widths = pairwise([K, *[8] * (depth - 1), V])
     weights = [torch.randn(H, i, o).double() / i**0.5 for i, o in widths]
     y, _, _ = read(q, k, v, weights, chunk=chunk, theta=theta, eta=eta, alpha=alpha)
 
     def memory(w: tuple[Tensor, ...], x: Tensor) -> Tensor:
-        return F.silu(F.silu(x @ w[0]) @ w[1]) @ w[2]
+        for w_l in w[:-1]:
+            x = F.silu(x @ w_l)
+        return x @ w[-1]
 
     def loss(w: tuple[Tensor, ...], k: Tensor, v: Tensor) -> Tensor:
         return (memory(w, k) - v).square().sum()

@@ -1,0 +1,114 @@
+"""Linear memories with chunk 1: blocks of tokens as triangular systems are the definition, in bounded memory.
+
+The laws of every form are in test_ops.py, the published recurrences in test_special_cases.py.
+"""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from test_ops import (
+    LINEAR,
+    OPTIONS,
+    Case,
+    assert_all_close,
+    covering_cases,
+    make_call,
+    make_inputs,
+    name_of,
+    outputs_and_gradients,
+    scan,
+)
+from titans_lm.ops import resolve_backend
+
+BLOCK = importlib.import_module("titans_lm.ops.linear").BLOCK  # its name in the package is the function's
+LINEAR_CASES = covering_cases(
+    Case,
+    OPTIONS
+    | {name: (value,) for name, value in LINEAR.items()}
+    | {"tokens": (5, BLOCK, 2 * BLOCK + 13), "activation": ("silu",)},
+)
+
+
+# ------------------------------------------------------------------------------------------------ the same numbers
+
+
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=name_of)
+def test_linear_is_naive_in_outputs_and_all_gradients(case: Case):
+    x = make_inputs(case)
+    assert_all_close(outputs_and_gradients(x, case, "linear"), outputs_and_gradients(x, case, "naive"))
+
+
+@pytest.mark.parametrize("width", [4, 64])
+def test_linear_in_float32_is_near_naive_in_float64(width: int):
+    case = Case(**LINEAR, tokens=2 * BLOCK + 5, gates="all", mask="random", width=width)
+    x = make_inputs(case, torch.float32)
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
+    assert_all_close(outputs_and_gradients(x, case, "linear"), outputs_and_gradients(wide, case, "naive"))
+
+
+@pytest.mark.parametrize("name", ["theta", "eta", "alpha"])
+def test_a_gate_is_0_or_1_at_every_token(name: str):
+    case = Case(**LINEAR, tokens=BLOCK + 9)
+    x = make_inputs(case)
+    x[name] = torch.randint(0, 2, x[name].shape).double()
+    if name == "theta":
+        x["eta"] *= 0.1  # with more momentum, steps of 1 amplify rounding
+    assert_all_close(outputs_and_gradients(x, case, "linear"), outputs_and_gradients(x, case, "naive"))
+
+
+# ------------------------------------------------------------------------------------------------ chosen
+
+
+WRONG = {
+    "reads memories of depth 1, got 2": {"depth": 2},
+    "reads with chunk_size=1, got 4": {"chunk": 4},
+    "reads the plain form, got the residual form": {"residual": True},
+    "reads without clip and threshold, got clip=0.7, threshold=None": {"clip": 0.7},
+    "reads without clip and threshold, got clip=None, threshold=2.0": {"threshold": 2.0},
+}
+
+
+@pytest.mark.parametrize("reason", WRONG)
+def test_what_linear_does_not_read_is_named(reason: str):
+    case = Case(**LINEAR | WRONG[reason], tokens=5)
+    with pytest.raises(ValueError, match=f'^backend="linear" {reason}; use "chunked"$'):
+        scan(make_inputs(case), case, backend="linear")
+
+
+def test_auto_reads_a_linear_memory_with_chunk_one_by_linear():
+    calls = [make_call(Case(**LINEAR, tokens=tokens)) for tokens in (0, 1, 2)]
+    assert [resolve_backend("auto", call) for call in calls] == ["chunked", "step", "linear"]
+    for name, other in (("depth", 2), ("chunk", 2), ("residual", True), ("clip", 0.7), ("threshold", 0.0)):
+        assert resolve_backend("auto", make_call(Case(**LINEAR | {name: other}, tokens=2))) == "chunked", name
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def bytes_left(case: Case, kept_bytes: int) -> int:
+    """What `linear` leaves for its backward pass."""
+    x = {
+        name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case, torch.float32).items()
+    }
+    saved = {}
+
+    def pack(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        scan(x, case, backend="linear", kept_bytes=kept_bytes)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_what_linear_leaves_for_its_backward_pass_is_what_it_counts(width: int):
+    case = Case(**LINEAR, tokens=8 * BLOCK, width=width)
+    kept = bytes_left(case, 2**40)
+    count = next(2**n for n in itertools.count() if bytes_left(case, 2**n) == kept)  # of sizes that keep all, the least
+    assert count / 2.2 < kept < 1.1 * count
+    assert bytes_left(case, 0) < kept / 4

@@ -1,0 +1,94 @@
+"""Chunks longer than what is read at once: the same numbers, in time and memory linear in the number of tokens."""
+
+import gc
+import importlib
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from test_ops import (
+    OPTIONS,
+    Case,
+    assert_all_close,
+    covering_cases,
+    law,
+    make_inputs,
+    name_of,
+    named,
+    outputs_and_gradients,
+    scan,
+    scan_in_pieces,
+    small_cases,
+    watched_groups,
+)
+
+ops_chunked = importlib.import_module("titans_lm.ops.chunked")  # its name in the package is the function's
+LONG_CASES = covering_cases(
+    Case, OPTIONS | {"depth": (1, 2, 3), "chunk": (11, 16, 2**30), "tokens": (37,), "activation": ("silu",)}
+)
+"""Chunks longer than `SHORT` tokens, for tests in which that is the longest that is read at once."""
+SHORT = 5
+
+
+@pytest.mark.parametrize("case", LONG_CASES, ids=name_of)
+def test_a_chunk_read_in_parts_is_naive_in_outputs_and_all_gradients(case: Case, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ops_chunked, "LONGEST", SHORT)
+    x = make_inputs(case)
+    assert_all_close(outputs_and_gradients(x, case, "chunked"), outputs_and_gradients(x, case, "naive"))
+
+
+@law
+@given(
+    case=small_cases,
+    chunk=st.sampled_from([7, 13, 2**30]),
+    longest=st.integers(1, 6),
+    cuts=st.lists(st.integers(0, 40), max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_cut_a_long_chunk_anywhere(case: Case, chunk: int, longest: int, cuts: list[int], seed: int):
+    case = case._replace(chunk=chunk)
+    x = make_inputs(case, seed=seed)
+    whole = named(*scan(x, case, backend="chunked"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops_chunked, "LONGEST", longest)
+        assert_all_close(scan_in_pieces(x, case, cuts), whole)
+
+
+def groups_kept(tokens: int, chunk: int, kept_bytes: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many groups wait for their backward pass."""
+    with monkeypatch.context() as patch:
+        groups = watched_groups(patch)
+        case = Case(tokens=tokens, chunk=chunk)
+        x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
+        out = scan(x, case, backend="chunked", kept_bytes=kept_bytes)
+        gc.collect()
+        assert out[0].requires_grad
+        return len(groups)
+
+
+def test_the_parts_of_long_chunks_keep_no_more_together_than_a_call_may(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ops_chunked, "LONGEST", SHORT)
+    enough = next(4**n for n in itertools.count(5) if groups_kept(10, 10, 4**n, monkeypatch))
+    assert enough > 4**5
+    assert groups_kept(80, 10, enough, monkeypatch) == 0
+    assert groups_kept(80, 10, 8 * enough, monkeypatch) == 8
+
+
+@pytest.mark.parametrize("mask", ["none", "random"])
+@pytest.mark.parametrize("start", ["boundary", "same", "ragged"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_chunk_longer_than_the_text_costs_as_much_for_each_token_of_any_number(depth: int, start: str, mask: str):
+    def operations(tokens: int) -> int:
+        case = Case(depth=depth, chunk=2**30, tokens=tokens, start=start, mask=mask)
+        x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
+        with FlopCounterMode(display=False) as counter:
+            y, _, _ = scan(x, case, backend="chunked")
+            y.sum().backward()
+        return counter.get_total_flops()
+
+    few = operations(8 * ops_chunked.LONGEST)
+    assert few > 0
+    assert operations(16 * ops_chunked.LONGEST) / few == pytest.approx(2, abs=0.3)
