@@ -9,8 +9,6 @@ import nltk
 import pytest
 import torch
 import wonderwords
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
@@ -19,14 +17,14 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from conftest import VOCABULARY, each_kind, tiny_config, tiny_model, tokens
+from conftest import tiny_config, tiny_model
 from test_layout import run_without
+from test_likelihood import greedily, plainly
 from titans_lm import TitansForCausalLM
 from titans_lm.cli import main
 from titans_lm.data import byte_tokenizer
-from titans_lm.evaluate import likelihood
 from titans_lm.evaluate.harness import _results
-from titans_lm.evaluate.likelihood import Request, scores
+from titans_lm.evaluate.likelihood import Request
 from titans_lm.evaluate.lm_eval_model import TitansLM
 
 TEXT = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. "
@@ -37,7 +35,7 @@ PIECE = 11
 
 @pytest.fixture(scope="module")
 def model() -> TitansForCausalLM:
-    return tiny_model("mag", vocab_size=260)
+    return tiny_model("mag", vocab_size=260, num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -55,92 +53,13 @@ def instances(kind: str, *arguments: tuple) -> list[Instance]:
     return [Instance(kind, {}, one, number) for number, one in enumerate(arguments)]
 
 
-def plainly(model: TitansForCausalLM, request: Request) -> tuple[float, bool]:
-    """From one forward pass over all tokens."""
-    ids = torch.tensor([[*request.context, *request.continuation]])
-    with torch.no_grad():
-        found = model(ids).logits[0, len(request.context) - 1 : -1].log_softmax(-1)
-    wanted = ids[0, len(request.context) :]
-    return found.gather(-1, wanted[:, None]).sum().item(), bool((found.argmax(-1) == wanted).all())
-
-
-def greedily(model: TitansForCausalLM, context: list[int], count: int) -> list[int]:
-    out = model.generate(torch.tensor([context]), max_new_tokens=count, do_sample=False, pad_token_id=0)
-    return out[0, len(context) :].tolist()
-
-
-def requests_of(model: TitansForCausalLM, lengths: list[tuple[int, int, int]]) -> list[Request]:
-    """(which context, its length, length of the continuation); every other continuation is the greedy one."""
-    found = []
-    for number, (which, before, after) in enumerate(lengths):
-        context = tokens(1, before, seed=which)[0].tolist()
-        greedy = number % 2 and after and greedily(model, context, after)
-        found.append(Request(context, greedy or tokens(1, after, seed=100 + number)[0].tolist()))
-    return found
-
-
-# ------------------------------------------------------------------------------------------------ scores
-
-RAGGED = [(0, 30, 1), (1, 2, 9), (0, 30, 3), (2, 1, 3), (0, 30, 6), (1, 2, 1), (3, 17, 20)]
-
-
-@each_kind
-def test_scores_are_those_of_a_forward_pass_over_everything(kind, monkeypatch):
-    model = tiny_model(kind)
-    monkeypatch.setattr(likelihood, "LOGITS", 3 * VOCABULARY)
-    wanted = requests_of(model, RAGGED)
-    found = dict(scores(model, wanted, rows=3, piece=4))
-    assert sorted(found) == list(range(len(RAGGED)))
-    for number, request in enumerate(wanted):
-        total, greedy = plainly(model, request)
-        assert found[number].log_probability == pytest.approx(total, rel=1e-9, abs=1e-9), number
-        assert found[number].greedy == greedy, number
-    assert {found[number].greedy for number in found} == {True, False}
-
-
-lengths = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 12), st.integers(0, 9)), min_size=1, max_size=5)
-
-
-@settings(max_examples=6, deadline=None)
-@given(lengths, st.integers(1, 4), st.integers(1, 13))
-def test_rows_and_pieces_of_any_number_give_the_same(lengths, rows, piece):
-    model = tiny_model("mac")
-    wanted = requests_of(model, lengths)
-    for number, score in scores(model, wanted, rows, piece):
-        assert score == pytest.approx(plainly(model, wanted[number]), rel=1e-9, abs=1e-9)
-
-
-def test_a_context_is_read_once_and_no_more_logits_exist_than_are_scored():
-    model, read, rows = tiny_model("mag"), [], []
-    count = model.model.register_forward_pre_hook(
-        lambda _, __, given: read.append(int(given["attention_mask"].sum())), with_kwargs=True
-    )
-    heads = model.lm_head.register_forward_hook(lambda _, __, logits: rows.append(len(logits)))
-    context = tokens(1, 100)[0].tolist()
-    list(scores(model, [Request(context, [1, 2, 3])] * 4 + [Request(context, [4])], rows=2, piece=16))
-    count.remove()
-    heads.remove()
-    assert sum(read) == 99 + 4 * 3 + 1
-    assert sum(rows) == 4 * 3 + 1
-
-
-def test_a_context_needs_a_token():
-    with pytest.raises(ValueError, match="request 1 has no context"):
-        list(scores(tiny_model("lmm"), [Request([1], [2]), Request([], [2])]))
-
-
 # ------------------------------------------------------------------------------------------------ as a model of lm-eval
 
+QUESTION = TEXT * 3 + "Question:"
 PAIRS = [
-    (TEXT * 3 + "Question:", " yes"),
-    ("", "a beginning"),
-    (TEXT, "no"),
-    (TEXT + "   ", "spaces go to what follows"),
-    (TEXT, "yes"),
-    ("naïve — ", "façade"),
-    (TEXT * 3 + "Question:", " no"),
-    ("a", "b"),
-]
+    (QUESTION, " yes"), ("", "a beginning"), (TEXT, "no"), (TEXT + "   ", "spaces go to what follows"), (TEXT, "yes"),
+    ("naïve — ", "façade"), (QUESTION, " no"), ("a", "b"),
+]  # fmt: skip
 
 
 def test_log_likelihoods_are_those_of_lm_eval_s_own_class(lm, theirs):
@@ -168,11 +87,12 @@ def test_answers_are_those_of_generate(lm, model, theirs):
         out = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=EOS, pad_token_id=256)
         assert answer == byte_tokenizer().decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     assert len(set(found)) == len(contexts)
-    until = {**options, "until": [found[0][4:6], found[2][5], "\n\n"]}
+    stops = [next(c for c in answer[3:] if 32 < ord(c) < 127) for answer in (found[0], found[2])]
+    until = {**options, "until": [*stops, "\n\n"]}
     again = [(contexts[1], options), *((c, until) for c in contexts)]
     expected = theirs.generate_until(instances("generate_until", *again), disable_tqdm=True)
     assert lm.generate_until(instances("generate_until", *again), disable_tqdm=True) == expected
-    assert expected[1] == found[0][: min(found[0].index(s) for s in until["until"] if s in found[0])]
+    assert expected[1] == found[0][: min(found[0].index(s) for s in stops if s in found[0])]
     assert ask(lm, "", **options) == [byte_tokenizer().decode(greedily(model, [EOS], 12), skip_special_tokens=True)]
 
 
@@ -191,6 +111,15 @@ def test_an_answer_ends_at_its_strings_and_at_the_end_token_not_in_the_prompt(lm
     tokenizer.eos_token = chr(stop)
     alone = TitansLM(model, tokenizer, piece=PIECE)
     assert ask(alone, "It was", until=[], max_gen_toks=30) == [whole.split(chr(stop))[0]]
+
+
+def test_a_special_token_ends_an_answer_only_where_a_task_names_it(model):
+    ids = greedily(model, list(b"It was"), 8)
+    tokenizer = byte_tokenizer()
+    name = tokenizer.bos_token = tokenizer.convert_ids_to_tokens(ids[3])
+    lm = TitansLM(model, tokenizer, piece=PIECE)
+    assert ask(lm, "It was", until=[name], max_gen_toks=8) == [byte_tokenizer().decode(ids[: ids.index(ids[3])])]
+    assert ask(lm, "It was", until=[], max_gen_toks=8) == [tokenizer.decode(ids, skip_special_tokens=True)]
 
 
 def ask(lm: TitansLM, *prompts: str, **options) -> list[str]:
@@ -298,7 +227,7 @@ GROUP = "group: tiny_group\ntask: [tiny_choice]\naggregate_metric_list: [{metric
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    TitansForCausalLM(tiny_config("mag", vocab_size=260)).save_pretrained(path)
+    TitansForCausalLM(tiny_config("mag", vocab_size=260, num_hidden_layers=1)).save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path
 
@@ -385,8 +314,9 @@ def test_the_limit_and_the_seed_are_kept(folder, tasks, tmp_path):
     assert evaluate(folder, tasks, out, "tiny_choice", limit=3, seed=5) == 0
     head, row = rows_of(out)
     assert row["results"][0]["documents"] == 3
-    assert head["settings"]["limit"] == 3
-    assert {head["settings"][f"{kind}random_seed"] for kind in ("", "numpy_", "torch_", "fewshot_")} == {5}
+    kept = head["settings"]
+    assert kept["limit"] == 3
+    assert {kept[f"{kind}random_seed"] for kind in ("", "numpy_", "torch_", "fewshot_")} == {5}
 
 
 def test_ruler_s_needles_without_a_network(folder, tmp_path, monkeypatch):
@@ -399,7 +329,7 @@ def test_ruler_s_needles_without_a_network(folder, tmp_path, monkeypatch):
     code.mkdir()
     for file in folder.iterdir():
         (code / file.name).write_bytes(file.read_bytes())
-    config = json.loads((code / "tokenizer_config.json").read_text())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
     config["auto_map"] = {"AutoTokenizer": [None, "strange.Strange"]}
     (code / "tokenizer_config.json").write_text(json.dumps(config))
     (code / "strange.py").write_text(f"open({str(marker)!r}, 'w')\nclass Strange: pass\n")

@@ -12,6 +12,7 @@ import difflib
 import importlib.util
 import json
 import logging
+import numbers
 import random
 import shlex
 import sys
@@ -164,11 +165,22 @@ def _manager(names: list[str], folder: Path | None, metadata: dict[str, Any]) ->
 
 def _load(name: str, manager: Any, seeds: dict[str, Any]) -> list[Any]:
     """The tasks of a name, with their data. Raises ValueError where there is none to be had."""
+    from datasets.exceptions import DatasetsError
+
     random.seed(seeds["random_seed"])  # some tasks make their data
     np.random.seed(seeds["numpy_random_seed"])
     try:
         loaded = manager.load([name])
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AssertionError) as error:
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        LookupError,
+        TypeError,
+        RuntimeError,
+        AssertionError,
+        DatasetsError,
+    ) as error:
         raise ValueError(f"task {name!r} cannot be loaded: {error}") from error
     return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
 
@@ -199,9 +211,7 @@ def _results(found: Any) -> list[dict[str, Any]]:
             if not comma or metric.endswith("_stderr") or (metric.isdecimal() and value == -1):
                 continue
             error = values.get(f"{metric}_stderr,{kind}")
-            metrics[metric if kind == "none" else key] = {
-                "value": float(value), "stderr": float(error) if isinstance(error, int | float) else None
-            }  # fmt: skip
+            metrics[metric if kind == "none" else key] = {"value": _number(value), "stderr": _number(error)}
         rows.append({
             "name": name, "version": found["versions"].get(name), "shots": found["n-shot"].get(name),
             "documents": found["n-samples"].get(name, {}).get("effective"), "metrics": metrics,
@@ -209,15 +219,18 @@ def _results(found: Any) -> list[dict[str, Any]]:
     return rows
 
 
+def _number(value: Any) -> float | None:
+    """lm-eval says "N/A" where there is none."""
+    return float(value) if isinstance(value, numbers.Real) else None
+
+
 def _table(rows: list[dict[str, Any]]) -> Table:
     """On the screen."""
     table = Table("task", "version", "shots", "documents", "metric", "value", "standard error")
     for result in (result for row in rows for result in row["results"]):
-        first = [
-            str(result[key]) if result[key] is not None else "" for key in ("name", "version", "shots", "documents")
-        ]
+        told = [result[key] for key in ("name", "version", "shots", "documents")]
         for metric, found in result["metrics"].items():
-            error = "" if found["stderr"] is None else f"{found['stderr']:.4f}"
-            table.add_row(*first, metric, f"{found['value']:.4f}", error)
-            first = [""] * len(first)
+            figures = ["" if figure is None else f"{figure:.4f}" for figure in (found["value"], found["stderr"])]
+            table.add_row(*("" if one is None else str(one) for one in told), metric, *figures)
+            told = [None] * len(told)
     return table

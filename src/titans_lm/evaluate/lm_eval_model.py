@@ -156,19 +156,24 @@ class TitansLM(TemplateLM):
             options = {name: value for name, value in options.items() if name != "temperature"}  # generate would warn
         state = read_rows(self.model, [context[:-1] for context in contexts], self.piece)
         prompt = torch.tensor([context[-1:] for context in contexts], device=self.model.device)
-        pad = self.tokenizer.pad_token_id
+        ends, pad = self._ends(until), self.tokenizer.pad_token_id
         out: Any = self.model.generate(
             prompt, attention_mask=torch.ones_like(prompt), past_key_values=state.continuation(), max_new_tokens=count,
-            eos_token_id=self.eot_token_id, pad_token_id=0 if pad is None else pad,
+            eos_token_id=ends or None, pad_token_id=0 if pad is None else pad,
             stopping_criteria=[_Said(self.tokenizer, until, prompt.shape[1])] if until else None, **options,
         )  # fmt: skip
-        return [self._text(row, until) for row in out[:, 1:].tolist()]
+        return [self._text(row, ends, until) for row in out[:, 1:].tolist()]
 
-    def _text(self, tokens: list[int], until: list[str]) -> str:
-        """Up to the end token, and to the first string that ends it."""
-        if self.eot_token_id in tokens:
-            tokens = tokens[: tokens.index(self.eot_token_id)]
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+    def _ends(self, until: list[str]) -> list[int]:
+        """The end token, and the special tokens that a task names among its strings."""
+        special = set(self.tokenizer.all_special_tokens) & set(until)
+        ends = {self.eot_token_id, *map(self.tokenizer.convert_tokens_to_ids, special)} - {None}
+        return sorted(ends)
+
+    def _text(self, tokens: list[int], ends: list[int], until: list[str]) -> str:
+        """Up to the first token that ends it, and to the first string."""
+        count = next((number for number, token in enumerate(tokens) if token in ends), len(tokens))
+        text: str = self.tokenizer.decode(tokens[:count], skip_special_tokens=True)
         for string in until:
             text = text.split(string)[0]
         return text
@@ -180,7 +185,7 @@ class TitansLM(TemplateLM):
 
 
 class _Said(StoppingCriteria):
-    """A row ends when one of `strings` is in what it generated, not when half of it was in the prompt."""
+    """A row ends when one of `strings` is in what it generated; not when half of it was in the prompt."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: list[str], prompt: int):
         self.tokenizer, self.strings, self.prompt = tokenizer, strings, prompt
@@ -188,7 +193,8 @@ class _Said(StoppingCriteria):
         self.reach = max(len(text.encode()) for text in strings) + 4
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # noqa: ARG002 - as it is called
-        tails = self.tokenizer.batch_decode(input_ids[:, max(self.prompt, input_ids.shape[1] - self.reach) :])
+        tail = input_ids[:, max(self.prompt, input_ids.shape[1] - self.reach) :]
+        tails = self.tokenizer.batch_decode(tail, skip_special_tokens=True)  # "e" is not in what is shown as <eos>
         return torch.tensor([any(s in tail for s in self.strings) for tail in tails], device=input_ids.device)
 
 
