@@ -87,6 +87,14 @@ def test_a_context_is_read_once_in_pieces_and_few_logits_exist_at_a_time(monkeyp
     assert max(logits) == 3
 
 
+def test_padding_is_not_read_so_a_declared_limit_is_that_of_the_longest_request():
+    model = tiny_model("lmm", num_hidden_layers=1, max_position_embeddings=12)
+    wanted = requests_of([(0, 12, 1), (1, 3, 10), (0, 12, 0)])
+    assert len(list(scores(model, wanted, rows=3))) == 3
+    with pytest.raises(ValueError, match="max_position_embeddings=12"):
+        list(scores(model, requests_of([(0, 12, 2)])))
+
+
 def test_a_context_needs_a_token():
     with pytest.raises(ValueError, match="request 1 has no context"):
         list(scores(tiny_model("lmm"), [Request([1], [2]), Request([], [2])]))
