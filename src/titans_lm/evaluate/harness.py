@@ -14,7 +14,6 @@ import json
 import logging
 import numbers
 import random
-import shlex
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from titans_lm.checkpoint import load
-from titans_lm.record import Lines
+from titans_lm.record import Lines, command_line
 from titans_lm.state import identity
 
 SHORTHANDS = {
@@ -72,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     setup_logging(logging.ERROR)  # LMEVAL_LOG_LEVEL=INFO says more
     options = {"limit": arguments.limit, **(SEEDS if arguments.seed is None else dict.fromkeys(SEEDS, arguments.seed))}
     settings = {**identity(model.model), "lm_eval": lm_eval.__version__, "metadata": metadata, **options}
-    lines = Lines(arguments.out, settings, _command(arguments))
+    lines = Lines(arguments.out, settings, command_line("evaluate harness", arguments))
     names = _names(arguments.tasks)
     missing = [name for name in names if lines.find(task=name) is None]
     if missing:
@@ -128,15 +127,6 @@ def _check(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _device(arguments: argparse.Namespace) -> str:
     return arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _command(arguments: argparse.Namespace) -> str:
-    """The command that was typed, in full."""
-    words = ["titans", "evaluate", "harness"]
-    for name, value in vars(arguments).items():
-        if name != "what" and value is not None:
-            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
 
 
 # ------------------------------------------------------------------------------------------------ tasks
