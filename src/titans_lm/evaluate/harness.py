@@ -1,11 +1,226 @@
-"""To be written."""
+"""`titans evaluate harness`: tasks of lm-evaluation-harness, read through the carried state.
+
+    titans evaluate harness --model runs/titans --tasks paper
+    titans evaluate harness --model runs/titans --tasks niah_single_1 --metadata '{"max_seq_lengths": [4096, 16384]}'
+
+Prompts, metrics and versions are lm-eval's own; `lm_eval_model` says how the model answers.
+"""
 
 import argparse
+import contextlib
+import difflib
+import importlib.util
+import json
+import logging
+import numbers
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from titans_lm.checkpoint import load
+from titans_lm.record import Lines, command_line
+from titans_lm.state import identity
+
+SHORTHANDS = {
+    "paper": [
+        "wikitext", "lambada_openai", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "social_iqa",
+        "boolq",
+    ],
+}  # fmt: skip
+"""Names for several tasks. `paper`: language modelling and common sense as in arXiv:2501.00663."""
+SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
+"""lm-eval's own."""
+WIDTH = 120
+"""Of a table that goes to a file."""
+DRAWS = 1000
+"""Bootstrap samples of a standard error that has no formula (a perplexity's)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    del parser
+    parser.add_argument("--model", type=Path, required=True, help="a folder that titans train wrote")
+    parser.add_argument(
+        "--tasks", nargs="+", required=True, metavar="TASK", help=f"lm-eval's names, or {', '.join(SHORTHANDS)}"
+    )
+    parser.add_argument("--limit", type=int, help="documents of each task; to try things out, not to report")
+    parser.add_argument("--include-path", type=Path, help="a folder of tasks of your own, whose code is run")
+    parser.add_argument("--metadata", default="{}", help="for tasks that take it: '{\"max_seq_lengths\": [4096]}'")
+    parser.add_argument("--batch", type=int, default=8, help="streams that are read at a time")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU, if there is one")
+    parser.add_argument("--seed", type=int, help="of few-shot examples and made data; default: lm-eval's own")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/harness.jsonl"), help="a line a task; what is there is not run again"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    raise ValueError(f"{arguments.what} is not there yet")
+    metadata = _check(arguments)
+    model, tokenizer = load(arguments.model)
+    import lm_eval
+    from lm_eval.utils import setup_logging
+
+    setup_logging(logging.ERROR)  # LMEVAL_LOG_LEVEL=INFO says more
+    options = {"limit": arguments.limit, **(SEEDS if arguments.seed is None else dict.fromkeys(SEEDS, arguments.seed))}
+    settings = {**identity(model.model), "lm_eval": lm_eval.__version__, "metadata": metadata, **options}
+    lines = Lines(arguments.out, settings, command_line("evaluate harness", arguments))
+    names = _names(arguments.tasks)
+    missing = [name for name in names if lines.find(task=name) is None]
+    if missing:
+        from titans_lm.evaluate.lm_eval_model import TitansLM
+
+        with _as_data(tokenizer) as folder:
+            manager = _manager(missing, arguments.include_path, {"tokenizer": folder, **metadata})
+            tasks = {name: _load(name, manager, options) for name in missing}
+        lm = TitansLM(model, tokenizer, batch_size=arguments.batch, device=_device(arguments))
+        _evaluate(lm, tasks, lines, {**options, "task_manager": manager})
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(
+        _table([row for name in names if (row := lines.find(task=name))])
+    )
+
+
+def _evaluate(lm: Any, tasks: dict[str, list[Any]], lines: Lines, options: dict[str, Any]) -> None:
+    """Task by task, each kept when it is done. `options` are those of lm-eval's `simple_evaluate`."""
+    from lm_eval import simple_evaluate
+
+    console = Console(stderr=True)
+    for number, (name, task) in enumerate(tasks.items(), 1):
+        console.print(f"{name} ({number} of {len(tasks)})", markup=False, highlight=False)
+        begun = time.monotonic()
+        try:
+            found = simple_evaluate(lm, tasks=task, bootstrap_iters=DRAWS, log_samples=False, **options)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{lines.path} has the tasks that are done; the same command goes on") from None
+        lines.add({"task": name, "seconds": round(time.monotonic() - begun, 1), "results": _results(found)})
+
+
+def _check(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Raises ValueError for what cannot be, before any work. -> the metadata"""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("lm-evaluation-harness is not installed: pip install 'titans-lm[eval]'")
+    for name in ("limit", "batch"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no GPU that PyTorch can use")
+    if arguments.include_path is not None and not arguments.include_path.is_dir():
+        raise ValueError(f"--include-path {arguments.include_path} is not a folder")
+    if not arguments.out.absolute().parent.is_dir():
+        raise ValueError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist")
+    try:
+        metadata = json.loads(arguments.metadata)
+    except ValueError as error:
+        raise ValueError(f"--metadata is not JSON: {error}") from None
+    if not isinstance(metadata, dict):
+        raise ValueError(f'--metadata must be a JSON object like {{"max_seq_lengths": [4096]}}, got {metadata!r}')
+    return metadata
+
+
+def _device(arguments: argparse.Namespace) -> str:
+    return arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ------------------------------------------------------------------------------------------------ tasks
+
+
+def _names(asked: list[str]) -> list[str]:
+    """Shorthands written out, each name once."""
+    return list(dict.fromkeys(name for one in asked for name in SHORTHANDS.get(one, [one])))
+
+
+def _manager(names: list[str], folder: Path | None, metadata: dict[str, Any]) -> Any:
+    """What finds and makes tasks. Raises ValueError for a name that no task, group or tag has."""
+    from lm_eval.tasks import TaskManager
+
+    if folder is not None:
+        own = TaskManager(include_path=str(folder), include_defaults=False, metadata=metadata)
+        if set(names) <= set(own.all_subtasks):  # looking through lm-eval's 14,000 files takes seconds
+            return own
+    manager = TaskManager(include_path=None if folder is None else str(folder), metadata=metadata)
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, 3)
+            raise ValueError(f"lm-eval has no task {name!r}" + (f"; near it are {', '.join(near)}" if near else ""))
+    return manager
+
+
+def _load(name: str, manager: Any, seeds: dict[str, Any]) -> list[Any]:
+    """The tasks of a name, with their data. Raises ValueError where there is none to be had."""
+    from datasets.exceptions import DatasetsError
+
+    random.seed(seeds["random_seed"])  # some tasks make their data
+    np.random.seed(seeds["numpy_random_seed"])
+    try:
+        loaded = manager.load([name])
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        LookupError,
+        TypeError,
+        RuntimeError,
+        AssertionError,
+        DatasetsError,
+    ) as error:
+        raise ValueError(f"task {name!r} cannot be loaded: {error}") from error
+    return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
+
+
+@contextlib.contextmanager
+def _as_data(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """A folder with the tokenizer alone: RULER's tasks load one by its name, and run code that a model's folder has."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        path = Path(folder) / "tokenizer_config.json"
+        config = json.loads(path.read_text())
+        config.pop("auto_map", None)
+        path.write_text(json.dumps(config))
+        yield folder
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+def _results(found: Any) -> list[dict[str, Any]]:
+    """Of each task and group its version, documents and metrics: value and standard error, None where there is none."""
+    rows = []
+    for name, values in found["results"].items():
+        metrics = {}
+        for key, value in values.items():
+            metric, comma, kind = key.partition(",")
+            # RULER's tasks name a metric by each length; -1 says that it was not asked.
+            if not comma or metric.endswith("_stderr") or (metric.isdecimal() and value == -1):
+                continue
+            error = values.get(f"{metric}_stderr,{kind}")
+            metrics[metric if kind == "none" else key] = {"value": _number(value), "stderr": _number(error)}
+        rows.append({
+            "name": name, "version": found["versions"].get(name), "shots": found["n-shot"].get(name),
+            "documents": found["n-samples"].get(name, {}).get("effective"), "metrics": metrics,
+        })  # fmt: skip
+    return rows
+
+
+def _number(value: Any) -> float | None:
+    """lm-eval says "N/A" where there is none."""
+    return float(value) if isinstance(value, numbers.Real) else None
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    """On the screen."""
+    table = Table("task", "version", "shots", "documents", "metric", "value", "standard error")
+    for result in (result for row in rows for result in row["results"]):
+        told = [result[key] for key in ("name", "version", "shots", "documents")]
+        for metric, found in result["metrics"].items():
+            figures = ["" if figure is None else f"{figure:.4f}" for figure in (found["value"], found["stderr"])]
+            table.add_row(*("" if one is None else str(one) for one in told), metric, *figures)
+            told = [None] * len(told)
+    return table

@@ -1,0 +1,114 @@
+"""How likely a model finds what follows a text, both of any length, read in pieces through its memory.
+
+A text that several requests begin with is read once, and its memory forked for each. No more logits exist at a time
+than `LOGITS`, so space does not grow with the text, but for its token numbers.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from titans_lm.model import TitansForCausalLM
+from titans_lm.reader import PIECE
+from titans_lm.state import TitansState
+
+LOGITS = 2**24
+"""Logits at a time: 64 MiB of float32, and some times that on the way to probabilities."""
+
+
+class Request(NamedTuple):
+    """Tokens: what is read first, at least one, and what is scored."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+
+class Score(NamedTuple):
+    """Of a continuation, each of its tokens after all before it."""
+
+    log_probability: float
+    """The sum over its tokens, in nats."""
+    greedy: bool
+    """Whether each is the most probable one."""
+
+
+@torch.no_grad()
+def scores(
+    model: TitansForCausalLM, requests: Sequence[Request], rows: int = 8, piece: int = PIECE
+) -> Iterator[tuple[int, Score]]:
+    """(number of the request, its score), as they come: longest contexts first, up to `rows` streams at a time.
+
+    Raises ValueError for a context without tokens.
+    """
+    forks: dict[tuple[int, ...], list[int]] = {}
+    for number, request in enumerate(requests):
+        if not request.context:
+            raise ValueError(f"request {number} has no context: at least one token has to come before what is scored")
+        forks.setdefault(tuple(request.context), []).append(number)
+    contexts = sorted(forks, key=len, reverse=True)  # rows of nearly one length: little padding
+    for start in range(0, len(contexts), rows):
+        some = contexts[start : start + rows]
+        # The last token of a context is read with each continuation: its logits are the first that count.
+        state = read_rows(model, [context[:-1] for context in some], piece)
+        streams = [(row, number) for row, context in enumerate(some) for number in forks[context]]
+        streams.sort(key=lambda stream: len(requests[stream[1]].continuation), reverse=True)
+        for first in range(0, len(streams), rows):
+            branch = streams[first : first + rows]
+            texts = [[some[row][-1], *requests[number].continuation] for row, number in branch]
+            fork = state.select([row for row, _ in branch])
+            yield from zip((number for _, number in branch), _score(model, fork, texts, piece), strict=True)
+
+
+@torch.no_grad()
+def read_rows(model: TitansForCausalLM, rows: Sequence[Sequence[int]], piece: int = PIECE) -> TitansState:
+    """Rows of tokens of any lengths, 0 among them -> the memory after them, as from the model's own beginning."""
+    state = model.initial_state(len(rows))
+    ids, there = _padded(rows, model.device, left=True)
+    for at in range(0, ids.shape[1], piece):
+        part = slice(at, at + piece)
+        model.model(ids[:, part], attention_mask=there[:, part], past_key_values=state)
+    return state
+
+
+def _score(model: TitansForCausalLM, state: TitansState, rows: list[list[int]], piece: int) -> list[Score]:
+    """Read on from `state`; of each row all tokens but the first are scored."""
+    ids, there = _padded(rows, model.device, left=False)
+    inputs, targets, there = ids[:, :-1], ids[:, 1:], there[:, 1:]
+    total = torch.zeros(len(rows), dtype=torch.float64, device=model.device)
+    wrong = torch.zeros(len(rows), dtype=torch.long, device=model.device)
+    for at in range(0, inputs.shape[1], piece):
+        part = slice(at, at + piece)
+        out = model.model(inputs[:, part], attention_mask=there[:, part], past_key_values=state)
+        here = there[:, part].bool()
+        row = here.nonzero()[:, 0]  # [N], of each token that is scored
+        found, missed = _tokens(model, out.last_hidden_state[here], targets[:, part][here])
+        total.index_add_(0, row, found)
+        wrong.index_add_(0, row, missed)
+    return [Score(t, w == 0) for t, w in zip(total.tolist(), wrong.tolist(), strict=True)]
+
+
+def _tokens(model: TitansForCausalLM, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of hidden states `[N, D]` and the tokens after them `[N]`: log-probabilities in float64 `[N]`, and `[N]` 1 where
+    another token is more probable, else 0."""
+    found, missed = [], []
+    size = max(1, LOGITS // model.vocab_size)
+    for some, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+        logits = model.lm_head(some)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        found.append(logits.log_softmax(-1).gather(-1, wanted[:, None])[:, 0].double())
+        missed.append((logits.argmax(-1) != wanted).long())
+    return torch.cat(found), torch.cat(missed)
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows of tokens -> `[B, T]`, and 1 where a token is there, else 0 `[B, T]`."""
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    there = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[number, place] = torch.tensor(row, dtype=torch.long)
+        there[number, place] = 1
+    return ids.to(device), there.to(device)

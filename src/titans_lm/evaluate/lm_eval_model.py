@@ -1,0 +1,204 @@
+"""`--model titans` of lm-evaluation-harness: log-likelihoods and answers read through the carried state, any length.
+
+lm-eval 0.4.13 finds models by import alone: no entry points, no option that names a module. So either
+
+    titans evaluate harness --model runs/titans --tasks piqa arc_easy
+    python -m titans_lm.evaluate.lm_eval_model run --model titans --model_args pretrained=runs/titans --tasks piqa
+
+where the second is lm-eval's own command with all its options; or a program that imports this module, and then calls
+`lm_eval.simple_evaluate(model="titans", ...)`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
+
+from titans_lm.checkpoint import load
+from titans_lm.data import encode
+from titans_lm.evaluate.likelihood import Request, read_rows, scores
+from titans_lm.model import TitansForCausalLM
+from titans_lm.reader import PIECE
+
+Item = TypeVar("Item")
+
+
+@register_model("titans")
+class TitansLM(TemplateLM):
+    """A Titans model, as lm-eval asks models.
+
+    What differs from lm-eval's own `hf`: nothing is ever cut off a context; a document whose likelihood is asked
+    (`loglikelihood_rolling`) is one stream without windows; the answers to one question share the reading of it.
+
+    What is the same: where nothing comes before what is scored, one prefix token is read first, and is not scored.
+    `hf` takes the tokenizer's beginning token, or else its end token. Here it is the end token, or else the beginning
+    token: `titans train` closes each text with the end token, and shows no beginning token.
+
+    Args:
+        pretrained: a folder that `titans train` wrote, or a model, for which `tokenizer` is then needed.
+        tokenizer: what makes tokens of texts; never with special tokens around them, as in `titans train`.
+        batch_size: streams at a time; a number, lm-eval's "auto" is not.
+        device: where to; None: where the model is, which for a folder is the CPU. "cuda" is the CPU where there is no
+            GPU, as lm-eval's command asks for one unless told otherwise.
+        piece: tokens of one call of the model. Not a limit of anything.
+        prefix_token_id: another prefix token.
+
+    Raises ValueError for a folder that `checkpoint.load` refuses, and for values that make no sense.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Path | TitansForCausalLM,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        batch_size: int | str = 8,
+        device: str | None = None,
+        piece: int = PIECE,
+        prefix_token_id: int | None = None,
+    ):
+        super().__init__()
+        if not str(batch_size).isdecimal() or int(batch_size) < 1 or piece < 1:
+            raise ValueError(f"batch_size and piece must be numbers of at least 1, got {batch_size!r} and {piece!r}")
+        if not isinstance(pretrained, TitansForCausalLM):
+            pretrained, tokenizer = load(Path(pretrained))
+        if tokenizer is None:
+            raise ValueError("a model without a tokenizer cannot be asked: pass tokenizer as well")
+        if device is not None:
+            pretrained.to("cpu" if device.startswith("cuda") and not torch.cuda.is_available() else device)
+        self.model, self.tokenizer = pretrained.eval(), tokenizer
+        self.batch_size, self.piece, self._prefix = int(batch_size), piece, prefix_token_id
+        self._device = self.model.device
+
+    @property
+    def eot_token_id(self) -> int | None:
+        """The token that closes a text, if there is one."""
+        end: int | None = self.tokenizer.eos_token_id
+        return end
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What is read first where there is no context. Raises ValueError where no token can be."""
+        for token in (self._prefix, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id):
+            if token is not None:
+                return int(token)
+        raise ValueError("the tokenizer has neither an end nor a beginning token: give prefix_token_id")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:  # noqa: ARG002 - never any
+        ids: list[int] = encode(self.tokenizer, string).tolist()
+        return ids
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Of ((context, continuation), their tokens) each the log-probability, and whether it is the greedy answer."""
+        for (context, continuation), _, tokens in requests:
+            if not tokens:
+                raise ValueError(f"{continuation[:40]!r} after {context[-40:]!r} has no tokens of its own to score")
+        # A context of spaces alone is empty once they went to the continuation.
+        wanted = [Request(before or [self.prefix_token_id], tokens) for _, before, tokens in requests]
+        answers: dict[int, tuple[float, bool]] = {}
+        for number, score in self._shown(self._scores(wanted), wanted, "log-likelihoods", disable_tqdm):
+            answers[number] = (score.log_probability, score.greedy)
+            self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
+        return [answers[number] for number in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Of each document the log-probability of all its tokens, in one stream; of an empty one 0."""
+        wanted = [Request([self.prefix_token_id], self.tok_encode(request.args[0])) for request in requests]
+        answers: dict[int, float] = {}
+        for number, score in self._shown(self._scores(wanted), wanted, "documents", disable_tqdm):
+            answers[number] = score.log_probability
+            self.cache_hook.add_partial("loglikelihood_rolling", requests[number].args, answers[number])
+        return [answers[number] for number in range(len(requests))]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """After each context the model's answer, until one of its strings, the end token, or so many tokens; greedy
+        unless the task says otherwise."""
+        answers: dict[int, str] = {}
+        for number, answer in self._shown(self._answers(requests), requests, "answers", disable_tqdm):
+            answers[number] = answer
+            self.cache_hook.add_partial("generate_until", requests[number].args, answer)
+        return [answers[number] for number in range(len(requests))]
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    def _scores(self, requests: list[Request]) -> Iterator[tuple[int, Any]]:
+        return scores(self.model, requests, self.batch_size, self.piece)
+
+    def _answers(self, requests: list[Instance]) -> Iterator[tuple[int, str]]:
+        """(number of the request, answer), long contexts first, only those of the same options together."""
+        contexts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        order = sorted(range(len(requests)), key=lambda number: len(contexts[number]), reverse=True)
+        alike: dict[str, list[int]] = {}
+        for number in order:
+            alike.setdefault(repr(requests[number].args[1]), []).append(number)
+        for numbers in alike.values():
+            options = requests[numbers[0]].args[1]
+            for first in range(0, len(numbers), self.batch_size):
+                some = numbers[first : first + self.batch_size]
+                yield from zip(some, self._generate([contexts[number] for number in some], options), strict=True)
+
+    @torch.no_grad()
+    def _generate(self, contexts: list[list[int]], options: dict[str, Any]) -> list[str]:
+        """What the model says after each of these tokens. `options` are a task's `generation_kwargs`."""
+        options = dict(normalize_gen_kwargs(options))
+        until, count = [text for text in options.pop("until") if text], options.pop("max_gen_toks")
+        if not options.get("do_sample"):
+            options = {name: value for name, value in options.items() if name != "temperature"}  # generate would warn
+        state = read_rows(self.model, [context[:-1] for context in contexts], self.piece)
+        prompt = torch.tensor([context[-1:] for context in contexts], device=self.model.device)
+        ends, pad = self._ends(until), self.tokenizer.pad_token_id
+        out: Any = self.model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), past_key_values=state.continuation(), max_new_tokens=count,
+            eos_token_id=ends or None, pad_token_id=0 if pad is None else pad,
+            stopping_criteria=[_Said(self.tokenizer, until, prompt.shape[1])] if until else None, **options,
+        )  # fmt: skip
+        return [self._text(row, ends, until) for row in out[:, 1:].tolist()]
+
+    def _ends(self, until: list[str]) -> list[int]:
+        """The end token, and the special tokens that a task names among its strings."""
+        special = set(self.tokenizer.all_special_tokens) & set(until)
+        ends = {self.eot_token_id, *map(self.tokenizer.convert_tokens_to_ids, special)} - {None}
+        return sorted(ends)
+
+    def _text(self, tokens: list[int], ends: list[int], until: list[str]) -> str:
+        """Up to the first token that ends it, and to the first string."""
+        count = next((number for number, token in enumerate(tokens) if token in ends), len(tokens))
+        text: str = self.tokenizer.decode(tokens[:count], skip_special_tokens=True)
+        for string in until:
+            text = text.split(string)[0]
+        return text
+
+    @staticmethod
+    def _shown(found: Iterator[Item], wanted: Sequence[Any], what: str, hidden: bool) -> Iterable[Item]:
+        """With time left."""
+        return track(found, what, total=len(wanted), console=Console(stderr=True), disable=hidden)
+
+
+class _Said(StoppingCriteria):
+    """A row ends when one of `strings` is in what it generated; not when half of it was in the prompt."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: list[str], prompt: int):
+        self.tokenizer, self.strings, self.prompt = tokenizer, strings, prompt
+        # A token is a byte at least; a few more, as the first may begin within a character.
+        self.reach = max(len(text.encode()) for text in strings) + 4
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # noqa: ARG002 - as it is called
+        tail = input_ids[:, max(self.prompt, input_ids.shape[1] - self.reach) :]
+        tails = self.tokenizer.batch_decode(tail, skip_special_tokens=True)  # "e" is not in what is shown as <eos>
+        return torch.tensor([any(s in tail for s in self.strings) for tail in tails], device=input_ids.device)
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
