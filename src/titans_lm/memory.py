@@ -27,6 +27,8 @@ from titans_lm.ops import (
 
 KEPT_BYTES = 128 * 2**20
 """What a call may keep for its backward pass (`ops.memory_scan`): a model has many layers."""
+LONGEST_MOMENTUM = 256
+"""Tokens that momentum spans at most before training."""
 THETA_BIAS = -2.0
 """Where the step begins, before the sigmoid: small."""
 
@@ -193,8 +195,8 @@ class NeuralMemory(nn.Module):
         for layer, w in enumerate(self.initial_memory):
             nn.init.normal_(w, std=1.0 if layer == 0 and len(self.shapes) > 1 else w.shape[1] ** -0.5)
         nn.init.constant_(self.theta.bias, THETA_BIAS)
-        if self.eta is not None:  # momentum begins to span about a chunk: 1 / (1 - eta) = C
-            nn.init.constant_(self.eta.bias, math.log(max(self.chunk_size, 2) - 1))
+        if self.eta is not None:  # momentum begins to span about a chunk, 1 / (1 - eta) = C, if that is not all there is
+            nn.init.constant_(self.eta.bias, math.log(min(max(self.chunk_size, 2), LONGEST_MOMENTUM) - 1))
         if self.alpha is not None:
             nn.init.constant_(self.alpha.bias, self.alpha_bias)
         if self.norm_weight is not None and self.norm_bias is not None:
