@@ -195,7 +195,7 @@ class NeuralMemory(nn.Module):
         for layer, w in enumerate(self.initial_memory):
             nn.init.normal_(w, std=1.0 if layer == 0 and len(self.shapes) > 1 else w.shape[1] ** -0.5)
         nn.init.constant_(self.theta.bias, THETA_BIAS)
-        if self.eta is not None:  # momentum begins to span about a chunk, 1 / (1 - eta) = C, if that is not all there is
+        if self.eta is not None:  # momentum begins to span about a chunk: 1 / (1 - eta) = C
             nn.init.constant_(self.eta.bias, math.log(min(max(self.chunk_size, 2), LONGEST_MOMENTUM) - 1))
         if self.alpha is not None:
             nn.init.constant_(self.alpha.bias, self.alpha_bias)
