@@ -153,6 +153,44 @@ def test_an_interrupted_study_goes_on_to_the_same_results(write):
     assert figures(lines()) == interrupted
 
 
+def linger(cell: Any, runs: Path, command: str) -> dict[str, Any]:  # noqa: ARG001 - a job
+    Path("pid").write_text(str(os.getpid()))
+    time.sleep(600)
+    return {}
+
+
+LINGER = """
+import argparse, sys
+from pathlib import Path
+from rich.console import Console
+from titans_lm.record import Lines
+from titans_lm.study.grid import load_study
+from titans_lm.study.scheduler import run_cells
+from test_study import linger
+if __name__ == "__main__":
+    cells = load_study(Path("small.yaml"), []).cells
+    arguments = argparse.Namespace(processes=1, runs=Path("runs"), keep=False)
+    run_cells(cells, linger, arguments, "", Lines(Path("x.jsonl"), {}, ""), Console())
+"""
+
+
+def test_what_a_killed_study_began_ends_with_it(write):
+    write(seeds=[0])
+    Path("main.py").write_text(LINGER)
+    folder = str(Path(__file__).parent)
+    path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen([sys.executable, "main.py"], env={**os.environ, "PYTHONPATH": path})
+    deadline = time.monotonic() + 120
+    while not (Path("pid").exists() and Path("pid").read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child = Path("/proc") / Path("pid").read_text()
+    process.kill()
+    process.wait()
+    while child.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not child.exists()
+
+
 def test_a_search_finds_each_model_s_values(write):
     space = {"training.learning_rate": [1e-4, 1e-1, "log"], "model.memory_lr": {"choices": [0.1, 0.5]}}
     study = write(search=space, seeds=[0], models={"lmm": {"model.variant": "lmm"}})

@@ -6,6 +6,7 @@ import os
 import shutil
 import statistics
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -116,6 +117,7 @@ def _work(cell: Cell, job: Job, runs: Path, command: str, answer: Connection) ->
 
     torch.set_num_threads(1)
     keep_freed_memory()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with (runs / f"{cell.name}.{LOG}").open("a", buffering=1) as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
@@ -126,6 +128,14 @@ def _work(cell: Cell, job: Job, runs: Path, command: str, answer: Connection) ->
         except Exception as error:  # whatever it is, it is this cell's result
             traceback.print_exc()
             answer.send({"status": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+
+
+def _end_with_parent() -> None:
+    """Who would tell what this process finds is no more: its checkpoint is gone on with by the next call."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _end(one: Running, runs: Path, keep: bool, command: str) -> dict[str, Any]:
