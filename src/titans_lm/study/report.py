@@ -69,8 +69,9 @@ def _cells(scores: Scores, rows: list[dict[str, Any]], task: str) -> tuple[list[
         good = [row for row in mine if row["status"] == "ok"]
         found = [mean_and_spread(values) if (values := scores[task, model].get(test)) else "-" for test in tests]
         parameters = f"{good[0]['parameters']:,}" if good else "-"
-        lines.append([model, *found, parameters, f"{len(good)}/{len(mine)}"])
-    return ["model", *tests, "parameters", "runs"], lines
+        rate = f"{statistics.median(row['tokens_per_second'] for row in good):,.0f}" if good else "-"
+        lines.append([model, *found, parameters, rate, f"{len(good)}/{len(mine)}"])
+    return ["model", *tests, "parameters", "tokens/s in training", "runs"], lines
 
 
 def _table(task: str, scores: Scores, rows: list[dict[str, Any]]) -> Table:
@@ -142,7 +143,8 @@ def figure(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
         ax.set_xlabel(axis)
         ax.set_title("" if title == "score" else title, fontsize=9)
         ax.grid(alpha=0.3)
-    axes[0][0].set_ylabel("score")
+    told = {name for row in rows for score in row["scores"] for name in FIGURES if name in score}
+    axes[0][0].set_ylabel(" or ".join(sorted(told)).replace("_", " "))
     axes[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     drawing.tight_layout()
     drawing.savefig(path, dpi=130)
