@@ -122,7 +122,8 @@ def figure(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
     for row in rows:
         for score in (score for score in row["scores"] if axis in score):
             others = {key: value for key, value in score.items() if key != axis}
-            panel = panels.setdefault(", ".join(filter(None, [row["task"], words(others)])), {})
+            told = "" if words(others) == "score" else words(others)
+            panel = panels.setdefault(", ".join(filter(None, [row["task"], told])), {})
             panel.setdefault(row["model"], {}).setdefault(score[axis], []).append(figure_of(score))
     drawing, axes = plt.subplots(1, max(len(panels), 1), figsize=(2 + 4 * max(len(panels), 1), 4), squeeze=False)
     for ax, (title, models) in zip(axes[0], panels.items(), strict=False):
@@ -141,7 +142,9 @@ def figure(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
             )
         ax.set_xscale("log", base=2)
         ax.set_xlabel(axis)
-        ax.set_title("" if title == "score" else title, fontsize=9)
+        ticks = sorted({x for points in models.values() for x in points})
+        ax.set_xticks(ticks, [f"{x:,}" for x in ticks], fontsize=8)
+        ax.set_title(title, fontsize=9)
         ax.grid(alpha=0.3)
     told = {name for row in rows for score in row["scores"] for name in FIGURES if name in score}
     axes[0][0].set_ylabel(" or ".join(sorted(told)).replace("_", " "))
