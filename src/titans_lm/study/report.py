@@ -146,8 +146,8 @@ def figure(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
         ax.set_xticks(ticks, [f"{x:,}" for x in ticks], fontsize=8)
         ax.set_title(title, fontsize=9)
         ax.grid(alpha=0.3)
-    told = {name for row in rows for score in row["scores"] for name in FIGURES if name in score}
-    axes[0][0].set_ylabel(" or ".join(sorted(told)).replace("_", " "))
+    kinds = {name for row in rows for score in row["scores"] for name in FIGURES if name in score}
+    axes[0][0].set_ylabel(" or ".join(sorted(kinds)).replace("_", " "))
     axes[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     drawing.tight_layout()
     drawing.savefig(path, dpi=130)
