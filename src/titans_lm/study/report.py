@@ -111,6 +111,9 @@ def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+_MARKERS, _DASHES = "os^vDPX*<>", ("-", "--", "-.", ":")
+
+
 def figure(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
     """Each model's score along `axis`, an option of the tests; the band is least and most over seeds."""
     import matplotlib
@@ -128,18 +131,12 @@ def figure(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
     drawing, axes = plt.subplots(1, max(len(panels), 1), figsize=(2 + 4 * max(len(panels), 1), 4), squeeze=False)
     for ax, (title, models) in zip(axes[0], panels.items(), strict=False):
         for number, (model, points) in enumerate(models.items()):
-            x = sorted(points)
+            x, colour = sorted(points), f"C{number % 10}"
+            style = {"marker": _MARKERS[number % 10], "linestyle": _DASHES[number % 4]}  # lines may lie on one another
             ax.plot(
-                x,
-                [statistics.mean(points[p]) for p in x],
-                marker="o",
-                markersize=3,
-                label=model,
-                color=f"C{number % 10}",
+                x, [statistics.mean(points[p]) for p in x], label=model, color=colour, markersize=5, alpha=0.8, **style
             )
-            ax.fill_between(
-                x, [min(points[p]) for p in x], [max(points[p]) for p in x], alpha=0.15, color=f"C{number % 10}"
-            )
+            ax.fill_between(x, [min(points[p]) for p in x], [max(points[p]) for p in x], color=colour, alpha=0.12)
         ax.set_xscale("log", base=2)
         ax.set_xlabel(axis)
         ticks = sorted({x for points in models.values() for x in points})
