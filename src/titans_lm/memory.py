@@ -29,8 +29,9 @@ KEPT_BYTES = 128 * 2**20
 """What a call may keep for its backward pass (`ops.memory_scan`): a model has many layers."""
 LONGEST_MOMENTUM = 256
 """Tokens that momentum spans at most before training."""
-THETA_BIAS = -2.0
-"""Where the step begins, before the sigmoid: small."""
+THETA_START = 0.01
+"""Where the step begins, whatever its bound: small. Who begins by writing little learns what to write; who begins by
+writing much has to learn what not to."""
 
 
 class NeuralMemoryState(NamedTuple):
@@ -194,7 +195,8 @@ class NeuralMemory(nn.Module):
         """
         for layer, w in enumerate(self.initial_memory):
             nn.init.normal_(w, std=1.0 if layer == 0 and len(self.shapes) > 1 else w.shape[1] ** -0.5)
-        nn.init.constant_(self.theta.bias, THETA_BIAS)
+        part = min(THETA_START / self.theta_max, 0.5)
+        nn.init.constant_(self.theta.bias, math.log(part / (1 - part)))
         if self.eta is not None:  # momentum begins to span about a chunk: 1 / (1 - eta) = C
             nn.init.constant_(self.eta.bias, math.log(min(max(self.chunk_size, 2), LONGEST_MOMENTUM) - 1))
         if self.alpha is not None:
