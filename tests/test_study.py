@@ -239,6 +239,7 @@ def test_the_grid_is_every_combination_with_the_changes_of_each(write):
         ({"models": {"a": {"model.varian": "lmm"}}}, "unknown key 'varian' in model; did you mean 'variant'?"),
         ({"models": {"a": {"model.baseline": "rnn"}}}, "baseline 'rnn' is not one of"),
         ({"models": {"a": 3}}, "models.a must be keys and values, got 3"),
+        ({"models": {"a/b": {}}}, "models: the name 'a/b' cannot have a slash"),
         ({"seeds": [0.5]}, "seeds must be a list of whole numbers"),
         ({"tests": [{"length": [1]}]}, "length"),
         ({"tests": [{"lenght": [8]}]}, "has no option 'lenght'"),
@@ -285,6 +286,17 @@ def test_a_search_of_what_cannot_be_searched_is_one_line(write, capsys):
     ):
         assert cli.main(["study", write(search=space), "--search", "2"]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_a_search_without_optuna_is_one_line(write):
+    study = write(search={"model.memory_lr": [0.1, 0.5]})
+    code = f"import sys; sys.modules['optuna'] = None; sys.argv[1:] = ['study', {study!r}, '--search', '2']\n"
+    code += "import importlib.util as u; find = u.find_spec\n"
+    code += "u.find_spec = lambda name, *rest: None if name == 'optuna' else find(name, *rest)\n"
+    code += "from titans_lm.cli import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'titans-lm[search]'" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ the report

@@ -129,6 +129,9 @@ def _tests(tree: dict[str, Any], default: list[dict[str, Any]] | None = None) ->
 
 def _named(tree: dict[str, Any], key: str, default: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found = _mapping(tree.get(key, default), key)
+    for name in found:
+        if "/" in str(name):
+            raise ValueError(f"{key}: the name {name!r} cannot have a slash; a run's folder has it")
     return {str(name): _mapping({} if value is None else value, f"{key}.{name}") for name, value in found.items()}
 
 

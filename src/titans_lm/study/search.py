@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import time
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def _changed(settings: Settings, values: dict[str, Any]) -> Settings:
 def _check(space: dict[str, Any], trials: int) -> None:
     if trials < 1:
         raise ValueError(f"--search must be at least 1, got {trials}")
+    if importlib.util.find_spec("optuna") is None:
+        raise ValueError("--search needs Optuna: pip install 'titans-lm[search]'")
     if not space:
         raise ValueError("the study has no search section, such as {training.learning_rate: [0.0003, 0.01, log]}")
     for key, choice in space.items():
