@@ -1,9 +1,9 @@
-# `make test` and `make demo` set up everything from nothing: virtual environment, pinned PyTorch, package, extras.
+# `make test`, `make demo` and `make learn` set up everything from nothing: virtual environment, pinned PyTorch, package, extras.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: test lint demo clean
+.PHONY: test lint demo learn clean
 
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -15,6 +15,9 @@ lint: $(READY)
 
 demo: $(READY)
 	$(BIN)/titans demo
+
+learn: $(READY)
+	$(BIN)/titans learn
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -173,7 +173,7 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path, monkeypatch, capsys):
         (["model", "--lengths", "1"], "--lengths must be at least 2"),
         (["decode", "--tokens", "0"], "must be at least 1"),
         (["read", "--stretches", "0"], "must be at least 1"),
-        (["read", "--model", "/nowhere"], "/nowhere is not a folder that titans train wrote"),
+        (["read", "--model", "/nowhere"], "/nowhere is not a model"),
         (["op", "--out", "/nowhere/op.json"], "the folder /nowhere does not exist"),
     ],
 )

@@ -11,7 +11,7 @@ from titans_lm import TitansForCausalLM, TitansState
 from titans_lm.checkpoint import load
 from titans_lm.cli import main
 from titans_lm.data import byte_tokenizer, encode
-from titans_lm.demo import PIECE, read_three_ways, tenths
+from titans_lm.learn import PIECE, read_three_ways, tenths
 from titans_lm.reader import go_on, read
 
 
@@ -199,7 +199,7 @@ def test_the_command_names_its_verbs(capsys):
         main(["--help"])
     assert status.value.code == 0
     out = capsys.readouterr().out
-    assert all(verb in out for verb in ("train", "infer", "demo", "stability"))
+    assert all(verb in out for verb in ("train", "infer", "demo", "learn", "stability"))
 
 
 def test_stability_writes_what_it_found(tmp_path, capsys):

@@ -25,7 +25,7 @@ ORDER = [
     ["train"],
     ["infer", "serve"],
     ["evaluate", "analyze", "bench", "stability"],
-    ["study", "demo"],
+    ["study", "demo", "learn"],
     ["cli"],
 ]
 """A module imports from modules before its own line, and none of its own line."""

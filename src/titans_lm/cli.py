@@ -16,7 +16,8 @@ VERBS = {
     "study": "a grid of models, seeds and tests from a YAML file, resumable",
     "stability": "which forms of the memory stay finite on text that repeats",
     "bench": "measure time and memory: the operation, models, decoding, long texts, peers",
-    "demo": "train a small model, read a long text, see what memory adds",
+    "demo": "find a needle in a haystack of any length with a model that is shipped",
+    "learn": "train a small model, read a long text, see what memory adds",
 }
 """Each is a module of this package with `add_arguments(parser)` and `run(arguments)`, which may return a status."""
 _MODULES = {"read": "reader", "memory": "memories"}

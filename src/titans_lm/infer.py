@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from titans_lm.checkpoint import load
+from titans_lm.checkpoint import MODEL_HELP, load
 from titans_lm.data import text_pieces
 from titans_lm.model import TitansForCausalLM
 from titans_lm.reader import Reader, answer, show
@@ -19,7 +19,7 @@ HELP = "/save FILE writes the memory, /reset goes back to where this conversatio
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, help="a folder that titans train wrote")
+    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument("--context", type=Path, nargs="+", default=[], help="texts to read first, in this order")
     parser.add_argument("--prompt", nargs="+", help="text to go on from; of several each has a fork of the memory")
     parser.add_argument("--interactive", action="store_true", help="converse: a prompt a line, all in one memory")

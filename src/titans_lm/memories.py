@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from titans_lm.checkpoint import load
+from titans_lm.checkpoint import MODEL_HELP, load
 from titans_lm.memory_file import Card, read, write
 from titans_lm.state import TitansState
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="show|verify|fork|diff")
     show = commands.add_parser("show", help="what a file remembers: model, texts, sizes")
     verify = commands.add_parser("verify", help="whether a file is whole, finite, and belongs to a model")
-    verify.add_argument("--model", type=Path, help="a folder that titans train wrote")
+    verify.add_argument("--model", type=Path, help=MODEL_HELP)
     fork = commands.add_parser("fork", help="a copy to go on from, which says where it came from")
     diff = commands.add_parser("diff", help="where two files differ; exit status 1 if they do")
     for command in (show, verify, fork, diff):

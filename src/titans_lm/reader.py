@@ -22,7 +22,7 @@ from rich.progress import Progress as Bars
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from titans_lm.checkpoint import load
+from titans_lm.checkpoint import MODEL_HELP, load
 from titans_lm.data import encode, text_pieces
 from titans_lm.memory_file import NAME_LENGTH, Source
 from titans_lm.model import TitansForCausalLM
@@ -353,7 +353,7 @@ def _tokens(ids: Tensor | Sequence[int]) -> NDArray[np.int64]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("texts", type=Path, nargs="+", metavar="FILE", help="text files, read in this order")
-    parser.add_argument("--model", type=Path, required=True, help="a folder that titans train wrote")
+    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument("--memory", type=Path, required=True, help="the file to go on from, if it exists, and to write")
     parser.add_argument("--mode", choices=get_args(Mode), default="learning", help="reset: forget before each text")
     parser.add_argument("--save-seconds", type=float, default=30.0, help="at most so much is lost at a kill")

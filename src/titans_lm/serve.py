@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_serve_available
 
-from titans_lm.checkpoint import load
+from titans_lm.checkpoint import MODEL_HELP, load
 from titans_lm.model import TitansForCausalLM
 from titans_lm.state import TitansState
 
@@ -27,7 +27,7 @@ MESSAGES = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, help="a folder that titans train wrote")
+    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument("--memory", type=Path, help="what every client's stream begins with")
     parser.add_argument("--host", default="localhost")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")

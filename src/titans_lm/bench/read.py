@@ -17,7 +17,7 @@ from titans_lm.bench import lm
 from titans_lm.bench.measure import Action, Contender, Setting, resident
 from titans_lm.bench.op import HEADS, WIDTH, Shape, form, inputs
 from titans_lm.bench.race import Entrant, Heat
-from titans_lm.checkpoint import load
+from titans_lm.checkpoint import MODEL_HELP, find, load
 from titans_lm.config import SIZES
 from titans_lm.data import encode, load_tokenizer, read_text, stdlib_files
 from titans_lm.model import TitansForCausalLM
@@ -143,7 +143,7 @@ BUILD = {"reader": reader, "operation": operation}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
-    parser.add_argument("--model", type=Path, help="a folder that titans train wrote, instead of random weights")
+    parser.add_argument("--model", type=Path, help=f"{MODEL_HELP}; instead of random weights")
     parser.add_argument("--variants", nargs="+", choices=lm.TITANS, default=["mag"])
     parser.add_argument("--operation", action="store_true", help="the memory operation alone, on random tokens")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of text in all")
@@ -154,8 +154,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(arguments: argparse.Namespace) -> None:
     if arguments.piece < 1 or arguments.stretches < 1 or arguments.tokens < arguments.stretches:
         raise ValueError("--piece and --stretches must be at least 1, --tokens at least --stretches")
-    if arguments.model is not None and not (arguments.model / "config.json").is_file():
-        raise ValueError(f"--model {arguments.model} is not a folder that titans train wrote")
+    if arguments.model is not None:
+        find(arguments.model)
 
 
 def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noqa: ARG001 - the same for all commands

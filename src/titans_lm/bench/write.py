@@ -20,7 +20,7 @@ from titans_lm.bench import lm
 from titans_lm.bench.measure import Action, Contender, Setting
 from titans_lm.bench.model import no_memory
 from titans_lm.bench.race import Entrant, Heat
-from titans_lm.checkpoint import load
+from titans_lm.checkpoint import MODEL_HELP, find, load
 from titans_lm.data import encode, read_text, stdlib_files
 from titans_lm.model import TitansForCausalLM
 from titans_lm.tasks.haystack import NOISE
@@ -113,7 +113,7 @@ BUILD = {"reading": reading}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, help="a folder that titans train wrote")
+    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument(
         "--texts", nargs="+", default=list(TEXTS), help=f"{', '.join(TEXTS)}, which are made on the spot, or text files"
     )
@@ -124,8 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(arguments: argparse.Namespace) -> None:
     if arguments.tokens < 2:
         raise ValueError(f"--tokens must be at least 2, got {arguments.tokens}")
-    if not (arguments.model / "config.json").is_file():
-        raise ValueError(f"--model {arguments.model} is not a folder that titans train wrote")
+    find(arguments.model)
     for text in arguments.texts:
         if text not in TEXTS:
             read_text(text)

@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from titans_lm.checkpoint import load
+from titans_lm.checkpoint import MODEL_HELP, find, load
 from titans_lm.data import STDLIB, load_tokenizer
 from titans_lm.evaluate.ask import follow
 from titans_lm.record import Lines, command_line
@@ -125,7 +125,7 @@ def summary(task: Babilong, given: list[Answer]) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, help="a folder that titans train wrote")
+    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument("--babi", type=Path, required=True, help="a folder of bAbI's files, or the archive of them")
     parser.add_argument(
         "--background", nargs="+", default=[STDLIB], help='text files, folders of .txt files, or "python-stdlib"'
@@ -162,7 +162,7 @@ def _cells(arguments: argparse.Namespace) -> dict[tuple[str, int], Babilong]:
     """By task and length."""
     cells: dict[tuple[str, int], Babilong] = {}
     for name in arguments.tasks:
-        alone = Babilong(str(arguments.babi), name, 0, "test", (), str(arguments.model))
+        alone = Babilong(str(arguments.babi), name, 0, "test", (), str(find(arguments.model)))
         for length in arguments.lengths:
             background = tuple(arguments.background)
             cells[name, length] = replace(alone, length=length, background=background) if length else alone

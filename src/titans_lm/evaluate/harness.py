@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from titans_lm.checkpoint import load
+from titans_lm.checkpoint import MODEL_HELP, load
 from titans_lm.record import Lines, command_line
 from titans_lm.state import identity
 
@@ -47,7 +47,7 @@ DRAWS = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, help="a folder that titans train wrote")
+    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument(
         "--tasks", nargs="+", required=True, metavar="TASK", help=f"lm-eval's names, or {', '.join(SHORTHANDS)}"
     )

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from titans_lm.checkpoint import load
+from titans_lm.checkpoint import MODEL_HELP, find, load
 from titans_lm.data import STDLIB
 from titans_lm.evaluate.ask import follow
 from titans_lm.record import Lines, command_line
@@ -71,7 +71,7 @@ def score(model: PreTrainedModel, task: Needle, samples: int, seed: int, rows: i
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, help="a folder that titans train wrote")
+    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument(
         "--kind", nargs="+", default=list(get_args(Kind)), help="passkey, number, uuid (S-NIAH-1, 2, 3)"
     )
@@ -127,8 +127,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist")
     if arguments.out.suffix == ".png":
         raise ValueError(f"--out {arguments.out} is the name of the picture; give one that ends in .jsonl")
-    if not (arguments.model / "config.json").is_file():
-        raise ValueError(f"--model {arguments.model} is not a folder that titans train wrote")
+    find(arguments.model)
 
 
 def _cells(arguments: argparse.Namespace) -> list[Needle]:
@@ -142,7 +141,7 @@ def _cells(arguments: argparse.Namespace) -> list[Needle]:
     made = []
     for kind in arguments.kind:
         for length in arguments.lengths:
-            task = Needle(length=length, kind=kind, tokenizer=str(arguments.model), **options)
+            task = Needle(length=length, kind=kind, tokenizer=str(find(arguments.model)), **options)
             task.check_examples()
             made += [replace(task, depth=depth) for depth in np.linspace(0, 100, arguments.depths).tolist()]
     return made
@@ -152,7 +151,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a cell's figures depend on, beside its kind, length and depth."""
     names = ("samples", "style", "haystack", "digits", "answer", "seed")
     digest = hashlib.sha256()
-    for path in sorted(p for p in arguments.model.iterdir() if p.suffix in (".json", ".safetensors")):
+    for path in sorted(p for p in find(arguments.model).iterdir() if p.suffix in (".json", ".safetensors")):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return {

@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from titans_lm.checkpoint import load
+from titans_lm.checkpoint import MODEL_HELP, load
 from titans_lm.data import encode, is_bytes, text_files, text_pieces
 from titans_lm.memory import NeuralMemory
 from titans_lm.model import TitansForCausalLM
@@ -238,7 +238,7 @@ def token_sizes(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[NDArray[
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help='text files, folders of .txt files, "python-stdlib"')
-    parser.add_argument("--model", type=Path, required=True, help="a folder that titans train wrote")
+    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument("--modes", nargs="+", choices=MODES, help="(default: all that the model has)")
     parser.add_argument("--tokens", type=int, help="read at most so many (default: all)")
     parser.add_argument(

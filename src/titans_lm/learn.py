@@ -1,4 +1,4 @@
-"""`titans demo`: train a small model, read a long text it has never seen, and see what its memory adds.
+"""`titans learn`: train a small model, read a long text it has never seen, and see what its memory adds.
 
 Everything is on text that every Python has: the standard library's own source files, the last of them held out.
 """
@@ -43,7 +43,7 @@ class Reading:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--output", type=Path, default=Path("demo"), help="folder for the model, the memory, the picture"
+        "--output", type=Path, default=Path("learn"), help="folder for the model, the memory, the picture"
     )
     parser.add_argument("--minutes", type=float, default=2.0, help="time to train")
     parser.add_argument("--bytes", type=int, default=TEXT_BYTES, help="length of the text that is read")
@@ -72,10 +72,10 @@ def run(arguments: argparse.Namespace) -> None:
     same, sample = _save_load_go_on(model, tokenizer, readings["learning"], output / "memory.safetensors")
     console.print(f"Memory saved, loaded, and continued with: {'identical' if same else 'DIFFERENT'}. It goes on:")
     console.print(sample, style="dim", markup=False, highlight=False)
-    picture(readings, output / "demo.png")
-    command = f"titans demo --minutes {arguments.minutes:g} --bytes {arguments.bytes}"
-    write_json(output / "demo.json", {**provenance(command), **summary(readings), "identical_after_loading": same})
-    console.print(f"The picture is {output}/demo.png, the figures are in {output}/demo.json.")
+    picture(readings, output / "learn.png")
+    command = f"titans learn --minutes {arguments.minutes:g} --bytes {arguments.bytes}"
+    write_json(output / "learn.json", {**provenance(command), **summary(readings), "identical_after_loading": same})
+    console.print(f"The picture is {output}/learn.png, the figures are in {output}/learn.json.")
     if not same:
         raise ValueError("the loaded memory did not continue as the saved one did; please report this")
 
