@@ -243,7 +243,8 @@ def test_prompts_of_any_length_have_forks_of_one_memory(model, books):
 def test_an_answer_stops_at_a_text_and_follows_the_seed(model, books):
     r = reader(model).read(books[0])
     (text,) = r.ask("It was", max_new_tokens=40)
-    stop = text[5:7]
+    pairs = (text[i : i + 2] for i in range(3, len(text) - 1))
+    stop = next(pair for pair in pairs if pair.isascii() and pair.isprintable())  # half a character is no text
     (short,) = r.ask("It was", max_new_tokens=40, stop_strings=[stop])
     assert short == text[: text.index(stop) + len(stop)]
     drawn = []

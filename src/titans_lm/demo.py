@@ -247,7 +247,8 @@ def picture(hidden: Hidden, reading: Reading, path: Path) -> None:
 
     means, needle = stretches(hidden, reading.surprise)
     most = highest(means, BINS)
-    at = (np.arange(len(most)) + 0.5) / len(most) * len(means) * hidden.length
+    parts = np.array_split(np.arange(len(means)), len(most))  # as `highest` has them
+    at = np.array([part.mean() + 0.5 for part in parts]) * hidden.length + hidden.start % hidden.length
     figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5), sharex=True, height_ratios=(3, 1), layout="constrained")
     above.plot(at, most, color="C0", linewidth=0.8)
     above.plot(hidden.start, means[needle], "o", color="C3", label=f"the needle, {hidden.key}{hidden.value}")
