@@ -167,7 +167,7 @@ def test_an_interruption_loses_no_cell(folder, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": "/no/such"}, "--model /no/such is not a folder"),
+        ({"model": "/no/such"}, "/no/such is not a model"),
         ({"kind": "passkey key"}, "kind='key' is not one of: passkey, number, uuid"),
         ({"kind": "uuid uuid"}, "--kind has a value twice"),
         ({"lengths": "128 20"}, "length=20 is too short"),
