@@ -9,10 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from safetensors.torch import load_file
 
-from titans_lm import cli
+from conftest import tiny_config
+from titans_lm import TitansForCausalLM, cli
 from titans_lm.checkpoint import NAMES, SHIPPED, find, load, ship
-from titans_lm.demo import chart, hide, stretches, task_for
+from titans_lm.data import byte_tokenizer
+from titans_lm.demo import Reading, chart, hide, read_through, stretches, summary, task_for
+from titans_lm.reader import PIECE
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -34,6 +39,81 @@ def test_it_reads_asks_and_tells(tmp_path, capsys, monkeypatch):
     assert found["command"].startswith("titans demo --tokens 9000")
     assert Path("out/demo.png").read_bytes().startswith(b"\x89PNG")
     assert not list(Path("out").glob(".*"))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_model_that_finds_nothing_is_said_to_be_wrong(folder, tmp_path, capsys):
+    assert cli.main(["demo", "--tokens", "500", "--model", str(folder), "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "demo.json").read_text())
+    assert found["said"] != found["value"]
+    assert found["right"] is False
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_what_is_seen_piece_by_piece_is_what_one_call_sees(model):
+    ids = torch.randint(256, (1, PIECE + 70), generator=torch.Generator().manual_seed(0))
+    reading, state = read_through(model, ids, Console(quiet=True))
+    with torch.no_grad():
+        whole = torch.stack([s.loss.mean(2)[0] for s in model(ids, output_surprise=True).surprise]).mean(0)
+    np.testing.assert_allclose(reading.surprise, whole.numpy(), rtol=1e-4)
+    assert reading.tokens == [PIECE, PIECE + 70]
+    assert reading.state_bytes == [state.nbytes] * 2
+
+
+def test_rank_counts_what_surprised_more():
+    hidden = hide(task_for(SHIPPED / "needle", 600, "noise", 50.0), 0)
+    reading = Reading(np.zeros(hidden.ids.shape[1] - 1, np.float32), [1], [1], [None])
+    needle = slice(hidden.start, hidden.start + hidden.length)
+    for rank, other in ((1, 4), (1, 5), (2, 6)):  # the same is not more
+        reading.surprise[needle] = 5
+        reading.surprise[needle.start - hidden.length : needle.start] = other
+        assert summary(hidden, reading, "")["surprise"]["rank"] == rank
+
+
+@pytest.mark.parametrize(
+    ("run", "digits"),
+    [
+        ("data: {task: {name: needle, digits: 4}}", 4),
+        ("data: {task: {name: mixed, tasks: [{name: mqar}, {name: needle, digits: 3}]}}", 3),
+        ("data: {task: {name: mixed, tasks: [{name: mqar}, {name: needle}]}}", 7),
+        ("data: {files: [book.txt], task: null}", 7),
+        (None, 7),
+    ],
+)
+def test_the_value_has_the_digits_that_the_model_was_trained_on(run, digits, tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    if run is not None:
+        (tmp_path / "run.yaml").write_text(run)
+    assert len(hide(task_for(tmp_path, 300, "words", 30.0), 0).value) == digits
+
+
+@pytest.mark.parametrize("run", ["", "data", "data: {task: needle}", "data: ["])
+def test_a_damaged_run_is_told(run, tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "run.yaml").write_text(run)
+    with pytest.raises(ValueError, match=r"run\.yaml is not the settings of a run"):
+        task_for(tmp_path, 300, "words", 30.0)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_model_without_a_memory_is_refused(tmp_path, capsys):
+    TitansForCausalLM(tiny_config("window", vocab_size=260)).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    arguments = ["--tokens", "500", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    assert cli.main(["demo", *arguments]) == 2
+    assert "has no memory to show" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_shipped_is_half_as_large_and_computes_as_before(folder, tmp_path):
+    (folder / "run.yaml").write_text("data: {}")
+    ship(folder, tmp_path)
+    (folder / "run.yaml").unlink()
+    assert {weight.dtype for weight in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    before, after = load(folder)[0], load(tmp_path)[0]
+    for (name, p), (_, q) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        assert q.dtype == torch.float32, name
+        torch.testing.assert_close(q, p, rtol=2**-8, atol=0)
 
 
 def test_the_needle_is_where_it_is_said_to_be():

@@ -114,7 +114,7 @@ def _digits(folder: Path) -> int:
         return Needle.digits
     try:
         task = (yaml.safe_load((folder / RUN).read_text())["data"] or {}).get("task") or {}
-        needles = [one for one in (task, *task.get("tasks", ())) if one["name"] == "needle"]
+        needles = [one for one in (task, *task.get("tasks", ())) if one.get("name") == "needle"]
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / RUN} is not the settings of a run: {error!r}") from None
     digits: int = needles[0].get("digits", Needle.digits) if needles else Needle.digits
