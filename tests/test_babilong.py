@@ -334,14 +334,6 @@ def test_a_model_that_was_trained_on_the_task_is_right(book, tmp_path):
 # ------------------------------------------------------------------------------------------------ titans evaluate
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    tiny_model("mag", torch.float32, vocab_size=260).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
-
-
 def test_the_command_goes_on_where_it_was(folder, babi, book, tmp_path, capsys):
     out = tmp_path / "found.jsonl"
     arguments = ["evaluate", "babilong", "--model", str(folder), "--babi", babi, "--background", book, "--samples", "3"]

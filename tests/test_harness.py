@@ -12,13 +12,10 @@ import wonderwords
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from conftest import tiny_config
 from test_layout import run_without
 from test_likelihood import plainly
 from test_lm_eval_model import EOS, TEXT, ask
-from titans_lm import TitansForCausalLM
 from titans_lm.cli import main
-from titans_lm.data import byte_tokenizer
 from titans_lm.evaluate.harness import _results
 from titans_lm.evaluate.likelihood import Request
 from titans_lm.evaluate.lm_eval_model import TitansLM
@@ -87,15 +84,6 @@ metric_list: [{metric: number, aggregation: mean, higher_is_better: true}]
 """
 ELSEWHERE = "task: tiny_elsewhere\ndataset_path: nobody/nothing\noutput_type: generate_until\ntest_split: test\n"
 GROUP = "group: tiny_group\ntask: [tiny_choice]\naggregate_metric_list: [{metric: acc}]\n"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    TitansForCausalLM(tiny_config("mag", vocab_size=260, num_hidden_layers=1)).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import torch
 from conftest import tiny_config
 from titans_lm import TitansForCausalLM
 from titans_lm.cli import main
-from titans_lm.data import byte_tokenizer
 from titans_lm.evaluate.needle import answers, begins, occurs, score
 from titans_lm.tasks.needle import Needle
 
@@ -40,14 +39,6 @@ def test_right_and_wrong_answers(value, answer, found, exact):
 def new_model(vocabulary: int = 260) -> TitansForCausalLM:
     torch.manual_seed(0)
     return TitansForCausalLM(tiny_config("mag", vocab_size=vocabulary, num_hidden_layers=1, initializer_range=0.05))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    new_model().save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
 
 
 def test_a_model_that_was_not_trained_finds_nothing_and_one_that_was_finds_what_it_learned(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -226,16 +225,8 @@ def test_bits_per_byte_by_hand():
 # ------------------------------------------------------------------------------------------------ titans evaluate
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    tiny_model("mag", torch.float32, vocab_size=260).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
-
-
 @pytest.mark.usefixtures("unchecked")
-def test_the_command_writes_figures_and_a_picture(folder, tmp_path, capsys):
+def test_the_command_writes_figures_and_a_picture(model, folder, tmp_path, capsys):
     texts = [tmp_path / "one.txt", tmp_path / "two.txt"]
     texts[0].write_text(BOOK)
     texts[1].write_text(BOOK.swapcase())
@@ -245,7 +236,6 @@ def test_the_command_writes_figures_and_a_picture(folder, tmp_path, capsys):
     found = json.loads(out.read_text())
     assert found["complete"]
     assert found["command"].startswith(f"titans evaluate perplexity {texts[0]} {texts[1]} --model")
-    model = tiny_model("mag", torch.float32, vocab_size=260)
     ids = torch.tensor([list((BOOK + BOOK.swapcase()).encode())])[:, :700]
     rows = perplexity(model, ids, sizes=torch.ones(700), bucket=64, reset_every=100)
     assert len(found["rows"]) == len(rows) == 4 * 5

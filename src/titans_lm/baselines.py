@@ -1,7 +1,7 @@
 """The models that a memory is compared with: published recurrences as settings of our memory, attention, and Mamba2.
 
-All are trained by the same code, and `config.fitted` gives them the same number of parameters. That these settings are
-the published recurrences is tested in tests/test_special_cases.py.
+All are trained by the same code, and `config.fitted` gives them the same number of parameters. tests/test_baselines.py
+and tests/test_special_cases.py compare these settings with the published recurrences.
 """
 
 from typing import Any

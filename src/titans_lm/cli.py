@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Callable
 
@@ -61,8 +60,9 @@ def _no_more_threads_than_cores() -> None:
     """More threads than the cores this process may use slow small matmuls a hundredfold."""
     import torch
 
-    if hasattr(os, "sched_getaffinity"):
-        torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+    from titans_lm.record import cores
+
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
 
 
 def train() -> int:

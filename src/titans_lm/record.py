@@ -32,6 +32,11 @@ def provenance(command: str) -> dict[str, str]:
     }
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def command_line(verb: str, arguments: argparse.Namespace, positional: Iterable[str] = ()) -> str:
     """`titans VERB ...` in full, defaults too. `positional` are the arguments whose names are not written."""
     words = ["titans", *verb.split()]

@@ -160,14 +160,19 @@ def _config(fields: dict[str, Any]) -> PreTrainedConfig:
     return TitansConfig(**fields) if size is None else preset(size, **fields)
 
 
-def load_settings(path: Path, changes: list[str]) -> Settings:
-    """A YAML file, with `section.key=value` changes on top. Raises ValueError naming the file and the key."""
+def read_yaml(path: Path, example: str) -> Any:
+    """What a YAML file says. Raises ValueError naming it, and an `example` where it does not exist."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist or is not a file; give a YAML file such as configs/titans.yaml")
+        raise ValueError(f"{path} does not exist or is not a file; give a YAML file such as {example}")
     try:
-        tree = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
+
+
+def load_settings(path: Path, changes: list[str]) -> Settings:
+    """A YAML file, with `section.key=value` changes on top. Raises ValueError naming the file and the key."""
+    tree = read_yaml(path, "configs/titans.yaml")
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must have the sections model, data and training")
     for change in changes:

@@ -105,7 +105,7 @@ def _end(rows: list[dict[str, Any]], out: Path, interrupted: bool) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     import torch
 
-    from titans_lm.bench.measure import cores
+    from titans_lm.record import cores
 
     if getattr(arguments, "runs", 1) < 1:
         raise ValueError(f"--runs must be at least 1, got {arguments.runs}")

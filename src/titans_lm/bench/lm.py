@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from titans_lm import baselines
-from titans_lm.baselines import mamba2_config
 from titans_lm.bench.measure import Setting
 from titans_lm.config import SIZES, preset
 from titans_lm.memory import NeuralMemory
@@ -22,7 +21,7 @@ def build(name: str, size: str, setting: Setting) -> nn.Module:
     """The model of this name: a variant, or a baseline."""
     torch.manual_seed(0)
     if name == MAMBA2:
-        config = mamba2_config({"size": size, "vocab_size": SIZES[size].get("vocab_size", 32000)})
+        config = baselines.mamba2_config({"size": size, "vocab_size": SIZES[size].get("vocab_size", 32000)})
     elif name in TITANS:
         config = preset(size, name)  # type: ignore[arg-type]
     else:

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -162,11 +161,6 @@ def available_memory() -> float:
     except OSError:
         return 0.0
     return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable:"))
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def summarise(repetitions: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,17 +5,18 @@ model or seed only makes what is missing. A run that fails is a line as well.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from rich.console import Console
+
+from titans_lm.record import cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", type=Path, help="a YAML file, such as studies/parity.yaml")
     change = "change a value for all runs, such as training.max_steps=100; may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help=change)
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side")
+    parser.add_argument("--processes", type=int, default=cores(), help="runs side by side")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder for lines, table, figure")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for models in training")
     parser.add_argument("--keep", action="store_true", help="keep the trained models")

@@ -5,11 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from titans_lm.config import unknown_key
 from titans_lm.evaluate.cell import check_tests
-from titans_lm.settings import Settings, change_tree, parse_settings
+from titans_lm.settings import Settings, change_tree, parse_settings, read_yaml
 
 KEYS = ("name", "about", "shared", "models", "tasks", "seeds", "tests", "figure", "search")
 SECTIONS = ("model", "data", "training")
@@ -61,12 +59,7 @@ class Study:
 
 def load_study(path: Path, changes: list[str]) -> Study:
     """Read and check the file, with `section.key=value` changes in `shared`. Raises ValueError naming file and key."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist or is not a file; give a YAML file such as studies/parity.yaml")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    tree = read_yaml(path, "studies/parity.yaml")
     try:
         return _study(tree, path.stem, changes)
     except ValueError as error:

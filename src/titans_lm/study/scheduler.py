@@ -23,7 +23,7 @@ from titans_lm.record import Lines, provenance
 from titans_lm.study.grid import Cell
 
 LOG = "log.txt"
-"""In a run's folder's place: what the run printed."""
+"""Ends the name of the file, beside a run's folder, that has what the run printed."""
 
 
 class Running(NamedTuple):
