@@ -169,7 +169,7 @@ def mac(block: nn.Module, prefix: Tensor, x: Tensor) -> Tensor:
             (part, position, causal),
         ]
         y = attend(block.attention, part, position, groups)
-        m = torch.stack([memory.write_and_read(token) for token in rms(block.memory_norm, y)])
+        m = torch.stack([memory.write_and_read(token) for token in rms(block.memory_norm, part + y)])
         outputs.append(gate(block.gate, y, m))
     return torch.cat(outputs)
 

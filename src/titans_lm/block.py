@@ -291,6 +291,10 @@ class MACBlock(TitansBlock):
 
     h is read from the memory as it was when the segment began; attention sees [P, h, S]; the memory writes the
     attention's output and is read with it, each token the memory as it is after that token.
+
+    What it writes is norm(S + y), the attention with a residual. Attention begins as a mean of the segment, nearly the
+    same for all its tokens: with y alone, or added to the block's x, which is small beside y at the beginning, no
+    needle was recalled after 225 to 400 steps where this form takes 100.
     """
 
     def __init__(self, config: TitansConfig):
@@ -335,7 +339,7 @@ class MACBlock(TitansBlock):
         weights = reading.where_at(0, state.memory.memory.weights, state.retrieval.weights)
         h, tail = self.memory.read(s, weights, state.retrieval.tail, reading.present)
         y, attention = self.attention(s, self.retrieved_norm(h), self.prefix(), state.attention, *reading.place())
-        m, memory, surprise = _remember(self.memory, self.memory_norm(y), state.memory, reading)
+        m, memory, surprise = _remember(self.memory, self.memory_norm(s + y), state.memory, reading)
         weights = reading.after(s.shape[1]).within(self.segment_size).where_at(0, memory.memory.weights, weights)
         return self.gate(y, m), LayerState(attention, memory, Retrieval(weights, tail)), surprise
 
