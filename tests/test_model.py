@@ -28,6 +28,7 @@ from conftest import (
 )
 from definition import logits as logits_by_definition
 from titans_lm import TitansForCausalLM, TitansModel
+from titans_lm.memory import THETA_START
 from tolerance import assert_close, relative_error
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -436,6 +437,31 @@ def test_saved_and_loaded_models_are_bit_equal(kind, tied, dtype, tmp_path):
         base = AutoModel.from_pretrained(tmp_path, dtype=dtype)
         assert type(base) is TitansModel
         assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("init", ["learned", "zero"])
+@pytest.mark.parametrize("form", ["residual", "plain"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_gates_begin_where_they_should_and_loaded_ones_stay(depth, form, init, tmp_path):
+    """transformers initialises models module by module, and passes over those without parameters of their own."""
+    config = tiny_config("lmm", memory_layers=depth, memory_form=form, memory_init=init, memory_alpha_bias=-7.0)
+    model = TitansForCausalLM(config)
+    starts = {
+        "theta": THETA_START / config.memory_lr,
+        "eta": 1 - 1 / config.memory_chunk_size,
+        "alpha": 1 / (1 + math.exp(7)),
+    }
+    for layer in model.model.layers:
+        for name, start in starts.items():
+            bias = layer.memory.get_submodule(name).bias
+            assert torch.sigmoid(bias).tolist() == pytest.approx([start] * len(bias)), name
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    model.save_pretrained(tmp_path)
+    loaded = TitansForCausalLM.from_pretrained(tmp_path)
+    for (name, ours), theirs in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path):

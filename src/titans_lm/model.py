@@ -67,6 +67,12 @@ class TitansPreTrainedModel(PreTrainedModel):
         elif isinstance(module, TitansBlock) and module.persistent is not None:
             init.normal_(module.persistent, std=1.0)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """transformers passes over a module of ours without parameters of its own, as a plain memory is, whose gates
+        would then begin at 0. What a file gave is not touched: `torch.nn.init` knows it while this runs."""
+        own = next(module.parameters(recurse=False), None) is not None
+        super()._initialize_weights(module, is_custom_code and own)
+
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **options: Any) -> None:
         """As transformers', and the digests of what was written, by which `titans` knows a damaged folder."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
