@@ -28,7 +28,6 @@ from conftest import (
 )
 from definition import logits as logits_by_definition
 from titans_lm import TitansForCausalLM, TitansModel
-from titans_lm.memory import THETA_START
 from tolerance import assert_close, relative_error
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -444,10 +443,12 @@ def test_saved_and_loaded_models_are_bit_equal(kind, tied, dtype, tmp_path):
 @pytest.mark.parametrize("depth", [1, 2])
 def test_gates_begin_where_they_should_and_loaded_ones_stay(depth, form, init, tmp_path):
     """transformers initialises models module by module, and passes over those without parameters of their own."""
-    config = tiny_config("lmm", memory_layers=depth, memory_form=form, memory_init=init, memory_alpha_bias=-7.0)
+    config = tiny_config(
+        "lmm", memory_layers=depth, memory_form=form, memory_init=init, memory_alpha_bias=-7.0, memory_lr_start=0.03
+    )
     model = TitansForCausalLM(config)
     starts = {
-        "theta": THETA_START / config.memory_lr,
+        "theta": 0.03 / config.memory_lr,
         "eta": 1 - 1 / config.memory_chunk_size,
         "alpha": 1 / (1 + math.exp(7)),
     }

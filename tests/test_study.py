@@ -320,3 +320,15 @@ def test_a_test_s_lists_are_tried_one_by_one(write):
     settings = load_study(Path(write()), []).cells[0].settings(Path("runs"))
     rows = run_test(model_for(settings), settings, {"name": "modular", "modulus": [2], "length": [4, 6], "samples": 4})
     assert [(row["modulus"], row["length"], row["samples"]) for row in rows] == [(2, 4, 4), (2, 6, 4)]
+
+
+def test_a_test_that_is_called_something_tells_that_and_its_lists(write):
+    """Of another task than the one trained, whose options do not apply."""
+    from titans_lm.train import model_for
+
+    data = {"task": {"name": "mqar", "length": 12, "pairs": 2, "vocab_size": 16}}
+    settings = load_study(Path(write(shared={**STUDY["shared"], "data": data})), []).cells[0].settings(Path("runs"))
+    test = {"called": "sums", "name": "modular", "modulus": 2, "length": [4, 6], "samples": 4}
+    rows = run_test(model_for(settings), settings, test)
+    assert [words({**row, "score": 0.0, "whole": 0.0}) for row in rows] == ["sums, length 4", "sums, length 6"]
+    assert [set(row) for row in rows] == [{"test", "length", "score", "whole", "samples"}] * 2

@@ -12,7 +12,8 @@ import titans_lm.model  # noqa: F401 - registers ours
 from titans_lm.config import SIZES, size_target
 
 _RECURRENCE = {"variant": "lmm", "num_persistent_tokens": 0, "memory_momentum": False, "memory_clip": None}
-_LINEAR = {**_RECURRENCE, "memory_layers": 1, "memory_form": "plain", "memory_init": "zero", "memory_forgetting": False}
+_LINEAR = {**_RECURRENCE, "memory_layers": 1, "memory_form": "plain", "memory_init": "zero", "memory_forgetting": False,
+           "memory_lr_start": 0.5}  # fmt: skip
 _TTT = {**_RECURRENCE, "memory_form": "residual", "memory_forgetting": False, "memory_chunk_size": 16}
 
 BASELINES: dict[str, dict[str, Any]] = {
@@ -26,7 +27,8 @@ BASELINES: dict[str, dict[str, Any]] = {
     "ttt_linear": {**_TTT, "memory_layers": 1},
     "ttt_mlp": {**_TTT, "memory_layers": 2, "memory_activation": "gelu"},
 }
-"""Fields of TitansConfig. The TTT rates are bounded by `memory_lr`, as ours are, not by the values of its paper."""
+"""Fields of TitansConfig. Steps of the linear ones begin in the middle of their bound, as in their papers. The TTT
+rates are bounded by `memory_lr`, as ours are, not by the values of its paper."""
 MAMBA2 = "mamba2"
 """transformers' own Mamba2, an independent peer."""
 NAMES = (*BASELINES, MAMBA2)

@@ -192,6 +192,7 @@ def _memory(config: TitansConfig) -> NeuralMemory:
         hidden=config.memory_dim,
         chunk_size=config.memory_chunk_size,
         theta_max=config.memory_lr,
+        theta_start=config.memory_lr_start,
         form=config.memory_form,
         activation=config.memory_activation,
         clip=config.memory_clip,

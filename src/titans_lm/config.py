@@ -64,6 +64,8 @@ class TitansConfig(PreTrainedConfig):
     """Hidden width of each head's memory; default 4 * memory_head_dim."""
     memory_lr: float = 0.1
     """Upper bound of theta, the memory's step, in (0, 1]."""
+    memory_lr_start: float = 0.01
+    """Where theta begins, in (0, 1]; at most half of memory_lr."""
     memory_chunk_size: int = 16
     """Tokens whose gradients are taken at the same weights; 1 is the paper to the letter."""
     memory_init: Literal["learned", "zero"] = "learned"
@@ -146,7 +148,7 @@ _RANGES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
     (_COUNTS, lambda value: value >= 1, "at least 1"),
     (("num_persistent_tokens", "memory_loss_weight", "initializer_range"), lambda value: value >= 0, "0 or more"),
     (("rms_norm_eps", "rope_theta", "memory_clip"), lambda value: value > 0, "above 0"),
-    (("memory_lr",), lambda value: 0 < value <= 1, "in (0, 1]"),
+    (("memory_lr", "memory_lr_start"), lambda value: 0 < value <= 1, "in (0, 1]"),
     (("head_dim",), lambda value: value % 2 == 0, "even (rotary positions turn pairs)"),
 ]
 _INHERITED = {f.name for f in dataclasses.fields(PreTrainedConfig)} | {

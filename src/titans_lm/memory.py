@@ -29,9 +29,6 @@ KEPT_BYTES = 128 * 2**20
 """What a call may keep for its backward pass (`ops.memory_scan`): a model has many layers."""
 LONGEST_MOMENTUM = 256
 """Tokens that momentum spans at most before training."""
-THETA_START = 0.01
-"""Where the step begins, whatever its bound: small. Who begins by writing little learns what to write; who begins by
-writing much has to learn what not to."""
 
 
 class NeuralMemoryState(NamedTuple):
@@ -117,6 +114,8 @@ class NeuralMemory(nn.Module):
         hidden: width between those layers (default 4 x head_dim).
         chunk_size: tokens C whose gradients are taken at the same weights. 1: the paper to the letter; more: faster.
         theta_max: upper bound of the step, in (0, 1].
+        theta_start: where the step begins, in (0, 1], at most half of its bound. Small, whatever that is: who begins by
+            writing little learns what to write; who begins by writing much has to learn what not to.
         form: "residual", M(k) = k + norm(MLP(k)), the default because it stays finite; or the paper's "plain" MLP.
         clip: bound of each token's output gradient (see `ops.MemoryForm`); None: unbounded.
         momentum, forgetting: False fixes eta or alpha at 0.
@@ -143,6 +142,7 @@ class NeuralMemory(nn.Module):
         hidden: int | None = None,
         chunk_size: int = 16,
         theta_max: float = 0.1,
+        theta_start: float = 0.01,
         form: Literal["residual", "plain"] = "residual",
         activation: Activation = "silu",
         clip: float | None = 1.0,
@@ -160,9 +160,11 @@ class NeuralMemory(nn.Module):
         hidden = 4 * head_dim if hidden is None else hidden
         counts = {"dim": dim, "heads": heads, "head_dim": head_dim, "depth": depth, "hidden": hidden,
                   "chunk_size": chunk_size, "conv_size": conv_size}  # fmt: skip
-        _check(counts, theta_max, {"form": form, "init": init, "threshold_on": threshold_on})
+        steps = {"theta_max": theta_max, "theta_start": theta_start}
+        _check(counts, steps, {"form": form, "init": init, "threshold_on": threshold_on})
         self.heads, self.head_dim = heads, head_dim
-        self.chunk_size, self.theta_max, self.clip, self.threshold = chunk_size, theta_max, clip, threshold
+        self.chunk_size, self.clip, self.threshold = chunk_size, clip, threshold
+        self.theta_max, self.theta_start = theta_max, theta_start
         self.activation, self.backend, self.alpha_bias = activation, backend, alpha_bias
         self.kept_bytes = KEPT_BYTES
         inner = heads * self.head_dim
@@ -195,7 +197,7 @@ class NeuralMemory(nn.Module):
         """
         for layer, w in enumerate(self.initial_memory):
             nn.init.normal_(w, std=1.0 if layer == 0 and len(self.shapes) > 1 else w.shape[1] ** -0.5)
-        part = min(THETA_START / self.theta_max, 0.5)
+        part = min(self.theta_start / self.theta_max, 0.5)
         nn.init.constant_(self.theta.bias, math.log(part / (1 - part)))
         if self.eta is not None:  # momentum begins to span about a chunk: 1 / (1 - eta) = C
             nn.init.constant_(self.eta.bias, math.log(min(max(self.chunk_size, 2), LONGEST_MOMENTUM) - 1))
@@ -367,12 +369,13 @@ _WORDS = {
 }
 
 
-def _check(counts: dict[str, int], theta_max: float, words: dict[str, str]) -> None:
+def _check(counts: dict[str, int], steps: dict[str, float], words: dict[str, str]) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 < theta_max <= 1:
-        raise ValueError(f"theta_max must be in (0, 1], got {theta_max}")
+    for name, step in steps.items():
+        if not 0 < step <= 1:
+            raise ValueError(f"{name} must be in (0, 1], got {step}")
     for name, word in words.items():
         if word not in _WORDS[name]:
             raise ValueError(f"{name} must be one of {', '.join(_WORDS[name])}, got {word!r}")

@@ -67,19 +67,29 @@ def run_test(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -
         return _perplexity(model, settings, test)
     samples, rows = test.get("samples", SAMPLES), test.get("rows", ROWS)
     seed = TEST_SEED + settings.training.seed
-    return [{**changes, **score(model, task, samples, seed, rows)} for changes, task in _tasks(settings, test)]
+    return [{**told, **score(model, task, samples, seed, rows)} for told, task in _tasks(settings, test)]
 
 
 def _tasks(settings: Settings, test: dict[str, Any]) -> list[tuple[dict[str, Any], Task]]:
-    """The task that was trained, or the one the test names, with each combination of the test's options."""
+    """The task that was trained, or another that the test names, with each combination of the test's options. What is
+    told of each are these options; where the test is called something, that and those of which there are several."""
     if not settings.data.task and "name" not in test:
         raise ValueError("tests: without data.task a test needs the name of a task, or measure: perplexity")
-    options = {key: value for key, value in test.items() if key not in ("measure", "samples", "rows")}
+    options = {key: value for key, value in test.items() if key not in ("called", "measure", "samples", "rows")}
     keys = list(options)
     lists = [value if isinstance(value, list) and key not in ("files", "background") else [value]
              for key, value in options.items()]  # fmt: skip
     changes = [dict(zip(keys, values, strict=True)) for values in itertools.product(*lists)]
-    return [(change, make_task({**settings.data.task, **change})) for change in changes]
+    trained = settings.data.task
+    if test.get("name") not in (None, trained.get("name")):  # its options say nothing of another's
+        trained = {}
+    return [(_told(test, change), make_task({**trained, **change})) for change in changes]
+
+
+def _told(test: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    if "called" not in test:
+        return change
+    return {"test": test["called"], **{key: value for key, value in change.items() if isinstance(test[key], list)}}
 
 
 def score(model: PreTrainedModel, task: Task, samples: int, seed: int, rows: int) -> dict[str, Any]:

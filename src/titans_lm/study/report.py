@@ -39,9 +39,9 @@ def collect(rows: list[dict[str, Any]]) -> Scores:
 
 
 def words(score: dict[str, Any]) -> str:
-    """What was tested, without what came of it: "length 64"."""
+    """What was tested, without what came of it: "length 64", after what the test is called."""
     options = {key: value for key, value in score.items() if isinstance(value, str | int) and key not in _TOLD}
-    return ", ".join(f"{key} {value}" for key, value in options.items()) or "score"
+    return ", ".join(str(value) if key == "test" else f"{key} {value}" for key, value in options.items()) or "score"
 
 
 _TOLD = ("samples", "rows", "seconds")
