@@ -107,13 +107,14 @@ def test_a_model_without_a_memory_is_refused(tmp_path, capsys):
 
 def test_what_is_shipped_is_half_as_large_and_computes_as_before(folder, tmp_path):
     (folder / "run.yaml").write_text("data: {}")
-    ship(folder, tmp_path)
+    ship(folder, tmp_path, surprise_threshold=3.5)
     (folder / "run.yaml").unlink()
     assert {weight.dtype for weight in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     before, after = load(folder)[0], load(tmp_path)[0]
     for (name, p), (_, q) in zip(before.named_parameters(), after.named_parameters(), strict=True):
         assert q.dtype == torch.float32, name
         torch.testing.assert_close(q, p, rtol=2**-8, atol=0)
+    assert [model.model.layers[0].memory.threshold for model in (before, after)] == [None, 3.5]
 
 
 def test_the_needle_is_where_it_is_said_to_be():
@@ -142,6 +143,7 @@ def test_shipped_models_go_by_name_unless_a_folder_has_it(tmp_path, monkeypatch)
     assert len(tokenizer) == 259
     ship(Path("needle"), tmp_path / "copy")
     again, _ = load(tmp_path / "copy")
+    assert again.config.own_fields() == model.config.own_fields()
     for (name, p), (_, q) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(p, q), name  # it was in bfloat16 already
     assert (tmp_path / "copy" / "run.yaml").read_text() == (SHIPPED / "needle" / "run.yaml").read_text()

@@ -58,13 +58,16 @@ def load(folder: Path) -> tuple[TitansForCausalLM, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
-def ship(source: Path, target: Path) -> None:
-    """Make of a training run `source` what is shipped: `ship(Path("runs/needle"), SHIPPED / "needle")`.
+def ship(source: Path, target: Path, surprise_threshold: float | None = None) -> None:
+    """Make of a training run `source` what is shipped: `ship(Path("runs/books"), SHIPPED / "books")`.
 
-    Weights are stored in bfloat16, half the size, and loaded as the type that they had. What else `target` has, such as
-    its README.md, stays. Raises ValueError as `load` does, and for a run that does not say how it was trained.
+    Weights are stored in bfloat16, half the size, and loaded as the type that they had. `surprise_threshold` is a key
+    of the configuration that may be chosen after training. What else `target` has, such as its README.md, stays. Raises
+    ValueError as `load` does, and for a run that does not say how it was trained.
     """
     model, tokenizer = load(source)
+    if surprise_threshold is not None:
+        model.config.surprise_threshold = surprise_threshold
     if not (find(source) / RUN).is_file():
         raise ValueError(f"{source} has no {RUN}, which says how it was trained")
     half = copy.deepcopy(model).to(torch.bfloat16)
