@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
@@ -148,8 +149,11 @@ def test_shipped_models_go_by_name_unless_a_folder_has_it(tmp_path, monkeypatch)
         assert torch.equal(p, q), name  # it was in bfloat16 already
     assert (tmp_path / "copy" / "run.yaml").read_text() == (SHIPPED / "needle" / "run.yaml").read_text()
     (tmp_path / "needle").mkdir()
-    with pytest.raises(ValueError, match="needle is not a model"):
-        find(Path("needle"))
+    assert find(Path("needle")) == SHIPPED / "needle"  # texts of that name are not a model
+    shutil.copy(tmp_path / "copy" / "config.json", tmp_path / "needle")
+    assert find(Path("needle")) == Path("needle")
+    with pytest.raises(ValueError, match="needles is not a model"):
+        find(Path("needles"))
     (tmp_path / "copy" / "run.yaml").unlink()
     with pytest.raises(ValueError, match=r"has no run\.yaml"):
         ship(tmp_path / "copy", tmp_path / "other")

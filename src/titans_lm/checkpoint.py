@@ -22,11 +22,12 @@ MODEL_HELP = f"a folder that titans train wrote, or the name of a shipped model:
 
 
 def find(model: Path) -> Path:
-    """The folder of a model: itself or, where nothing has that name and a shipped model does, that one's.
+    """The folder of a model: itself or, where it is none and a shipped model has that name, that one's. A folder of
+    texts may be called as a model is.
 
     Raises ValueError for what is neither.
     """
-    folder = SHIPPED / model if str(model) in NAMES and not model.exists() else model
+    folder = SHIPPED / model if str(model) in NAMES and not (model / "config.json").is_file() else model
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{model} is not a model: it has no config.json; `titans train` writes such folders, "
