@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from titans_lm.ops import (
@@ -42,32 +43,26 @@ class NeuralMemoryState(NamedTuple):
 
 
 class ShortConvolution(nn.Module):
-    """A causal convolution along time, one filter for each channel, that goes on where the last call ended."""
+    """A causal convolution along time, one filter for each channel: its filters `[I, size]`."""
 
     def __init__(self, channels: int, size: int):
         super().__init__()
-        self.size = size
         self.weight = nn.Parameter(torch.empty(channels, size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.uniform_(self.weight, -(self.size**-0.5), self.size**-0.5)
+        size = self.weight.shape[1]
+        nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
 
-    def forward(
-        self, x: Float[Tensor, "B T I"], tail: Float[Tensor, "B R I"], present: Bool[Tensor, "B T"] | None
-    ) -> tuple[Float[Tensor, "B T I"], Float[Tensor, "B R I"]]:
-        """`present` is True for each row's first tokens and False after them."""
-        if x.shape[1] == 0:
-            return x, tail
-        past = torch.cat([tail.to(x.dtype), x], 1)
-        if x.shape[1] == 1:  # a sum, without what it costs to set a convolution up
-            y = (past * self.weight.to(x.dtype).t()).sum(1, keepdim=True)
-        else:
-            y = F.conv1d(past.transpose(1, 2), self.weight[:, None], groups=x.shape[2]).transpose(1, 2)
-        if present is None:
-            return y, past[:, x.shape[1] :].clone()
-        last = present.sum(1)[:, None] + torch.arange(self.size - 1, device=x.device)
-        return y, take(past, last)
+
+def convolved(past: Float[Tensor, "B S I"], filters: Float[Tensor, "I size"]) -> Float[Tensor, "B T I"]:
+    """Each of the last T = S - size + 1 tokens and those before it, weighed: sums take half of conv1d's time."""
+    taps = filters.to(past.dtype).t()
+    length = past.shape[1] - len(taps) + 1
+    y = past[:, :length] * taps[0]
+    for age in range(1, len(taps)):
+        y = torch.addcmul(y, past[:, age : age + length], taps[age])
+    return y
 
 
 class Predictor(nn.Module):
@@ -254,26 +249,22 @@ class NeuralMemory(nn.Module):
         present: Bool[Tensor, "B T"] | None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B R I"]]:
         """Read given `weights`, going on from the queries' `tail`; `present` is True for each row's first tokens."""
-        q, tail = self._project(x, 0, tail, present)
+        (q,), (tail,) = self._features(x, (tail,), present)
         return self._output(x, retrieve(q, weights, self._form())), tail
 
     def frozen(
         self, x: Float[Tensor, "B T D"], state: NeuralMemoryState, present: Bool[Tensor, "B T"] | None
     ) -> tuple[Float[Tensor, "B T D"], NeuralMemoryState]:
         """As `forward`, but the memory is only read: the stream goes on, and leaves no trace in the weights."""
-        tails = tuple(self._project(x, i, tail, present)[1] for i, tail in enumerate(state.tails))
-        y, _ = self.read(x, state.memory.weights, state.tails[0], present)
+        (q, _, _), tails = self._features(x, state.tails, present)
+        y = self._output(x, retrieve(q, state.memory.weights, self._form()))
         return y, NeuralMemoryState(state.memory, tails, _last(x, state.last, present))
 
     # ---------------------------------------------------------------------------------------------- parts
 
     def _learn(self, x: Tensor, state: NeuralMemoryState, present: Tensor | None, surprise: bool) -> tuple[Any, ...]:
         """y, state, and where it is asked for the surprise."""
-        if x.shape[1] == 1 and present is None:
-            q, k, v, tails = self._project_one(x, state.tails)
-        else:
-            features = [self._project(x, i, tail, present) for i, tail in enumerate(state.tails)]
-            (q, k, v), tails = (y for y, _ in features), tuple(tail for _, tail in features)
+        (q, k, v), tails = self._features(x, state.tails, present)
         theta, eta, alpha = self._gates(x)
         error = None if self.predictor is None or state.last is None else self.predictor(x, state.last)
         if error is not None and self.threshold is not None:
@@ -290,28 +281,25 @@ class NeuralMemory(nn.Module):
             y = _TrainAlong.apply(y, there.sum() / count)
         return y, NeuralMemoryState(memory, tails, _last(x, state.last, present)), *seen
 
-    def _project(self, x: Tensor, which: int, tail: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Eq. 11, convolution, SiLU, and the unit of q and k: `[B, T, D]` -> `[B, T, H, head_dim]`, for q, k or v
-        (`which` 0, 1, 2)."""
+    def _features(
+        self, x: Tensor, tails: tuple[Tensor, ...], present: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Eq. 11, convolution, SiLU, and the unit of q and k: q, k, v `[B, T, H, head_dim]`, or the first of them, as
+        many as there are `tails`; and the tails after."""
+        count, length = len(tails), x.shape[1]
+        y = torch.cat([project(x) for project in (self.q_proj, self.k_proj, self.v_proj)[:count]], -1)
+        past = torch.cat([torch.cat(tails, -1).to(y.dtype), y], 1)  # [B, R + T, count * I]
+        filters = () if self.convs is None else (torch.cat([conv.weight for conv in list(self.convs)[:count]]),)
+        made = made_again(self._shaped, past, *filters)
+        if present is None:
+            after = past[:, length:] if length == 1 else past[:, length:].clone()  # else a view of all of past
+        else:
+            after = take(past, present.sum(1)[:, None] + torch.arange(self.tail_shape[0], device=x.device))
+        return made, after.chunk(count, -1)
 
-        def features(x: Tensor) -> tuple[Tensor, Tensor]:
-            y, after = (x, tail) if self.convs is None else self.convs[which](x, tail, present)
-            y = F.silu(y).unflatten(-1, (self.heads, self.head_dim))
-            return (y if which == 2 else _unit(y)), after
-
-        return recomputed(features, (self.q_proj, self.k_proj, self.v_proj)[which](x))
-
-    def _project_one(self, x: Tensor, tails: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-        """`_project` and `_unit` of one token, q, k and v together: what decoding costs is operations, not numbers."""
-        y = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
-        if self.convs is not None:
-            past = torch.cat([torch.cat(tails, -1).to(y.dtype), y], 1)  # [B, R + 1, 3 I]
-            filters = torch.cat(tuple(self.convs.parameters())).to(y.dtype)
-            y = (past * filters.t()).sum(1, keepdim=True)
-            tails = past[:, 1:].chunk(3, -1)
-        y = F.silu(y).unflatten(-1, (3, self.heads, self.head_dim))
-        q, k = _unit(y[:, :, :2]).unbind(2)
-        return q, k, y[:, :, 2], tails
+    def _shaped(self, past: Tensor, *filters: Tensor) -> tuple[Tensor, ...]:
+        y = F.silu(convolved(past, *filters) if filters else past).unflatten(-1, (-1, self.heads, self.head_dim))
+        return *_unit(y[:, :, :2]).unbind(2), *y[:, :, 2:].unbind(2)
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta, eta, alpha `[B, T, H]`, in float32 at least (section 3.2: functions of the token)."""
@@ -341,6 +329,30 @@ def recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
     if not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+class _MadeAgain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *by_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        inputs = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needed, strict=True)]
+        with torch.enable_grad():
+            outputs = ctx.function(*inputs)
+        found = iter(torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], by_outputs))
+        return None, *(next(found) if need else None for need in needed)
+
+
+def made_again(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """As `recomputed`, where `function` knows no parameters but `inputs` and does not end with a product: it takes a
+    tenth of the overhead, which is much where a memory reads a few tokens in each of many calls."""
+    return _MadeAgain.apply(function, *inputs) if torch.is_grad_enabled() else function(*inputs)
 
 
 def _unit(x: Tensor) -> Tensor:
