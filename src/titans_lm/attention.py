@@ -60,7 +60,7 @@ class Attention(nn.Module):
     def _keys_values(self, x: Tensor, turn: Rotation | None) -> tuple[Tensor, Tensor]:
         return self._heads(self.k_proj(x), turn), self._heads(self.v_proj(x))
 
-    def _prefix(self, prefix: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    def persistent(self, prefix: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the persistent tokens `[1 or B, P, D]`, which have no position."""
         keys, values = self._keys_values(prefix, None)
         return keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
@@ -89,7 +89,7 @@ class WindowAttention(Attention):
         """`position`: tokens each row has read before; `present` is True for each row's first tokens here. `at` is the
         position of all rows where it is the same: then they need no masks of their own."""
         q, size, cached = self._heads(self.q_proj(x), turn), prefix.shape[1], state.keys[0].shape[2]
-        new, persistent = self._keys_values(x, turn), self._prefix(prefix, len(x))
+        new, persistent = self._keys_values(x, turn), self.persistent(prefix, len(x))
         keys, values = (
             torch.cat([p, old[0].to(n.dtype), n], 2) for p, old, n in zip(persistent, state, new, strict=True)
         )
@@ -194,31 +194,59 @@ class SegmentAttention(Attention):
     ) -> tuple[Float[Tensor, "B T D"], KeyValues]:
         """`position`: tokens of the segment that each row has read; position + its tokens here <= segment size. `at` is
         the position of all rows where it is the same, and they have all tokens: no slot is looked at in vain then."""
+        persistent = self.persistent(prefix, len(x))
+        return self.attend(self.own(x, turn), retrieved, persistent, state, position, present, at)
+
+    def own(self, x: Tensor, turn: Rotation) -> tuple[Tensor, ...]:
+        """Queries, keys and values `[B, heads, T, d]` of the tokens themselves: of any number of segments at once."""
+        return self._heads(self.q_proj(x), turn), *self._keys_values(x, turn)
+
+    def attend(
+        self,
+        own: tuple[Tensor, ...],
+        retrieved: Float[Tensor, "B T D"],
+        persistent: tuple[Tensor, Tensor],
+        state: KeyValues,
+        position: Int[Tensor, " B"],
+        present: Bool[Tensor, "B T"] | None,
+        at: int | None,
+    ) -> tuple[Float[Tensor, "B T D"], KeyValues]:
+        """The rest of `forward`, given what `own` and `persistent` make."""
         assert self.window is not None
-        tokens = x.shape[1]
+        q, s_keys, s_values = own
+        tokens, size = q.shape[2], persistent[0].shape[2]
         h_keys, h_values = self._keys_values(retrieved, None)
-        s_keys, s_values = self._keys_values(x, turn)
-        new, persistent = ((h_keys, s_keys), (h_values, s_values)), self._prefix(prefix, len(x))
-        own = position[:, None] + torch.arange(tokens, device=x.device)  # [B, T]
+        new = ((h_keys, s_keys), (h_values, s_values))
+        slot, place = (
+            torch.arange(self.window, device=q.device),
+            position[:, None] + torch.arange(tokens, device=q.device),
+        )
         if at is None:
-            target = own if present is None else torch.where(present, own, self.window)
+            target = place if present is None else torch.where(present, place, self.window)
             after = _each(lambda old, n: _place(old, n, target), state, new)
-            visible, seen = after, torch.arange(self.window, device=x.device) <= own[..., None]  # [B, T, S]
-            ongoing = ((position + (tokens if present is None else present.sum(1))) % self.window != 0).view(
-                -1, 1, 1, 1
-            )
+            visible, seen = after, slot <= place[..., None]  # [B, T, S]
+            read = position + (tokens if present is None else present.sum(1))
+            ongoing = (read % self.window != 0).view(-1, 1, 1, 1)
             after = _each(lambda k, _: k * ongoing, after, after)  # what ended is forgotten
         else:
             end = at + tokens
-            after = _each(lambda old, n: torch.slice_scatter(old.to(n.dtype), n, 2, at, end), state, new)
-            visible = _each(lambda k, _: k[:, :, :end], after, after)
-            seen = torch.arange(end, device=x.device) <= own[:1, :, None]
-            after = _each(lambda k, _: torch.zeros_like(k), after, after) if end == self.window else after
-        seen = F.pad(torch.cat([seen, seen], -1), (prefix.shape[1], 0), value=True)[:, None]
+            visible, after = _continued(state, new, at, self.window)
+            seen = slot[:end] <= place[:1, :, None]
         keys, values = (torch.cat([p, *parts], 2) for p, parts in zip(persistent, visible, strict=True))
-        mask = None if at is not None and tokens == 1 else seen
-        y = F.scaled_dot_product_attention(self._heads(self.q_proj(x), turn), keys, values, attn_mask=mask)
-        return self._join(y), after
+        mask = None
+        if at is None or tokens > 1:
+            mask = F.pad(torch.cat([seen, seen], -1), (size, 0), value=True)[:, None]
+        return self._join(F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)), after
+
+
+def _continued(state: KeyValues, new: Any, at: int, size: int) -> tuple[KeyValues, KeyValues]:
+    """What is visible, and remembered, of a segment of `size` slots whose tokens `at` and after are `new`."""
+    end = at + new[0][0].shape[2]
+    if at == 0 and end == size:  # the state is that of a segment which has not begun, as it will be again
+        return KeyValues(*new), state
+    after = _each(lambda old, n: torch.slice_scatter(old.to(n.dtype), n, 2, at, end), state, new)
+    visible = _each(lambda k, _: k[:, :, :end], after, after)
+    return visible, _each(lambda k, _: torch.zeros_like(k), after, after) if end == size else after
 
 
 def _each(function: Callable[[Tensor, Tensor], Tensor], a: Any, b: Any) -> KeyValues:

@@ -3,7 +3,7 @@
 Each block is x + branch(norm(x)), then x + MLP(norm(x)). What a block remembers goes in and out as a `LayerState`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from titans_lm.attention import KeyValues, Rotation, SegmentAttention, WindowAttention
 from titans_lm.config import TitansConfig
-from titans_lm.memory import NeuralMemory, NeuralMemoryState, recomputed
+from titans_lm.memory import NeuralMemory, NeuralMemoryState, Queries
 from titans_lm.ops import Surprise, lay_out, where_rows
+from titans_lm.recompute import recomputed
 
 PIECE = 4096
 """Tokens that a block reads at once where no gradients are asked for: enough to keep a processor busy."""
@@ -176,9 +177,17 @@ def _remember(
     memory: NeuralMemory, x: Tensor, state: NeuralMemoryState, reading: Reading
 ) -> tuple[Tensor, NeuralMemoryState, Surprise | None]:
     """M(x): written and read, or only read where the memory is frozen."""
+    y, state, surprise = _learn(memory, x, state, reading)
+    return memory.output(x, y), state, surprise
+
+
+def _learn(
+    memory: NeuralMemory, x: Tensor, state: NeuralMemoryState, reading: Reading
+) -> tuple[Tensor, NeuralMemoryState, Surprise | None]:
+    """`_remember`, before the memory's output."""
     if reading.frozen:
-        return *memory.frozen(x, state, reading.present), None
-    y, state, *seen = memory(x, state, reading.present, surprise=reading.surprise)
+        return *memory.look(x, state, reading.present), None
+    y, state, *seen = memory.write(x, state, reading.present, reading.surprise)
     return y, state, seen[0] if seen else None
 
 
@@ -287,6 +296,22 @@ class MALBlock(TitansBlock):
         return m + y, LayerState(attention, memory, prefix=state.prefix), surprise
 
 
+class Ahead(NamedTuple):
+    """What MAC makes of all tokens at hand, `[B, S, ...]` in its slots, before it reads their first segment."""
+
+    s: Tensor
+    queries: Queries
+    own: tuple[Tensor, ...]  # attention's q, k, v, [B, heads, S, d]
+    present: Tensor | None
+
+    def parts(self, sizes: list[int]) -> list["Ahead"]:
+        """One after another; not as slices, for each of which a backward pass would make the gradient of the whole."""
+        s, q, gate = (x.split(sizes, 1) for x in (self.s, *self.queries))
+        own = zip(*(x.split(sizes, 2) for x in self.own), strict=True)
+        present = [None] * len(sizes) if self.present is None else self.present.split(sizes, 1)
+        return [Ahead(s, Queries(*q), own, here) for s, *q, own, here in zip(s, q, gate, own, present, strict=True)]
+
+
 class MACBlock(TitansBlock):
     """Memory as context, segment by segment (eqs. 21 to 25).
 
@@ -314,35 +339,45 @@ class MACBlock(TitansBlock):
         return LayerState(self.attention.initial_state(batch), memory, retrieval)
 
     def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
+        assert state.retrieval is not None
+        x = self.norm(x)
+        queries, tail = self.memory.queries(x, state.retrieval.tail, reading.present)
         layout = lay_out(reading.present, reading.position, x.shape[1], self.segment_size)
-        slots = layout.arrange(self.norm(x))
-        turn = Rotation(*(layout.arrange(part.expand(len(x), -1, -1)) for part in reading.turn))
-        here, outputs, seen = reading.within(self.segment_size), [], []
-        for start, end, width in layout.spans():
-            for first in range(start, end, width):
-                part = slice(first, first + width)
-                present = None if layout.present is None else layout.present[:, part]
-                here = here._replace(turn=Rotation(*(p[:, part] for p in turn)), present=present)
-                y, state, surprise = self._segment(slots[:, part], state, here)
-                outputs.append(y)
-                seen.append(surprise)
-                here = here.after(width).within(self.segment_size)
-        if not outputs:
+        s, turn = layout.arrange(x), Rotation(*(layout.arrange(t.expand(len(x), -1, -1)) for t in reading.turn))
+        ahead = Ahead(s, Queries(*map(layout.arrange, queries)), self.attention.own(s, turn), layout.present)
+        persistent = self.attention.persistent(self.prefix(), len(x))
+        here, parts = reading.within(self.segment_size), []
+        for part in ahead.parts([width for start, end, width in layout.spans() for _ in range(start, end, width)]):
+            here = here._replace(present=part.present)
+            *made, state = self._segment(part, persistent, state, here)
+            parts.append(made)
+            here = here.after(part.s.shape[1]).within(self.segment_size)
+        assert state.retrieval is not None
+        state = state._replace(retrieval=state.retrieval._replace(tail=tail))
+        if not parts:
             return torch.zeros_like(x), state, None
-        surprise = None
-        if seen[0] is not None:
-            surprise = Surprise(*(layout.restore(torch.cat(parts, 1)) for parts in zip(*seen, strict=True)))
-        return layout.restore(torch.cat(outputs, 1)), state, surprise
+        *whole, seen = zip(*parts, strict=True)
+        y, written, m = (torch.cat(part, 1) for part in whole)
+        out = layout.restore(self.gate(y, self.memory.output(written, m)))
+        if seen[0] is None:
+            return out, state, None
+        return out, state, Surprise(*(layout.restore(torch.cat(part, 1)) for part in zip(*seen, strict=True)))
 
-    def _segment(self, s: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
-        """Tokens of one segment, or of a part of it: `[B, T, D]`; `reading.position` counts within the segment."""
+    def _segment(
+        self, part: "Ahead", persistent: tuple[Tensor, Tensor], state: LayerState, reading: Reading
+    ) -> tuple[Any, ...]:
+        """Tokens of one segment, or of a part of it; `reading.position` counts within the segment. -> attention's
+        output, what the memory writes, what it reads, how surprised it was, and what is remembered."""
         assert state.attention is not None and state.memory is not None and state.retrieval is not None
         weights = reading.where_at(0, state.memory.memory.weights, state.retrieval.weights)
-        h, tail = self.memory.read(s, weights, state.retrieval.tail, reading.present)
-        y, attention = self.attention(s, self.retrieved_norm(h), self.prefix(), state.attention, *reading.place())
-        m, memory, surprise = _remember(self.memory, self.memory_norm(s + y), state.memory, reading)
-        weights = reading.after(s.shape[1]).within(self.segment_size).where_at(0, memory.memory.weights, weights)
-        return self.gate(y, m), LayerState(attention, memory, Retrieval(weights, tail)), surprise
+        h = self.retrieved_norm(self.memory.answers(part.queries, weights))
+        y, attention = self.attention.attend(
+            part.own, h, persistent, state.attention, reading.position, reading.present, reading.at
+        )
+        written = self.memory_norm(part.s + y)
+        m, memory, surprise = _learn(self.memory, written, state.memory, reading)
+        weights = reading.after(part.s.shape[1]).within(self.segment_size).where_at(0, memory.memory.weights, weights)
+        return y, written, m, surprise, LayerState(attention, memory, state.retrieval._replace(weights=weights))
 
 
 BLOCKS: dict[str, type[TitansBlock]] = {

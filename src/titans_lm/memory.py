@@ -2,15 +2,12 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from titans_lm.ops import (
     Activation,
@@ -25,6 +22,7 @@ from titans_lm.ops import (
     retrieve,
     take,
 )
+from titans_lm.recompute import made_again, recomputed
 
 KEPT_BYTES = 128 * 2**20
 """What a call may keep for its backward pass (`ops.memory_scan`): a model has many layers."""
@@ -40,6 +38,14 @@ class NeuralMemoryState(NamedTuple):
     """For q, k, v: the last projected inputs, `R` = conv_size - 1 of them, that the convolutions still see."""
     last: Float[Tensor, "B D"] | None = None
     """The last input, from which the next is predicted, where there is a predictor."""
+
+
+class Queries(NamedTuple):
+    """All of a reading that does not depend on what the memory knows, of tokens `[B, T]`."""
+
+    q: Float[Tensor, "B T H K"]
+    gate: Float[Tensor, "B T I"]
+    """Of the output, before its sigmoid."""
 
 
 class ShortConvolution(nn.Module):
@@ -230,10 +236,13 @@ class NeuralMemory(nn.Module):
         if mask is not None and not _is_aligned(mask):
             order, length = left_align(mask)
             aligned = torch.arange(x.shape[1], device=x.device) < length[:, None]
-            y, state, *seen = self._learn(take(x, order), state, aligned, surprise)
-            y, seen = restore(y, mask), [Surprise(*(restore(part, mask) for part in s)) for s in seen]
+            x = take(x, order)
+            y, state, *seen = self.write(x, state, aligned, surprise)
+            y = restore(self.output(x, y), mask)
+            seen = [Surprise(*(restore(part, mask) for part in s)) for s in seen]
         else:
-            y, state, *seen = self._learn(x, state, mask, surprise)
+            y, state, *seen = self.write(x, state, mask, surprise)
+            y = self.output(x, y)
             y = y if mask is None else y * mask[..., None]
         return (y, state, *seen)
 
@@ -249,21 +258,31 @@ class NeuralMemory(nn.Module):
         present: Bool[Tensor, "B T"] | None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B R I"]]:
         """Read given `weights`, going on from the queries' `tail`; `present` is True for each row's first tokens."""
+        queries, tail = self.queries(x, tail, present)
+        return self.answers(queries, weights), tail
+
+    def queries(self, x: Tensor, tail: Tensor, present: Tensor | None) -> tuple[Queries, Tensor]:
+        """`read` is this, for any number of tokens at once, and then `answers`."""
         (q,), (tail,) = self._features(x, (tail,), present)
-        return self._output(x, retrieve(q, weights, self._form())), tail
+        return Queries(q, self.output_gate(x)), tail
+
+    def answers(self, queries: Queries, weights: tuple[Tensor, ...]) -> Float[Tensor, "B T D"]:
+        return self._output(queries.gate, retrieve(queries.q, weights, self._form()))
 
     def frozen(
         self, x: Float[Tensor, "B T D"], state: NeuralMemoryState, present: Bool[Tensor, "B T"] | None
     ) -> tuple[Float[Tensor, "B T D"], NeuralMemoryState]:
         """As `forward`, but the memory is only read: the stream goes on, and leaves no trace in the weights."""
-        (q, _, _), tails = self._features(x, state.tails, present)
-        y = self._output(x, retrieve(q, state.memory.weights, self._form()))
-        return y, NeuralMemoryState(state.memory, tails, _last(x, state.last, present))
+        y, state = self.look(x, state, present)
+        return self.output(x, y), state
 
-    # ---------------------------------------------------------------------------------------------- parts
+    # ----------------------------------------------- `forward` and `frozen` in two steps: one of these, then `output`
 
-    def _learn(self, x: Tensor, state: NeuralMemoryState, present: Tensor | None, surprise: bool) -> tuple[Any, ...]:
-        """y, state, and where it is asked for the surprise."""
+    def write(
+        self, x: Float[Tensor, "B T D"], state: NeuralMemoryState, present: Bool[Tensor, "B T"] | None, surprise: bool
+    ) -> tuple[Any, ...]:
+        """What each token reads `[B, T, H, V]`, the state, and if it is asked for the surprise; `present` is True for
+        each row's first tokens."""
         (q, k, v), tails = self._features(x, state.tails, present)
         theta, eta, alpha = self._gates(x)
         error = None if self.predictor is None or state.last is None else self.predictor(x, state.last)
@@ -274,12 +293,23 @@ class NeuralMemory(nn.Module):
             chunk_size=self.chunk_size, form=self._form(), mask=present, surprise=surprise, backend=self.backend,
             kept_bytes=self.kept_bytes,
         )  # fmt: skip
-        y = self._output(x, y)
         if error is not None and y.requires_grad:
             there = error if present is None else error * present
             count = max(error.numel(), 1) if present is None else present.sum().clamp(min=1)
             y = _TrainAlong.apply(y, there.sum() / count)
         return y, NeuralMemoryState(memory, tails, _last(x, state.last, present)), *seen
+
+    def look(self, x: Tensor, state: NeuralMemoryState, present: Tensor | None) -> tuple[Tensor, NeuralMemoryState]:
+        """As `write`, of a memory that is frozen."""
+        (q, _, _), tails = self._features(x, state.tails, present)
+        y = retrieve(q, state.memory.weights, self._form())
+        return y, NeuralMemoryState(state.memory, tails, _last(x, state.last, present))
+
+    def output(self, x: Float[Tensor, "B T D"], y: Float[Tensor, "B T H V"]) -> Float[Tensor, "B T D"]:
+        """Normalise what each head of x read, gate, project back to the model's width."""
+        return self._output(self.output_gate(x), y)
+
+    # ---------------------------------------------------------------------------------------------- parts
 
     def _features(
         self, x: Tensor, tails: tuple[Tensor, ...], present: Tensor | None
@@ -289,7 +319,7 @@ class NeuralMemory(nn.Module):
         count, length = len(tails), x.shape[1]
         y = torch.cat([project(x) for project in (self.q_proj, self.k_proj, self.v_proj)[:count]], -1)
         past = torch.cat([torch.cat(tails, -1).to(y.dtype), y], 1)  # [B, R + T, count * I]
-        filters = () if self.convs is None else (torch.cat([conv.weight for conv in list(self.convs)[:count]]),)
+        filters = () if self.convs is None else (torch.cat(tuple(self.convs.parameters())[:count]),)
         made = made_again(self._shaped, past, *filters)
         if present is None:
             after = past[:, length:] if length == 1 else past[:, length:].clone()  # else a view of all of past
@@ -314,45 +344,11 @@ class NeuralMemory(nn.Module):
         norm = None if self.norm_weight is None or self.norm_bias is None else (self.norm_weight, self.norm_bias)
         return MemoryForm(self.activation, norm, self.clip, self.threshold if self.predictor is None else None)
 
-    def _output(self, x: Tensor, y: Tensor) -> Tensor:
-        """Normalise each head, gate, project back to the model's width."""
+    def _output(self, gate: Tensor, y: Tensor) -> Tensor:
+        def gated(y: Tensor, gate: Tensor) -> Tensor:
+            return self.o_proj(self.output_norm(y).flatten(-2) * torch.sigmoid(gate))
 
-        def gated(y: Tensor, z: Tensor) -> Tensor:
-            return self.o_proj(self.output_norm(y).flatten(-2) * torch.sigmoid(z))
-
-        return recomputed(gated, y, self.output_gate(x))
-
-
-def recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
-    """`function(*inputs)`. What it makes on the way is cheap, so the backward pass computes it again: for training,
-    only its inputs are kept."""
-    if not torch.is_grad_enabled():
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-class _MadeAgain(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.function = function
-        ctx.save_for_backward(*inputs)
-        return function(*inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *by_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
-        inputs = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needed, strict=True)]
-        with torch.enable_grad():
-            outputs = ctx.function(*inputs)
-        found = iter(torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], by_outputs))
-        return None, *(next(found) if need else None for need in needed)
-
-
-def made_again(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """As `recomputed`, where `function` knows no parameters but `inputs` and does not end with a product: it takes a
-    tenth of the overhead, which is much where a memory reads a few tokens in each of many calls."""
-    return _MadeAgain.apply(function, *inputs) if torch.is_grad_enabled() else function(*inputs)
+        return recomputed(gated, y, gate)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from titans_lm.bench import lm
 from titans_lm.bench.measure import Action, Contender, Setting
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.config import SIZES
+from titans_lm.memory import Queries
 
 
 def trained(options: dict[str, Any], setting: Setting) -> Contender:
@@ -64,15 +65,23 @@ def _actions(model: nn.Module, length: int, setting: Setting) -> dict[str, Actio
 def no_memory(model: nn.Module) -> Iterator[None]:
     """Every memory hands on its input, and remembers nothing."""
 
-    def forward(x: Tensor, state: Any, mask: Any = None, surprise: bool = False) -> tuple[Any, ...]:  # noqa: ARG001
+    def write(x: Tensor, state: Any, present: Any, surprise: bool) -> tuple[Any, ...]:  # noqa: ARG001
         return (x, state, None) if surprise else (x, state)
 
-    def read(x: Tensor, weights: Any, tail: Any, present: Any) -> tuple[Any, ...]:  # noqa: ARG001
-        return x, tail
+    def output(x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
+        return y
+
+    def queries(x: Tensor, tail: Any, present: Any) -> tuple[Any, ...]:  # noqa: ARG001
+        return Queries(x, x), tail
+
+    def answers(queries: Queries, weights: Any) -> Tensor:  # noqa: ARG001
+        return queries.q
 
     with contextlib.ExitStack() as patches:
         for memory in lm.memories(model):
-            patches.enter_context(mock.patch.multiple(memory, forward=forward, read=read))
+            patches.enter_context(
+                mock.patch.multiple(memory, write=write, output=output, queries=queries, answers=answers)
+            )
         yield
 
 
