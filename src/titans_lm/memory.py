@@ -329,7 +329,8 @@ class NeuralMemory(nn.Module):
 
     def _shaped(self, past: Tensor, *filters: Tensor) -> tuple[Tensor, ...]:
         y = F.silu(convolved(past, *filters) if filters else past).unflatten(-1, (-1, self.heads, self.head_dim))
-        return *_unit(y[:, :, :2]).unbind(2), *y[:, :, 2:].unbind(2)
+        units, *v = y.split(2, 2)
+        return *_unit(units).unbind(2), *(part.squeeze(2) for part in v)
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta, eta, alpha `[B, T, H]`, in float32 at least (section 3.2: functions of the token)."""
