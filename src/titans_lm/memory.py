@@ -328,9 +328,9 @@ class NeuralMemory(nn.Module):
         return made, after.chunk(count, -1)
 
     def _shaped(self, past: Tensor, *filters: Tensor) -> tuple[Tensor, ...]:
-        y = F.silu(convolved(past, *filters) if filters else past).unflatten(-1, (-1, self.heads, self.head_dim))
-        units, *v = y.split(2, 2)
-        return *_unit(units).unbind(2), *(part.squeeze(2) for part in v)
+        y = (convolved(past, *filters) if filters else past).unflatten(-1, (-1, self.heads, self.head_dim))
+        units, *v = y.split(2, 2)  # apart, for what is kept of v would else be as large as all three
+        return *_unit(F.silu(units)).unbind(2), *(F.silu(part.squeeze(2)) for part in v)
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta, eta, alpha `[B, T, H]`, in float32 at least (section 3.2: functions of the token)."""
