@@ -231,6 +231,18 @@ def test_no_token_at_all_changes_nothing():
     assert memory.frozen(inputs(2, 0), state, None)[0].shape == (2, 0, D)
 
 
+def test_a_detached_state_is_the_same_memory_and_no_gradient_crosses_it():
+    memory = layer(threshold=18.0, threshold_on="prediction").double()
+    x = torch.randn(2, 7, D, dtype=torch.float64, requires_grad=True)
+    more = torch.randn(2, 5, D, dtype=torch.float64)
+    _, state = memory(x, memory.initial_state(2))
+    (y, after), (z, beyond) = memory(more, state), memory(more, state.detach())
+    assert_close(z, y)
+    assert torch.equal(beyond.memory.position, after.memory.position)
+    assert torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0].abs().sum() > 0
+    assert torch.autograd.grad(z.square().sum(), x, allow_unused=True) == (None,)
+
+
 def test_a_state_does_not_grow():
     memory = layer()
     with torch.no_grad():

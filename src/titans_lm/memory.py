@@ -39,6 +39,11 @@ class NeuralMemoryState(NamedTuple):
     last: Float[Tensor, "B D"] | None = None
     """The last input, from which the next is predicted, where there is a predictor."""
 
+    def detach(self) -> "NeuralMemoryState":
+        """The same memory without its history of gradients: what the next training step goes on from."""
+        last = None if self.last is None else self.last.detach()
+        return NeuralMemoryState(self.memory.detach(), tuple(t.detach() for t in self.tails), last)
+
 
 class Queries(NamedTuple):
     """All of a reading that does not depend on what the memory knows, of tokens `[B, T]`."""

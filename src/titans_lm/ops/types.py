@@ -24,6 +24,11 @@ class MemoryState(NamedTuple):
     position: Int[Tensor, " B"]
     """Tokens into the current chunk, 0 <= position < chunk_size; rows whose padding differs differ here."""
 
+    def detach(self) -> "MemoryState":
+        """The same memory without its history of gradients."""
+        anchor, weights, momentum = (tuple(w.detach() for w in part) for part in self[:3])
+        return MemoryState(anchor, weights, momentum, self.position)
+
 
 class MemoryForm(NamedTuple):
     """What M(k) is, apart from its weights, and which tokens it writes.
