@@ -279,7 +279,7 @@ def test_reading_writes_no_tensor_in_place(kind):
 
 
 @each_kind
-@pytest.mark.parametrize("rows", [[0], [2, 1], torch.tensor([1])])
+@pytest.mark.parametrize("rows", [[0], [2, 1], [], torch.tensor([1])])
 def test_a_reset_row_begins_anew_and_the_others_go_on(kind, rows):
     model, ids = tiny_model(kind), tokens(3, 9, seed=1)
     state = ragged(model)

@@ -74,7 +74,7 @@ def test_a_run_leaves_a_model_that_loads_and_says_how_it_was_made(texts, tmp_pat
     assert list((tmp_path / "out").rglob("events.out.tfevents*"))
 
 
-@pytest.mark.parametrize("carried", [1, 3])
+@pytest.mark.parametrize("carried", [1, 3, [2, 5]])
 def test_an_interrupted_run_goes_on_to_the_same_losses(texts, tmp_path, carried):
     """Ctrl-C in the middle, in a process of its own; then on, with the memory where it was."""
     whole = tree(texts, tmp_path / "whole", max_steps=40, carried_steps=carried, save_steps=100)
@@ -102,23 +102,28 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(texts, tmp_path, carried)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
-def test_carried_batches_know_what_came_before_and_begin_anew_after(texts, tmp_path):
-    """The losses are those of a loop by hand that carries the state for three batches, then drops it."""
-    settings = parse_settings(tree(texts, tmp_path / "a", max_steps=6, carried_steps=3, learning_rate=1e-12))
+@pytest.mark.parametrize("spans", [[3, 3], [1, 3], [2, 3]])
+def test_carried_batches_know_what_came_before_and_begin_anew_after(texts, tmp_path, spans):
+    """The losses are those of a loop by hand, row by row, that drops the state after the row's number of batches, and
+    where the row's text begins."""
+    carried = 3 if spans == [3, 3] else spans
+    settings = parse_settings(tree(texts, tmp_path / "a", max_steps=6, carried_steps=carried, learning_rate=1e-12))
     model = train(settings).eval()
     from titans_lm.data import Blocks, CarriedOrder, byte_tokenizer, read_text
 
     files = sorted(texts.iterdir())[:-1]
     blocks = Blocks([read_text(f) for f in files], byte_tokenizer(), 32)
     order = torch.tensor(list(CarriedOrder(len(blocks), 2, 3, 0)))[:12].view(6, 2)
-    by_hand, state = [], None
-    for step, rows in enumerate(order):
-        state = None if step % 3 == 0 else state
-        ids = blocks.blocks[rows].long()
-        with torch.no_grad():
-            out = model(ids, labels=ids, past_key_values=state, use_cache=True)
-        state = out.past_key_values
-        by_hand.append(float(out.loss))
+    by_row = []
+    for span, blocks_of_row in zip(spans, order.t(), strict=True):
+        by_row.append([])
+        for step, block in enumerate(blocks_of_row):
+            state = None if step % 3 % span == 0 else out.past_key_values
+            ids = blocks.blocks[None, block].long()
+            with torch.no_grad():
+                out = model(ids, labels=ids, past_key_values=state, use_cache=True)
+            by_row[-1].append(float(out.loss))
+    by_hand = [sum(both) / 2 for both in zip(*by_row, strict=True)]
     assert losses(tmp_path / "a") == pytest.approx(by_hand, rel=1e-5)
     plain = train(parse_settings(tree(texts, tmp_path / "b", max_steps=6, learning_rate=1e-12)))
     assert plain is not None
@@ -169,6 +174,9 @@ def test_only_linear_maps_decay(texts, tmp_path):
         ("modl.size=tiny", "unknown key 'modl' in the run; did you mean 'model'"),
         ("training.max_steps=many", "training.max_steps must be a whole number, got 'many'"),
         ("training.max_steps=0", "training.max_steps must be at least 1"),
+        ("training.carried_steps=[4, 0]", "training.carried_steps must be at least 1, got 0"),
+        ("training.carried_steps=[]", "training.carried_steps must be at least 1"),
+        ("training.carried_steps=[4, many]", "training.carried_steps must be a whole number, or a list of them"),
         ("training.learning_rate=-1", "training.learning_rate must be above 0"),
         ("training.bf16=1", "training.bf16 must be true or false"),
         ("model.memory_lr=2", "memory_lr must be in (0, 1]"),

@@ -83,9 +83,10 @@ class TrainingSettings:
     max_grad_norm: float = 1.0
     bf16: bool = False
     activation_checkpointing: bool = False
-    carried_steps: int = 1
+    carried_steps: list[int] = field(default_factory=lambda: [1])
     """For so many batches the memory goes on, each the next part of its rows' texts, gradients cut between them; then
-    it begins anew. 1: every batch begins anew."""
+    it begins anew. 1: every batch begins anew. Of several the rows take one each, in turn: some learn to begin, others
+    to have read much."""
     seed: int = 0
     logging_steps: int = 10
     eval_steps: int = 200
@@ -108,11 +109,11 @@ class TrainingSettings:
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"training.{key} must be in [0, 1], got {getattr(self, key)}")
         _at_least("training.weight_decay", self.weight_decay, 0)
+        _at_least("training.carried_steps", min(self.carried_steps, default=0), 1)
 
 
 _COUNTS = (
-    "max_steps", "batch_size", "accumulation", "carried_steps", "logging_steps", "eval_steps", "eval_blocks",
-    "save_steps",
+    "max_steps", "batch_size", "accumulation", "logging_steps", "eval_steps", "eval_blocks", "save_steps",
 )  # fmt: skip
 
 
@@ -195,7 +196,7 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
     training = _build(TrainingSettings, tree.get("training", {}), "training")
     data.check()
     training.check()
-    if training.carried_steps > 1 and not data.files:
+    if max(training.carried_steps) > 1 and not data.files:
         raise ValueError("training.carried_steps above 1 needs data.files: other data has no such order")
     settings = Settings(tree.get("model", {}), data, training)
     size = settings.model.get("size")
@@ -242,13 +243,13 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         if isinstance(value, dict) and all(isinstance(v, str) for v in value):
             return value
     elif typing.get_origin(wanted) is list:
-        if isinstance(value, str):
-            return [value]
-        if isinstance(value, list) and all(isinstance(v, str) for v in value):
-            return value
+        (kind,) = typing.get_args(wanted)
+        values = value if isinstance(value, list) else [value]
+        if all(type(v) is kind for v in values):
+            return values
     elif isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"{name} must be {_NAMES[typing.get_origin(wanted) or wanted]}, got {value!r}")
+    raise ValueError(f"{name} must be {_NAMES.get(wanted) or _NAMES[typing.get_origin(wanted)]}, got {value!r}")
 
 
 _NAMES: dict[Any, str] = {
@@ -256,7 +257,8 @@ _NAMES: dict[Any, str] = {
     float: "a number",
     str: "a text",
     bool: "true or false",
-    list: "a list of texts",
+    list[str]: "a list of texts",
+    list[int]: "a whole number, or a list of them",
     dict: "keys and values, such as {name: mqar}",
 }
 

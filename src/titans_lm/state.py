@@ -72,8 +72,14 @@ class TitansState(Cache):
 
     def select(self, rows: list[int] | Tensor) -> "TitansState":
         """The memory of these rows, in this order; a row may be taken several times."""
-        index = torch.as_tensor(rows, device=self.position.device)
+        index = self._index(rows)
         return self._with(lambda t: t[index])
+
+    def _index(self, rows: list[int] | Tensor) -> Tensor:
+        """An empty list would be one of float32 numbers."""
+        return torch.as_tensor(
+            rows, dtype=None if isinstance(rows, Tensor) else torch.long, device=self.position.device
+        )
 
     def shared(self) -> "TitansState":
         """The same memory in another object: what one reads does not change the other."""
@@ -92,7 +98,7 @@ class TitansState(Cache):
             rows = list(range(self.batch_size))
             self.columns, self.sources = 0, []
         keep = torch.ones(self.batch_size, dtype=torch.bool, device=self.position.device)
-        keep[torch.as_tensor(rows, device=keep.device)] = False
+        keep[self._index(rows)] = False
         self._apply(lambda t: torch.where(keep.view(-1, *[1] * (t.dim() - 1)), t, torch.zeros_like(t)))
 
     def save(self, path: str | Path) -> Card:

@@ -135,16 +135,15 @@ class TitansTrainer(Trainer):
         if not isinstance(self.train_dataset, Blocks):
             return None
         s = self.settings
-        return CarriedOrder(len(self.train_dataset), s.batch_size, s.carried_steps, s.seed)
+        return CarriedOrder(len(self.train_dataset), s.batch_size, max(s.carried_steps), s.seed)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`'s; with `carried_steps` the memory goes on from the batch before, without its gradients."""
         if model.training:
             self.tokens += inputs["input_ids"].numel()
-        if self.settings.carried_steps == 1 or not model.training:
+        if max(self.settings.carried_steps) == 1 or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        if self.batches % self.settings.carried_steps == 0:
-            self.carried = None
+        self._begin_rows()
         self.batches += 1
         kwargs["return_outputs"] = True
         loss, out = super().compute_loss(
@@ -152,6 +151,16 @@ class TitansTrainer(Trainer):
         )
         self.carried = out.past_key_values.detach()
         return loss
+
+    def _begin_rows(self) -> None:
+        """Rows whose batches are over forget; their texts go on until those of the longest are over."""
+        spans = self.settings.carried_steps
+        done = self.batches % max(spans)
+        if done == 0:
+            self.carried = None
+        if self.carried is not None:
+            rows = range(self.carried.batch_size)
+            self.carried.reset([row for row in rows if done % spans[row % len(spans)] == 0])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.carried is not None:
@@ -162,7 +171,7 @@ class TitansTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.settings.carried_steps > 1:
+        if checkpoint is not None and max(self.settings.carried_steps) > 1:
             self.batches = step_of(Path(checkpoint)) * self.settings.accumulation
             self.carried = TitansState.load(Path(checkpoint) / CARRIED, self.model)
 
