@@ -46,13 +46,14 @@ def check_measured(row, actions):
 
 
 def test_op(tmp_path):
-    shapes = ["--tokens", "40", "--hidden", "16", "--chunk", "8", "--forms", "residual", "--runs", "2"]
-    result = bench("op", *shapes, out=tmp_path / "op.json")
-    assert [row["name"] for row in result["rows"]] == ["residual"]
+    shapes = ["--tokens", "40", "--hidden", "16", "--chunk", "8", "--forms", "residual", "--depth", "2", "3"]
+    result = bench("op", *shapes, "--runs", "2", out=tmp_path / "op.json")
+    assert [row["name"] for row in result["rows"]] == ["residual, depth 2", "residual, depth 3"]
     for row in result["rows"]:
         check_measured(row, op.ACTIONS)
-        assert row["operations"] == 6 * 40 * op.operations(64, 16, 8)
         assert all(row["actions"][a]["part_of_matmul_rate"] > 0 for a in ("forward", "training"))
+    two = 22 * 64 * 16 + 4 * 8 * (64 + 16)
+    assert [row["operations"] for row in result["rows"]] == [240 * two, 240 * (two + 12 * 16 * 16 + 4 * 8 * 16)]
 
 
 def test_model(tmp_path):
@@ -170,6 +171,8 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path, monkeypatch, capsys):
         (["op", "--runs", "0"], "--runs must be at least 1"),
         (["op", "--threads", "100000"], "--threads must be from 1 to"),
         (["op", "--chunk", "0"], "must be at least 1"),
+        (["op", "--depth", "0"], "must be at least 1"),
+        (["op", "--depth", "1", "2", "--peers"], "--peers are measured at --depth 2, got 1 2"),
         (["model", "--lengths", "1"], "--lengths must be at least 2"),
         (["decode", "--tokens", "0"], "must be at least 1"),
         (["read", "--stretches", "0"], "must be at least 1"),
@@ -225,9 +228,9 @@ def test_a_peer_that_differs_is_an_error_after_all_is_written(tmp_path, monkeypa
 # ------------------------------------------------------------------------------------------ what is counted
 
 
-@pytest.mark.parametrize(("hidden", "chunk"), [(128, 64), (256, 16), (128, 16)])
-def test_operations_are_those_that_run(hidden, chunk):
-    shape = op.Shape(1, 4 * chunk, hidden, chunk)
+@pytest.mark.parametrize(("hidden", "chunk", "depth"), [(128, 64, 2), (256, 16, 2), (128, 16, 4), (128, 16, 1)])
+def test_operations_are_those_that_run(hidden, chunk, depth):
+    shape = op.Shape(1, 4 * chunk, hidden, chunk, depth=depth)
     x = op.inputs(shape, torch.float32, "cpu")
     in_place = {torch.ops.aten.baddbmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * a[2] * b[2]}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=in_place) as counter:

@@ -24,22 +24,25 @@ CLIP = 1.0
 """Of the residual form, as models have it by default."""
 
 
-def operations(width: int, hidden: int, chunk: int) -> int:
-    """Of one token and head, forward, memory of depth 2 (`ops/README.md`)."""
-    return 22 * width * hidden + 4 * chunk * (width + hidden)
-
-
 class Shape(NamedTuple):
-    """What is read: `rows` x HEADS memories of WIDTH x `hidden`."""
+    """What is read: `rows` x HEADS memories of width WIDTH, with `hidden` between their `depth` layers."""
 
     rows: int
     tokens: int
     hidden: int
     chunk: int
     form: str = "plain"
+    depth: int = 2
+
+    def layers(self) -> list[tuple[int, int]]:
+        return list(itertools.pairwise([WIDTH, *[self.hidden] * (self.depth - 1), WIDTH]))
 
     def operations(self) -> int:
-        return self.rows * HEADS * self.tokens * operations(WIDTH, self.hidden, self.chunk)
+        """Forward (`ops/README.md`, section Cost): a weight takes part in six multiplications and additions a token,
+        but for the first layer's, through which nothing goes back."""
+        weights = [i * o for i, o in self.layers()]
+        scores = sum(2 * self.chunk * (i + o) for i, o in self.layers())
+        return self.rows * HEADS * self.tokens * (12 * sum(weights) - 2 * weights[0] + scores)
 
 
 class Inputs(NamedTuple):
@@ -72,7 +75,7 @@ def inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
     size = (shape.rows, shape.tokens, HEADS)
     q, k, v = (torch.randn(*size, WIDTH, dtype=wide) for _ in "qkv")
     theta, eta, alpha = (torch.sigmoid(torch.randn(size, dtype=wide) + bias) for bias in (-2, 2.5, -6))
-    first = (torch.randn(HEADS, WIDTH, shape.hidden) / 8, torch.randn(HEADS, shape.hidden, WIDTH) / shape.hidden**0.5)
+    first = [torch.randn(HEADS, i, o) / i**0.5 for i, o in shape.layers()]
     tokens = (q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True), v / 8)
     gates = (0.1 * theta, eta, alpha)
     narrow = [x.to(device, dtype) for x in tokens]
@@ -178,6 +181,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--hidden", type=int, nargs="+", default=[128, 256], help="hidden widths of the memory")
     parser.add_argument("--chunk", type=int, nargs="+", default=[64, 16], help="chunk sizes")
+    parser.add_argument("--depth", type=int, nargs="+", default=[2], help="layers of the memory")
     parser.add_argument("--forms", nargs="+", choices=["plain", "residual"], default=["plain", "residual"])
     parser.add_argument(
         "--rows", type=int, help=f"batch rows of {HEADS} heads (default: as many as threads; 8 on a GPU)"
@@ -192,12 +196,14 @@ def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:
     rows = arguments.rows or (8 if setting.device == "cuda" else setting.threads)
     found = []
     for hidden, chunk in itertools.product(arguments.hidden, arguments.chunk):
-        shapes = [Shape(rows, arguments.tokens, hidden, chunk, f) for f in arguments.forms]
-        entrants = [_entrant(shape.form, "ours", shape) for shape in shapes]
+        kinds = itertools.product(arguments.forms, arguments.depth)
+        shapes = [Shape(rows, arguments.tokens, hidden, chunk, f, depth) for f, depth in kinds]
+        names = [s.form if len(arguments.depth) == 1 else f"{s.form}, depth {s.depth}" for s in shapes]
+        entrants = [_entrant(name, "ours", shape) for name, shape in zip(names, shapes, strict=True)]
         if arguments.profile:
             entrants = [dataclasses.replace(e, actions=[*ACTIONS, "profile"]) for e in entrants]
         if setting.device == "cuda":
-            entrants += [_entrant(f"{shape.form}, compiled", "compiled", shape) for shape in shapes]
+            entrants += [_entrant(f"{n}, compiled", "compiled", shape) for n, shape in zip(names, shapes, strict=True)]
         name = f"hidden {hidden}, chunk {chunk}"
         found.append(Heat(name, entrants, arguments.runs))
         if arguments.peers:
@@ -231,10 +237,12 @@ def _peers(shape: Shape, setting: Setting) -> list[Entrant]:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    counts = [arguments.tokens, arguments.peer_tokens, *arguments.hidden, *arguments.chunk]
+    counts = [arguments.tokens, arguments.peer_tokens, *arguments.hidden, *arguments.chunk, *arguments.depth]
     if min(counts) < 1 or (arguments.rows is not None and arguments.rows < 1):
-        raise ValueError("--tokens, --peer-tokens, --hidden, --chunk and --rows must be at least 1")
+        raise ValueError("--tokens, --peer-tokens, --hidden, --chunk, --depth and --rows must be at least 1")
     if arguments.peers:
+        if arguments.depth != [2]:
+            raise ValueError(f"--peers are measured at --depth 2, got {' '.join(map(str, arguments.depth))}")
         from titans_lm.bench.peers import require
 
         require("titans_pytorch")
