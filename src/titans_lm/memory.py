@@ -272,7 +272,8 @@ class NeuralMemory(nn.Module):
         return Queries(q, self.output_gate(x)), tail
 
     def answers(self, queries: Queries, weights: tuple[Tensor, ...]) -> Float[Tensor, "B T D"]:
-        return self._output(queries.gate, retrieve(queries.q, weights, self._form()))
+        y = retrieve(queries.q, weights, self._form())
+        return recomputed(self._gated, y, queries.gate)
 
     def frozen(
         self, x: Float[Tensor, "B T D"], state: NeuralMemoryState, present: Bool[Tensor, "B T"] | None
@@ -312,7 +313,7 @@ class NeuralMemory(nn.Module):
 
     def output(self, x: Float[Tensor, "B T D"], y: Float[Tensor, "B T H V"]) -> Float[Tensor, "B T D"]:
         """Normalise what each head of x read, gate, project back to the model's width."""
-        return self._output(self.output_gate(x), y)
+        return recomputed(lambda x, y: self._gated(y, self.output_gate(x)), x, y)
 
     # ---------------------------------------------------------------------------------------------- parts
 
@@ -350,11 +351,8 @@ class NeuralMemory(nn.Module):
         norm = None if self.norm_weight is None or self.norm_bias is None else (self.norm_weight, self.norm_bias)
         return MemoryForm(self.activation, norm, self.clip, self.threshold if self.predictor is None else None)
 
-    def _output(self, gate: Tensor, y: Tensor) -> Tensor:
-        def gated(y: Tensor, gate: Tensor) -> Tensor:
-            return self.o_proj(self.output_norm(y).flatten(-2) * torch.sigmoid(gate))
-
-        return recomputed(gated, y, gate)
+    def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
+        return self.o_proj(self.output_norm(y).flatten(-2) * torch.sigmoid(gate))
 
 
 def _unit(x: Tensor) -> Tensor:

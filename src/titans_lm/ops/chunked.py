@@ -77,7 +77,8 @@ class _ReadSpan(torch.autograd.Function):
         ctx.span, ctx.size, ctx.count = span, size, len(flat)
         out, starts, trace = _empty(inputs, span), [], Trace([], [], inputs.anchor, inputs.state)
         for part in _parts(inputs, size):
-            starts.append((*trace.anchor, *trace.state.w, *trace.state.s))
+            anchor = trace.state.w if span.at_boundary and span.present is None else trace.anchor  # kept once
+            starts.append((*anchor, *trace.state.w, *trace.state.s))
             group = _group(inputs, span, part, keep)
             trace = read_group(group, trace.anchor, trace.state)
             _put(out, part, seen(group, trace), span.width)
