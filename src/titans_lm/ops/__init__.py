@@ -113,7 +113,7 @@ def memory_scan(
     call = Call(Tokens(q, k, v, theta, eta, alpha), state, chunk_size, form, mask, surprise, kept_bytes)
     _check(call)
     name, dtype = resolve_backend(backend, call), state.weights[0].dtype
-    as_they_are = 3 if name == "triton" else 0  # bfloat16 q, k, v go to the tensor cores as they are
+    as_they_are = 3 if name in ("triton", "chunked") else 0  # q, k, v in bfloat16 are kept in it
     tokens = Tokens(*call.tokens[:as_they_are], *(x.to(dtype) for x in call.tokens[as_they_are:]))
     if form.norm is not None:
         form = form._replace(norm=(form.norm[0].to(dtype), form.norm[1].to(dtype)))

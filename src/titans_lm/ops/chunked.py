@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
 
     def row_bytes(self) -> int:
         """Of what is computed for all chunks at once, for one slot of all rows."""
-        return 8 * self.tokens.q[:, 0].nbytes
+        return 8 * self.tokens.q[:, 0].numel() * self.anchor[0].element_size()
 
     def shapes(self) -> list[tuple[int, int]]:
         return [(w.shape[1], w.shape[2]) for w in self.anchor]
@@ -113,7 +113,7 @@ class _ReadSpan(torch.autograd.Function):
                 trace = read_group(group, anchor, Weights(*state))
             else:
                 group, trace = kept
-            by_y = to_rows(y[:, part], span.width)
+            by_y = to_rows(y[:, part], span.width, group.y.dtype)
             by_loss = None if loss is None else to_rows(loss[:, part], span.width)[..., None]
             found = back_group(group, trace, by_y, by_loss, by_anchor, Weights(*by_state))
             _put(by_tokens, part, found.tokens, span.width)
@@ -141,7 +141,7 @@ def _group_size(inputs: Inputs, span: Span, kept_bytes: int) -> tuple[int, bool]
     """Slots of a group, and whether the span is one group that keeps what its chunks leave."""
     c = span.width
     numbers = sum(2 * i * o + c * (4 * o + 6 * i + 2 * c) for i, o in inputs.shapes())  # the fields of a `Chunk`
-    each = numbers * len(inputs.anchor[0]) * inputs.tokens.q.element_size()
+    each = numbers * len(inputs.anchor[0]) * inputs.anchor[0].element_size()
     size, keep = group_size(inputs.slots() // c, each, kept_bytes * span.share)
     return c * size, keep
 
@@ -164,16 +164,17 @@ def _parts(inputs: Inputs, size: int) -> list[slice]:
 
 
 def _group(inputs: Inputs, span: Span, part: slice, keep: bool) -> Group:
-    tokens, span = rows_of(Tokens(*(x[:, part] for x in inputs.tokens)), span, part)
+    dtype = inputs.anchor[0].dtype
+    tokens, span = rows_of(Tokens(*(x[:, part] for x in inputs.tokens)), span, part, dtype)
     return Group(tokens, span, inputs.norm, inputs.shapes(), keep)
 
 
-def rows_of(tokens: Tokens, span: Span, part: slice) -> tuple[Tokens, Span]:
-    """`tokens`, slots `part` of a span, and what the span says of them, chunk by chunk and row by row."""
+def rows_of(tokens: Tokens, span: Span, part: slice, dtype: torch.dtype | None = None) -> tuple[Tokens, Span]:
+    """`tokens`, slots `part` of a span, in `dtype`, and what the span says of them, chunk by chunk and row by row."""
     heads = tokens.q.shape[2]
     if span.present is not None:
         span = span._replace(present=to_rows(span.present[:, part, None].expand(-1, -1, heads), span.width))
-    return Tokens(*(to_rows(x, span.width) for x in tokens)), span
+    return Tokens(*(to_rows(x, span.width, dtype) for x in tokens)), span
 
 
 # ------------------------------------------------------------------------------------------------ tokens and rows
@@ -184,9 +185,9 @@ def _view(x: Tensor, width: int) -> Tensor:
     return x.unflatten(1, (-1, width)).movedim(0, 1).transpose(2, 3)
 
 
-def to_rows(x: Tensor, width: int) -> Tensor:
-    """`[B, N * C, H, *]` -> `[N, B * H, C, *]`, contiguous."""
-    return _view(x, width).flatten(1, 2).contiguous()
+def to_rows(x: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    """`[B, N * C, H, *]` -> `[N, B * H, C, *]`, contiguous, in `dtype` if it is given."""
+    return _view(x, width).to(dtype or x.dtype, memory_format=torch.contiguous_format).flatten(1, 2)
 
 
 def to_tokens(x: Tensor, batch: int) -> Tensor:
