@@ -41,6 +41,15 @@ def test_gradients_are_the_function_s_own(way, used, both):
         assert b.abs().sum() > 0
 
 
+def test_the_dropout_of_an_adapter_drops_the_same_again():
+    x = torch.ones(40, requires_grad=True)
+    y = recomputed(lambda x: torch.dropout(x * x, 0.5, True).sin(), x)
+    torch.rand(3)
+    (found,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(found == 0, y == 0)
+    assert 0 < (y == 0).sum() < 40
+
+
 def test_only_the_inputs_are_kept():
     x, y = inputs()
     kept: list[Tensor] = []

@@ -10,15 +10,17 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
-    """`function(*inputs)`, for anything; a product that it ends with is not computed again."""
+    """`function(*inputs)`, for anything: what is drawn in it, as by an adapter's dropout, is drawn again. A product
+    that it ends with is not computed again."""
     if not torch.is_grad_enabled():
         return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(function, *inputs, use_reentrant=False)
 
 
 def made_again(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """`function(*inputs)`, where it knows no parameters but these and casts what it needs cast itself (autocast is not
-    restored). It has a tenth of the overhead, which is much where each of many calls is about few tokens."""
+    """`function(*inputs)`, where it knows no parameters but these, draws nothing, and casts what it needs cast itself
+    (autocast is not restored). It has a tenth of the overhead, which is much where each of many calls is about few
+    tokens."""
     return _MadeAgain.apply(function, *inputs) if torch.is_grad_enabled() else function(*inputs)
 
 
