@@ -362,7 +362,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xlabel("tokens read")
     axis.set_ylabel("bits per byte")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))  # no line is behind it there
     beside = path.with_name(f".{path.name}.part")
     figure.savefig(beside, format="png", dpi=130)
     beside.replace(path)
