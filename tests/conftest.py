@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 SOURCE = Path(importlib.util.find_spec("titans_lm").origin).parent
 # Before anything imports the package. Not the configuration, whose initialiser takes keys that no signature has.
@@ -46,6 +49,21 @@ each_titan = pytest.mark.parametrize("kind", TITANS)
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes and types unchecked, as for a user: what is wrong has to be found by the package itself."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+class Made(TorchDispatchMode):
+    """Shows `see` every tensor that any operation makes."""
+
+    def __init__(self, see: Callable[[Tensor], None]):
+        super().__init__()
+        self.see = see
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            if isinstance(made, Tensor):
+                self.see(made)
+        return out
 
 
 def tiny_config(kind: str, **changes: Any) -> TitansConfig:

@@ -646,6 +646,27 @@ def test_bfloat16_tokens_keep_a_float32_state(backend: str, residual: bool):
     assert_all_close(actual, expected)
 
 
+@pytest.mark.parametrize("start", ["boundary", "ragged"])
+def test_bfloat16_tokens_are_kept_in_it_for_training_and_their_gradients_are_those_of_their_values(start: str):
+    case = Case(tokens=40, start=start)
+    x = make_inputs(case, torch.float32)
+    half = x | {name: x[name].bfloat16() for name in "qkv"}
+    wide = x | {name: half[name].float() for name in "qkv"}
+    found = []
+    for x in (half, wide):
+        shapes = [x[name].shape[2:] for name in "qkv"]
+        leaves = x | {name: x[name].requires_grad_() for name in "qkv"}
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: [kept.append(t), t][1], lambda t: t):
+            y, *_ = scan(leaves, case, backend="chunked")
+        tokens = [t.dtype for t in kept if t.is_floating_point() and t.dim() == 4 and t.shape[2:] in shapes]
+        assert set(tokens) == {x["q"].dtype}
+        found.append(torch.autograd.grad(y.float().sin().sum(), [leaves[name] for name in "qkv"]))
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert_close(a, b)
+
+
 @pytest.mark.parametrize("backend", FORMS)
 def test_autocast_does_not_round_the_memory(backend: str):
     case = able(Case(tokens=20), backend)

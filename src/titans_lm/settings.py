@@ -109,7 +109,10 @@ class TrainingSettings:
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"training.{key} must be in [0, 1], got {getattr(self, key)}")
         _at_least("training.weight_decay", self.weight_decay, 0)
-        _at_least("training.carried_steps", min(self.carried_steps, default=0), 1)
+        if not 1 <= len(self.carried_steps) <= self.batch_size:
+            many = f"one number, or at most one for each of training.batch_size={self.batch_size} rows"
+            raise ValueError(f"training.carried_steps must be {many}, got {self.carried_steps}")
+        _at_least("training.carried_steps", min(self.carried_steps), 1)
 
 
 _COUNTS = (

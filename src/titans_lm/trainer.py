@@ -158,9 +158,11 @@ class TitansTrainer(Trainer):
         done = self.batches % max(spans)
         if done == 0:
             self.carried = None
-        if self.carried is not None:
-            rows = range(self.carried.batch_size)
-            self.carried.reset([row for row in rows if done % spans[row % len(spans)] == 0])
+            return
+        assert self.carried is not None
+        over = [row for row in range(self.carried.batch_size) if done % spans[row % len(spans)] == 0]
+        if over:  # else the state would be copied at every step
+            self.carried.reset(over)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.carried is not None:
