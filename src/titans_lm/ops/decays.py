@@ -1,4 +1,8 @@
-"""How much is left at each token of a chunk, of what was there when it began and of what its tokens wrote; and back."""
+"""How much is left at each token of a chunk, of what was there when it began and of what its tokens wrote; and back.
+
+Eqs. 10 and 13 are linear in the weights, the momentum and the gradients: a row of factors per token, which follows from
+the row before it as the state itself does. Columns are what there is to be left: W', S, and each token's gradient.
+"""
 
 from typing import NamedTuple
 
@@ -17,78 +21,65 @@ class Decays(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """What `decays` leaves for `back_decays`."""
+    """What `decays` leaves for `back_decays`: token by token, of all leading dimensions `X` at once."""
 
-    theta: Tensor  # [..., C], 0 where no token is; a and eta are 1 there, and all three above 0
+    a: Tensor  # [C, X, 1], 1 where no token is, as eta
     eta: Tensor
-    a: Tensor
-    p_eta: Tensor  # [..., C, C]
-    p_a: Tensor
-    adds: Tensor  # P_a, without the columns of tokens that are not there: they add no momentum to M
-    em: Tensor
-    present: Tensor | None
+    in_weights: Tensor  # [C, X, 2 + C], A, B and D
+    in_momentum: Tensor  # 0, E and Em
+    present: Tensor | None  # [C, X, 1]
 
 
 def decays(theta: Tensor, eta: Tensor, alpha: Tensor, present: Tensor | None) -> tuple[Decays, Gates]:
-    """theta, eta, alpha `[..., C]`. A token not `present` has a = eta = 1, theta = 0, and adds no momentum to M.
-
-    Gates are shifted by a number far below their rounding, so that a product can be divided by each of its factors.
-    """
-    shift = 1e-150 if theta.dtype == torch.float64 else 1e-30
-    eta, a = eta + shift, (1 - alpha) + shift
+    """theta, eta, alpha `[..., C]`. A token not `present` has a = eta = 1, theta = 0, and adds no momentum to M."""
+    *lead, c = theta.shape
     if present is not None:
         theta = theta * present
-        eta, a = (torch.where(present, gate, 1) for gate in (eta, a))
-    p_a, p_eta = products(a), products(eta)
-    e = p_eta[..., 0] * eta[..., :1]
-    em = p_eta * theta[..., None, :]
-    adds = p_a if present is None else p_a * present[..., None, :]
-    left = Decays(
-        a=(p_a[..., 0] * a[..., :1])[..., None],
-        b=(adds * e[..., None, :]).sum(-1, keepdim=True),
-        e=e[..., None],
-        d=adds @ em,
-        em=em[..., -1, :, None],
-    )
-    return left, Gates(theta, eta, a, p_eta, p_a, adds, em, present)
-
-
-def products(gate: Tensor) -> Tensor:
-    """P[t, s] = product of gate_i for i = s+1 .. t, lower triangular with ones on the diagonal. gate `[..., C]`.
-
-    Each is multiplied out by itself: cumulative products divided by each other are 0 / 0 after a gate of 0.
-    """
-    c = gate.shape[-1]
-    below = torch.ones(c, c, dtype=torch.bool, device=gate.device).tril_(-1)
-    return torch.where(below, gate[..., :, None], 1).cumprod(-2).tril_()
+        eta, alpha = torch.where(present, eta, 1), torch.where(present, alpha, 0)
+        present = _by_token(present.expand(theta.shape))
+    a, eta = 1 - _by_token(alpha), _by_token(eta)
+    size, columns = a.shape[1], torch.eye(2, 2 + c, dtype=a.dtype, device=a.device)
+    in_momentum = a.new_zeros(c, size, 2 + c)
+    in_momentum.diagonal(2, 0, 2).copy_(theta.reshape(-1, c))  # token t writes theta_t at t
+    in_weights = torch.empty_like(in_momentum)
+    m, s = columns[:, None].expand(-1, size, -1)  # before the first token: W' is all of M, S all of S
+    for t, (here, written) in enumerate(zip(in_weights.unbind(0), in_momentum.unbind(0), strict=True)):
+        s = written.addcmul_(s, eta[t])  # S_t = eta_t S_{t-1} + what t writes
+        m = torch.addcmul(
+            s if present is None else s * present[t], m, a[t], out=here
+        )  # M_t = (1 - alpha_t) M_{t-1} + S_t
+    w, s = (x.transpose(0, 1).unflatten(0, lead) for x in (in_weights, in_momentum))  # [..., C, 2 + C]
+    left = Decays(a=w[..., :1], b=w[..., 1:2], e=s[..., 1:2], d=w[..., 2:], em=s[..., -1, 2:, None])
+    left = Decays(*(x.contiguous() for x in left))  # they are read chunk by chunk
+    return left, Gates(a, eta, in_weights, in_momentum, present)
 
 
 def back_decays(by: Decays, gates: Gates) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by theta, eta and alpha, given those `by` what `decays` returned."""
-    theta, eta, a, p_eta, p_a, adds, em, present = gates
-    by_a, by_b, by_e, by_d, by_em_last = by
-    e = p_eta[..., 0] * eta[..., :1]
-    by_em = adds.mT @ by_d
-    by_em[..., -1, :] += by_em_last[..., 0]
-    by_adds = torch.addcmul(by_d @ em.mT, by_b, e[..., None, :])
-    by_e = by_e[..., 0] + (adds * by_b).sum(-2)
+    a, eta, in_weights, in_momentum, present = gates
+    lead, c = by.d.shape[:-2], by.d.shape[-1]
+    by_weights = torch.cat([by.a, by.b, by.d], -1).reshape(-1, c, 2 + c).transpose(0, 1).contiguous()
+    _back_in_time(by_weights, a)
+    by_momentum = by_weights.clone() if present is None else by_weights * present
+    by_momentum[:, :, 1] += by.e.reshape(-1, c).t()
+    by_momentum[-1, :, 2:] += by.em.reshape(-1, c)
+    _back_in_time(by_momentum, eta)
+    by_a = torch.cat([by_weights[:1, :, 0], (by_weights[1:] * in_weights[:-1]).sum(-1)])
+    by_eta = torch.cat([by_momentum[:1, :, 1], (by_momentum[1:] * in_momentum[:-1]).sum(-1)])
+    by_theta = by_momentum.diagonal(2, 0, 2).t()  # above it are zeros of `decays`, whatever was asked of them
     if present is not None:
-        by_adds *= present[..., None, :]
-    by_theta = (by_em * p_eta).sum(-2)
-    by_p_eta = by_em.mul_(theta[..., None, :])
-    by_eta = _back_products(by_p_eta, p_eta, eta, by_e)
-    by_gate_a = _back_products(by_adds, p_a, a, by_a[..., 0])
-    if present is not None:
-        by_theta, by_eta, by_gate_a = (torch.where(present, x, 0) for x in (by_theta, by_eta, by_gate_a))
-    return by_theta, by_eta, -by_gate_a
+        by_theta, by_eta, by_a = (torch.where(present[..., 0], x, 0) for x in (by_theta, by_eta, by_a))
+    by_theta, by_eta, by_a = (x.t().unflatten(0, lead) for x in (by_theta, by_eta, by_a))
+    return by_theta, by_eta, -by_a
 
 
-def _back_products(by: Tensor, p: Tensor, gate: Tensor, by_all: Tensor) -> Tensor:
-    """From the gradients by P and by gate_1 .. gate_t, which is P[t, 1] gate_1, to that by the gates.
+def _by_token(gate: Tensor) -> Tensor:
+    """`[..., C]` -> `[C, X, 1]`"""
+    return gate.reshape(-1, gate.shape[-1]).t().contiguous()[..., None]
 
-    gate_i is in P[t, s] for s < i <= t, which without it is P[t, s] / gate_i.
-    """
-    by[..., 0].addcmul_(by_all, gate[..., :1])
-    below = by.mul_(p).cumsum(-1).tril_(-1).sum(-2)  # [..., i - 1]: no term without gate_i
-    first = (by_all * p[..., 0]).sum(-1, keepdim=True)
-    return torch.cat([first, below[..., :-1] / gate[..., 1:]], -1)
+
+def _back_in_time(by: Tensor, gate: Tensor) -> None:
+    """The gradient by each row also through the row after it, in place: the recurrence, last token first."""
+    rows = by.unbind(0)
+    for t in range(len(rows) - 2, -1, -1):
+        rows[t].addcmul_(rows[t + 1], gate[t + 1])
