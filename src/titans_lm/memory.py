@@ -70,6 +70,8 @@ def convolved(past: Float[Tensor, "B S I"], filters: Float[Tensor, "I size"]) ->
     """Each of the last T = S - size + 1 tokens and those before it, weighed: sums take half of conv1d's time."""
     taps = filters.to(past.dtype).t()
     length = past.shape[1] - len(taps) + 1
+    if length == 1:
+        return (past * taps).sum(1, keepdim=True)
     y = past[:, :length] * taps[0]
     for age in range(1, len(taps)):
         y = torch.addcmul(y, past[:, age : age + length], taps[age])
@@ -325,7 +327,7 @@ class NeuralMemory(nn.Module):
         count, length = len(tails), x.shape[1]
         y = torch.cat([project(x) for project in (self.q_proj, self.k_proj, self.v_proj)[:count]], -1)
         past = torch.cat([torch.cat(tails, -1).to(y.dtype), y], 1)  # [B, R + T, count * I]
-        filters = () if self.convs is None else (torch.cat(tuple(self.convs.parameters())[:count]),)
+        filters = () if self.convs is None else (torch.cat([conv.weight for conv in self.convs][:count]),)
         made = made_again(self._shaped, past, *filters)
         if present is None:
             after = past[:, length:] if length == 1 else past[:, length:].clone()  # else a view of all of past

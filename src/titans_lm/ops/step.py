@@ -27,7 +27,7 @@ def step(call: Call) -> Answer:
     batch, _, heads, _ = q.shape
     rows = batch * heads
     q, k, v = (x.reshape(rows, 1, -1) for x in (q, k, v))
-    theta, eta, alpha = (gate.reshape(rows, 1, 1) for gate in gates)
+    theta, eta, a = (gate.reshape(rows, 1, 1) for gate in (gates[0], gates[1], 1 - gates[2]))
     if form.norm is not None:
         weight, bias = (x.expand(batch, *x.shape).reshape(rows, 1, -1) for x in form.norm)
         form = form._replace(norm=(weight, bias))
@@ -37,7 +37,7 @@ def step(call: Call) -> Answer:
     if form.threshold is not None:
         theta = theta * (key.loss() > form.threshold)
     new = [
-        _write(x.mT, theta * g, (eta, 1 - alpha), w.flatten(0, 1), s.flatten(0, 1))
+        _write(x.mT, theta * g, (eta, a), w.flatten(0, 1), s.flatten(0, 1))
         for x, g, w, s in zip(key.x, key.g, state.weights, state.momentum, strict=True)
     ]
     y = _read(q, [w for w, _ in new], form).view(batch, 1, heads, -1)
