@@ -68,17 +68,18 @@ class Memory:
     def write(self, x: Tensor) -> None:
         layer = self.layer
         if self.count % layer.chunk_size == 0:
-            self.anchor = self.weights
+            self.anchor, self.first = self.weights, x
         self.count += 1
+        gates_from = self.first if layer.gates_of == "chunk" else x
         k, v = self._unit(self._project(x, 1, self.past[1])), self._project(x, 2, self.past[2])
-        theta = layer.theta_max * torch.sigmoid(layer.theta(x))
+        theta = layer.theta_max * torch.sigmoid(layer.theta(gates_from))
         if layer.predictor is not None:
             self.errors.append((layer.predictor.map(self.last) - x.detach()).square().sum())
             self.last = x.detach()
             if layer.threshold is not None and self.errors[-1] <= layer.threshold:
                 theta = torch.zeros_like(theta)
-        eta = torch.zeros_like(theta) if layer.eta is None else torch.sigmoid(layer.eta(x))
-        alpha = torch.zeros_like(theta) if layer.alpha is None else torch.sigmoid(layer.alpha(x))
+        eta = torch.zeros_like(theta) if layer.eta is None else torch.sigmoid(layer.eta(gates_from))
+        alpha = torch.zeros_like(theta) if layer.alpha is None else torch.sigmoid(layer.alpha(gates_from))
         momentum, weights = [], []
         for h in range(layer.heads):
             gradient = self._gradient(h, k[h], v[h])

@@ -25,6 +25,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "chunk longer than the text": {"chunk_size": 64},
     "no momentum": {"momentum": False},
     "no forgetting": {"forgetting": False},
+    "gates of a chunk": {"gates_of": "chunk"},
     "no convolution": {"conv_size": 1},
     "zero, plain": {"init": "zero", "form": "plain"},
     "zero": {"init": "zero"},
@@ -53,8 +54,8 @@ def inputs(rows: int, length: int, seed: int = 1) -> Tensor:
 
 
 def leaves(state: NeuralMemoryState) -> list[Tensor]:
-    last = [] if state.last is None else [state.last]
-    return [*itertools.chain(*state.memory[:3]), state.memory.position, *last, *state.tails]
+    more = [x for x in (state.last, state.gates) if x is not None]
+    return [*itertools.chain(*state.memory[:3]), state.memory.position, *more, *state.tails]
 
 
 def by_definition(memory: NeuralMemory, x: Tensor) -> tuple[Tensor, list[Memory]]:
@@ -98,10 +99,12 @@ def test_every_form_computes_something_else(options):
         assert relative_error(layer(**options)(inputs(1, 10))[0], layer()(inputs(1, 10))[0]) > 1e-3
 
 
-both_thresholds = pytest.mark.parametrize("options", [{}, {"threshold": 18.0, "threshold_on": "prediction"}])
+states_of_all_kinds = pytest.mark.parametrize(
+    "options", [{}, {"threshold": 18.0, "threshold_on": "prediction"}, {"gates_of": "chunk"}]
+)
 
 
-@both_thresholds
+@states_of_all_kinds
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(st.data(), st.integers(0, 14))
 def test_any_cut_into_calls_is_one_call(options, data, length):
@@ -117,7 +120,7 @@ def test_any_cut_into_calls_is_one_call(options, data, length):
         assert_close(a, b)
 
 
-@both_thresholds
+@states_of_all_kinds
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=14), st.integers(0, 5))
 def test_padding_anywhere_leaves_no_trace(options, pattern, earlier):
@@ -130,7 +133,7 @@ def test_padding_anywhere_leaves_no_trace(options, pattern, earlier):
                 type(state.memory)(*(tuple(t[row : row + 1] for t in part) for part in state.memory[:3]),
                                    state.memory.position[row : row + 1]),
                 tuple(t[row : row + 1] for t in state.tails),
-                None if state.last is None else state.last[row : row + 1],
+                *(None if x is None else x[row : row + 1] for x in (state.last, state.gates)),
             )  # fmt: skip
             alone, alone_after, alone_surprise = memory(
                 inputs(2, len(pattern))[row : row + 1, mask[row]], own, surprise=True
@@ -190,7 +193,7 @@ def test_a_predictor_learns_what_comes_next_and_then_nothing_is_written():
 
 
 def test_a_frozen_memory_is_read_while_the_stream_goes_on():
-    memory, x = layer(), inputs(2, 12)
+    memory, x = layer(gates_of="chunk"), inputs(2, 12)
     _, state = memory(x[:, :5])
     y, frozen = memory.frozen(x[:, 5:9], state, None)
     assert_close(y, memory.retrieve(x[:, 5:9], state))
@@ -232,7 +235,7 @@ def test_no_token_at_all_changes_nothing():
 
 
 def test_a_detached_state_is_the_same_memory_and_no_gradient_crosses_it():
-    memory = layer(threshold=18.0, threshold_on="prediction").double()
+    memory = layer(threshold=18.0, threshold_on="prediction", gates_of="chunk")
     x = torch.randn(2, 7, D, dtype=torch.float64, requires_grad=True)
     more = torch.randn(2, 5, D, dtype=torch.float64)
     _, state = memory(x, memory.initial_state(2))

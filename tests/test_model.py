@@ -39,6 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "first memory 0": {"memory_init": "zero"},
     "no momentum": {"memory_momentum": False},
     "no forgetting": {"memory_forgetting": False},
+    "gates of a chunk": {"memory_gates_of": "chunk"},
     "no convolution": {"memory_conv_size": 1},
     "segments and windows of 1": {"segment_size": 1, "window_size": 1},
     "wide heads, untied": {"head_dim": 6, "num_memory_heads": 3, "tie_word_embeddings": False},

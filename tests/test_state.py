@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import hashlib
 import json
 import pickle
 import resource
@@ -14,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from conftest import SEGMENT, assert_bitwise, each_kind, each_titan, state_tensors, tiny_model, tokens
+from conftest import SEGMENT, assert_bitwise, each_kind, each_titan, state_tensors, tiny_config, tiny_model, tokens
 from titans_lm import TitansForCausalLM, TitansState
+from titans_lm.state import _IDENTITY_FREE, identity
 from tolerance import assert_close
 
 READ = 2 * SEGMENT + 3
@@ -452,3 +454,23 @@ def test_what_the_next_token_is_predicted_from_is_part_of_the_state(kind, tmp_pa
     loaded.reset()
     again, _ = read(model, ids, loaded)
     assert_close(again, expected)
+
+
+@pytest.mark.parametrize("kind", ["mac", "mag", "mal", "lmm"])
+def test_a_chunk_s_gates_are_part_of_the_state(kind, tmp_path):
+    model = tiny_model(kind, torch.float32, memory_gates_of="chunk", memory_chunk_size=7)
+    ids = tokens(2, 2 * READ)
+    expected, _ = read(model, ids)
+    first, state = read(model, ids[:, :READ])  # ends within a chunk
+    state.save(tmp_path / "memory")
+    second, _ = read(model, ids[:, READ:], TitansState.load(tmp_path / "memory", model))
+    assert_close(torch.cat([first, second], 1), expected)
+
+
+def test_files_written_before_a_key_existed_belong_to_their_model_still():
+    own = tiny_config("mag").own_fields()
+    for key in _IDENTITY_FREE | {"memory_gates_of"}:
+        del own[key]
+    before = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    assert identity(tiny_model("mag"))["configuration"] == before
+    assert identity(tiny_model("mag", memory_gates_of="chunk"))["configuration"] != before

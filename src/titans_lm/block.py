@@ -169,8 +169,8 @@ def _expand(state: NeuralMemoryState, batch: int) -> NeuralMemoryState:
     memory = state.memory._replace(
         anchor=rows(anchor), weights=rows(weights), momentum=rows(momentum), position=position.expand(batch)
     )
-    last = None if state.last is None else state.last.expand(batch, -1)
-    return NeuralMemoryState(memory, rows(state.tails), last)
+    last, gates = (None if x is None else x.expand(batch, *x.shape[1:]) for x in (state.last, state.gates))
+    return NeuralMemoryState(memory, rows(state.tails), last, gates)
 
 
 def _remember(
@@ -207,6 +207,7 @@ def _memory(config: TitansConfig) -> NeuralMemory:
         clip=config.memory_clip,
         momentum=config.memory_momentum,
         forgetting=config.memory_forgetting,
+        gates_of=config.memory_gates_of,
         alpha_bias=config.memory_alpha_bias,
         conv_size=config.memory_conv_size,
         init=config.memory_init,

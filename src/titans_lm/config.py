@@ -76,6 +76,8 @@ class TitansConfig(PreTrainedConfig):
     """Bound of each token's gradient at the memory's output; None: unbounded."""
     memory_momentum: bool = True
     memory_forgetting: bool = True
+    memory_gates_of: Literal["token", "chunk"] = "token"
+    """Step, momentum and forgetting of each token, or of each chunk: those of its first token."""
     memory_alpha_bias: float = -6.0
     """Where forgetting begins, before the sigmoid: -5 forgets over some 150 tokens, -8 over 3,000."""
     memory_conv_size: int = 4

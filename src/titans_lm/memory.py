@@ -22,6 +22,7 @@ from titans_lm.ops import (
     retrieve,
     take,
 )
+from titans_lm.prediction import Predictor, TrainAlong
 from titans_lm.recompute import made_again, recomputed
 
 KEPT_BYTES = 128 * 2**20
@@ -38,11 +39,13 @@ class NeuralMemoryState(NamedTuple):
     """For q, k, v: the last projected inputs, `R` = conv_size - 1 of them, that the convolutions still see."""
     last: Float[Tensor, "B D"] | None = None
     """The last input, from which the next is predicted, where there is a predictor."""
+    gates: Float[Tensor, "B H 3"] | None = None
+    """theta, eta and alpha of the current chunk, where they are a chunk's."""
 
     def detach(self) -> "NeuralMemoryState":
         """The same memory without its history of gradients: what the next training step goes on from."""
-        last = None if self.last is None else self.last.detach()
-        return NeuralMemoryState(self.memory.detach(), tuple(t.detach() for t in self.tails), last)
+        last, gates = (None if x is None else x.detach() for x in (self.last, self.gates))
+        return NeuralMemoryState(self.memory.detach(), tuple(t.detach() for t in self.tails), last, gates)
 
 
 class Queries(NamedTuple):
@@ -78,37 +81,6 @@ def convolved(past: Float[Tensor, "B S I"], filters: Float[Tensor, "I size"]) ->
     return y
 
 
-class Predictor(nn.Module):
-    """A linear map that predicts the next input: what it cannot predict is news.
-
-    It is trained along with whatever is trained through the memory's output, by its own squared error, and nothing else
-    is trained by that.
-    """
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.map = nn.Linear(dim, dim)
-
-    def forward(self, x: Float[Tensor, "B T D"], last: Float[Tensor, "B D"]) -> Float[Tensor, "B T"]:
-        """|| f(x_{t-1}) - x_t ||^2, `last` being the input before the first."""
-        x = x.detach()
-        before = torch.cat([last.detach()[:, None].to(x.dtype), x[:, :-1]], 1)
-        error = self.map(before) - x
-        return (error if error.dtype == torch.float64 else error.float()).square().sum(-1)
-
-
-class _TrainAlong(torch.autograd.Function):
-    """y as it is; what is minimised through it, `loss` is minimised with, at weight 1."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:  # noqa: ARG004
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG004
-        return gradient, gradient.new_ones(())
-
-
 class NeuralMemory(nn.Module):
     """A layer whose memory is a small network per head that learns while it reads (arXiv:2501.00663, section 3).
 
@@ -127,6 +99,8 @@ class NeuralMemory(nn.Module):
         form: "residual", M(k) = k + norm(MLP(k)), the default because it stays finite; or the paper's "plain" MLP.
         clip: bound of each token's output gradient (see `ops.MemoryForm`); None: unbounded.
         momentum, forgetting: False fixes eta or alpha at 0.
+        gates_of: theta, eta and alpha are those of each "token"; or of each "chunk", its first token's (section 3.2 has
+            them constant in a chunk; a mean over it would tell a token of later ones).
         alpha_bias: where forgetting begins, before the sigmoid: -5 forgets over some 150 tokens, -8 over 3,000. What a
             memory does after the length at which it settles was trained only if that is below a training sequence's.
         conv_size: width of the causal convolutions on q, k, v; 1: none.
@@ -156,6 +130,7 @@ class NeuralMemory(nn.Module):
         clip: float | None = 1.0,
         momentum: bool = True,
         forgetting: bool = True,
+        gates_of: Literal["token", "chunk"] = "token",
         alpha_bias: float = -6.0,
         conv_size: int = 4,
         init: Literal["learned", "zero"] = "learned",
@@ -169,11 +144,12 @@ class NeuralMemory(nn.Module):
         counts = {"dim": dim, "heads": heads, "head_dim": head_dim, "depth": depth, "hidden": hidden,
                   "chunk_size": chunk_size, "conv_size": conv_size}  # fmt: skip
         steps = {"theta_max": theta_max, "theta_start": theta_start}
-        _check(counts, steps, {"form": form, "init": init, "threshold_on": threshold_on})
+        _check(counts, steps, {"form": form, "init": init, "threshold_on": threshold_on, "gates_of": gates_of})
         self.heads, self.head_dim = heads, head_dim
         self.chunk_size, self.clip, self.threshold = chunk_size, clip, threshold
         self.theta_max, self.theta_start = theta_max, theta_start
-        self.activation, self.backend, self.alpha_bias = activation, backend, alpha_bias
+        self.activation, self.backend = activation, backend
+        self.alpha_bias, self.gates_of = alpha_bias, gates_of
         self.kept_bytes = KEPT_BYTES
         inner = heads * self.head_dim
         self.q_proj = nn.Linear(dim, inner, bias=False)
@@ -223,8 +199,9 @@ class NeuralMemory(nn.Module):
         zero = tuple(torch.zeros(s, dtype=dtype, device=weight.device) for s in self.shapes[len(learned) :])
         memory = initial_state(learned + zero, batch)
         tails = tuple(weight.new_zeros(batch, *self.tail_shape) for _ in "qkv")
-        dim = self.q_proj.in_features
-        return NeuralMemoryState(memory, tails, None if self.predictor is None else weight.new_zeros(batch, dim))
+        last = None if self.predictor is None else weight.new_zeros(batch, self.q_proj.in_features)
+        gates = None if self.gates_of == "token" else weight.new_zeros(batch, self.heads, 3, dtype=dtype)
+        return NeuralMemoryState(memory, tails, last, gates)
 
     def forward(
         self,
@@ -292,7 +269,10 @@ class NeuralMemory(nn.Module):
         """What each token reads `[B, T, H, V]`, the state, and if it is asked for the surprise; `present` is True for
         each row's first tokens."""
         (q, k, v), tails = self._features(x, state.tails, present)
-        theta, eta, alpha = self._gates(x)
+        gates, held = self._gates(x), state.gates
+        if held is not None:
+            gates, held = _of_chunks(gates, held, state.memory.position, self.chunk_size, present)
+        theta, eta, alpha = gates
         error = None if self.predictor is None or state.last is None else self.predictor(x, state.last)
         if error is not None and self.threshold is not None:
             theta = theta * (error.detach() > self.threshold)[..., None]
@@ -304,14 +284,14 @@ class NeuralMemory(nn.Module):
         if error is not None and y.requires_grad:
             there = error if present is None else error * present
             count = max(error.numel(), 1) if present is None else present.sum().clamp(min=1)
-            y = _TrainAlong.apply(y, there.sum() / count)
-        return y, NeuralMemoryState(memory, tails, _last(x, state.last, present)), *seen
+            y = TrainAlong.apply(y, there.sum() / count)
+        return y, NeuralMemoryState(memory, tails, _last(x, state.last, present), held), *seen
 
     def look(self, x: Tensor, state: NeuralMemoryState, present: Tensor | None) -> tuple[Tensor, NeuralMemoryState]:
         """As `write`, of a memory that is frozen."""
         (q, _, _), tails = self._features(x, state.tails, present)
         y = retrieve(q, state.memory.weights, self._form())
-        return y, NeuralMemoryState(state.memory, tails, _last(x, state.last, present))
+        return y, NeuralMemoryState(state.memory, tails, _last(x, state.last, present), state.gates)
 
     def output(self, x: Float[Tensor, "B T D"], y: Float[Tensor, "B T H V"]) -> Float[Tensor, "B T D"]:
         """Normalise what each head of x read, gate, project back to the model's width."""
@@ -327,7 +307,8 @@ class NeuralMemory(nn.Module):
         count, length = len(tails), x.shape[1]
         y = torch.cat([project(x) for project in (self.q_proj, self.k_proj, self.v_proj)[:count]], -1)
         past = torch.cat([torch.cat(tails, -1).to(y.dtype), y], 1)  # [B, R + T, count * I]
-        filters = () if self.convs is None else (torch.cat([conv.weight for conv in self.convs][:count]),)
+        convs = () if self.convs is None else tuple(conv.get_parameter("weight") for conv in self.convs)[:count]
+        filters = (torch.cat(convs),) if convs else ()
         made = made_again(self._shaped, past, *filters)
         if present is None:
             after = past[:, length:] if length == 1 else past[:, length:].clone()  # else a view of all of past
@@ -340,7 +321,7 @@ class NeuralMemory(nn.Module):
         units, *v = y.split(2, 2)  # apart, for what is kept of v would else be as large as all three
         return *_unit(F.silu(units)).unbind(2), *(F.silu(part.squeeze(2)) for part in v)
 
-    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _gates(self, x: Tensor) -> tuple[Tensor, ...]:
         """theta, eta, alpha `[B, T, H]`, in float32 at least (section 3.2: functions of the token)."""
         maps = [gate for gate in (self.theta, self.eta, self.alpha) if gate is not None]
         weight, bias = torch.cat([gate.weight for gate in maps]), torch.cat([gate.bias for gate in maps])
@@ -376,8 +357,22 @@ def _last(x: Tensor, last: Tensor | None, present: Tensor | None) -> Tensor | No
     return take(torch.cat([last[:, None].to(x.dtype), x.detach()], 1), present.sum(1)[:, None])[:, 0]
 
 
+def _of_chunks(
+    gates: tuple[Tensor, ...], held: Tensor, position: Tensor, size: int, present: Tensor | None
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """For each token the gates of its chunk's first token, `held` `[B, H, 3]` where that was read before; and what is
+    held after. `position` `[B]` in the current chunk of `size` tokens."""
+    own = torch.cat([held[:, None], torch.stack(gates, -1)], 1)  # [B, 1 + T, H, 3]
+    token = torch.arange(gates[0].shape[1], device=position.device)
+    first = token - (position[:, None] + token) % size  # [B, T], below 0 where it was read before
+    of_chunks = torch.cat([held[:, None], take(own, (first + 1).clamp(min=0))], 1)
+    read = torch.full_like(position, len(token)) if present is None else present.sum(1)
+    return of_chunks[:, 1:].unbind(-1), take(of_chunks, read[:, None])[:, 0]
+
+
 _WORDS = {
     "form": ("residual", "plain"),
+    "gates_of": ("token", "chunk"),
     "init": ("learned", "zero"),
     "threshold_on": ("reconstruction", "prediction"),
 }

@@ -28,6 +28,9 @@ _IDENTITY_FREE = {
     "max_position_embeddings",
 }
 
+_CAME_LATER = {"memory_gates_of": "token"}
+"""Keys, and what models were before them: files written then still belong to theirs."""
+
 
 class TitansState(Cache):
     """The memory of `B` streams, one per row: attention windows, convolution tails, memory weights, of constant size.
@@ -241,6 +244,7 @@ def start_rows(fresh: Tensor, begin: LayerState, layer: LayerState) -> LayerStat
 def identity(model: "TitansModel") -> dict[str, str]:
     """What the model is: in words, and the SHA-256 of its configuration and of every parameter's bytes."""
     own = {k: v for k, v in model.config.own_fields().items() if k not in _IDENTITY_FREE}
+    own = {k: v for k, v in own.items() if k not in _CAME_LATER or v != _CAME_LATER[k]}
     weights, count = hashlib.sha256(), 0
     for name, parameter in sorted(model.base_model.named_parameters()):
         weights.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
