@@ -1,6 +1,7 @@
 """`NeuralMemory` is the paper's memory, and works as a layer of its own on any embeddings."""
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -145,6 +146,23 @@ def test_padding_anywhere_leaves_no_trace(options, pattern, earlier):
                 assert_close(a[row], b[0])
     for padded in (y, surprise.loss, surprise.gradient_norm):
         assert (padded[~mask] == 0).all()
+
+
+@both_thresholds
+@pytest.mark.parametrize(("place", "frozen"), [("left", False), ("right", False), ("right", True)])
+def test_padding_may_be_nan(options, place, frozen):
+    memory, mask = layer(**options), torch.tensor([[True] * 7, [True] * 3 + [False] * 4])
+    mask = mask if place == "right" else mask.flip(1)
+
+    def read(junk: float) -> list[Tensor]:
+        x = inputs(2, 7).masked_fill(~mask[..., None], junk).requires_grad_()
+        state = memory.initial_state(2)
+        y, after = memory.frozen(x, state, mask) if frozen else memory(x, state, mask)
+        y = y[mask]
+        return [y, *leaves(after), *torch.autograd.grad(y.sum(), [x, *memory.parameters()], materialize_grads=True)]
+
+    for actual, expected in zip(read(math.nan), read(0.5), strict=True):
+        assert_close(actual, expected)
 
 
 def test_no_output_moves_with_a_later_input():

@@ -188,6 +188,21 @@ def test_every_setting_reads_ragged_rows_as_alone(kind, changes):
 
 
 @each_kind
+def test_padding_may_be_nan(kind):
+    model, mask = tiny_model(kind), RAGGED[0]
+    x = model.get_input_embeddings()(tokens(3, mask.shape[1])).detach()
+
+    def read(junk: float) -> list[Tensor]:
+        embeds = x.masked_fill(~mask[..., None], junk).requires_grad_()
+        out = model(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=True)
+        found = torch.autograd.grad(out.logits.square().sum(), [embeds, *model.parameters()], materialize_grads=True)
+        return [out.logits, *state_tensors(out.past_key_values).values(), *found]
+
+    for actual, expected in zip(read(math.nan), read(0.5), strict=True):
+        assert_close(actual, expected)
+
+
+@each_kind
 def test_a_row_does_not_depend_on_its_neighbours(kind):
     model, ids = tiny_model(kind), tokens(3, 3 * SEGMENT)
     others = ids.clone()

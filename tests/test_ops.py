@@ -3,6 +3,7 @@
 import gc
 import importlib
 import itertools
+import math
 import random
 import re
 import weakref
@@ -389,6 +390,25 @@ def test_masked_tokens_are_invisible(case: Case, junk: int, scale: float, seed: 
     assert_all_close(actual, expected)
     for name in TOKENS:
         assert not grads[f"d {name}"][~mixed["mask"]].any(), f"a masked token's {name} has a gradient"
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("backend", FORMS)
+def test_masked_tokens_may_be_nan(backend: str, residual: bool):
+    """0 * nan is nan: what is masked is left out, not weighed with 0."""
+    case = able(Case(tokens=21, residual=residual, clip=0.7, start="ragged"), backend)
+    x = make_inputs(case)
+    x["mask"] = torch.arange(case.tokens) % torch.tensor([[3], [2]]) != torch.tensor(
+        [[1], [0]]
+    )  # row 1 of one token has none
+
+    def filled(junk: float) -> dict[str, Tensor]:
+        tokens = {name: x[name].clone() for name in TOKENS}
+        for token in tokens.values():
+            token[~x["mask"]] = junk
+        return outputs_and_gradients({**x, **tokens}, case, backend)
+
+    assert_all_close(filled(math.nan), filled(0.5))
 
 
 @pytest.mark.parametrize("backend", FORMS)

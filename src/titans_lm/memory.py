@@ -15,6 +15,7 @@ from titans_lm.ops import (
     MemoryForm,
     MemoryState,
     Surprise,
+    cleared,
     initial_state,
     left_align,
     memory_scan,
@@ -217,6 +218,10 @@ class NeuralMemory(nn.Module):
         (`loss` and `gradient_norm`, each `[B, T, H]`) is returned as well.
         """
         state = self.initial_state(len(x)) if state is None else state
+        if mask is not None:
+            if mask.shape != x.shape[:2]:
+                raise ValueError(f"mask must be [B, T] = {list(x.shape[:2])}, got {list(mask.shape)}")
+            x = cleared(x, mask)
         if mask is not None and not _is_aligned(mask):
             order, length = left_align(mask)
             aligned = torch.arange(x.shape[1], device=x.device) < length[:, None]
@@ -227,7 +232,7 @@ class NeuralMemory(nn.Module):
         else:
             y, state, *seen = self.write(x, state, mask, surprise)
             y = self.output(x, y)
-            y = y if mask is None else y * mask[..., None]
+            y = y if mask is None else cleared(y, mask)
         return (y, state, *seen)
 
     def retrieve(self, x: Float[Tensor, "B T D"], state: NeuralMemoryState) -> Float[Tensor, "B T D"]:
@@ -258,6 +263,7 @@ class NeuralMemory(nn.Module):
         self, x: Float[Tensor, "B T D"], state: NeuralMemoryState, present: Bool[Tensor, "B T"] | None
     ) -> tuple[Float[Tensor, "B T D"], NeuralMemoryState]:
         """As `forward`, but the memory is only read: the stream goes on, and leaves no trace in the weights."""
+        x = x if present is None else cleared(x, present)
         y, state = self.look(x, state, present)
         return self.output(x, y), state
 

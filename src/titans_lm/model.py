@@ -18,7 +18,7 @@ from titans_lm.attention import Rotation, rotation
 from titans_lm.block import BLOCKS, LayerState, Reading, TitansBlock
 from titans_lm.config import TitansConfig
 from titans_lm.memory import NeuralMemory, ShortConvolution
-from titans_lm.ops import Surprise, left_align, restore, take
+from titans_lm.ops import Surprise, cleared, left_align, restore, take
 from titans_lm.state import TitansState, start_rows
 
 DIGESTS = "digests.json"
@@ -145,7 +145,7 @@ class TitansModel(TitansPreTrainedModel):
         present, tokens = None, x.shape[1]
         if mask is not None:
             order, length = left_align(mask)
-            x = take(x, order)
+            x = take(cleared(x, mask), order)
             present = torch.arange(tokens, device=x.device) < length[:, None]
         self._check_length(state.position + length)
         time = state.position[:, None] + torch.arange(tokens, device=x.device)

@@ -16,7 +16,7 @@ from titans_lm.ops.chunked import KEPT_BYTES, chunked
 from titans_lm.ops.linear import linear, obstacle
 from titans_lm.ops.mlp import retrieve
 from titans_lm.ops.naive import naive
-from titans_lm.ops.ragged import Layout, lay_out, left_align, restore, take
+from titans_lm.ops.ragged import Layout, cleared, lay_out, left_align, restore, take
 from titans_lm.ops.step import step
 from titans_lm.ops.types import (
     Activation,
@@ -39,6 +39,7 @@ __all__ = [
     "MemoryState",
     "Surprise",
     "Tokens",
+    "cleared",
     "initial_state",
     "lay_out",
     "left_align",
@@ -112,6 +113,8 @@ def memory_scan(
     """
     call = Call(Tokens(q, k, v, theta, eta, alpha), state, chunk_size, form, mask, surprise, kept_bytes)
     _check(call)
+    if mask is not None:
+        call = call._replace(tokens=Tokens(*(cleared(x, mask) for x in call.tokens)))
     name, dtype = resolve_backend(backend, call), state.weights[0].dtype
     as_they_are = 3 if name in ("triton", "chunked") else 0  # q, k, v in bfloat16 are kept in it
     tokens = Tokens(*call.tokens[:as_they_are], *(x.to(dtype) for x in call.tokens[as_they_are:]))

@@ -13,6 +13,11 @@ def take(x: Tensor, index: Int[Tensor, "B S"]) -> Tensor:
     return x.gather(1, index.view(shape).expand(*index.shape, *x.shape[2:]))
 
 
+def cleared(x: Tensor, mask: Bool[Tensor, "B T"]) -> Tensor:
+    """x `[B, T, ...]`, 0 where masked, whatever it is there: 0 * nan would be nan, and so would be gradients."""
+    return torch.where(mask.view(*mask.shape, *[1] * (x.dim() - 2)), x, 0)
+
+
 def left_align(mask: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"]]:
     """An order of each row's tokens that puts first those that are there, else unchanged; and how many they are."""
     return torch.argsort(~mask, dim=1, stable=True), mask.sum(1)
@@ -21,7 +26,7 @@ def left_align(mask: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Int[Tenso
 def restore(x: Tensor, mask: Bool[Tensor, "B T"]) -> Tensor:
     """Undo `take(., left_align(mask)[0])`: tokens at their places, 0 where masked."""
     rank = (mask.cumsum(1) - 1).clamp(min=0)
-    return take(x, rank) * mask.view(*mask.shape, *[1] * (x.dim() - 2))
+    return cleared(take(x, rank), mask)
 
 
 class Layout(NamedTuple):
@@ -51,7 +56,7 @@ class Layout(NamedTuple):
         """`[B, S, ...]` -> `[B, T, ...]`, 0 where masked."""
         if self.slot_of is None or self.mask is None:
             return x
-        return take(x, self.slot_of) * self.mask.view(*self.mask.shape, *[1] * (x.dim() - 2))
+        return cleared(take(x, self.slot_of), self.mask)
 
     def spans(self) -> list[tuple[int, int, int]]:
         """(start, end, width): what completes a chunk, whole chunks, what begins one; those that are empty left out."""
