@@ -207,7 +207,8 @@ def test_titans_with_momentum_and_forgetting(chunk: int, depth: int):
             s = tuple(torch.zeros_like(w) for w in m)
             for t in range(T):
                 at = (b, t, h)
-                anchor = m if t % chunk == 0 else anchor
+                if t % chunk == 0:
+                    anchor = m
                 g = grad(loss)(anchor, k[at], v[at])
                 s = tuple(eta[at] * s_l - theta[at] * g_l for s_l, g_l in zip(s, g, strict=True))
                 m = tuple((1 - alpha[at]) * m_l + s_l for m_l, s_l in zip(m, s, strict=True))

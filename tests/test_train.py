@@ -118,10 +118,12 @@ def test_carried_batches_know_what_came_before_and_begin_anew_after(texts, tmp_p
     for span, blocks_of_row in zip(spans, order.t(), strict=True):
         by_row.append([])
         for step, block in enumerate(blocks_of_row):
-            state = None if step % 3 % span == 0 else out.past_key_values
+            if step % 3 % span == 0:
+                state = None
             ids = blocks.blocks[None, block].long()
             with torch.no_grad():
                 out = model(ids, labels=ids, past_key_values=state, use_cache=True)
+            state = out.past_key_values
             by_row[-1].append(float(out.loss))
     by_hand = [sum(both) / 2 for both in zip(*by_row, strict=True)]
     assert losses(tmp_path / "a") == pytest.approx(by_hand, rel=1e-5)
