@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,22 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(texts, tmp_path, carried)
     assert 0 < done < 40
     assert main(["train", str(config), "--set", "training.resume=true"]) == 0
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("step", [6, 8, 10])
+def test_a_run_goes_on_past_an_epoch_whose_last_update_has_fewer_batches(texts, tmp_path, step):
+    """Epochs of nine batches, by twos: five updates."""
+    data = {"sequence_length": 256}
+    training = {"max_steps": 12, "carried_steps": 3, "accumulation": 2, "save_steps": step}
+    settings = parse_settings(tree(texts, tmp_path / "out", data=data, **training))
+    train(settings)
+    whole = losses(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-12")
+    assert (tmp_path / "out" / f"checkpoint-{step}").is_dir()
+    settings.training.resume = True
+    train(settings)
+    assert losses(tmp_path / "out") == whole
+    assert len(whole) == 12
 
 
 @pytest.mark.parametrize("spans", [[3, 3], [1, 3], [2, 3]])

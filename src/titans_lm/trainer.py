@@ -174,8 +174,14 @@ class TitansTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and max(self.settings.carried_steps) > 1:
-            self.batches = step_of(Path(checkpoint)) * self.settings.accumulation
+            self.batches = self._batches_of(step_of(Path(checkpoint)))
             self.carried = TitansState.load(Path(checkpoint) / CARRIED, self.model)
+
+    def _batches_of(self, steps: int) -> int:
+        """Batches of the first `steps` updates: the last of an epoch has those that are left."""
+        accumulation, epoch = self.settings.accumulation, len(self._get_train_sampler()) // self.settings.batch_size
+        epochs, rest = divmod(steps, math.ceil(epoch / accumulation))
+        return epochs * epoch + rest * accumulation
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds tokens per second, and bits per byte where tokens are bytes."""
