@@ -241,6 +241,13 @@ def test_the_grid_is_every_combination_with_the_changes_of_each(write):
         ({"models": {"a": 3}}, "models.a must be keys and values, got 3"),
         ({"models": {"a/b": {}}}, "models: the name 'a/b' cannot have a slash"),
         ({"seeds": [0.5]}, "seeds must be a list of whole numbers"),
+        ({"seeds": [0, 1, 0]}, "seeds must be a list of whole numbers, each once"),
+        ({"models": {1: {}, "1": {}}}, "models: the names must differ as texts, got [1, '1']"),
+        (
+            {"models": {"a-b": {}, "a": {}}, "tasks": {"c": {}, "b-c": {}}},
+            "model 'a', task 'b-c' and model 'a-b', task 'c' would share the folder a-b-c-0; rename one",
+        ),
+        ({"models": {"LMM": {}, "lmm": {}}}, "model 'LMM' and model 'lmm' would share the folder lmm-0"),
         ({"tests": [{"length": [1]}]}, "length"),
         ({"tests": [{"lenght": [8]}]}, "has no option 'lenght'"),
         ({"tests": [{"measure": "taste"}]}, "measure 'taste' is not one of"),

@@ -76,8 +76,9 @@ def _study(tree: Any, stem: str, changes: list[str]) -> Study:
     if not models:
         raise ValueError("models must name at least one, such as {mag: {model.variant: mag}}")
     seeds = tree.get("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise ValueError(f"seeds must be a list of whole numbers, got {seeds!r}")
+    whole = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not whole or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be a list of whole numbers, each once, got {seeds!r}")
     tests = _tests(tree)
     shared = {name: dict(section) for name, section in _mapping(tree.get("shared", {}), "shared").items()}
     for change in changes:
@@ -87,9 +88,20 @@ def _study(tree: Any, stem: str, changes: list[str]) -> Study:
         for task in tasks for seed in seeds for model in models
     ]  # fmt: skip
     study = Study(str(tree.get("name", stem)), cells, tree.get("figure"), _mapping(tree.get("search", {}), "search"))
+    _check_names(cells)
     for cell in cells:
         _check(cell)
     return study
+
+
+def _check_names(cells: list[Cell]) -> None:
+    """Each has a folder of its own, also where a file system does not tell a from A."""
+    owners: dict[str, Cell] = {}
+    for cell in cells:
+        owner = owners.setdefault(cell.name.casefold(), cell)
+        if owner is not cell:
+            both = " and ".join(f"model {c.model!r}" + (f", task {c.task!r}" if c.task else "") for c in (owner, cell))
+            raise ValueError(f"{both} would share the folder {cell.name}; rename one")
 
 
 def _check(cell: Cell) -> None:
@@ -125,10 +137,12 @@ def _named(tree: dict[str, Any], key: str, default: dict[str, Any]) -> dict[str,
     for name in found:
         if "/" in str(name):
             raise ValueError(f"{key}: the name {name!r} cannot have a slash; a run's folder has it")
+    if len({str(name) for name in found}) < len(found):
+        raise ValueError(f"{key}: the names must differ as texts, got {list(found)}")
     return {str(name): _mapping({} if value is None else value, f"{key}.{name}") for name, value in found.items()}
 
 
-def _mapping(value: Any, name: str) -> dict[str, Any]:
+def _mapping(value: Any, name: str) -> dict[Any, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be keys and values, got {value!r}")
     return value
