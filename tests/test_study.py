@@ -153,6 +153,46 @@ def test_an_interrupted_study_goes_on_to_the_same_results(write):
     assert figures(lines()) == interrupted
 
 
+@pytest.mark.parametrize("ended", [True, False])
+def test_what_a_run_of_other_settings_left_is_not_taken_for_this_one_s(write, capsys, ended):
+    from titans_lm.train import train
+
+    study = write(seeds=[0], models={"lmm": {"model.variant": "lmm"}})
+    folder = Path("runs/small/lmm-0")
+    train(load_study(Path(study), []).cells[0].settings(folder.parent))
+    if not ended:
+        (folder / "run.yaml").unlink()
+    left = sorted(folder.rglob("*"))
+    capsys.readouterr()
+    other = ["--set", "training.learning_rate=0.01", "--set", "model.memory_dim=16"]
+    assert cli.main(["study", study, *other]) == 2
+    error = capsys.readouterr().err
+    assert str(folder if ended else folder / "checkpoint-6") in error
+    assert "of other settings (model.memory_dim, training.learning_rate)" in error
+    assert error.count("\n") == 1
+    assert sorted(folder.rglob("*")) == left
+    assert not Path("results/small.jsonl").exists()
+
+
+def test_a_kept_model_is_taken_and_one_with_a_broken_run_yaml_is_named(write, capsys):
+    study = write(seeds=[0], models={"lmm": {"model.variant": "lmm"}})
+    assert cli.main(["study", study, "--keep"]) == 0
+    weights, rows = Path("runs/small/lmm-0/model.safetensors"), lines()
+    made = weights.stat().st_mtime_ns
+    Path("results/small.jsonl").unlink()
+    assert cli.main(["study", study, "--keep"]) == 0
+    assert figures(lines()) == figures(rows)
+    assert weights.stat().st_mtime_ns == made
+    Path("results/small.jsonl").unlink()
+    weights.with_name("run.yaml").write_text("model: [")
+    capsys.readouterr()
+    assert cli.main(["study", study]) == 2
+    error = capsys.readouterr().err
+    assert "runs/small/lmm-0/run.yaml is not YAML" in error
+    assert error.count("\n") == 1
+    assert weights.exists()
+
+
 def linger(cell: Any, runs: Path, command: str) -> dict[str, Any]:  # noqa: ARG001 - a job
     Path("pid").write_text(str(os.getpid()))
     time.sleep(600)

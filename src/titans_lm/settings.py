@@ -11,6 +11,7 @@ import yaml
 from transformers import PreTrainedConfig
 
 from titans_lm.baselines import BASELINES, MAMBA2, NAMES, mamba2_config
+from titans_lm.checkpoint import RUN
 from titans_lm.config import SIZES, TitansConfig, fitted, known_keys, preset, unknown_key
 from titans_lm.tasks import make_task, with_length
 
@@ -185,6 +186,26 @@ def load_settings(path: Path, changes: list[str]) -> Settings:
         return parse_settings(tree)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def save_settings(settings: Settings, folder: Path) -> None:
+    """As `run.yaml`, which `load_settings` reads."""
+    (folder / RUN).write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
+
+
+def check_same(folder: Path, settings: Settings) -> None:
+    """Raises ValueError where what a run left in `folder` is not of these settings, or does not say of which."""
+    ours, theirs = _flat(settings), _flat(load_settings(folder / RUN, []))
+    other = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    if other:
+        raise ValueError(f"{folder} is of a run of other settings ({', '.join(other)}); remove it, or run elsewhere")
+
+
+def _flat(settings: Settings) -> dict[str, Any]:
+    """Dotted key -> value; but where the run is and whether it goes on."""
+    sections = dataclasses.asdict(settings)
+    del sections["training"]["output_dir"], sections["training"]["resume"]
+    return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
 
 
 def parse_settings(tree: dict[str, Any]) -> Settings:

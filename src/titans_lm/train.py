@@ -5,18 +5,17 @@ import itertools
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import transformers
-import yaml
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from titans_lm.baselines import build
+from titans_lm.checkpoint import RUN
 from titans_lm.data import Blocks, StreamedBlocks, load_tokenizer, read_text, split_held_out, streamed, text_files
-from titans_lm.settings import Settings, TrainingSettings, load_settings
+from titans_lm.settings import Settings, TrainingSettings, check_same, load_settings, save_settings
 from titans_lm.tasks import Rows, make_task
 from titans_lm.trainer import TitansTrainer, step_of
 
@@ -98,8 +97,7 @@ def _tokenizer(settings: Settings) -> PreTrainedTokenizerBase | None:
 def _save(trainer: TitansTrainer, settings: Settings, output: Path) -> None:
     trainer.save_model()
     trainer.save_state()
-    sections = {"model": settings.model, "data": asdict(settings.data), "training": asdict(settings.training)}
-    (output / "run.yaml").write_text(yaml.safe_dump(sections, sort_keys=False))
+    save_settings(settings, output)
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -133,13 +131,28 @@ def _examples(settings: Settings) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
+def last_checkpoint(output: Path) -> Path | None:
+    """The last whole one, where there is one."""
+    whole = [p for p in output.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return max(whole, key=step_of, default=None)
+
+
+def earlier(settings: Settings) -> Path | None:
+    """What an earlier run of these settings left in output_dir: output_dir itself, with its model, where it ended; else
+    its last checkpoint, where it has one. Raises ValueError for what a run of others left."""
+    output = Path(settings.training.output_dir)
+    found = output if (output / RUN).is_file() else last_checkpoint(output)
+    if found is not None:
+        check_same(found, settings)
+    return found
+
+
 def _checkpoint(output: Path, training: TrainingSettings) -> Path | None:
     """The last whole checkpoint, to go on from; None to begin. A run that is there is not overwritten."""
-    whole = [p for p in output.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     if training.resume:
-        if not whole:
+        last = last_checkpoint(output)
+        if last is None:
             raise ValueError(f"training.resume: {output} has no checkpoint to go on from")
-        last = max(whole, key=step_of)
         if step_of(last) >= training.max_steps:
             raise ValueError(f"training.max_steps={training.max_steps} are done in {output}; give more to go on")
         return last

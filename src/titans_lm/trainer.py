@@ -20,7 +20,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from titans_lm.data import Blocks, CarriedOrder, is_bytes
-from titans_lm.settings import Settings
+from titans_lm.settings import Settings, save_settings
 from titans_lm.state import TitansState
 
 CARRIED = "memory.safetensors"
@@ -88,7 +88,7 @@ class TitansTrainer(Trainer):
         evaluation_set: Any,
         tokenizer: PreTrainedTokenizerBase | None,
     ):
-        self.settings = settings.training
+        self.run, self.settings = settings, settings.training
         self.clock = _Clock(self.settings.max_steps, self.settings.max_minutes)
         self.bytes = tokenizer is not None and is_bytes(tokenizer) and not settings.data.task
         self.tokens = 0  # read in training
@@ -165,9 +165,10 @@ class TitansTrainer(Trainer):
             self.carried.reset(over)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_settings(self.run, folder)
         if self.carried is not None:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
             self.carried.save(folder / CARRIED)
         super()._save_checkpoint(model, trial)
 

@@ -20,7 +20,7 @@ from titans_lm.settings import Settings
 from titans_lm.tasks import IGNORED, Task, make_task
 from titans_lm.tasks.babilong import Babilong
 from titans_lm.tasks.needle import Needle
-from titans_lm.train import train
+from titans_lm.train import earlier, train
 from titans_lm.trainer import NotFinite
 
 SAMPLES, ROWS = 256, 32
@@ -157,14 +157,14 @@ def accuracy(model: PreTrainedModel, task: Task, samples: int, seed: int, rows: 
 
 def _trained(settings: Settings) -> PreTrainedModel:
     """Trained now; or an earlier process's, whose training ended or goes on from its last checkpoint."""
-    output = Path(settings.training.output_dir)
-    if (output / "run.yaml").is_file():  # written last
+    output, found = Path(settings.training.output_dir), earlier(settings)
+    if found == output:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(output)
         return model
-    resume = any((p / "trainer_state.json").is_file() for p in output.glob("checkpoint-*"))
-    if not resume and output.is_dir():
+    if found is None and output.is_dir():
         shutil.rmtree(output)
-    return train(dataclasses.replace(settings, training=dataclasses.replace(settings.training, resume=resume)))
+    training = dataclasses.replace(settings.training, resume=found is not None)
+    return train(dataclasses.replace(settings, training=training))
 
 
 def _training(settings: Settings) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
     from titans_lm.study.grid import load_study
     from titans_lm.study.report import write_report
     from titans_lm.study.scheduler import run_cells, train_and_test
+    from titans_lm.train import earlier
 
     study = load_study(arguments.study, arguments.changes)
     if arguments.processes < 1:
@@ -41,6 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
         return search(study, arguments, command)
     lines = Lines(arguments.results / f"{study.name}.jsonl", {"study": study.name}, command)
     missing = [cell for cell in study.cells if lines.find(**cell.about()) is None]
+    for cell in missing:
+        earlier(cell.settings(arguments.runs / study.name))
     console = Console()
     console.print(f"{study.name}: {len(study.cells)} runs, {len(missing)} to do, {arguments.processes} side by side")
     try:
