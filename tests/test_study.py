@@ -1,8 +1,10 @@
 """A study's grid, its scheduler, its report and its search; what a cell makes of failure."""
 
+import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,13 +14,15 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from titans_lm import cli
 from titans_lm.evaluate.cell import run_test
 from titans_lm.study.grid import load_study
-from titans_lm.study.report import collect, mean_and_spread, words
+from titans_lm.study.report import collect, markdown, mean_and_spread, tables, words
 from titans_lm.study.scheduler import run_cells
 
+ROOT = Path(__file__).parents[1]
 STUDY: dict[str, Any] = {
     "shared": {
         "model": {
@@ -120,8 +124,6 @@ def die(cell: Any, runs: Path, command: str) -> dict[str, Any]:  # noqa: ARG001 
 
 def test_a_process_that_dies_takes_no_other_with_it(write, tmp_path):
     import argparse
-
-    from rich.console import Console
 
     from titans_lm.record import Lines
 
@@ -359,6 +361,22 @@ def test_the_table_has_means_and_spreads_by_hand():
     ]
     assert collect(rows) == {("t", "m"): {"length 8": [0.25, 0.75]}, ("t", "dead"): {}}
     assert words({"mode": "on", "length": 8, "bits_per_byte": 2.0}) == "mode on, length 8"
+
+
+@pytest.mark.parametrize("name", ["needle", "parity", "ablation"])
+@pytest.mark.parametrize("width", [80, 300])
+def test_every_figure_is_read_on_screen(name, width):
+    told = (ROOT / f"results/{name}.jsonl").read_text().splitlines()[1:]
+    rows = [json.loads(line) for line in told]
+    scores = collect(rows)
+    screen = Console(file=io.StringIO(), width=width)
+    for task in dict.fromkeys(task for task, _ in scores):
+        screen.print(*tables(task, scores, rows, width))
+    text = screen.file.getvalue()
+    figure = re.compile(r"\d\.\d{3} ± \d\.\d{3}|\d+,\d{3}|\d/\d")
+    written = "".join(line for line in markdown(name, scores, rows).splitlines(True) if line.startswith("| "))
+    assert sorted(figure.findall(text)) == sorted(figure.findall(written))
+    assert "…" not in text
 
 
 def test_a_test_s_lists_are_tried_one_by_one(write):

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +23,8 @@ def write_report(study: Study, rows: list[dict[str, Any]], results: Path, consol
     """`NAME.md`, and `NAME.png` where the study names an axis, in `results`; the table on screen."""
     scores = collect(rows)
     for task in dict.fromkeys(task for task, _ in scores):
-        console.print(_table(task, scores, rows))
+        for table in tables(task, scores, rows, console.width):
+            console.print(table, "")
     write_text(results / f"{study.name}.md", markdown(study.name, scores, rows))
     if study.figure is not None:
         figure(rows, study.figure, results / f"{study.name}.png")
@@ -74,10 +76,30 @@ def _cells(scores: Scores, rows: list[dict[str, Any]], task: str) -> tuple[list[
     return ["model", *tests, "parameters", "tokens/s in training", "runs"], lines
 
 
-def _table(task: str, scores: Scores, rows: list[dict[str, Any]]) -> Table:
+def tables(task: str, scores: Scores, rows: list[dict[str, Any]], width: int) -> list[Table]:
+    """As many columns beside one another as there is room for in `width`; the others below, with the models again."""
     head, lines = _cells(scores, rows, task)
-    table = Table(*head, title=task or None)
-    for line in lines:
+    models, *columns = zip(head, *lines, strict=True)
+    parts = [[models]]
+    for column in columns:
+        needed = Console(width=10**6).measure(_table(task, [*parts[-1], column])).maximum
+        if needed > width and len(parts[-1]) > 1:
+            parts.append([models])
+        parts[-1].append(column)
+    return [_table(task, part) for part in parts]
+
+
+LONGEST_NAME = 24
+"""A model's on screen; the rest of it goes below."""
+
+
+def _table(task: str, columns: list[tuple[str, ...]]) -> Table:
+    """Of columns with their headings, as narrow as these can be without a figure or a word being cut."""
+    table = Table(title=task or None, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for heading, *cells in columns:
+        longest = max(map(len, [*heading.split(), *cells]))
+        table.add_column(heading, width=min(longest, LONGEST_NAME))
+    for line in zip(*(cells for _, *cells in columns), strict=True):
         table.add_row(*line)
     return table
 
