@@ -39,6 +39,9 @@ STUDY: dict[str, Any] = {
 }  # fmt: skip
 
 
+PERPLEXITY = {"measure": "perplexity", "files": ["a.txt"]}
+
+
 @pytest.fixture
 def write(tmp_path, monkeypatch):
     """Writes STUDY with changes to a file in an empty folder with `results`, which is the current one."""
@@ -103,7 +106,7 @@ def test_a_run_that_fails_is_a_result(write):
         "tame": {"model.variant": "lmm"},
         "none": {"model.variant": "lmm", "data.task": {"name": "mqar"}, "model.vocab_size": 4},
     }
-    study = write(models=models, seeds=[0], tests=[{"samples": 4}])
+    study = write(models=models, seeds=[0], tests=[{"samples": 4}], figure=None)
     assert cli.main(["study", study]) == 0
     status = {row["model"]: (row["status"], row["error"], row["scores"]) for row in lines()}
     assert status["wild"][0] == "not finite"
@@ -272,6 +275,11 @@ def test_the_grid_is_every_combination_with_the_changes_of_each(write):
     assert next(c for c in study.cells if c.task == "usual").tests == STUDY["tests"]
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_is_whole(path):
+    assert load_study(path, []).cells
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -295,10 +303,24 @@ def test_the_grid_is_every_combination_with_the_changes_of_each(write):
         ({"tests": [{"measure": "taste"}]}, "measure 'taste' is not one of"),
         ({"tests": [{"measure": "perplexity"}]}, "needs files"),
         ({"tests": {}}, "tests must be a list"),
+        ({"tests": [{"samples": 0}]}, "samples must be a whole number of at least 1, got 0"),
+        ({"tests": [{"rows": -1}]}, "rows must be a whole number of at least 1, got -1"),
+        ({"tests": [{"length": "text"}]}, "length must be a whole number of at least 2, got 'text'"),
+        ({"tests": [{"length": []}]}, "tests: length is an empty list"),
+        ({"tests": [{**PERPLEXITY, "tokens": 1}]}, "tokens must be a whole number of at least 2, got 1"),
+        ({"tests": [{**PERPLEXITY, "bucket": 0}]}, "bucket must be a whole number of at least 1, got 0"),
+        ({"tests": [{**PERPLEXITY, "reset_every": "x"}]}, "reset_every must be a whole number of at least 1, got 'x'"),
+        ({"tests": [{**PERPLEXITY, "modes": ["on", "of"]}]}, "tests: modes must be a list of"),
+        ({"tests": [{**PERPLEXITY, "modes": [True]}]}, "got [True]"),
+        ({"tests": [{**PERPLEXITY, "modes": []}]}, "got []"),
+        ({"figure": "lenght"}, "figure: 'lenght' must be an option of the tests with numbers; they have: length"),
+        ({"tests": [{}]}, "figure: 'length' must be an option of the tests with numbers; they have: none"),
+        ({"tests": [PERPLEXITY], "figure": "mode"}, "with numbers; they have: until"),
         ({"shared": {"modell": {}}}, "unknown key 'modell' in shared; did you mean 'model'?"),
         ({"shared": {"data": {"task": {"name": "parrot"}}}}, "task 'parrot' is not one of"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_a_wrong_study_is_one_line(write, capsys, changes, words):
     assert cli.main(["study", write(**changes)]) == 2
     error = capsys.readouterr().err

@@ -17,7 +17,7 @@ from titans_lm.evaluate import babilong, needle, perplexity
 from titans_lm.model import TitansForCausalLM
 from titans_lm.record import provenance
 from titans_lm.settings import Settings
-from titans_lm.tasks import IGNORED, Task, make_task
+from titans_lm.tasks import IGNORED, Task, at_least, make_task
 from titans_lm.tasks.babilong import Babilong
 from titans_lm.tasks.needle import Needle
 from titans_lm.train import earlier, train
@@ -49,16 +49,21 @@ def run_cell(settings: Settings, tests: list[dict[str, Any]], command: str) -> d
     return {**told, "seconds": round(time.monotonic() - begun, 1)}
 
 
-def check_tests(settings: Settings, tests: list[dict[str, Any]]) -> None:
-    """Raises ValueError for a test that cannot be, before anything is trained."""
+def check_tests(settings: Settings, tests: list[dict[str, Any]]) -> list[str]:
+    """Options with numbers that the tests tell: what a figure can have as its axis. Raises ValueError for a test that
+    cannot be, before anything is trained."""
+    axes: list[str] = []
     for test in tests:
         measure = test.get("measure", "task")
         if measure not in MEASURES:
             raise ValueError(f"tests: measure {measure!r} is not one of: {', '.join(MEASURES)}")
         if measure == "task":
-            _tasks(settings, test)
+            at_least(1, samples=test.get("samples", SAMPLES), rows=test.get("rows", ROWS))
+            axes += [key for told, _ in _tasks(settings, test) for key in told if type(told[key]) in (int, float)]
         else:
             _check_perplexity(settings, test)
+            axes.append("until")
+    return list(dict.fromkeys(axes))
 
 
 def run_test(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -> list[dict[str, Any]]:
@@ -79,6 +84,8 @@ def _tasks(settings: Settings, test: dict[str, Any]) -> list[tuple[dict[str, Any
     keys = list(options)
     lists = [value if isinstance(value, list) and key not in ("files", "background") else [value]
              for key, value in options.items()]  # fmt: skip
+    if [] in lists:
+        raise ValueError(f"tests: {keys[lists.index([])]} is an empty list")
     changes = [dict(zip(keys, values, strict=True)) for values in itertools.product(*lists)]
     trained = settings.data.task
     if test.get("name") not in (None, trained.get("name")):  # its options say nothing of another's
@@ -113,6 +120,11 @@ def _check_perplexity(settings: Settings, test: dict[str, Any]) -> None:
     data = settings.data
     if not test.get("files") and not (data.files and data.held_out):
         raise ValueError("tests: perplexity needs files, or data.files of which some are held out")
+    at_least(1, bucket=test.get("bucket", perplexity.BUCKET), reset_every=test.get("reset_every", perplexity.RESET))
+    at_least(2, tokens=test.get("tokens", 2))
+    modes = test.get("modes", perplexity.MODES)
+    if not isinstance(modes, list | tuple) or not modes or not all(mode in perplexity.MODES for mode in modes):
+        raise ValueError(f'tests: modes must be a list of "on", frozen, reset, "off" (so quoted), got {modes!r}')
 
 
 def _perplexity(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -> list[dict[str, Any]]:

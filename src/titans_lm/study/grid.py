@@ -89,8 +89,10 @@ def _study(tree: Any, stem: str, changes: list[str]) -> Study:
     ]  # fmt: skip
     study = Study(str(tree.get("name", stem)), cells, tree.get("figure"), _mapping(tree.get("search", {}), "search"))
     _check_names(cells)
-    for cell in cells:
-        _check(cell)
+    axes = list(dict.fromkeys(axis for cell in cells for axis in _check(cell)))
+    if study.figure is not None and study.figure not in axes:
+        names = ", ".join(axes) or "none"
+        raise ValueError(f"figure: {study.figure!r} must be an option of the tests with numbers; they have: {names}")
     return study
 
 
@@ -104,9 +106,10 @@ def _check_names(cells: list[Cell]) -> None:
             raise ValueError(f"{both} would share the folder {cell.name}; rename one")
 
 
-def _check(cell: Cell) -> None:
+def _check(cell: Cell) -> list[str]:
+    """What a figure of it can have as its axis."""
     try:
-        check_tests(cell.settings(Path("runs")), cell.tests)
+        return check_tests(cell.settings(Path("runs")), cell.tests)
     except ValueError as error:
         raise ValueError(f"{cell.name}: {error}") from error
 
