@@ -2,6 +2,12 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +19,8 @@ from titans_lm.cli import main
 from titans_lm.data import byte_tokenizer, encode
 from titans_lm.learn import PIECE, read_three_ways, tenths
 from titans_lm.reader import go_on, read
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -217,3 +225,37 @@ def test_stability_writes_what_it_found(tmp_path, capsys):
     assert main(["stability", "--steps", "0", "--output", str(tmp_path / "x.json")]) == 2
     assert main(["stability", "--steps", "1", "--output", str(tmp_path / "no" / "x.json")]) == 2
     assert "does not exist" in said(capsys)[1]
+
+
+FEW_RUNS = """
+import sys
+from titans_lm import cli, stability
+stability.long_runs = lambda steps: [({"memory_chunk_size": c}, steps, 64, "float32") for c in range(8, 12)]
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_an_interrupted_stability_goes_on(tmp_path, capsys):
+    out = tmp_path / "x.json"
+    command = [sys.executable, "-c", FEW_RUNS, "stability", "--steps", "20", "--processes", "1", "--output", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not out.exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, told
+    assert told.startswith("titans stability: interrupted: ")
+    assert told.endswith(f"of 4 runs are in {out}; the same again goes on\n")
+    before = json.loads(out.read_text())["runs"]
+    assert 0 < len(before) < 4
+    assert subprocess.run(command, check=False).returncode == 0
+    after = json.loads(out.read_text())
+    assert [run["changes"]["memory_chunk_size"] for run in after["runs"]] == list(range(8, 12))
+    assert all(run in after["runs"] for run in before)  # to the seconds that they took
+    assert after.keys() == json.loads((ROOT / "results/stability_sweep.json").read_text()).keys()
+    assert main(["stability", "--steps", "30", "--output", str(out)]) == 2
+    assert "has results of other settings" in said(capsys)[1]
+    out.write_text("[]")
+    assert main(["stability", "--steps", "20", "--output", str(out)]) == 2
+    assert "is not a result file of this command" in said(capsys)[1]
+    assert out.read_text() == "[]"

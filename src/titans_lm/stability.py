@@ -6,10 +6,13 @@ that repeat. It is also a task: after a phrase was seen once, a memory that work
 
 import argparse
 import itertools
+import json
 import math
+import multiprocessing
 import os
+import signal
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +103,13 @@ def _read_long(model: TitansForCausalLM, tokens: int, piece: int = 4096) -> dict
     }
 
 
-def sweep(steps: int) -> list[tuple[dict[str, Any], int, int, str]]:
+Run = tuple[dict[str, Any], int, int, str]
+"""What `train_on_phrases` is asked for: changes, steps, tokens to read, dtype."""
+
+
+def sweep(steps: int) -> list[Run]:
     """Forms x memory steps x depths at chunk 16; then the default at every depth and chunk, in both precisions."""
-    runs = []
+    runs: list[Run] = []
     for form, theta, depth in itertools.product(FORMS, STEPS_OF_MEMORY, (2, 4)):
         runs.append(({**form, "memory_lr": theta, "memory_layers": depth}, steps, 16_384, "float32"))
     for depth, chunk, dtype in itertools.product(DEPTHS, CHUNKS, ("float32", "bfloat16")):
@@ -111,7 +118,7 @@ def sweep(steps: int) -> list[tuple[dict[str, Any], int, int, str]]:
     return runs
 
 
-def long_runs(steps: int) -> list[tuple[dict[str, Any], int, int, str]]:
+def long_runs(steps: int) -> list[Run]:
     """The default at depth 2 and 4, chunk 16, in both precisions."""
     shapes = itertools.product((2, 4), ("float32", "bfloat16"))
     return [({"memory_layers": depth, "memory_chunk_size": 16}, steps, 100_000, dtype) for depth, dtype in shapes]
@@ -121,7 +128,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=5000, help="training steps of each run")
     parser.add_argument("--sweep", action="store_true", help="all forms, steps, depths and chunks")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs side by side, one thread each")
-    parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="the JSON file, written after each run; continued if it exists"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -130,19 +139,58 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.output.parent.is_dir():
         raise ValueError(f"--output {arguments.output}: the folder {arguments.output.parent} does not exist")
     runs = (sweep if arguments.sweep else long_runs)(arguments.steps)
-    results: list[dict[str, Any]] = []
-    console = Console()
-    with Progress(console=console) as progress, ProcessPoolExecutor(arguments.processes) as pool:
-        bar = progress.add_task("training", total=len(runs))
-        for result in pool.map(train_on_phrases, *zip(*runs, strict=True)):
-            results.append(result)
-            progress.advance(bar)
-    write_json(arguments.output, {**provenance(_command(arguments)), "base": BASE, "runs": results})
-    console.print(_table(results))
+    record = _record(arguments)
+    try:
+        _fill(record, runs, arguments)
+    except KeyboardInterrupt:
+        done = f"{len(record['runs'])} of {len(runs)} runs are in {arguments.output}"
+        raise KeyboardInterrupt(f"{done}; the same again goes on") from None
+    Console().print(_table(record["runs"]))
 
 
-def _command(arguments: argparse.Namespace) -> str:
-    return f"titans stability --steps {arguments.steps}{' --sweep' * arguments.sweep} --output {arguments.output}"
+def _record(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is in the file, or will be. Raises ValueError for one of other settings, or of something else."""
+    path, settings = arguments.output, f"titans stability --steps {arguments.steps}{' --sweep' * arguments.sweep}"
+    if not path.exists():
+        return {**provenance(f"{settings} --output {path}"), "base": BASE, "runs": []}
+    try:
+        old: dict[str, Any] = json.loads(path.read_text())
+        same = old["base"] == BASE and old["command"].partition(" --output ")[0] == settings
+        same = same and all(map(_place, old["runs"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is not a result file of this command; give another name") from None
+    if not same:
+        raise ValueError(f"{path} has results of other settings ({old['command']}); give another name")
+    return old
+
+
+def _fill(record: dict[str, Any], runs: list[Run], arguments: argparse.Namespace) -> None:
+    """Make the runs that `record` does not have, and write it after each."""
+    order = [(changes, dtype) for changes, _, _, dtype in runs]
+    there = [_place(result) for result in record["runs"]]
+    missing = [run for run, place in zip(runs, order, strict=True) if place not in there]
+    dies = (signal.SIGINT, signal.SIG_DFL)  # in silence, at Ctrl-C
+    with (
+        Progress() as progress,
+        ProcessPoolExecutor(arguments.processes, initializer=signal.signal, initargs=dies) as pool,
+    ):
+        bar = progress.add_task("training", total=len(runs), completed=len(there))
+        try:
+            for future in as_completed([pool.submit(train_on_phrases, *run) for run in missing]):
+                record["runs"].append(future.result())
+                record["runs"].sort(key=lambda result: order.index(_place(result)))
+                write_json(arguments.output, record)
+                progress.advance(bar)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+
+
+def _place(result: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """What makes a run this one and no other."""
+    return result["changes"], result["dtype"]
 
 
 def _table(results: list[dict[str, Any]]) -> Table:
