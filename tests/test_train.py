@@ -170,6 +170,25 @@ def test_a_time_limit_ends_a_run_with_the_rate_at_its_end(texts, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_a_time_limit_is_that_of_all_parts_of_a_run(texts, tmp_path):
+    settings = parse_settings(tree(texts, tmp_path / "out", max_minutes=10, max_steps=5))
+    train(settings)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-5")
+    path = tmp_path / "out" / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    assert 0 < state["stateful_callbacks"]["_Clock"]["attributes"]["seconds"] < 600
+    shutil.copytree(tmp_path / "out", tmp_path / "late")
+    settings.training.resume = True
+    settings.training.max_steps = 8
+    train(settings)
+    assert len(losses(tmp_path / "out")) == 8
+    state["stateful_callbacks"]["_Clock"]["attributes"]["seconds"] = 601
+    (tmp_path / "late" / "checkpoint-4" / "trainer_state.json").write_text(json.dumps(state))
+    settings.training.output_dir = str(tmp_path / "late")
+    train(settings)
+    assert len(losses(tmp_path / "late")) == 5
+
+
 def test_only_linear_maps_decay(texts, tmp_path):
     from titans_lm import TitansForCausalLM
     from titans_lm.data import Blocks, byte_tokenizer

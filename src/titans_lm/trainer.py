@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from titans_lm.data import Blocks, CarriedOrder, is_bytes
 from titans_lm.settings import Settings, save_settings
@@ -31,25 +31,32 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
-class _Clock(TrainerCallback):
-    """Stops when the time is over; says, and where there is a time limit shows, how much of the run is done."""
+class _Clock(TrainerCallback, ExportableState):
+    """Stops when the time is over; says, and where there is a time limit shows, how much of the run is done. The time
+    is that of all parts of an interrupted run: checkpoints have it."""
 
     def __init__(self, max_steps: int, max_minutes: float | None):
         self.max_steps, self.limit, self.begun = max_steps, (max_minutes or math.inf) * 60, time.monotonic()
         self.bar = Progress(*Progress.get_default_columns(), TextColumn("{task.fields[found]}"))
 
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.elapsed()}}
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.begun
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        self.begun = time.monotonic()
+        before = state.stateful_callbacks.setdefault("_Clock", self.state())["attributes"]["seconds"]
+        self.begun = time.monotonic() - (before if state.global_step else 0)
         if self.limit < math.inf:
             self.bar.start()
             self.bar.add_task("training", total=self.limit, found="")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        elapsed = time.monotonic() - self.begun
-        if elapsed > self.limit:
+        if self.elapsed() > self.limit:
             control.should_training_stop = True
         for task in self.bar.task_ids:
-            self.bar.update(task, completed=min(elapsed, self.limit))
+            self.bar.update(task, completed=min(self.elapsed(), self.limit))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
         if logs and "loss" in logs:
@@ -61,7 +68,7 @@ class _Clock(TrainerCallback):
         self.bar.stop()
 
     def progress(self, step: int) -> float:
-        return min(1.0, max(step / self.max_steps, (time.monotonic() - self.begun) / self.limit))
+        return min(1.0, max(step / self.max_steps, self.elapsed() / self.limit))
 
 
 class NotFinite(ValueError):
