@@ -210,6 +210,38 @@ def test_the_command_names_its_verbs(capsys):
     assert all(verb in out for verb in ("train", "infer", "demo", "learn", "stability"))
 
 
+@pytest.mark.usefixtures("unchecked")  # go_on gives what generate does
+def test_learning_goes_on_where_it_was_interrupted(text, tmp_path, capsys, monkeypatch):
+    from titans_lm import learn
+    from titans_lm.settings import parse_settings
+    from titans_lm.trainer import TitansTrainer
+
+    def settings(output, minutes, _):
+        model = {"size": "tiny", "variant": "lmm", "num_hidden_layers": 1, "parameters": 400_000}
+        training = {"output_dir": str(output), "max_minutes": minutes, "max_steps": 6, "batch_size": 2,
+                    "carried_steps": 2, "logging_steps": 1}  # fmt: skip
+        data = {"files": [str(text)] * 2, "held_out": 1, "sequence_length": 32}
+        return parse_settings({"model": model, "data": data, "training": training})
+
+    def interrupted(trainer, *arguments):
+        logged(trainer, *arguments)
+        if trainer.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    logged = TitansTrainer.log
+    monkeypatch.setattr(learn, "_settings", settings)
+    command = ["learn", "--minutes", "99", "--bytes", str(10 * PIECE), "--output"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(TitansTrainer, "log", interrupted)
+        assert main([*command, str(tmp_path / "cut")]) == 130
+    assert said(capsys)[1] == f"titans learn: interrupted: saved in {tmp_path}/cut/model; the same again goes on"
+    assert main([*command, str(tmp_path / "cut")]) == 0
+    whole, cut = (json.loads((tmp_path / name / "model/trainer_state.json").read_text()) for name in ("whole", "cut"))
+    assert [log["step"] for log in cut["log_history"] if "loss" in log] == [1, 2, 3, 4, 5, 6]
+    assert [log.get("loss") for log in cut["log_history"]] == [log.get("loss") for log in whole["log_history"]]
+
+
 def test_stability_writes_what_it_found(tmp_path, capsys):
     from titans_lm.stability import phrases, train_on_phrases
 

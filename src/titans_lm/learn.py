@@ -23,7 +23,7 @@ from titans_lm.reader import go_on, read
 from titans_lm.record import provenance, write_json
 from titans_lm.settings import Settings, parse_settings
 from titans_lm.state import TitansState
-from titans_lm.train import train
+from titans_lm.train import earlier, train
 
 TEXT_BYTES = 1_000_000
 PIECE = 4096
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(
             f"Training a small MAG for {arguments.minutes:g} minutes on {files - len(held_out)} source files."
         )
-        train(_settings(output / "model", arguments.minutes, len(held_out)))
+        _train(_settings(output / "model", arguments.minutes, len(held_out)))
     model, tokenizer = load(output / "model")
     ids = torch.as_tensor(encode(tokenizer, "".join(map(read_text, held_out))))[: arguments.bytes][None]
     console.print(f"Reading {ids.shape[1]:,} bytes of {len(held_out)} files that were not trained on, as one stream.")
@@ -78,6 +78,17 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"The picture is {output}/learn.png, the figures are in {output}/learn.json.")
     if not same:
         raise ValueError("the loaded memory did not continue as the saved one did; please report this")
+
+
+def _train(settings: Settings) -> None:
+    """From the beginning, or on from where it was interrupted."""
+    settings.training.resume = earlier(settings) is not None
+    try:
+        train(settings)
+    except KeyboardInterrupt as interruption:
+        if interruption.args:  # a checkpoint was saved
+            raise KeyboardInterrupt(f"saved in {settings.training.output_dir}; the same again goes on") from None
+        raise
 
 
 def _held_out(size: int) -> tuple[int, list[Path]]:
