@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from titans_lm.record import Lines, command_line
+from titans_lm.record import Lines, command_line, provenance
 
 
 def test_lines_are_there_when_they_are_added_and_found_again(tmp_path):
@@ -40,6 +40,11 @@ def test_results_of_other_settings_are_left_alone(tmp_path):
         assert path.read_text() == text
     path.write_text(before)
     assert Lines(path, {"seed": 1}, "").rows == [{"length": 8}]
+
+
+def test_a_result_is_told_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance("titans x")["commit"] == "unknown"
 
 
 def test_a_command_is_told_in_full():

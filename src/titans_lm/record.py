@@ -19,17 +19,24 @@ import torch
 
 def provenance(command: str) -> dict[str, str]:
     """The command, the day, the commit, the machine and the torch that made a result."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     return {
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
     }
+
+
+def _commit() -> str:
+    """ "unknown" without git, or where the package is not in a repository."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return told.stdout.strip() or "unknown"
 
 
 def cores() -> int:
