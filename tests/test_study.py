@@ -21,6 +21,7 @@ from titans_lm.evaluate.cell import run_test
 from titans_lm.study.grid import load_study
 from titans_lm.study.report import collect, markdown, mean_and_spread, tables, words
 from titans_lm.study.scheduler import run_cells
+from titans_lm.study.search import search_cell
 
 ROOT = Path(__file__).parents[1]
 STUDY: dict[str, Any] = {
@@ -246,6 +247,8 @@ def test_a_search_finds_each_model_s_values(write):
     assert row["loss"] == min(trial["loss"] for trial in row["trials"])
     assert len({trial["loss"] for trial in row["trials"]}) == 3  # what is tried makes a difference
     assert all(1e-4 <= trial["training.learning_rate"] <= 1e-1 for trial in row["trials"])
+    again = load_study(Path(study), [])
+    assert search_cell(again.cells[0], Path("runs"), "", again.search, 3)["trials"] == row["trials"]  # not by chance
 
 
 # ------------------------------------------------------------------------------------------------ the grid

@@ -50,6 +50,7 @@ def search_cell(cell: Cell, runs: Path, command: str, space: dict[str, Any], tri
     storage = f"sqlite:///{(runs / cell.name).absolute()}.db"
     optuna.create_study(study_name="search", storage=storage, load_if_exists=True)
     done = len(optuna.load_study(study_name="search", storage=storage).trials)
+    sampler = optuna.samplers.TPESampler(seed=cell.seed + done)  # else what goes on would try the same again
 
     def make(trial: Any) -> PreTrainedModel:
         return model_for(settings if trial is None else _changed(settings, suggested(trial, space)))
@@ -58,7 +59,7 @@ def search_cell(cell: Cell, runs: Path, command: str, space: dict[str, Any], tri
     trainer.hyperparameter_search(
         hp_space=lambda trial: _arguments(suggested(trial, space)), compute_objective=lambda found: found["eval_loss"],
         n_trials=max(trials - done, 0), direction="minimize", backend="optuna", catch=(NotFinite, ValueError),
-        study_name="search", storage=storage, load_if_exists=True,
+        study_name="search", storage=storage, load_if_exists=True, sampler=sampler,
     )  # fmt: skip
     found = optuna.load_study(study_name="search", storage=storage)
     Path(storage.removeprefix("sqlite:///")).unlink()
