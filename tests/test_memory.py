@@ -148,7 +148,7 @@ def test_padding_anywhere_leaves_no_trace(options, pattern, earlier):
         assert (padded[~mask] == 0).all()
 
 
-@both_thresholds
+@states_of_all_kinds
 @pytest.mark.parametrize(("place", "frozen"), [("left", False), ("right", False), ("right", True)])
 def test_padding_may_be_nan(options, place, frozen):
     memory, mask = layer(**options), torch.tensor([[True] * 7, [True] * 3 + [False] * 4])
