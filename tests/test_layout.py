@@ -11,7 +11,7 @@ SOURCE = Path(titans_lm.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 ORDER = [
-    ["ops", "recompute", "prediction"],
+    ["ops", "recompute", "convolution", "prediction"],
     ["memory", "attention"],
     ["config"],
     ["block"],

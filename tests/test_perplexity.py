@@ -16,8 +16,8 @@ from conftest import KINDS, TITANS, each_titan, tiny_model, tokens
 from titans_lm.cli import main
 from titans_lm.data import byte_tokenizer
 from titans_lm.evaluate import perplexity as evaluation
-from titans_lm.evaluate.perplexity import MODES, Sums, memory_off, perplexity, possible_modes, token_sizes, whole
-from titans_lm.memory import NeuralMemory
+from titans_lm.evaluate.perplexity import MODES, Sums, perplexity, possible_modes, token_sizes, whole
+from titans_lm.memory import NeuralMemory, memory_off
 from titans_lm.model import TitansForCausalLM
 from tolerance import assert_close, relative_error
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from titans_lm import TitansState
 from titans_lm.checkpoint import load
 from titans_lm.cli import main
 from titans_lm.settings import load_settings, parse_settings
-from titans_lm.train import TitansTrainer, train
+from titans_lm.train import model_for, train
+from titans_lm.trainer import TitansTrainer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -47,9 +49,9 @@ def tree(texts, output, model=(), data=(), **training):
     }  # fmt: skip
 
 
-def losses(output):
+def losses(output, name="loss"):
     history = json.loads((Path(output) / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return [entry[name] for entry in history if name in entry]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -149,6 +151,36 @@ def test_carried_batches_know_what_came_before_and_begin_anew_after(texts, tmp_p
     assert losses(tmp_path / "b") != pytest.approx(by_hand, rel=1e-3)
 
 
+@pytest.mark.parametrize("more", [{}, {"carried_steps": 3}, {"activation_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("variant", ["mac", "mag", "mal"])
+def test_the_core_learns_first_and_then_all_of_the_model(texts, tmp_path, variant, more):
+    model, training = {"variant": variant, "segment_size": 8}, {"max_steps": 5, "save_steps": 3, **more}
+    settings = parse_settings(tree(texts, tmp_path / "out", model, core_steps=3, **training))
+    begun = model_for(settings).state_dict()
+    ended = train(settings).state_dict()
+    for name, core in load_file(tmp_path / "out" / "checkpoint-3" / "model.safetensors").items():
+        if ".memory." in name:
+            assert torch.equal(core, begun[name]), name
+            assert not torch.equal(ended[name], begun[name]), name
+        elif ".attention." in name or ".mlp." in name:
+            assert not torch.equal(core, begun[name]), name
+    train(parse_settings(tree(texts, tmp_path / "longer", model, core_steps=4, **training)))
+    found, longer = losses(tmp_path / "out"), losses(tmp_path / "longer")
+    assert found[:3] == longer[:3]
+    assert found[3] != longer[3]  # the memory speaks
+    assert losses(tmp_path / "out", "eval_loss")[0] != losses(tmp_path / "longer", "eval_loss")[0]  # after 3 steps
+
+
+def test_a_run_goes_on_within_its_first_stage(texts, tmp_path):
+    settings = parse_settings(tree(texts, tmp_path / "out", max_steps=6, core_steps=4, carried_steps=3, save_steps=2))
+    train(settings)
+    whole = losses(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
+    settings.training.resume = True
+    train(settings)
+    assert losses(tmp_path / "out") == whole
+
+
 def test_accumulated_batches_are_one_batch(texts, tmp_path):
     for name, changes in {"one": {"batch_size": 4}, "two": {"batch_size": 2, "accumulation": 2}}.items():
         train(parse_settings(tree(texts, tmp_path / name, {"memory_loss_weight": 0.1}, max_steps=4, **changes)))
@@ -216,6 +248,8 @@ def test_only_linear_maps_decay(texts, tmp_path):
         ("training.carried_steps=[]", "one number, or at most one for each of training.batch_size=2 rows, got []"),
         ("training.carried_steps=[2, 3, 4]", "at most one for each of training.batch_size=2 rows, got [2, 3, 4]"),
         ("training.carried_steps=[4, many]", "training.carried_steps must be a whole number, or a list of them"),
+        ("training.core_steps=6", "training.core_steps must be below max_steps=6, got 6"),
+        ("training.core_steps=-1", "training.core_steps must be at least 0, got -1"),
         ("training.learning_rate=-1", "training.learning_rate must be above 0"),
         ("training.bf16=1", "training.bf16 must be true or false"),
         ("model.memory_lr=2", "memory_lr must be in (0, 1]"),
@@ -240,6 +274,12 @@ def test_a_mistake_is_one_line_and_nothing_is_written(texts, tmp_path, capsys, m
     assert error.startswith("titans train: ")
     assert words in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model", [{"variant": "lmm"}, {"baseline": "sliding_window"}])
+def test_a_first_stage_needs_a_core_and_a_memory(texts, tmp_path, model):
+    with pytest.raises(ValueError, match="is for a core beside a memory"):
+        parse_settings(tree(texts, tmp_path, model, core_steps=1))
 
 
 def test_files_that_are_no_configuration_are_named(tmp_path, capsys):

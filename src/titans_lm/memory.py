@@ -1,7 +1,9 @@
 """The neural long-term memory as a layer: projections, convolutions, gates, norm around `ops.memory_scan`."""
 
+import contextlib
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from titans_lm.convolution import ShortConvolution, convolved
 from titans_lm.ops import (
     Activation,
     Backend,
@@ -55,31 +58,6 @@ class Queries(NamedTuple):
     q: Float[Tensor, "B T H K"]
     gate: Float[Tensor, "B T I"]
     """Of the output, before its sigmoid."""
-
-
-class ShortConvolution(nn.Module):
-    """A causal convolution along time, one filter for each channel: its filters `[I, size]`."""
-
-    def __init__(self, channels: int, size: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        size = self.weight.shape[1]
-        nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
-
-
-def convolved(past: Float[Tensor, "B S I"], filters: Float[Tensor, "I size"]) -> Float[Tensor, "B T I"]:
-    """Each of the last T = S - size + 1 tokens and those before it, weighed: sums take half of conv1d's time."""
-    taps = filters.to(past.dtype).t()
-    length = past.shape[1] - len(taps) + 1
-    if length == 1:
-        return (past * taps).sum(1, keepdim=True)
-    y = past[:, :length] * taps[0]
-    for age in range(1, len(taps)):
-        y = torch.addcmul(y, past[:, age : age + length], taps[age])
-    return y
 
 
 class NeuralMemory(nn.Module):
@@ -152,6 +130,7 @@ class NeuralMemory(nn.Module):
         self.activation, self.backend = activation, backend
         self.alpha_bias, self.gates_of = alpha_bias, gates_of
         self.kept_bytes = KEPT_BYTES
+        self.off = False  # see `memory_off`
         inner = heads * self.head_dim
         self.q_proj = nn.Linear(dim, inner, bias=False)
         self.k_proj = nn.Linear(dim, inner, bias=False)
@@ -256,6 +235,8 @@ class NeuralMemory(nn.Module):
         return Queries(q, self.output_gate(x)), tail
 
     def answers(self, queries: Queries, weights: tuple[Tensor, ...]) -> Float[Tensor, "B T D"]:
+        if self.off:
+            return queries.gate.new_zeros(*queries.gate.shape[:2], self.o_proj.out_features)
         y = retrieve(queries.q, weights, self._form())
         return recomputed(self._gated, y, queries.gate)
 
@@ -274,6 +255,9 @@ class NeuralMemory(nn.Module):
     ) -> tuple[Any, ...]:
         """What each token reads `[B, T, H, V]`, the state, and if it is asked for the surprise; `present` is True for
         each row's first tokens."""
+        if self.off:
+            y = x.new_zeros(*x.shape[:2], self.heads, self.head_dim)
+            return (y, state, Surprise(y[..., 0], y[..., 0])) if surprise else (y, state)
         (q, k, v), tails = self._features(x, state.tails, present)
         gates, held = self._gates(x), state.gates
         if held is not None:
@@ -301,6 +285,8 @@ class NeuralMemory(nn.Module):
 
     def output(self, x: Float[Tensor, "B T D"], y: Float[Tensor, "B T H V"]) -> Float[Tensor, "B T D"]:
         """Normalise what each head of x read, gate, project back to the model's width."""
+        if self.off:
+            return torch.zeros_like(x)
         return recomputed(lambda x, y: self._gated(y, self.output_gate(x)), x, y)
 
     # ---------------------------------------------------------------------------------------------- parts
@@ -342,6 +328,19 @@ class NeuralMemory(nn.Module):
 
     def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
         return self.o_proj(self.output_norm(y).flatten(-2) * torch.sigmoid(gate))
+
+
+@contextlib.contextmanager
+def memory_off(model: nn.Module) -> Iterator[None]:
+    """Every memory of the model says 0 to whatever it is asked, writes nothing, and gets no gradient."""
+    memories = [module for module in model.modules() if isinstance(module, NeuralMemory)]
+    try:
+        for memory in memories:
+            memory.off = True
+        yield
+    finally:
+        for memory in memories:
+            memory.off = False
 
 
 def _unit(x: Tensor) -> Tensor:

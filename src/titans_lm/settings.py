@@ -88,6 +88,9 @@ class TrainingSettings:
     """For so many batches the memory goes on, each the next part of its rows' texts, gradients cut between them; then
     it begins anew. 1: every batch begins anew. Of several the rows take one each, in turn: some learn to begin, others
     to have read much."""
+    core_steps: int = 0
+    """For so many steps attention and MLPs learn alone, the memory bypassed: it says 0, and stays as it began. Then
+    all of the model learns."""
     seed: int = 0
     logging_steps: int = 10
     eval_steps: int = 200
@@ -110,6 +113,9 @@ class TrainingSettings:
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"training.{key} must be in [0, 1], got {getattr(self, key)}")
         _at_least("training.weight_decay", self.weight_decay, 0)
+        _at_least("training.core_steps", self.core_steps, 0)
+        if self.core_steps >= self.max_steps:
+            raise ValueError(f"training.core_steps must be below max_steps={self.max_steps}, got {self.core_steps}")
         if not 1 <= len(self.carried_steps) <= self.batch_size:
             many = f"one number, or at most one for each of training.batch_size={self.batch_size} rows"
             raise ValueError(f"training.carried_steps must be {many}, got {self.carried_steps}")
@@ -148,6 +154,7 @@ class Settings:
 
 
 _MODEL_KEYS = ("size", "baseline", "parameters")
+_WITH_CORE = ("mac", "mag", "mal")
 
 
 def _config(fields: dict[str, Any]) -> PreTrainedConfig:
@@ -226,7 +233,9 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
     size = settings.model.get("size")
     if size is not None and size not in SIZES:
         raise ValueError(f"model.size={size!r} is not one of {', '.join(SIZES)}")
-    settings.config()
+    kind = getattr(settings.config(), "variant", "mamba2")
+    if training.core_steps and kind not in _WITH_CORE:
+        raise ValueError(f"training.core_steps is for a core beside a memory ({', '.join(_WITH_CORE)}), got {kind}")
     return settings
 
 

@@ -3,12 +3,13 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress, TextColumn
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,6 +21,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from titans_lm.data import Blocks, CarriedOrder, is_bytes
+from titans_lm.memory import memory_off
 from titans_lm.settings import Settings, save_settings
 from titans_lm.state import TitansState
 
@@ -143,6 +145,19 @@ class TitansTrainer(Trainer):
             return None
         s = self.settings
         return CarriedOrder(len(self.train_dataset), s.batch_size, max(s.carried_steps), s.seed)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._stage():
+            loss: Tensor = super().training_step(*args, **kwargs)
+        return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._stage():
+            return super().prediction_step(*args, **kwargs)
+
+    def _stage(self) -> AbstractContextManager[None]:
+        """Of two, where there are `core_steps`."""
+        return memory_off(self.model) if self.state.global_step < self.settings.core_steps else nullcontext()
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`'s; with `carried_steps` the memory goes on from the batch before, without its gradients."""

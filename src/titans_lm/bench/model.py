@@ -5,20 +5,17 @@ one, where each memory hands on its input (projections, convolutions and gates a
 """
 
 import argparse
-import contextlib
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from titans_lm.bench import lm
 from titans_lm.bench.measure import Action, Contender, Setting
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.config import SIZES
-from titans_lm.memory import Queries
+from titans_lm.memory import memory_off
 
 
 def trained(options: dict[str, Any], setting: Setting) -> Contender:
@@ -52,37 +49,13 @@ def _actions(model: nn.Module, length: int, setting: Setting) -> dict[str, Actio
         loss.backward()
 
     def without(_: Any) -> None:
-        with no_memory(model):
+        with memory_off(model):
             step(None)
 
     def forget() -> None:
         model.zero_grad(set_to_none=True)
 
     return {"prefill": Action(prefill), "step": Action(step, forget), WITHOUT: Action(without, forget)}
-
-
-@contextlib.contextmanager
-def no_memory(model: nn.Module) -> Iterator[None]:
-    """Every memory hands on its input, and remembers nothing."""
-
-    def write(x: Tensor, state: Any, present: Any, surprise: bool) -> tuple[Any, ...]:  # noqa: ARG001
-        return (x, state, None) if surprise else (x, state)
-
-    def output(x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001
-        return y
-
-    def queries(x: Tensor, tail: Any, present: Any) -> tuple[Any, ...]:  # noqa: ARG001
-        return Queries(x, x), tail
-
-    def answers(queries: Queries, weights: Any) -> Tensor:  # noqa: ARG001
-        return queries.q
-
-    with contextlib.ExitStack() as patches:
-        for memory in lm.memories(model):
-            patches.enter_context(
-                mock.patch.multiple(memory, write=write, output=output, queries=queries, answers=answers)
-            )
-        yield
 
 
 WITHOUT = "step without memory"

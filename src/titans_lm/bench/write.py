@@ -18,10 +18,10 @@ from torch import Tensor
 
 from titans_lm.bench import lm
 from titans_lm.bench.measure import Action, Contender, Setting
-from titans_lm.bench.model import no_memory
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.checkpoint import MODEL_HELP, find, load
 from titans_lm.data import encode, read_text, stdlib_files
+from titans_lm.memory import memory_off
 from titans_lm.model import TitansForCausalLM
 from titans_lm.tasks.haystack import NOISE
 
@@ -73,7 +73,7 @@ def reading(options: dict[str, Any], setting: Setting) -> Contender:
 
     @torch.no_grad()
     def read(_: Any) -> float:
-        with no_memory(model) if without else contextlib.nullcontext():
+        with memory_off(model) if without else contextlib.nullcontext():
             return bits(model, ids) * len(ids) / len(text.encode())
 
     action = Action(read, tell=lambda found: {"bits_per_byte": found}, once=True)

@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 
 from titans_lm.checkpoint import MODEL_HELP, load
 from titans_lm.data import encode, is_bytes, text_files, text_pieces
-from titans_lm.memory import NeuralMemory
+from titans_lm.memory import NeuralMemory, memory_off
 from titans_lm.model import TitansForCausalLM
 from titans_lm.reader import PIECE
 from titans_lm.record import command_line, provenance, write_json
@@ -117,7 +117,7 @@ def read(
         for start, rows, length in _stretches(ids.shape[1] - 1, reset_every if mode == "reset" else None):
             inputs, targets = (ids[0, start + i :][: rows * length].view(rows, length) for i in (0, 1))
             state = model.initial_state(rows)
-            state.frozen = mode in ("frozen", "off")  # what is not heard need not be learned
+            state.frozen = mode == "frozen"
             width = max(1, piece // rows)
             for first in range(0, length, width):
                 part = inputs[:, first : first + width].to(model.device)
@@ -142,16 +142,6 @@ def _nats(logits: Tensor, targets: Tensor) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = targets.to(logits.device)
     return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double().cpu()
-
-
-@contextlib.contextmanager
-def memory_off(model: TitansForCausalLM) -> Iterator[None]:
-    """Every memory of the model says 0 to whatever it is asked, also states that are made meanwhile."""
-    with contextlib.ExitStack() as hooks:
-        for memory in _memories(model):
-            hook = memory.o_proj.register_forward_hook(lambda _, __, y: torch.zeros_like(y))
-            hooks.callback(hook.remove)
-        yield
 
 
 class Sums:
