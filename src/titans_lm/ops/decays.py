@@ -45,9 +45,8 @@ def decays(theta: Tensor, eta: Tensor, alpha: Tensor, present: Tensor | None) ->
     m, s = columns[:, None].expand(-1, size, -1)  # before the first token: W' is all of M, S all of S
     for t, (here, written) in enumerate(zip(in_weights.unbind(0), in_momentum.unbind(0), strict=True)):
         s = written.addcmul_(s, eta[t])  # S_t = eta_t S_{t-1} + what t writes
-        m = torch.addcmul(
-            s if present is None else s * present[t], m, a[t], out=here
-        )  # M_t = (1 - alpha_t) M_{t-1} + S_t
+        added = s if present is None else s * present[t]
+        m = torch.addcmul(added, m, a[t], out=here)  # M_t = (1 - alpha_t) M_{t-1} + S_t
     w, s = (x.transpose(0, 1).unflatten(0, lead) for x in (in_weights, in_momentum))  # [..., C, 2 + C]
     left = Decays(a=w[..., :1], b=w[..., 1:2], e=s[..., 1:2], d=w[..., 2:], em=s[..., -1, 2:, None])
     left = Decays(*(x.contiguous() for x in left))  # they are read chunk by chunk
