@@ -17,7 +17,7 @@ from titans_lm.bench.measure import Action, Contender, Meter, Setting
 from titans_lm.bench.race import Dead, Entrant, Heat, Worker
 from titans_lm.cli import main
 from titans_lm.data import byte_tokenizer
-from titans_lm.memory import memory_off
+from titans_lm.memory import memories, memory_off
 from titans_lm.ops import initial_state, memory_scan
 
 SMALL_OP = {"rows": 1, "tokens": 32, "hidden": 16, "chunk": 8, "form": "plain"}
@@ -246,7 +246,7 @@ def test_a_memory_left_out_learns_nothing_and_comes_back():
         before = net(tokens).logits
         with memory_off(net):
             net(tokens).logits.sum().backward()
-        grads = [p.grad for m in model.lm.memories(net) for p in m.parameters()]
+        grads = [p.grad for m in memories(net) for p in m.parameters()]
         assert all(g is None or not g.any() for g in grads), kind
         assert torch.equal(net(tokens).logits, before)
 

@@ -330,16 +330,20 @@ class NeuralMemory(nn.Module):
         return self.o_proj(self.output_norm(y).flatten(-2) * torch.sigmoid(gate))
 
 
+def memories(model: nn.Module) -> list[NeuralMemory]:
+    """All that the model has."""
+    return [module for module in model.modules() if isinstance(module, NeuralMemory)]
+
+
 @contextlib.contextmanager
 def memory_off(model: nn.Module) -> Iterator[None]:
     """Every memory of the model says 0 to whatever it is asked, writes nothing, and gets no gradient."""
-    memories = [module for module in model.modules() if isinstance(module, NeuralMemory)]
     try:
-        for memory in memories:
+        for memory in memories(model):
             memory.off = True
         yield
     finally:
-        for memory in memories:
+        for memory in memories(model):
             memory.off = False
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from titans_lm import baselines
 from titans_lm.bench.measure import Setting
 from titans_lm.config import SIZES, preset
-from titans_lm.memory import NeuralMemory
+from titans_lm.memory import memories
 
 TITANS = ("mag", "mac", "mal", "lmm")
 WINDOW, FULL, MAMBA2 = "sliding window", "full attention", "mamba2"
@@ -30,10 +30,6 @@ def build(name: str, size: str, setting: Setting) -> nn.Module:
     for memory in memories(model):
         memory.backend = setting.backend  # type: ignore[assignment]
     return model
-
-
-def memories(model: nn.Module) -> list[NeuralMemory]:
-    return [m for m in model.modules() if isinstance(m, NeuralMemory)]
 
 
 def parameters(model: nn.Module) -> int:

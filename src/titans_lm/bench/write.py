@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from titans_lm.bench import lm
 from titans_lm.bench.measure import Action, Contender, Setting
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.checkpoint import MODEL_HELP, find, load
 from titans_lm.data import encode, read_text, stdlib_files
-from titans_lm.memory import memory_off
+from titans_lm.memory import memories, memory_off
 from titans_lm.model import TitansForCausalLM
 from titans_lm.tasks.haystack import NOISE
 
@@ -66,7 +65,7 @@ def reading(options: dict[str, Any], setting: Setting) -> Contender:
     text = TEXTS[name](options["tokens"]) if name in TEXTS else read_text(name)
     ids = torch.as_tensor(encode(tokenizer, text))[: options["tokens"]].to(setting.device)
     model.to(setting.device)
-    for memory in lm.memories(model):
+    for memory in memories(model):
         memory.backend, memory.threshold = setting.backend, options["threshold"]  # type: ignore[assignment]
     without = options["without"]
     written = None if without else share_written(model, ids[:PIECE], options["threshold"])
@@ -97,7 +96,7 @@ def share_written(model: TitansForCausalLM, ids: Tensor, threshold: float | None
         return 1.0
     found: list[Tensor] = []
     with contextlib.ExitStack() as hooks:
-        predictors = [m.predictor for m in lm.memories(model) if m.predictor is not None]
+        predictors = [m.predictor for m in memories(model) if m.predictor is not None]
         for predictor in predictors:
             hook = predictor.register_forward_hook(lambda _, __, error: found.append(error > threshold))
             hooks.callback(hook.remove)

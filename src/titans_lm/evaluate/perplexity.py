@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 
 from titans_lm.checkpoint import MODEL_HELP, load
 from titans_lm.data import encode, is_bytes, text_files, text_pieces
-from titans_lm.memory import NeuralMemory, memory_off
+from titans_lm.memory import memories, memory_off
 from titans_lm.model import TitansForCausalLM
 from titans_lm.reader import PIECE
 from titans_lm.record import command_line, provenance, write_json
@@ -93,11 +93,7 @@ def check_modes(model: TitansForCausalLM, modes: Sequence[str]) -> None:
 
 def possible_modes(model: TitansForCausalLM) -> list[str]:
     """Attention alone can be reset too."""
-    return [mode for mode in MODES if mode in ("on", "reset") or any(_memories(model))]
-
-
-def _memories(model: TitansForCausalLM) -> list[NeuralMemory]:
-    return [module for module in model.modules() if isinstance(module, NeuralMemory)]
+    return [mode for mode in MODES if mode in ("on", "reset") or any(memories(model))]
 
 
 @torch.no_grad()
