@@ -230,7 +230,7 @@ def test_chunked_is_naive_in_outputs_and_all_gradients(case: Case):
     assert_all_close(outputs_and_gradients(x, case, "chunked"), outputs_and_gradients(x, case, "naive"))
 
 
-FORMS = ["naive", "chunked", "step", "linear"]
+FORMS = ["naive", "chunked", "native", "step", "linear"]
 
 
 @pytest.mark.parametrize("backend", ["chunked", "linear"])

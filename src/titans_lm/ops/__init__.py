@@ -13,9 +13,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from titans_lm.ops.chunked import KEPT_BYTES, chunked
-from titans_lm.ops.linear import linear, obstacle
+from titans_lm.ops.linear import linear
+from titans_lm.ops.linear import obstacle as not_linear
 from titans_lm.ops.mlp import retrieve
 from titans_lm.ops.naive import naive
+from titans_lm.ops.native import native
+from titans_lm.ops.native import obstacle as not_native
 from titans_lm.ops.ragged import Layout, cleared, lay_out, left_align, restore, take
 from titans_lm.ops.step import step
 from titans_lm.ops.types import (
@@ -51,8 +54,10 @@ __all__ = [
     "where_rows",
 ]
 
-Backend = Literal["auto", "naive", "step", "linear", "chunked", "triton"]
-_FORMS: dict[str, Callable[[Call], Answer]] = {"naive": naive, "step": step, "linear": linear, "chunked": chunked}
+Backend = Literal["auto", "naive", "step", "linear", "chunked", "native", "triton"]
+_FORMS: dict[str, Callable[[Call], Answer]] = {
+    "naive": naive, "step": step, "linear": linear, "chunked": chunked, "native": native,
+}  # fmt: skip
 
 
 def resolve_backend(backend: Backend, call: Call) -> str:
@@ -62,15 +67,21 @@ def resolve_backend(backend: Backend, call: Call) -> str:
 
     Raises ValueError for a name that is not a backend, or one that cannot run this call.
     """
-    tokens, reason = call.tokens.q.shape[1], obstacle(call)
+    tokens, reason = call.tokens.q.shape[1], not_linear(call)
     if backend == "auto":
-        return "step" if tokens == 1 else "linear" if tokens > 1 and reason is None else "chunked"
+        if tokens > 1 and reason is None:
+            return "linear"
+        if not torch.compiler.is_compiling() and not_native(call) is None:
+            return "native"
+        return "step" if tokens == 1 else "chunked"
     if backend not in (*_FORMS, "triton"):
         raise ValueError(f"backend={backend!r} is not one of: auto, {', '.join(_FORMS)}, triton")
     if backend == "step" and tokens != 1:
         raise ValueError(f'backend="step" decodes one token, got T={tokens}; use "chunked"')
     if backend == "linear" and reason is not None:
         raise ValueError(f'backend="linear" {reason}; use "chunked"')
+    if backend == "native" and (reason := not_native(call)) is not None:
+        raise ValueError(f'backend="native" {reason}; use "chunked"')
     return backend
 
 
@@ -116,7 +127,7 @@ def memory_scan(
     if mask is not None:
         call = call._replace(tokens=Tokens(*(cleared(x, mask) for x in call.tokens)))
     name, dtype = resolve_backend(backend, call), state.weights[0].dtype
-    as_they_are = 3 if name in ("triton", "chunked") else 0  # q, k, v in bfloat16 are kept in it
+    as_they_are = 3 if name in ("triton", "chunked", "native") else 0  # q, k, v in bfloat16 are kept in it
     tokens = Tokens(*call.tokens[:as_they_are], *(x.to(dtype) for x in call.tokens[as_they_are:]))
     if form.norm is not None:
         form = form._replace(norm=(form.norm[0].to(dtype), form.norm[1].to(dtype)))

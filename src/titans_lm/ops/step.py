@@ -4,6 +4,7 @@ Rows are `R` = B * H here, one for each row and head.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,10 +21,34 @@ Layers = tuple[Tensor, ...]
 
 def step(call: Call) -> Answer:
     """As `naive`, for T = 1. Where gradients are asked for it is a chunk: only that has a backward pass of its own."""
-    (q, k, v, *gates), state, chunk_size, form, mask, surprise, _ = call
-    inputs = (*call.tokens, *itertools.chain(*state[:3]), *(form.norm or ()))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        return chunked(call)
+    return chunked(call) if wants_gradients(call) else one_token(call, _advance)
+
+
+def wants_gradients(call: Call) -> bool:
+    inputs = (*call.tokens, *itertools.chain(*call.state[:3]), *(call.form.norm or ()))
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+Advanced = tuple[Tensor, Layers, Layers, Surprise | None]
+"""y `[B, 1, H, V]`, weights and momentum after the token, and its surprise if asked for; padding is not yet padding."""
+
+
+def one_token(call: Call, advance: Callable[[Call, Layers], Advanced]) -> Answer:
+    """`step`, of which `advance` does what is to be done at the anchor it is given."""
+    state, mask = call.state, call.mask
+    anchor = _choose(state.position == 0, state.weights, state.anchor)
+    y, weights, momentum, seen = advance(call, anchor)
+    position = (state.position + 1) % call.chunk_size
+    if mask is not None:
+        here, y = mask[:, 0], y * mask[:, :, None, None]
+        weights, momentum = where_rows(here, weights, state.weights), where_rows(here, momentum, state.momentum)
+        position = torch.where(here, position, state.position)
+        seen = None if seen is None else Surprise(*(x * mask[..., None] for x in seen))
+    return y, MemoryState(_choose(position == 0, weights, anchor), weights, momentum, position), seen
+
+
+def _advance(call: Call, anchor: Layers) -> Advanced:
+    (q, k, v, *gates), state, form = call.tokens, call.state, call.form
     batch, _, heads, _ = q.shape
     rows = batch * heads
     q, k, v = (x.reshape(rows, 1, -1) for x in (q, k, v))
@@ -31,9 +56,8 @@ def step(call: Call) -> Answer:
     if form.norm is not None:
         weight, bias = (x.expand(batch, *x.shape).reshape(rows, 1, -1) for x in form.norm)
         form = form._replace(norm=(weight, bias))
-    anchor = _choose(state.position == 0, state.weights, state.anchor)
     key = key_pass(k, v, [w.flatten(0, 1) for w in anchor], form)
-    seen = _surprise(key, mask, batch) if surprise else None
+    seen = _surprise(key, batch) if call.surprise else None
     if form.threshold is not None:
         theta = theta * (key.loss() > form.threshold)
     new = [
@@ -42,12 +66,7 @@ def step(call: Call) -> Answer:
     ]
     y = _read(q, [w for w, _ in new], form).view(batch, 1, heads, -1)
     weights, momentum = (tuple(x.unflatten(0, (batch, heads)) for x in part) for part in zip(*new, strict=True))
-    position = (state.position + 1) % chunk_size
-    if mask is not None:
-        here, y = mask[:, 0], y * mask[:, :, None, None]
-        weights, momentum = where_rows(here, weights, state.weights), where_rows(here, momentum, state.momentum)
-        position = torch.where(here, position, state.position)
-    return y, MemoryState(_choose(position == 0, weights, anchor), weights, momentum, position), seen
+    return y, weights, momentum, seen
 
 
 def _choose(rows: Tensor, yes: Layers, no: Layers) -> Layers:
@@ -99,8 +118,7 @@ def key_pass(k: Tensor, v: Tensor, anchor: list[Tensor], form: MemoryForm) -> Ke
     return KeyPass(x, g, output.error)
 
 
-def _surprise(key: KeyPass, mask: Tensor | None, batch: int) -> Surprise:
+def _surprise(key: KeyPass, batch: int) -> Surprise:
     squares = [a.square().sum(-1) * b.square().sum(-1) for a, b in zip(key.x, key.g, strict=True)]
     norm = torch.stack(squares).sum(0).sqrt()
-    loss, norm = (x.view(batch, 1, -1) for x in (key.loss(), norm))
-    return Surprise(loss, norm) if mask is None else Surprise(loss * mask[..., None], norm * mask[..., None])
+    return Surprise(*(x.view(batch, 1, -1) for x in (key.loss(), norm)))
