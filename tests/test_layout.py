@@ -36,6 +36,7 @@ WITHIN_OPS = [
     ["group"],
     ["chunked"],
     ["step", "linear"],
+    ["native"],
     ["kernel_mlp"],
     ["kernels"],
     ["triton"],

@@ -81,9 +81,9 @@ def test_what_linear_does_not_read_is_named(reason: str):
 
 def test_auto_reads_a_linear_memory_with_chunk_one_by_linear():
     calls = [make_call(Case(**LINEAR, tokens=tokens)) for tokens in (0, 1, 2)]
-    assert [resolve_backend("auto", call) for call in calls] == ["chunked", "step", "linear"]
+    assert [resolve_backend("auto", call) for call in calls] == ["native", "native", "linear"]
     for name, other in (("depth", 2), ("chunk", 2), ("residual", True), ("clip", 0.7), ("threshold", 0.0)):
-        assert resolve_backend("auto", make_call(Case(**LINEAR | {name: other}, tokens=2))) == "chunked", name
+        assert resolve_backend("auto", make_call(Case(**LINEAR | {name: other}, tokens=2))) == "native", name
 
 
 # ------------------------------------------------------------------------------------------------ memory

@@ -14,6 +14,7 @@ from test_ops import (
     Case,
     assert_all_close,
     covering_cases,
+    in_chunks,
     law,
     make_inputs,
     name_of,
@@ -33,13 +34,17 @@ LONG_CASES = covering_cases(
 SHORT = 5
 
 
+@in_chunks
 @pytest.mark.parametrize("case", LONG_CASES, ids=name_of)
-def test_a_chunk_read_in_parts_is_naive_in_outputs_and_all_gradients(case: Case, monkeypatch: pytest.MonkeyPatch):
+def test_a_chunk_read_in_parts_is_naive_in_outputs_and_all_gradients(
+    case: Case, backend: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(ops_chunked, "LONGEST", SHORT)
     x = make_inputs(case)
-    assert_all_close(outputs_and_gradients(x, case, "chunked"), outputs_and_gradients(x, case, "naive"))
+    assert_all_close(outputs_and_gradients(x, case, backend), outputs_and_gradients(x, case, "naive"))
 
 
+@in_chunks
 @law
 @given(
     case=small_cases,
@@ -48,13 +53,13 @@ def test_a_chunk_read_in_parts_is_naive_in_outputs_and_all_gradients(case: Case,
     cuts=st.lists(st.integers(0, 40), max_size=4),
     seed=st.integers(0, 99),
 )
-def test_cut_a_long_chunk_anywhere(case: Case, chunk: int, longest: int, cuts: list[int], seed: int):
+def test_cut_a_long_chunk_anywhere(backend: str, case: Case, chunk: int, longest: int, cuts: list[int], seed: int):
     case = case._replace(chunk=chunk)
     x = make_inputs(case, seed=seed)
-    whole = named(*scan(x, case, backend="chunked"))
+    whole = named(*scan(x, case, backend=backend))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops_chunked, "LONGEST", longest)
-        assert_all_close(scan_in_pieces(x, case, cuts), whole)
+        assert_all_close(scan_in_pieces(x, case, cuts, backend), whole)
 
 
 def groups_kept(tokens: int, chunk: int, kept_bytes: int, monkeypatch: pytest.MonkeyPatch) -> int:

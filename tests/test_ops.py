@@ -36,6 +36,7 @@ from titans_lm.ops import (
 from titans_lm.ops.decays import Decays, back_decays, decays
 from tolerance import assert_close
 
+ops = importlib.import_module("titans_lm.ops")
 ops_chunked = importlib.import_module("titans_lm.ops.chunked")  # its name in the package is the function's
 ops_linear = importlib.import_module("titans_lm.ops.linear")
 B, H, K, HIDDEN = 2, 2, 4, 6
@@ -224,16 +225,27 @@ def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 # ------------------------------------------------------------------------------------------------ forms agree
 
 
+in_chunks = pytest.mark.parametrize("backend", ["chunked", "native"])
+any_length = pytest.mark.parametrize("backend", ["chunked", "native", "linear"])
+forms_and_norms = pytest.mark.parametrize(
+    ("residual", "backend"),
+    [(False, "chunked"), (True, "chunked"), (False, "native"), (True, "native"), (False, "linear")],
+)
+law_of_chunks = pytest.mark.parametrize("backend", ["auto", "chunked"])
+"""Of any case: "auto" is "native", and "linear" where that can run."""
+
+
+@in_chunks
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_chunked_is_naive_in_outputs_and_all_gradients(case: Case):
+def test_chunked_is_naive_in_outputs_and_all_gradients(case: Case, backend: str):
     x = make_inputs(case)
-    assert_all_close(outputs_and_gradients(x, case, "chunked"), outputs_and_gradients(x, case, "naive"))
+    assert_all_close(outputs_and_gradients(x, case, backend), outputs_and_gradients(x, case, "naive"))
 
 
 FORMS = ["naive", "chunked", "native", "step", "linear"]
 
 
-@pytest.mark.parametrize("backend", ["chunked", "linear"])
+@any_length
 def test_keys_and_queries_may_have_any_length(backend: str):
     case = able(Case(tokens=40), backend)
     x = make_inputs(case)
@@ -259,12 +271,11 @@ def test_one_token_is_the_same_in_every_form(case: Case):
     case = case._replace(tokens=1)
     x = make_inputs(case)
     expected = outputs_and_gradients(x, case, "naive")
-    assert_all_close(outputs_and_gradients(x, case, "step"), expected)
-    assert_all_close(outputs_and_gradients(x, case, "chunked"), expected)
+    for backend in ("step", "chunked", "native"):
+        assert_all_close(outputs_and_gradients(x, case, backend), expected)
     outputs = named(*scan(x, case, backend="naive"))
-    assert_all_close(
-        named(*scan(x, case, backend="step")), outputs
-    )  # what decoding runs, where nothing asks for gradients
+    for backend in ("step", "native"):  # what decoding runs, where nothing asks for gradients
+        assert_all_close(named(*scan(x, case, backend=backend)), outputs)
 
 
 def assert_untouched(state: MemoryState, before: MemoryState) -> None:
@@ -276,7 +287,7 @@ def assert_untouched(state: MemoryState, before: MemoryState) -> None:
         assert all(torch.equal(got[row], had[row]) for got, had in zip(state.anchor, anchor, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["auto", "naive", "chunked", "linear"])
+@pytest.mark.parametrize("backend", ["auto", "naive", "chunked", "native", "linear"])
 @pytest.mark.parametrize("case", CASES[:8], ids=name_of)
 def test_no_tokens_leave_the_memory_as_it_was(case: Case, backend: str):
     case = able(case._replace(tokens=0), backend)
@@ -289,7 +300,7 @@ def test_no_tokens_leave_the_memory_as_it_was(case: Case, backend: str):
 
 @pytest.mark.parametrize("case", CASES[:8], ids=name_of)
 def test_numbers_do_not_depend_on_whether_gradients_are_on(case: Case):
-    for backend in ("naive", "chunked", "linear"):
+    for backend in ("naive", "chunked", "native", "linear"):
         case = able(case._replace(tokens=21), backend)
         x = make_inputs(case)
         expected = outputs_and_gradients(x, case, backend)
@@ -298,7 +309,7 @@ def test_numbers_do_not_depend_on_whether_gradients_are_on(case: Case):
         assert_all_close(actual, {name: expected[name] for name in actual})
 
 
-@pytest.mark.parametrize(("residual", "backend"), [(False, "chunked"), (True, "chunked"), (False, "linear")])
+@forms_and_norms
 @pytest.mark.parametrize("mask", ["none", "random"])
 def test_gradcheck(residual: bool, mask: str, backend: str):
     case = Case(2, 3, 7, residual, clip=0.7 if residual else None, mask=mask, start="ragged", gates="alpha")
@@ -318,11 +329,12 @@ def test_gradcheck(residual: bool, mask: str, backend: str):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("chunk", [1, 16, 64])
 @pytest.mark.parametrize("depth", [1, 4])
-def test_chunked_in_float32_is_near_naive_in_float64(depth: int, chunk: int, residual: bool):
+@in_chunks
+def test_chunked_in_float32_is_near_naive_in_float64(backend: str, depth: int, chunk: int, residual: bool):
     case = Case(depth, chunk, 40, residual, clip=1.0, gates="all", mask="random", start="ragged")
     x = make_inputs(case, torch.float32)
     wide = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
-    assert_all_close(outputs_and_gradients(x, case, "chunked"), outputs_and_gradients(wide, case, "naive"))
+    assert_all_close(outputs_and_gradients(x, case, backend), outputs_and_gradients(wide, case, "naive"))
 
 
 # ------------------------------------------------------------------------------------------------ cut, mask, rows
@@ -345,33 +357,35 @@ small_cases = st.builds(
 small_cases |= small_cases.map(lambda case: able(case, "linear"))
 
 
-def scan_in_pieces(x: dict[str, Tensor], case: Case, cuts: list[int]) -> dict[str, Tensor]:
+def scan_in_pieces(x: dict[str, Tensor], case: Case, cuts: list[int], backend: str = "auto") -> dict[str, Tensor]:
     state, parts = make_state(x, case), []
     for start, end in itertools.pairwise([0, *sorted(min(cut, case.tokens) for cut in cuts), case.tokens]):
-        y, state, surprise = scan(x, case, state, slice(start, end))
+        y, state, surprise = scan(x, case, state, slice(start, end), backend=backend)
         parts.append((y, *surprise))
     y, loss, norm = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     return named(y, state, (loss, norm))
 
 
+@law_of_chunks
 @law
 @given(case=small_cases, cuts=st.lists(st.integers(0, 40), max_size=6), seed=st.integers(0, 99))
-def test_cut_anywhere(case: Case, cuts: list[int], seed: int):
+def test_cut_anywhere(backend: str, case: Case, cuts: list[int], seed: int):
     x = make_inputs(case, seed=seed)
-    assert_all_close(scan_in_pieces(x, case, cuts), named(*scan(x, case)))
+    assert_all_close(scan_in_pieces(x, case, cuts, backend), named(*scan(x, case, backend=backend)))
 
 
-@pytest.mark.parametrize("backend", ["chunked", "linear"])
+@any_length
 def test_gradients_cross_a_cut(backend: str):
     case = able(Case(2, 4, 23, residual=True, mask="random", start="ragged"), backend)
     x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
-    whole, pieces = named(*scan(x, case)), scan_in_pieces(x, case, [1, 2, 9, 16])
+    whole, pieces = named(*scan(x, case, backend=backend)), scan_in_pieces(x, case, [1, 2, 9, 16], backend)
     assert_all_close(gradients(pieces, x), gradients(whole, x))
 
 
+@law_of_chunks
 @law
 @given(case=small_cases, junk=st.integers(1, 20), scale=st.sampled_from([1.0, 1e4]), seed=st.integers(0, 99))
-def test_masked_tokens_are_invisible(case: Case, junk: int, scale: float, seed: int):
+def test_masked_tokens_are_invisible(backend: str, case: Case, junk: int, scale: float, seed: int):
     case = case._replace(mask="none")
     x = make_inputs(case, seed=seed)
     place = torch.stack([torch.randperm(case.tokens + junk)[: case.tokens].sort().values for _ in range(B)])
@@ -382,7 +396,7 @@ def test_masked_tokens_are_invisible(case: Case, junk: int, scale: float, seed: 
         mixed[name] = garbage.index_put((row, place), x[name]).requires_grad_()
     mixed["mask"] = torch.zeros(B, case.tokens + junk, dtype=torch.bool).index_put((row, place), torch.tensor(True))
 
-    actual, expected = named(*scan(mixed, case)), named(*scan(x, case))
+    actual, expected = named(*scan(mixed, case, backend=backend)), named(*scan(x, case, backend=backend))
     grads = gradients(actual, mixed)
     for name in ("y", "loss", "gradient_norm"):
         assert not actual[name][~mixed["mask"]].any(), f"{name} of a masked token is not 0"
@@ -422,15 +436,16 @@ def test_a_call_of_padding_alone_changes_nothing(backend: str):
     assert_untouched(state, make_state(x, case))
 
 
+@law_of_chunks
 @law
 @given(case=small_cases, row=st.integers(0, B - 1), seed=st.integers(0, 99))
-def test_rows_and_heads_are_independent(case: Case, row: int, seed: int):
+def test_rows_and_heads_are_independent(backend: str, case: Case, row: int, seed: int):
     x = make_inputs(case, seed=seed)
     one = slice(row, row + 1)  # row 0 and head 0, or row 1 and head 1
     alone = {name: value[one] for name, value in x.items()}
     for name in alone.keys() - {"position", "mask", "norm_weight", "norm_bias"}:
         alone[name] = alone[name][:, :, one] if name in TOKENS else alone[name][:, one]
-    whole, actual = named(*scan(x, case)), named(*scan(alone, case))
+    whole, actual = named(*scan(x, case, backend=backend)), named(*scan(alone, case, backend=backend))
     for name, value in whole.items():
         expected = value[one]
         if name in ("y", "loss", "gradient_norm"):
@@ -497,21 +512,22 @@ def test_left_aligned_tokens_are_restored():
 # ------------------------------------------------------------------------------------------------ causality
 
 
+@law_of_chunks
 @law
 @given(case=small_cases, token=st.integers(0, 39), seed=st.integers(0, 99))
-def test_a_token_does_not_change_what_came_before(case: Case, token: int, seed: int):
+def test_a_token_does_not_change_what_came_before(backend: str, case: Case, token: int, seed: int):
     token = token % case.tokens
     x = make_inputs(case, seed=seed)
     other = make_inputs(case, seed=seed + 100)
     changed = dict(x)
     for name in TOKENS:
         changed[name] = torch.cat([x[name][:, :token], other[name][:, token:]], 1)
-    before, after = named(*scan(x, case)), named(*scan(changed, case))
+    before, after = named(*scan(x, case, backend=backend)), named(*scan(changed, case, backend=backend))
     for name in ("y", "loss", "gradient_norm"):
         assert torch.equal(before[name][:, :token], after[name][:, :token]), name
 
 
-@pytest.mark.parametrize(("residual", "backend"), [(False, "chunked"), (True, "chunked"), (False, "linear")])
+@forms_and_norms
 @pytest.mark.parametrize("mask", ["none", "random"])
 def test_no_gradient_comes_from_the_future(residual: bool, mask: str, backend: str):
     case = able(Case(2, 4, 11, residual, mask=mask, start="same"), backend)
@@ -529,15 +545,16 @@ def test_no_gradient_comes_from_the_future(residual: bool, mask: str, backend: s
 # ------------------------------------------------------------------------------------------------ arguments
 
 
+@in_chunks
 @pytest.mark.parametrize("case", CASES[:6], ids=name_of)
-def test_a_token_reads_the_memory_after_its_own_write(case: Case):
+def test_a_token_reads_the_memory_after_its_own_write(case: Case, backend: str):
     case = case._replace(tokens=1, mask="none")
     x = make_inputs(case)
-    y, state, _ = scan(x, case, backend="chunked")
+    y, state, _ = scan(x, case, backend=backend)
     assert_close(y, retrieve(x["q"], state.weights, make_form(x, case)))
 
 
-@pytest.mark.parametrize("backend", ["naive", "chunked"])
+@pytest.mark.parametrize("backend", ["naive", "chunked", "native"])
 def test_below_the_threshold_nothing_is_written(backend: str):
     case = Case(tokens=13, threshold=float("inf"), start="ragged")
     x = make_inputs(case)
@@ -590,15 +607,21 @@ def test_chunks_that_write_nothing_cost_less_and_change_no_number(depth: int, re
     token = torch.arange(case.tokens)[None, :, None]
     x["theta"] = x["theta"] * ((token // 4) % 3 == 1)
     actual, some = read_only(x, case, "chunked")
-    assert_all_close(actual, read_only(x, case, "naive")[0])
+    expected, _ = read_only(x, case, "naive")
+    assert_all_close(actual, expected)
+    assert_all_close(read_only(x, case, "native")[0], expected)
     _, _, surprise = scan(x, case, backend="chunked")
     case = case._replace(threshold=float((surprise.loss * (x["theta"] > 0)).amax()) * 0.5)
     actual, few = read_only(x, case, "chunked")
-    assert_all_close(actual, read_only(x, case, "naive")[0])
+    expected, _ = read_only(x, case, "naive")
+    assert_all_close(actual, expected)
+    assert_all_close(read_only(x, case, "native")[0], expected)
     case = case._replace(threshold=float("inf"))
     x["theta"][:] = 0.0
     actual, none = read_only(x, case, "chunked")
-    assert_all_close(actual, read_only(x, case, "naive")[0])
+    expected, _ = read_only(x, case, "naive")
+    assert_all_close(actual, expected)
+    assert_all_close(read_only(x, case, "native")[0], expected)
     assert none < min(some, few) <= max(some, few) <= every
     assert mask == "random" or max(some, few) < every  # a mask moves tokens between chunks
 
@@ -629,10 +652,12 @@ def make_call(case: Case) -> Call:
     return Call(tokens, make_state(x, case), case.chunk, make_form(x, case), x.get("mask"), False, 0)
 
 
-def test_auto_decodes_one_token_by_step_and_reads_more_by_chunks():
+def test_auto_reads_by_compiled_code_and_without_it_one_token_by_step_and_more_by_chunks(monkeypatch):
     calls = [make_call(Case(tokens=tokens)) for tokens in (0, 1, 2)]
-    assert [resolve_backend("auto", call) for call in calls] == ["chunked", "step", "chunked"]
+    assert [resolve_backend("auto", call) for call in calls] == ["native"] * 3
     assert resolve_backend("naive", calls[1]) == "naive"
+    monkeypatch.setattr(ops, "not_native", lambda call: "is not there")  # noqa: ARG005
+    assert [resolve_backend("auto", call) for call in calls] == ["chunked", "step", "chunked"]
 
 
 def test_a_memory_that_has_read_nothing():
@@ -667,8 +692,11 @@ def test_bfloat16_tokens_keep_a_float32_state(backend: str, residual: bool):
     assert_all_close(actual, expected)
 
 
+@in_chunks
 @pytest.mark.parametrize("start", ["boundary", "ragged"])
-def test_bfloat16_tokens_are_kept_in_it_for_training_and_their_gradients_are_those_of_their_values(start: str):
+def test_bfloat16_tokens_are_kept_in_it_for_training_and_their_gradients_are_those_of_their_values(
+    start: str, backend: str
+):
     case = Case(tokens=40, start=start)
     x = make_inputs(case, torch.float32)
     half = x | {name: x[name].bfloat16() for name in "qkv"}
@@ -679,7 +707,7 @@ def test_bfloat16_tokens_are_kept_in_it_for_training_and_their_gradients_are_tho
         leaves = x | {name: x[name].requires_grad_() for name in "qkv"}
         kept: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: [kept.append(t), t][1], lambda t: t):
-            y, *_ = scan(leaves, case, backend="chunked")
+            y, *_ = scan(leaves, case, backend=backend)
         tokens = [t.dtype for t in kept if t.is_floating_point() and t.dim() == 4 and t.shape[2:] in shapes]
         assert set(tokens) == {x["q"].dtype}
         found.append(torch.autograd.grad(y.float().sin().sum(), [leaves[name] for name in "qkv"]))
@@ -738,7 +766,7 @@ def test_training_keeps_no_weights_per_chunk(monkeypatch):
     assert many <= 2 * few + 2
 
 
-@pytest.mark.parametrize("backend", ["chunked", "linear"])
+@any_length
 @pytest.mark.parametrize("mask", ["none", "random"])
 def test_kept_and_computed_again_are_the_same(mask: str, backend: str, monkeypatch):
     case = able(Case(tokens=4 * 9 + 1, mask=mask, start="ragged", residual=True, clip=0.7), backend)
@@ -819,7 +847,7 @@ def test_a_wrong_shape_is_named(message: str):
         ("clip must be above 0 or None, got 0.0", {"form": MemoryForm(clip=0.0)}),
         ("activation='relu'", {"form": MemoryForm(activation="relu")}),
         ("residual form needs V == K, got K=4, V=5", {"form": MemoryForm(norm=(torch.ones(H, 5), torch.ones(H, 5)))}),
-        ("backend='fast' is not one of: auto, naive, step, linear, chunked, triton", {"backend": "fast"}),
+        ("backend='fast' is not one of: auto, naive, step, linear, chunked, native, triton", {"backend": "fast"}),
         ('backend="step" decodes one token, got T=5', {"backend": "step"}),
     ],
 )

@@ -14,6 +14,7 @@ from conftest import VOCABULARY, assert_bitwise, state_tensors, tiny_config
 from titans_lm import Reader, TitansForCausalLM, TitansState
 from titans_lm.cli import main
 from titans_lm.data import byte_tokenizer
+from titans_lm.memory import memories
 from tolerance import assert_close, relative_error
 
 BOOK = "It was a dark and stormy night; the rain fell in torrents. " * 12
@@ -207,6 +208,8 @@ def test_what_is_not_written_costs_a_reader_less():
     def operations(threshold: float | None) -> int:
         torch.manual_seed(0)
         model = TitansForCausalLM(tiny_config("mag", surprise_threshold=threshold)).requires_grad_(False)
+        for memory in memories(model):
+            memory.backend = "chunked"  # whose operations the counter sees
         with FlopCounterMode(display=False) as counter:
             *_, last = Reader(model).reading(
                 torch.randint(VOCABULARY, (100,), generator=torch.Generator().manual_seed(0))

@@ -60,7 +60,7 @@ def seed():
 # ------------------------------------------------------------------------------------------------ linear memories
 
 
-chunk_one = pytest.mark.parametrize("backend", ["linear", "chunked"])
+chunk_one = pytest.mark.parametrize("backend", ["linear", "chunked", "native"])
 """The forms that read a linear memory with chunk 1."""
 
 

@@ -11,9 +11,11 @@ import itertools
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,7 @@ def _compile(compiler: str, number: str, built: Path) -> None:
     """Beside `built`, then renamed: several processes may do so at once."""
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         made = Path(folder, built.name)
-        command = (*compiler.split(), *FLAGS, f"-DNumber={number}", str(SOURCES / "memory.cpp"), "-o", str(made))
+        command = (*shlex.split(compiler), *FLAGS, f"-DNumber={number}", str(SOURCES / "memory.cpp"), "-o", str(made))
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
@@ -126,7 +128,7 @@ class _Call(ctypes.Structure):
 class _Handed:
     """A `_Call`, and what its pointers point to."""
 
-    def __init__(self, form: MemoryForm, surprise: bool, tokens: Tokens, weights: list[Tensor], width: int):
+    def __init__(self, form: MemoryForm, surprise: bool, tokens: Tokens, weights: Sequence[Tensor], width: int):
         batch, slots, heads, _ = tokens.q.shape
         shapes = [w.shape[-2:] for w in weights]
         work = batch * heads * slots * sum(i * o for i, o in shapes)
@@ -146,8 +148,8 @@ class _Handed:
         self.alive.append(holder)
         setattr(self.call, name, address)
 
-    def give(self, **tensors: Tensor | list[Tensor] | None) -> None:
-        """Contiguous tensors of the state's dtype, or a list of them; None is a null pointer."""
+    def give(self, **tensors: Tensor | Sequence[Tensor] | None) -> None:
+        """Contiguous tensors of the state's dtype, one or several; None is a null pointer."""
         for name, given in tensors.items():
             if isinstance(given, Tensor):
                 self._point(name, given, given.data_ptr())
@@ -160,12 +162,20 @@ class _Handed:
 
 
 def _solid(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.detach().to(dtype, memory_format=torch.contiguous_format).contiguous()
+    """Its numbers one behind the other, in `dtype`."""
+    return x if x.dtype == dtype and x.is_contiguous() else x.detach().to(dtype).contiguous()
+
+
+def _solid_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """To be filled."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _handed(inputs: Inputs, span: Span) -> _Handed:
     dtype = inputs.anchor[0].dtype
-    handed = _Handed(span.form, span.surprise, Tokens(*(_solid(x, dtype) for x in inputs.tokens)), inputs.anchor, span.width)
+    handed = _Handed(
+        span.form, span.surprise, Tokens(*(_solid(x, dtype) for x in inputs.tokens)), inputs.anchor, span.width
+    )
     handed.call.at_boundary = span.at_boundary
     anchor, w, s = ([_solid(x, dtype) for x in part] for part in (inputs.anchor, *inputs.state))
     weight, bias = (None, None) if inputs.norm is None else (_solid(x, dtype) for x in inputs.norm)
@@ -180,12 +190,12 @@ def _handed(inputs: Inputs, span: Span) -> _Handed:
 def _read(handed: _Handed, inputs: Inputs, span: Span) -> tuple[tuple[Tensor | None, ...], list[list[Tensor]]]:
     """y, loss and gradient norm; last anchor, weights and momentum."""
     dtype = inputs.anchor[0].dtype
-    y, gate = torch.empty_like(inputs.tokens.v, dtype=dtype, memory_format=torch.contiguous_format), inputs.tokens.theta
-    seen = [torch.empty_like(gate, memory_format=torch.contiguous_format) if span.surprise else None for _ in range(2)]
-    states = [[torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs.anchor] for _ in range(3)]
+    y, gate = _solid_like(inputs.tokens.v, dtype), inputs.tokens.theta
+    seen = [_solid_like(gate, dtype) if span.surprise else None for _ in range(2)]
+    states = [[_solid_like(x, dtype) for x in inputs.anchor] for _ in range(3)]
     handed.give(y=y, loss=seen[0], gradient_norm=seen[1], last_anchor=states[0], new_w=states[1], new_s=states[2])
     handed.run("titans_read")
-    return (y, *seen), states
+    return (y.to(inputs.tokens.v.dtype), *seen), states
 
 
 class _ReadSpan(torch.autograd.Function):
@@ -218,11 +228,12 @@ class _ReadSpan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, y: Tensor | None, loss: Tensor | None, _: None, *states: Tensor | None) -> tuple[Any, ...]:
-        inputs, kept = Inputs.of(tuple(ctx.saved_tensors[: ctx.count])), ctx.saved_tensors[ctx.count :]
-        span, dtype = ctx.span, inputs.anchor[0].dtype
+        saved, span = ctx.saved_tensors, ctx.span
+        inputs, kept = Inputs.of(tuple(saved[: ctx.count])), saved[ctx.count :]
+        dtype = inputs.anchor[0].dtype
         handed = _handed(inputs, span)
         handed.call.group = ctx.group
-        handed.give(**({"starts": kept[0]} if ctx.group else {"traces": list(kept)}))
+        handed.give(**({"starts": kept[0]} if ctx.group else {"traces": kept}))
         by_y = torch.zeros_like(inputs.tokens.v) if y is None else y
         handed.give(by_y=_solid(by_y, dtype), by_loss=None if loss is None else _solid(loss, dtype))
         shapes = (*inputs.anchor, *inputs.state.w, *inputs.state.s)
@@ -232,15 +243,13 @@ class _ReadSpan(torch.autograd.Function):
             for x, by in zip(shapes, states, strict=True)
         ])  # fmt: skip
         handed.give(by_anchor=by_anchor, by_w=by_w, by_s=by_s)
-        solid = {"dtype": dtype, "memory_format": torch.contiguous_format}
-        by_tokens = Tokens(*(torch.empty_like(x, **solid) for x in inputs.tokens))
+        by_tokens = Tokens(*(_solid_like(x, dtype) for x in inputs.tokens))
         handed.give(**{f"by_{name}": x for name, x in by_tokens._asdict().items()})
-        by_norm = None if inputs.norm is None else tuple(torch.empty_like(x, **solid) for x in inputs.norm)
-        if by_norm is not None:
-            handed.give(by_weight=by_norm[0], by_bias=by_norm[1])
+        by_norm = (None, None) if inputs.norm is None else [_solid_like(x, dtype) for x in inputs.norm]
+        handed.give(by_weight=by_norm[0], by_bias=by_norm[1])
         handed.run("titans_back")
-        by_tokens = [by.to(x.dtype) for by, x in zip(by_tokens, inputs.tokens, strict=True)]
-        return None, None, *by_tokens, *(by_norm or (None, None)), *by_anchor, *by_w, *by_s
+        found = (by.to(x.dtype) for by, x in zip(by_tokens, inputs.tokens, strict=True))
+        return None, None, *found, *by_norm, *by_anchor, *by_w, *by_s
 
 
 def read_span(span: Span, inputs: Inputs, kept_bytes: int) -> tuple[Any, ...]:
@@ -264,16 +273,17 @@ def native(call: Call) -> Answer:
 
 
 def _advance(call: Call, anchor: Layers) -> Advanced:
-    tokens, state, dtype = call.tokens, call.state, call.state.weights[0].dtype
-    batch = len(tokens.q)
-    tokens = Tokens(*(_solid(x, dtype) for x in tokens))
-    handed = _Handed(call.form, call.surprise, tokens, list(anchor), width=1)
-    norm = (_solid(x.expand(batch, *x.shape), dtype) for x in call.form.norm or ())
-    handed.give(**dict(zip(("weight", "bias"), norm, strict=False)))
-    anchor, w, s = ([_solid(x, dtype) for x in part] for part in (anchor, state.weights, state.momentum))
+    dtype, batch = call.state.weights[0].dtype, len(call.tokens.q)
+    tokens = Tokens(*(_solid(x, dtype) for x in call.tokens))
+    handed = _Handed(call.form, call.surprise, tokens, anchor, width=1)
+    norm = call.form.norm or ()
+    handed.give(**dict(zip(("weight", "bias"), (_solid(x.expand(batch, *x.shape), dtype) for x in norm), strict=False)))
+    old = (anchor, call.state.weights, call.state.momentum)
+    handed.give(
+        **{name: [_solid(x, dtype) for x in part] for name, part in zip(("anchor", "w", "s"), old, strict=True)}
+    )
     y, seen = torch.empty_like(tokens.v), [torch.empty_like(tokens.theta) for _ in range(2 * call.surprise)]
-    weights, momentum = (tuple(torch.empty_like(x) for x in w) for _ in range(2))
-    handed.give(anchor=anchor, w=w, s=s, new_w=list(weights), new_s=list(momentum), y=y)
-    handed.give(**dict(zip(("loss", "gradient_norm"), seen, strict=False)))
+    weights, momentum = (tuple(_solid_like(x, dtype) for x in anchor) for _ in range(2))
+    handed.give(new_w=weights, new_s=momentum, y=y, **dict(zip(("loss", "gradient_norm"), seen, strict=False)))
     handed.run("titans_step")
     return y, weights, momentum, Surprise(*seen) if seen else None

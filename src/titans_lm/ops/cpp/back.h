@@ -65,8 +65,8 @@ struct BackChunk {
                                  {scores, 1, ld, dy, n.ld_out, c, Part::upper}}, Nothing<T>{}, g[l].data(), n.ld_out);
 
         // the writes, by X, and by D[C] and Em[C]
-        times_turned(n, g_l, dw, one);
-        times_turned(n, g_l, ds, two);
+        chunk.times_turned(n, g_l, dw, one);
+        chunk.times_turned(n, g_l, ds, two);
         T* last_d = &by_decays.d[(c - 1) * ld];
         for (long t = 0; t < c; ++t) {
             last_d[t] -= dot(x_l + t * n.ld_in, one + t * n.ld_in, n.in);
@@ -76,8 +76,8 @@ struct BackChunk {
         product<T, 1>(c, n.in, {{raw.data(), 1, ld, h_l, n.ld_in, c, Part::upper}}, writes, x[l].data(), n.ld_in);
 
         // the reads, by H, and by A and B
-        times_turned(n, dy, trace + n.w, one);
-        times_turned(n, dy, trace + n.s, two);
+        chunk.times_turned(n, dy, trace + n.w, one);
+        chunk.times_turned(n, dy, trace + n.s, two);
         for (long t = 0; t < c; ++t) {
             by_decays.a[t] += dot(h_l + t * n.ld_in, one + t * n.ld_in, n.in);
             by_decays.b[t] += dot(h_l + t * n.ld_in, two + t * n.ld_in, n.in);
@@ -100,12 +100,6 @@ struct BackChunk {
         Scaled<T> by_w{dw, decays.left_a(), n.ld_out};
         product<T, 1>(n.in, n.out, {{two, 1, n.ld_in, dy, n.ld_out, c}}, by_s, ds, n.ld_out);
         product<T, 1>(n.in, n.out, {{one, 1, n.ld_in, dy, n.ld_out, c}}, by_w, dw, n.ld_out);
-    }
-
-    // tokens [C, out] times (matrix [in, out])^T
-    void times_turned(const Layer& n, const T* tokens, const T* matrix, T* out) {
-        transpose(n.in, n.out, matrix, n.ld_out, chunk.turned.data(), n.ld_in);
-        product<T, 1>(plan.c, n.in, {{tokens, n.ld_out, 1, chunk.turned.data(), n.ld_in, n.out}}, Nothing<T>{}, out, n.ld_in);
     }
 
     void back_keys(T* trace, T* const* anchor, T* const* by_anchor, const T* by_loss, T* by_weight) {
@@ -135,10 +129,9 @@ struct BackChunk {
                               by_anchor[l], n.ld_out);
             else
                 product<T, 1>(n.in, n.out, {forward}, before, by_anchor[l], n.ld_out);
-            transpose(n.in, n.out, anchor[l], n.ld_out, chunk.turned.data(), n.ld_in);
-            T* dx = l ? x[l].data() : k.data();
-            product<T, 1>(c, n.in, {{z[l].data(), n.ld_out, 1, chunk.turned.data(), n.ld_in, n.out}},
-                          Scaled<T>{x[l].data(), one_, n.ld_in}, dx, n.ld_in);
+            T *dx = l ? x[l].data() : k.data(), *through_z = chunk.one.data();
+            chunk.times_turned(n, z[l].data(), anchor[l], through_z);
+            add(c, n.in, x[l].data(), through_z, dx, n.ld_in);
             if (l) add_product(c, n.in, dx, chunk.slope[l - 1].data(), z[l - 1].data(), n.ld_in);
         }
     }

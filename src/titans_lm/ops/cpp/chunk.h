@@ -72,13 +72,13 @@ struct Chunk {
     Top<T> top;
     std::vector<char> written;
     std::vector<Matrix<T>> x, h, slope;  // X_l and H_l, from the second layer on; act'(Z_l)
-    Matrix<T> turned, one, two, scores;
+    Matrix<T> turned, narrow, one, two, scores;
 
     Chunk(const Plan<T>& plan, const Form& form)
         : plan(plan), form(form), decays(plan.c), q(plan.c, plan.layers[0].in), k(plan.c, plan.layers[0].in),
           shift(plan.c, plan.layers.back().out), loss(plan.c), gradient_norm(plan.c),
           top(plan.layers.back().out, form.clip), written(plan.c, 1), turned(plan.widest, plan.widest),
-          one(plan.c, plan.widest), two(plan.c, plan.widest), scores(plan.c, plan.c) {
+          narrow(plan.widest, plan.c), one(plan.c, plan.widest), two(plan.c, plan.widest), scores(plan.c, plan.c) {
         for (const Layer& n : plan.layers) {
             x.emplace_back(plan.c, n.in);
             h.emplace_back(plan.c, n.in);
@@ -114,10 +114,8 @@ struct Chunk {
         if (!output(trace) && may_skip) return false;
         for (long l = plan.last(); l; --l) {
             const Layer &n = plan.layers[l], &below = plan.layers[l - 1];
-            transpose(n.in, n.out, anchor[l], n.ld_out, turned.data(), n.ld_in);
-            T *g = trace + n.g, *back = trace + below.back, *lower_g = trace + below.g;
-            product<T, 1>(c, n.in, {{g, n.ld_out, 1, turned.data(), n.ld_in, n.out}}, Nothing<T>{}, back, n.ld_in);
-            multiply(c, n.in, back, slope[l - 1].data(), lower_g, n.ld_in);
+            times_turned(n, trace + n.g, anchor[l], trace + below.back);
+            multiply(c, n.in, trace + below.back, slope[l - 1].data(), trace + below.g, n.ld_in);
         }
         if (form.surprise) measure(trace);
         if (form.has_threshold) clear_unwritten(trace);
@@ -128,6 +126,19 @@ struct Chunk {
     bool is_written(const T* z, long t) {
         top.of(z, shift.row(t));
         return !form.has_threshold || top.loss > T(form.threshold);
+    }
+
+    // out [C, in] = tokens [C, out] times (matrix [in, out])^T, by whichever is less to transpose.
+    void times_turned(const Layer& n, const T* tokens, const T* matrix, T* out) {
+        long c = plan.c, ld = plan.ld_c;
+        if (c * (n.in + n.out) < n.in * n.out) {
+            transpose(c, n.out, tokens, n.ld_out, turned.data(), ld);
+            product<T, 1>(n.in, c, {{matrix, n.ld_out, 1, turned.data(), ld, n.out}}, Nothing<T>{}, narrow.data(), ld);
+            transpose(n.in, c, narrow.data(), ld, out, n.ld_in);
+        } else {
+            transpose(n.in, n.out, matrix, n.ld_out, turned.data(), n.ld_in);
+            product<T, 1>(c, n.in, {{tokens, n.ld_out, 1, turned.data(), n.ld_in, n.out}}, Nothing<T>{}, out, n.ld_in);
+        }
     }
 
     // G_L of every token; whether any is written.

@@ -232,6 +232,13 @@ inline void multiply(long rows, long columns, const T* x, const T* y, T* z, long
         for (long j = 0; j < columns; ++j) z[i * ld + j] = x[i * ld + j] * y[i * ld + j];
 }
 
+// z = x + y
+template <class T>
+inline void add(long rows, long columns, const T* x, const T* y, T* z, long ld) {
+    for (long i = 0; i < rows; ++i)
+        for (long j = 0; j < columns; ++j) z[i * ld + j] = x[i * ld + j] + y[i * ld + j];
+}
+
 // z += x * y
 template <class T>
 inline void add_product(long rows, long columns, const T* x, const T* y, T* z, long ld) {

@@ -1,0 +1,182 @@
+"""The form in C++: its compiler, wide matrices, threads, and what it keeps. That it computes the same: test_ops.py."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from test_ops import (
+    TOKENS,
+    Case,
+    assert_all_close,
+    make_call,
+    make_form,
+    make_inputs,
+    make_state,
+    named,
+    outputs_and_gradients,
+    scan,
+)
+from titans_lm.ops import memory_scan, resolve_backend
+
+native = importlib.import_module("titans_lm.ops.native")  # its name in the package is the function's
+
+WIDE = [
+    Case(depth=2, chunk=64, tokens=130, width=20, hidden=37, clip=0.7, mask="random", start="ragged"),
+    Case(depth=3, chunk=16, tokens=50, width=35, hidden=24, residual=True, activation="gelu", threshold=30.0),
+    Case(depth=2, chunk=7, tokens=50, width=64, hidden=72, residual=True, clip=1.0, start="same"),
+    Case(depth=1, chunk=13, tokens=50, width=16, mask="left"),
+]
+"""More columns than a vector has numbers, more rows than a tile: whole ones, and what is left over."""
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 2**28])
+@pytest.mark.parametrize("case", WIDE)
+def test_wide_matrices_are_naive_in_outputs_and_all_gradients(case: Case, kept_bytes: int, monkeypatch):
+    def kept(x: dict[str, Tensor], case: Case, **options):
+        return scan(x, case, kept_bytes=kept_bytes, **options)
+
+    monkeypatch.setattr(importlib.import_module("test_ops"), "scan", kept)
+    x = make_inputs(case)
+    assert_all_close(outputs_and_gradients(x, case, "native"), outputs_and_gradients(x, case, "naive"))
+
+
+@pytest.mark.parametrize("case", WIDE)
+def test_wide_matrices_in_float32_are_near_naive_in_float64(case: Case):
+    x = make_inputs(case, torch.float32)
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
+    assert_all_close(outputs_and_gradients(x, case, "native"), outputs_and_gradients(wide, case, "naive"))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_large_numbers_stay_finite(activation: str):
+    case = Case(tokens=9, activation=activation, clip=1.0)
+    x = make_inputs(case, torch.float32)
+    for name in "qkv":
+        x[name] = x[name] * 1e4
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
+    assert_all_close(named(*scan(x, case, backend="native")), named(*scan(wide, case, backend="naive")))
+
+
+@pytest.mark.parametrize("why", ["no step is taken", "no loss is above the threshold"])
+def test_keys_that_nothing_is_written_by_are_not_looked_at(why: str):
+    """Where no gradients and no surprise are asked for: nan in them would be seen."""
+    case = Case(tokens=11, start="same", threshold=None if why == "no step is taken" else float("inf"))
+    x = make_inputs(case)
+    if case.threshold is None:
+        x["theta"] = torch.zeros_like(x["theta"])
+    x["k"] = torch.full_like(x["k"], float("nan"))
+    tokens = (x[name] for name in TOKENS)
+    y, state = memory_scan(*tokens, make_state(x, case), chunk_size=4, form=make_form(x, case), backend="native")
+    assert y.isfinite().all()
+    assert all(w.isfinite().all() for w in (*state.weights, *state.momentum))
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_threads_change_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "SMALL", 0)
+    case = Case(tokens=tokens, mask="random", start="ragged", residual=True)
+    x = make_inputs(case)
+    one = outputs_and_gradients(x, case, "native"), named(*scan(x, case, backend="native"))
+    torch.set_num_threads(3)
+    try:
+        three = outputs_and_gradients(x, case, "native"), named(*scan(x, case, backend="native"))
+    finally:
+        torch.set_num_threads(1)
+    for a, b in zip(one, three, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def saved_bytes(case: Case, kept_bytes: int) -> int:
+    x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        scan(x, case, backend="native", kept_bytes=kept_bytes)
+    return sum(saved.values())
+
+
+def test_training_keeps_no_more_than_it_may_and_then_grows_with_the_root_of_the_chunks():
+    case = Case(depth=2, chunk=1, width=16, hidden=32)
+    tokens = [saved_bytes(case._replace(tokens=n), 0) for n in (16**2, 64**2)]
+    inputs = 8 * (3 * 16 + 1 + 3) * 2 * 2  # of a token: q, k, v of two rows and heads, gates
+    state = [n - inputs * t for n, t in zip(tokens, (16**2, 64**2), strict=True)]
+    assert state[1] < 6 * state[0]
+    every = saved_bytes(case._replace(tokens=64), 2**28)
+    assert every > saved_bytes(case._replace(tokens=64), 0)
+
+
+# ------------------------------------------------------------------------------------------------ the compiler
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nothing is built yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for known in (native.library, native._missing):
+        known.cache_clear()
+    yield tmp_path / "titans_lm"
+    for known in (native.library, native._missing):
+        known.cache_clear()
+
+
+WITHOUT = {
+    "could not build or load .*no-such-compiler": {"CXX": "no-such-compiler"},
+    "could not be compiled by false: no message": {"CXX": "false"},
+    r"needs a C\+\+ compiler: c\+\+, g\+\+ or clang\+\+": {"CXX": "", "PATH": ""},
+}
+
+
+@pytest.mark.parametrize("reason", WITHOUT)
+def test_without_a_compiler_auto_takes_chunked_and_native_says_why(reason: str, elsewhere: Path, monkeypatch):
+    for name, value in WITHOUT[reason].items():
+        monkeypatch.setenv(name, value)
+    call = make_call(Case(tokens=5))
+    assert resolve_backend("auto", call) == "chunked"
+    with pytest.raises(ValueError, match=f'^backend="native" {reason}.*; use "chunked"$'):
+        resolve_backend("native", call)
+    assert not list(elsewhere.glob("*"))
+
+
+def test_it_is_compiled_once_and_kept(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+    native.library(torch.float32)
+    (built,) = elsewhere.iterdir()
+    assert built.stat().st_size > 0
+    native.library.cache_clear()
+    monkeypatch.setattr(native.subprocess, "run", None)  # no compiler is asked
+    native.library(torch.float32)
+
+
+def test_what_is_broken_in_the_cache_is_named(elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    native.library(torch.float32)
+    (built,) = elsewhere.iterdir()
+    broken = tmp_path / "other" / "titans_lm" / built.name
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"no library")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    native.library.cache_clear()
+    with pytest.raises(native.NotBuilt, match=str(broken)):
+        native.library(torch.float32)
+
+
+def test_the_call_is_the_same_in_both_languages():
+    """Fields of `Call` in cpp/call.h, in their order."""
+    text = (native.SOURCES / "call.h").read_text().split("struct Call {")[1].split("};")[0]
+    lines = [line.split("//")[0] for line in text.splitlines()]
+    fields = " ".join(lines).split(";")
+    names = [word.strip().split(" ")[-1].strip("*") for field in fields for word in field.split(",") if word.strip()]
+    assert names == [name for name, _ in native._Call._fields_]
+
+
+def test_other_devices_are_not_for_it():
+    call = make_call(Case(tokens=5))
+    call = call._replace(tokens=type(call.tokens)(*(x.to("meta") for x in call.tokens)))
+    assert resolve_backend("auto", call) == "chunked"
+    with pytest.raises(ValueError, match=r'^backend="native" runs on CPUs, got tensors on meta; use "chunked"$'):
+        resolve_backend("native", call)
