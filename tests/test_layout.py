@@ -11,7 +11,8 @@ SOURCE = Path(titans_lm.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 ORDER = [
-    ["ops", "recompute", "convolution", "prediction"],
+    ["ops", "recompute", "prediction"],
+    ["features"],
     ["memory", "attention"],
     ["config"],
     ["block"],
@@ -31,7 +32,7 @@ ORDER = [
 """A module imports from modules before its own line, and none of its own line."""
 WITHIN_OPS = [
     ["types", "ragged", "decays"],
-    ["naive", "mlp"],
+    ["naive", "mlp", "compiled"],
     ["chunk"],
     ["group"],
     ["chunked"],

@@ -1,6 +1,7 @@
 """The form in C++: its compiler, wide matrices, threads, and what it keeps. That it computes the same: test_ops.py."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from test_ops import (
     outputs_and_gradients,
     scan,
 )
-from titans_lm.ops import memory_scan, resolve_backend
+from titans_lm.ops import compiled, memory_scan, resolve_backend
 
 native = importlib.import_module("titans_lm.ops.native")  # its name in the package is the function's
 
@@ -76,7 +77,7 @@ def test_keys_that_nothing_is_written_by_are_not_looked_at(why: str):
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_threads_change_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(native, "SMALL", 0)
+    monkeypatch.setattr(compiled, "SMALL", 0)
     case = Case(tokens=tokens, mask="random", start="ragged", residual=True)
     x = make_inputs(case)
     one = outputs_and_gradients(x, case, "native"), named(*scan(x, case, backend="native"))
@@ -119,10 +120,10 @@ def test_training_keeps_no_more_than_it_may_and_then_grows_with_the_root_of_the_
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Nothing is built yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for known in (native.library, native._missing):
+    for known in (compiled.library, compiled._missing):
         known.cache_clear()
     yield tmp_path / "titans_lm"
-    for known in (native.library, native._missing):
+    for known in (compiled.library, compiled._missing):
         known.cache_clear()
 
 
@@ -145,32 +146,30 @@ def test_without_a_compiler_auto_takes_chunked_and_native_says_why(reason: str, 
 
 
 def test_it_is_compiled_once_and_kept(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
-    native.library(torch.float32)
+    compiled.library(torch.float32)
     (built,) = elsewhere.iterdir()
     assert built.stat().st_size > 0
-    native.library.cache_clear()
-    monkeypatch.setattr(native.subprocess, "run", None)  # no compiler is asked
-    native.library(torch.float32)
+    compiled.library.cache_clear()
+    monkeypatch.setattr(compiled.subprocess, "run", None)  # no compiler is asked
+    compiled.library(torch.float32)
 
 
 def test_what_is_broken_in_the_cache_is_named(elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    native.library(torch.float32)
+    compiled.library(torch.float32)
     (built,) = elsewhere.iterdir()
     broken = tmp_path / "other" / "titans_lm" / built.name
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"no library")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    native.library.cache_clear()
-    with pytest.raises(native.NotBuilt, match=str(broken)):
-        native.library(torch.float32)
+    compiled.library.cache_clear()
+    with pytest.raises(compiled.NotBuilt, match=str(broken)):
+        compiled.library(torch.float32)
 
 
-def test_the_call_is_the_same_in_both_languages():
-    """Fields of `Call` in cpp/call.h, in their order."""
-    text = (native.SOURCES / "call.h").read_text().split("struct Call {")[1].split("};")[0]
-    lines = [line.split("//")[0] for line in text.splitlines()]
-    fields = " ".join(lines).split(";")
-    names = [word.strip().split(" ")[-1].strip("*") for field in fields for word in field.split(",") if word.strip()]
+def test_the_structure_is_the_same_in_both_languages():
+    text = (compiled.SOURCES / "call.h").read_text().split("struct Call {")[1].split("};")[0]
+    declared = " ".join(line.split("//")[0] for line in text.splitlines())
+    names = re.findall(r"(\w+)\s*[,;]", declared)
     assert names == [name for name, _ in native._Call._fields_]
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from titans_lm.convolution import ShortConvolution, convolved
+from titans_lm.features import ShortConvolution, features
 from titans_lm.ops import (
     Activation,
     Backend,
@@ -27,7 +27,7 @@ from titans_lm.ops import (
     take,
 )
 from titans_lm.prediction import Predictor, TrainAlong
-from titans_lm.recompute import made_again, recomputed
+from titans_lm.recompute import recomputed
 
 KEPT_BYTES = 128 * 2**20
 """What a call may keep for its backward pass (`ops.memory_scan`): a model has many layers."""
@@ -300,18 +300,13 @@ class NeuralMemory(nn.Module):
         y = torch.cat([project(x) for project in (self.q_proj, self.k_proj, self.v_proj)[:count]], -1)
         past = torch.cat([torch.cat(tails, -1).to(y.dtype), y], 1)  # [B, R + T, count * I]
         convs = () if self.convs is None else tuple(conv.get_parameter("weight") for conv in self.convs)[:count]
-        filters = (torch.cat(convs),) if convs else ()
-        made = made_again(self._shaped, past, *filters)
+        filters = torch.cat(convs) if convs else None
+        made = features(past, filters, self.heads, self.head_dim, compiled=self.backend in ("auto", "native"))
         if present is None:
             after = past[:, length:] if length == 1 else past[:, length:].clone()  # else a view of all of past
         else:
             after = take(past, present.sum(1)[:, None] + torch.arange(self.tail_shape[0], device=x.device))
         return made, after.chunk(count, -1)
-
-    def _shaped(self, past: Tensor, *filters: Tensor) -> tuple[Tensor, ...]:
-        y = (convolved(past, *filters) if filters else past).unflatten(-1, (-1, self.heads, self.head_dim))
-        units, *v = y.split(2, 2)  # apart, for what is kept of v would else be as large as all three
-        return *_unit(F.silu(units)).unbind(2), *(F.silu(part.squeeze(2)) for part in v)
 
     def _gates(self, x: Tensor) -> tuple[Tensor, ...]:
         """theta, eta, alpha `[B, T, H]`, in float32 at least (section 3.2: functions of the token)."""
@@ -345,12 +340,6 @@ def memory_off(model: nn.Module) -> Iterator[None]:
     finally:
         for memory in memories(model):
             memory.off = False
-
-
-def _unit(x: Tensor) -> Tensor:
-    """L2-normalised over the last dimension, in float32 at least; finite gradient at 0."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def _is_aligned(mask: Tensor) -> bool:

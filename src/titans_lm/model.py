@@ -17,7 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 from titans_lm.attention import Rotation, rotation
 from titans_lm.block import BLOCKS, LayerState, Reading, TitansBlock
 from titans_lm.config import TitansConfig
-from titans_lm.convolution import ShortConvolution
+from titans_lm.features import ShortConvolution
 from titans_lm.memory import NeuralMemory
 from titans_lm.ops import Surprise, cleared, left_align, restore, take
 from titans_lm.state import TitansState, start_rows

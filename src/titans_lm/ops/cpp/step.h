@@ -1,8 +1,30 @@
 // One token, of one row and head: eqs. 10 to 15 as rank-one updates, each number of the state read once and written once.
 
 #pragma once
+#include <cstdint>
+
 #include "call.h"
 #include "mlp.h"
+
+#if !defined(__clang__) && defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+constexpr long STREAMED = 1 << 20;  // bytes: more of new state than this is gone from a core's cache when it is read again
+
+// Past the caches, where the machine can: then the old numbers there are not fetched first. x is aligned to a vector.
+template <class T>
+inline void stream(T* x, V<T> v) {
+#if defined(__clang__)
+    __builtin_nontemporal_store(v, reinterpret_cast<V<T>*>(x));
+#elif defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(x), reinterpret_cast<__m512i>(v));
+#elif defined(__AVX__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(x), reinterpret_cast<__m256i>(v));
+#else
+    store(x, v);
+#endif
+}
 
 template <class T>
 void add_row(long n, T scale, const T* __restrict x, T* __restrict y) {
@@ -22,18 +44,29 @@ void times(long in, long out, const T* __restrict x, const T* __restrict m, T* _
 }
 
 // W, S -> W', S' [in, out] after a token with gradient x g, and y = h W'.
-template <class T>
+template <bool STREAM, class T>
 void write_and_read(long in, long out, T theta, T eta, T keep, const T* __restrict x, const T* __restrict g,
                     const T* __restrict h, const T* __restrict w, const T* __restrict s, T* __restrict new_w,
                     T* __restrict new_s, T* __restrict y) {
     std::fill_n(y, out, T(0));
     for (long i = 0; i < in; ++i, w += out, s += out, new_w += out, new_s += out) {
         T step = theta * x[i], read = h[i];
-        for (long j = 0; j < out; ++j) {
-            T momentum = eta * s[j] - step * g[j], weight = keep * w[j] + momentum;
-            new_s[j] = momentum;
-            new_w[j] = weight;
-            y[j] += read * weight;
+        long j = 0;
+        for (; j + WIDTH<T> <= out; j += WIDTH<T>) {
+            V<T> momentum = eta * load(s + j) - step * load(g + j), weight = keep * load(w + j) + momentum;
+            if constexpr (STREAM) {
+                stream(new_s + j, momentum);
+                stream(new_w + j, weight);
+            } else {
+                store(new_s + j, momentum);
+                store(new_w + j, weight);
+            }
+            store(y + j, load(y + j) + read * weight);
+        }
+        for (; j < out; ++j) {
+            new_s[j] = eta * s[j] - step * g[j];
+            new_w[j] = keep * w[j] + new_s[j];
+            y[j] += read * new_w[j];
         }
     }
 }
@@ -43,11 +76,15 @@ struct Step {
     std::vector<long> widths;
     Activation activation;
     std::vector<std::vector<T>> x, z, g, slope;
-    std::vector<T> h, y, nothing;
+    std::vector<T> h, y;
     Top<T> top;
+    bool streams;
 
-    Step(const long* sizes, long layers, Activation activation, T clip)
+    Step(const long* sizes, long layers, Activation activation, T clip, long rows)
         : widths(sizes, sizes + layers + 1), activation(activation), top(sizes[layers], clip) {
+        long numbers = 0;
+        for (long l = 0; l < layers; ++l) numbers += 2 * rows * widths[l] * widths[l + 1];
+        streams = numbers * long(sizeof(T)) > STREAMED;
         long widest = 0;
         for (long l = 0; l < layers; ++l) {
             long in = leading<T>(widths[l]), out = leading<T>(widths[l + 1]);
@@ -57,6 +94,10 @@ struct Step {
         }
         h.resize(widest);
         y.resize(widest);
+    }
+
+    static bool is_aligned(const T* rows, long columns) {
+        return reinterpret_cast<std::uintptr_t>(rows) % VECTOR_BYTES == 0 && columns % WIDTH<T> == 0;
     }
 
     // The key, forward and back at the anchor.
@@ -88,8 +129,11 @@ struct Step {
         std::copy_n(q, widths[0], h.data());
         for (size_t l = 0; l < x.size(); ++l) {
             if (l) activate<T>(activation, 1, widths[l], y.data(), 0, h.data(), {}, {});
-            write_and_read(widths[l], widths[l + 1], theta, eta, keep, x[l].data(), g[l].data(), h.data(), w[l], s[l],
-                           new_w[l], new_s[l], y.data());
+            auto write = streams && is_aligned(new_w[l], widths[l + 1]) && is_aligned(new_s[l], widths[l + 1])
+                             ? write_and_read<true, T>
+                             : write_and_read<false, T>;
+            write(widths[l], widths[l + 1], theta, eta, keep, x[l].data(), g[l].data(), h.data(), w[l], s[l], new_w[l],
+                  new_s[l], y.data());
         }
     }
 };
@@ -104,7 +148,7 @@ struct Stepper {
     std::vector<T*> new_w, new_s;
 
     explicit Stepper(const Call<T>& call)
-        : call(call), one(call.widths, call.layers, Activation(call.activation), call.clip),
+        : call(call), one(call.widths, call.layers, Activation(call.activation), call.clip, call.batch * call.heads),
           shift(call.widths[call.layers]), anchor(call.layers), w(call.layers), s(call.layers), new_w(call.layers),
           new_s(call.layers) {}
 

@@ -1,0 +1,103 @@
+"""Queries, keys and values from their projections: compiled and eager are the same, and look at no later token."""
+
+import itertools
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+import titans_lm.features as features_module
+from titans_lm.features import _Features, convolved, features, in_eager
+from titans_lm.ops import compiled
+from tolerance import assert_close
+
+HEADS, TOKENS = 3, 11
+
+
+def inputs(parts: int, size: int, width: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor | None]:
+    torch.manual_seed(0)
+    channels = parts * HEADS * width
+    past = torch.randn(2, size - 1 + TOKENS, channels, dtype=dtype, requires_grad=True)
+    return past, torch.randn(channels, size, dtype=dtype, requires_grad=True) if size > 1 else None
+
+
+def with_gradients(made: tuple[Tensor, ...], past: Tensor, filters: Tensor | None) -> list[Tensor]:
+    torch.manual_seed(1)
+    total = sum((x * torch.randn_like(x)).sum() for x in made)
+    leaves = [past] if filters is None else [past, filters]
+    return [*made, *torch.autograd.grad(total, leaves)]
+
+
+@pytest.mark.parametrize("width", [5, 16])
+@pytest.mark.parametrize(("parts", "size"), itertools.product((1, 2, 3), (1, 2, 4)))
+def test_compiled_is_eager_in_outputs_and_gradients(parts: int, size: int, width: int):
+    past, filters = inputs(parts, size, width)
+    given = (past,) if filters is None else (past, filters)
+    made = features(past, filters, HEADS, width, compiled=True)
+    assert [tuple(x.shape) for x in made] == [(2, TOKENS, HEADS, width)] * parts
+    expected = in_eager(*given, heads=HEADS, head_dim=width)
+    for a, b in zip(*(with_gradients(x, past, filters) for x in (made, expected)), strict=True):
+        assert_close(a, b)
+
+
+def test_gradcheck_of_compiled():
+    past, filters = inputs(3, 3, 5)
+    assert torch.autograd.gradcheck(lambda *x: features(*x, HEADS, 5, compiled=True), (past, filters), fast_mode=True)
+
+
+def test_the_convolution_is_that_of_pytorch():
+    past, filters = inputs(1, 4, 5)
+    expected = torch.nn.functional.conv1d(past.mT, filters[:, None], groups=past.shape[2]).mT
+    assert_close(convolved(past, filters), expected)
+    one = past[:, :4]
+    assert_close(convolved(one, filters), expected[:, :1])
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_token_sees_itself_and_the_ones_before(is_compiled: bool):
+    past, filters = inputs(3, 3, 5)
+    for t in range(TOKENS):
+        made = features(past, filters, HEADS, 5, compiled=is_compiled)
+        (by,) = torch.autograd.grad(sum(x[:, t].sum() for x in made), past)
+        seen = by.abs().sum((0, 2)) > 0
+        assert seen.tolist() == [t <= s <= t + 2 for s in range(TOKENS + 2)]
+
+
+def test_a_silent_head_has_a_finite_gradient():
+    past = torch.zeros(1, 4, 2 * HEADS * 5, requires_grad=True)
+    made = features(past, None, HEADS, 5, compiled=True)
+    assert not any(x.any() for x in made)
+    (by,) = torch.autograd.grad(sum(x.sum() for x in made), past)
+    assert by.isfinite().all()
+
+
+@pytest.mark.parametrize("why", ["asked", "half precision", "filters of another dtype", "no compiler"])
+def test_eager_where_compiled_code_is_not_wanted_or_cannot_run(why: str, monkeypatch: pytest.MonkeyPatch):
+    past, filters = inputs(3, 3, 5, torch.bfloat16 if why == "half precision" else torch.float32)
+    if why == "filters of another dtype":
+        filters = filters.double()
+    if why == "no compiler":
+        monkeypatch.setattr(features_module, "reason_against", lambda *_: "no compiler")
+    monkeypatch.setattr(features_module, "_Compiled", None)
+    made = features(past, filters, HEADS, 5, compiled=why != "asked")
+    assert all(x.dtype == past.dtype for x in made)
+
+
+def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compiled, "SMALL", 0)
+    past, filters = inputs(3, 4, 16)
+    one = with_gradients(features(past, filters, HEADS, 16, compiled=True), past, filters)
+    torch.set_num_threads(3)
+    try:
+        three = with_gradients(features(past, filters, HEADS, 16, compiled=True), past, filters)
+    finally:
+        torch.set_num_threads(1)
+    assert all(map(torch.equal, one, three))
+
+
+def test_the_structure_is_the_same_in_both_languages():
+    text = (compiled.SOURCES / "features.h").read_text().split("struct Features {")[1].split("};")[0]
+    declared = " ".join(line.split("//")[0] for line in text.splitlines())
+    names = re.findall(r"(\w+)\s*[,;]", declared)
+    assert names == [name for name, _ in _Features._fields_]
