@@ -54,6 +54,7 @@ def test_op(tmp_path):
         check_measured(row, op.ACTIONS)
         assert all(row["actions"][a]["part_of_matmul_rate"] > 0 for a in ("forward", "training"))
     two = 22 * 64 * 16 + 4 * 8 * (64 + 16)
+    assert {row["backend"] for row in result["rows"]} == {"native"}
     assert [row["operations"] for row in result["rows"]] == [240 * two, 240 * (two + 12 * 16 * 16 + 4 * 8 * 16)]
 
 

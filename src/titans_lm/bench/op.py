@@ -17,7 +17,7 @@ from torch import Tensor
 
 from titans_lm.bench.measure import MATMUL_OPERATIONS, Action, Contender, Setting, matmul
 from titans_lm.bench.race import Entrant, Heat
-from titans_lm.ops import MemoryForm, MemoryState, initial_state, memory_scan
+from titans_lm.ops import Call, MemoryForm, MemoryState, Tokens, initial_state, memory_scan, resolve_backend
 
 HEADS, WIDTH = 6, 64
 CLIP = 1.0
@@ -146,7 +146,15 @@ def ours(options: dict[str, Any], setting: Setting, scan: Callable[..., Any] = m
             action.run(action.prepare())
 
     profile = {"profile": profiled(actions["training"])}
-    return Contender({"matmul": matmul(setting), **actions, **profile}, {"operations": shape.operations()}, warm)
+    about = {"operations": shape.operations(), "backend": backend(shape, setting, x)}
+    return Contender({"matmul": matmul(setting), **actions, **profile}, about, warm)
+
+
+def backend(shape: Shape, setting: Setting, x: Inputs) -> str:
+    """What the setting's backend is for this: "auto" chooses."""
+    state, memory = initial_state(x.first, shape.rows), form(shape.form, setting.device)
+    call = Call(Tokens(*x[:6]), state, shape.chunk, memory, None, False, 0)
+    return resolve_backend(setting.backend, call)  # type: ignore[arg-type]
 
 
 def compiled(options: dict[str, Any], setting: Setting) -> Contender:
