@@ -12,6 +12,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror src/titans_lm/ops/cpp/*
 
 demo: $(READY)
 	$(BIN)/titans demo

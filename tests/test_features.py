@@ -84,6 +84,13 @@ def test_eager_where_compiled_code_is_not_wanted_or_cannot_run(why: str, monkeyp
     assert all(x.dtype == past.dtype for x in made)
 
 
+def test_outputs_are_where_the_projections_are():
+    past, filters = inputs(3, 3, 5)
+    with torch.device("meta"):
+        made = features(past, filters, HEADS, 5, compiled=True)
+    assert all(x.device.type == "cpu" for x in made)
+
+
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compiled, "SMALL", 0)
     past, filters = inputs(3, 4, 16)

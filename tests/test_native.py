@@ -12,6 +12,7 @@ from test_ops import (
     TOKENS,
     Case,
     assert_all_close,
+    in_chunks,
     make_call,
     make_form,
     make_inputs,
@@ -49,6 +50,18 @@ def test_wide_matrices_in_float32_are_near_naive_in_float64(case: Case):
     x = make_inputs(case, torch.float32)
     wide = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
     assert_all_close(outputs_and_gradients(x, case, "native"), outputs_and_gradients(wide, case, "naive"))
+
+
+@in_chunks
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_tight_clip_where_there_is_no_gradient(backend: str, residual: bool):
+    """Padding has none: its length is 0, and a clip of at most 1/4 over the least number is more than there is."""
+    case = Case(tokens=21, residual=residual, clip=0.1, mask="random", start="ragged")
+    x = make_inputs(case, torch.float32)
+    if residual:
+        x["norm_bias"] = torch.zeros_like(x["norm_bias"])
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
+    assert_all_close(outputs_and_gradients(x, case, backend), outputs_and_gradients(wide, case, "naive"))
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
@@ -128,7 +141,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 WITHOUT = {
-    "could not build or load .*no-such-compiler": {"CXX": "no-such-compiler"},
+    "could not build or load compiled code: .*no-such-compiler": {"CXX": "no-such-compiler"},
+    "could not build or load compiled code: No closing quotation": {"CXX": 'g++ "'},
     "could not be compiled by false: no message": {"CXX": "false"},
     r"needs a C\+\+ compiler: c\+\+, g\+\+ or clang\+\+": {"CXX": "", "PATH": ""},
 }
@@ -154,7 +168,7 @@ def test_it_is_compiled_once_and_kept(elsewhere: Path, monkeypatch: pytest.Monke
     compiled.library(torch.float32)
 
 
-def test_what_is_broken_in_the_cache_is_named(elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_cannot_be_loaded_is_built_anew(elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     compiled.library(torch.float32)
     (built,) = elsewhere.iterdir()
     broken = tmp_path / "other" / "titans_lm" / built.name
@@ -162,7 +176,15 @@ def test_what_is_broken_in_the_cache_is_named(elsewhere: Path, tmp_path: Path, m
     broken.write_bytes(b"no library")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     compiled.library.cache_clear()
-    with pytest.raises(compiled.NotBuilt, match=str(broken)):
+    compiled.library(torch.float32)
+    assert broken.stat().st_size == built.stat().st_size
+
+
+def test_no_place_for_it_is_a_reason(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+    file = elsewhere.with_suffix(".txt")
+    file.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    with pytest.raises(compiled.NotBuilt, match=f"could not build or load compiled code: .*{file}"):
         compiled.library(torch.float32)
 
 

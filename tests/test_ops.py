@@ -825,6 +825,8 @@ WRONG = {
     "mask": {"mask": (B, 4)},
     "weights must chain": {"weights": (1, H, K, K)},
     "last layer gives width 4, but v has 3": {"v": (B, 5, H, 3)},
+    r"momentum must be as its weights, \[2, 2, 4, 4\] in torch.float32, got \[2, 2, 4, 5\]": {"momentum": (B, H, K, 5)},
+    r"anchor must be as its weights, .* got \[1, 2, 4, 4\]": {"anchor": (1, H, K, K)},
 }
 
 
@@ -833,10 +835,24 @@ WRONG = {
 def test_a_wrong_shape_is_named(message: str):
     shapes = dict.fromkeys(("q", "k", "v"), (B, 5, H, K)) | dict.fromkeys(("theta", "eta", "alpha"), (B, 5, H))
     shapes |= {"mask": (B, 5), "weights": (B, H, K, K)} | WRONG[message]
+    shapes = {"anchor": shapes["weights"], "momentum": shapes["weights"]} | shapes
     x = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    state = MemoryState(*[(x["weights"],)] * 3, torch.zeros(B, dtype=torch.long))
+    state = MemoryState((x["anchor"],), (x["weights"],), (x["momentum"],), torch.zeros(B, dtype=torch.long))
     with pytest.raises(ValueError, match=message):
         memory_scan(*(x[name] for name in TOKENS), state, chunk_size=4, mask=x["mask"].bool())
+
+
+@pytest.mark.usefixtures("without_shape_checker")
+def test_what_is_elsewhere_or_of_another_kind_is_named():
+    case = Case(tokens=5)
+    x = make_inputs(case)
+    for wrong, message in (
+        (x | {"momentum1": x["momentum1"].float()}, "momentum must be as its weights, .* in torch.float64, got .*"),
+        (x | {"eta": x["eta"].to("meta")}, "q is on cpu, but .* one is on meta"),
+        (x | {"weights1": x["weights1"].to("meta")}, "q is on cpu, but .* one is on meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scan(wrong, case)
 
 
 @pytest.mark.usefixtures("without_shape_checker")
@@ -848,6 +864,10 @@ def test_a_wrong_shape_is_named(message: str):
         ("activation='relu'", {"form": MemoryForm(activation="relu")}),
         ("residual form needs V == K, got K=4, V=5", {"form": MemoryForm(norm=(torch.ones(H, 5), torch.ones(H, 5)))}),
         ("backend='fast' is not one of: auto, naive, step, linear, chunked, native, triton", {"backend": "fast"}),
+        (
+            r"norm's weight and bias must be \[H, V\] = \[2, 4\], got \[4\]",
+            {"form": MemoryForm(norm=(torch.ones(K),) * 2)},
+        ),
         ('backend="step" decodes one token, got T=5', {"backend": "step"}),
     ],
 )

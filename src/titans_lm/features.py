@@ -37,8 +37,8 @@ def features(
     `past` are their projections side by side, I = 1, 2 or 3 times heads * head_dim, after those of the size - 1 tokens
     before. `compiled`: by compiled code where that can run.
     """
-    alike = filters is None or filters.dtype == past.dtype
-    if compiled and alike and not torch.compiler.is_compiling() and reason_against(past.device, past.dtype) is None:
+    alike = filters is None or (filters.dtype, filters.device) == (past.dtype, past.device)
+    if compiled and alike and reason_against(past, past.dtype) is None:
         filters = past.new_ones(past.shape[2], 1) if filters is None else filters
         make = _Compiled.apply if torch.is_grad_enabled() else _make
         return make(past, filters, heads, head_dim)
@@ -101,7 +101,7 @@ def _make(past: Tensor, filters: Tensor, heads: int, head_dim: int) -> tuple[Ten
     handed = _Made.of(past, filters, heads, head_dim)
     batch, slots, channels = past.shape
     shape = (batch, slots - filters.shape[1] + 1, heads, head_dim)
-    made = tuple(torch.empty(shape, dtype=past.dtype) for _ in range(channels // (heads * head_dim)))
+    made = tuple(past.new_empty(shape) for _ in range(channels // (heads * head_dim)))
     handed.give(made=made)
     handed.run("titans_make")
     return made

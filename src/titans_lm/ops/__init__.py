@@ -71,7 +71,7 @@ def resolve_backend(backend: Backend, call: Call) -> str:
     if backend == "auto":
         if tokens > 1 and reason is None:
             return "linear"
-        if not torch.compiler.is_compiling() and not_native(call) is None:
+        if not_native(call) is None:
             return "native"
         return "step" if tokens == 1 else "chunked"
     if backend not in (*_FORMS, "triton"):
@@ -157,6 +157,7 @@ def _check(call: Call) -> None:
     if call.mask is not None and call.mask.shape != q.shape[:2]:
         raise ValueError(f"mask must be [B, T] = {list(q.shape[:2])}, got {list(call.mask.shape)}")
     _check_weights(q, v, call.state)
+    _check_alike(call)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if form.norm is not None and v.shape[3] != q.shape[3]:
@@ -178,6 +179,25 @@ def _check_weights(q: Tensor, v: Tensor, state: MemoryState) -> None:
         width = w.shape[3]
     if width != v.shape[3]:
         raise ValueError(f"the state's last layer gives width {width}, but v has {v.shape[3]}")
+
+
+def _check_alike(call: Call) -> None:
+    """What belongs together has one shape, or one device, and a state one dtype: compiled code reads addresses."""
+    tokens, state, form = call.tokens, call.state, call.form
+    for name, part in (("anchor", state.anchor), ("momentum", state.momentum)):
+        if [(w.shape, w.dtype) for w in part] != [(w.shape, w.dtype) for w in state.weights]:
+            kinds = [f"{_shapes(*x)} in {', '.join(sorted({str(w.dtype) for w in x}))}" for x in (state.weights, part)]
+            raise ValueError(f"the state's {name} must be as its weights, {kinds[0]}, got {kinds[1]}")
+    for x in form.norm or ():
+        if x.shape != (tokens.v.shape[2], tokens.v.shape[3]):
+            raise ValueError(
+                f"the norm's weight and bias must be [H, V] = {list(tokens.v.shape[2:])}, got {list(x.shape)}"
+            )
+    for x in (*tokens, *state.weights, *state.anchor, *state.momentum, *(form.norm or ())):
+        if x.device != tokens.q.device:
+            raise ValueError(
+                f"q is on {tokens.q.device}, but not all of the tokens, state and norm: one is on {x.device}"
+            )
 
 
 def _shapes(*tensors: Tensor) -> str:

@@ -6,6 +6,7 @@ g++ or clang++), and kept in `$XDG_CACHE_HOME/titans_lm` (~/.cache).
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -20,8 +21,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+LOG = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "cpp"
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
+NATIVE = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
+FLAGS = ("-O3", NATIVE, "-std=c++17", "-shared", "-fPIC", "-pthread")
+FUNCTIONS = [f"titans_{name}" for name in ("state", "trace", "read", "back", "step", "make", "back_make")]
+PLAIN = (Tensor, torch.nn.Parameter)
 NUMBERS = {torch.float32: "float", torch.float64: "double"}
 SMALL = 2**20
 """A call of fewer multiplications than this runs on one thread: starting others would take as long."""
@@ -37,20 +42,18 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         raise NotBuilt("needs a C++ compiler: c++, g++ or clang++, or the one that CXX names")
+    try:
+        return _load(_place(compiler, NUMBERS[dtype]), compiler, NUMBERS[dtype])
+    except (OSError, RuntimeError, ValueError) as error:  # no file, no home folder, no words of a command
+        raise NotBuilt(f"could not build or load compiled code: {error}") from None
+
+
+def _place(compiler: str, number: str) -> Path:
+    """Where the library is kept: one for each state of the sources, compiler's name and kind of processor."""
     texts = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
     key = hashlib.sha256(b"\0".join([*texts, " ".join((compiler, *FLAGS)).encode(), _processor()])).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titans_lm"
-    built = folder / f"memory-{NUMBERS[dtype]}-{key[:16]}.so"
-    try:
-        if not built.exists():
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _compile(compiler, NUMBERS[dtype], built)
-        found = ctypes.CDLL(str(built))
-    except OSError as error:
-        raise NotBuilt(f"could not build or load {built}: {error}") from None
-    for name in ("titans_state", "titans_trace"):
-        getattr(found, name).restype = ctypes.c_long
-    return found
+    return folder / f"memory-{number}-{key[:16]}.so"
 
 
 def _processor() -> bytes:
@@ -62,32 +65,55 @@ def _processor() -> bytes:
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.machine()).encode()
 
 
-def _compile(compiler: str, number: str, built: Path) -> None:
-    """Beside `built`, then renamed: several processes may do so at once."""
-    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-        made = Path(folder, built.name)
+def _load(place: Path, compiler: str, number: str) -> ctypes.CDLL:
+    if place.exists():
+        try:
+            return _opened(place)
+        except OSError:  # of another system with the same home folder: built anew
+            LOG.info("%s cannot be loaded", place)
+    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _compile(compiler, number, place)
+    return _opened(place)
+
+
+def _opened(place: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(place))
+    for name in FUNCTIONS:
+        getattr(found, name).restype = ctypes.c_long
+    return found
+
+
+def _compile(compiler: str, number: str, place: Path) -> None:
+    """Beside `place`, then renamed: several processes may do so at once."""
+    LOG.info("compiling %s with %s: some seconds, once", place, compiler)
+    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+        made = Path(folder, place.name)
         command = (*shlex.split(compiler), *FLAGS, f"-DNumber={number}", str(SOURCES / "memory.cpp"), "-o", str(made))
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
             reason = next((line for line in lines if "error" in line), lines[0])
             raise NotBuilt(f"could not be compiled by {compiler}: {reason}")
-        os.replace(made, built)
+        os.replace(made, place)
 
 
 @cache
 def _missing(dtype: torch.dtype) -> str | None:
+    """Found out once in a process: a compiler that comes later is seen by the next."""
     try:
         library(dtype)
     except NotBuilt as reason:
+        LOG.info("no compiled code: it %s", reason)
         return str(reason)
     return None
 
 
-def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the library cannot work on such tensors, or None."""
-    if device.type != "cpu":
-        return f"runs on CPUs, got tensors on {device.type}"
+def reason_against(x: Tensor, dtype: torch.dtype) -> str | None:
+    """Why the library cannot work on tensors such as x, in numbers of `dtype`; or None."""
+    if x.device.type != "cpu":
+        return f"runs on CPUs, got tensors on {x.device.type}"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in PLAIN:
+        return "is called with addresses of numbers, which tracing has not"
     return _missing(dtype) if dtype in NUMBERS else f"computes in float32 and float64, got {dtype}"
 
 
@@ -117,8 +143,14 @@ class Handed:
         self.alive.append(array)
         self.fields[name] = ctypes.addressof(array)
 
-    def run(self, function: str) -> int:
-        return getattr(self.library, function)(ctypes.byref(self.structure(**self.fields))) or 0
+    def ask(self, function: str) -> int:
+        found: int = getattr(self.library, function)(ctypes.byref(self.structure(**self.fields)))
+        return found
+
+    def run(self, function: str) -> None:
+        """Raises MemoryError where there is not enough for its buffers."""
+        if self.ask(function):
+            raise MemoryError(f"{function}: no memory left for its buffers")
 
 
 def fields(number: Any, names: str) -> list[tuple[str, Any]]:

@@ -115,7 +115,7 @@ def back_output(
         assert at.size is not None
         s = clip / (at.size + clip)
         tiny = torch.finfo(s.dtype).tiny
-        along = (g * at.gradient).sum(-1, keepdim=True).mul_(s * s / (clip * at.size.clamp(min=tiny)))
+        along = (g * at.gradient).sum(-1, keepdim=True).div_(at.size.clamp(min=tiny)).mul_(s * s / clip)
         g = torch.addcmul(g * s, at.gradient, along, value=-1)
     if weight is None:
         error = 2 * g if loss is None else torch.addcmul(2 * g, at.error, loss, value=2)

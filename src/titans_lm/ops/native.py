@@ -1,7 +1,7 @@
 """Chunks in C++: the algebra of `chunk.py`, a row and head at a time, so that its state stays in a core's caches.
 
-The sources are `cpp/`, how they are compiled `compiled.py`. Layout, spans and when what chunks leave is kept for the
-backward pass are those of `chunked.py`.
+The sources are `cpp/`, how they are compiled `compiled.py`. Layout and spans are those of `chunked.py`, and
+so is what a call may keep for its backward pass; one that would keep more is read again in groups of sqrt(chunks).
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from titans_lm.ops.types import Answer, Call, MemoryForm, Surprise, Tokens
 
 def obstacle(call: Call) -> str | None:
     """Why "native" cannot run this call, or None."""
-    return reason_against(call.tokens.q.device, call.state.weights[0].dtype)
+    return reason_against(call.tokens.q, call.state.weights[0].dtype)
 
 
 class _Call(ctypes.Structure):
@@ -96,15 +96,17 @@ class _ReadSpan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         handed = _handed(inputs, span)
         rows, chunks, some = len(inputs.anchor[0]), inputs.slots() // span.width, inputs.anchor[0]
-        trace, ctx.group = handed.run("titans_trace"), 0
+        trace, ctx.group = handed.ask("titans_trace"), 0
         kept: list[Tensor] = []
         if rows * chunks * trace * some.element_size() <= kept_bytes * span.share:
-            kept = [some.new_empty(chunks * trace) for _ in range(rows)]  # one a row: large ones are the system's anew
+            kept = [
+                some.new_empty(chunks * trace) for _ in range(rows)
+            ]  # one a row: one of all would be new pages each time
             handed.give(traces=kept)
         else:
             ctx.group = handed.fields["group"] = max(8, round(math.sqrt(chunks)))
             groups = -(-chunks // ctx.group)
-            kept = [some.new_empty(max(groups - 1, 1), rows, handed.run("titans_state"))]
+            kept = [some.new_empty(max(groups - 1, 1), rows, handed.ask("titans_state"))]
             handed.give(starts=kept[0])
         ctx.span, ctx.count = span, len(flat)
         out, states = _read(handed, inputs, span)

@@ -8,8 +8,8 @@ struct BackChunk {
     Chunk<T>& chunk;
     const Plan<T>& plan;
     DecayGradients<T> by_decays;
-    Matrix<T> q, k, shift;  // gradients by the tokens', [C, *]
-    std::vector<Matrix<T>> y, g, z, back, x;  // by Y_l, G_l, Z_l, `back` and X_l
+    Matrix<T> q, k, shift;                         // gradients by the tokens', [C, *]
+    std::vector<Matrix<T>> y, g, z, back, x;       // by Y_l, G_l, Z_l, `back` and X_l
     std::vector<Matrix<T>> read_slope, curvature;  // act'(Y_l), act''(Z_l)
     Matrix<T> raw, h;
     const T one_[1] = {1};
@@ -23,8 +23,8 @@ struct BackChunk {
         }
     }
 
-    // Given are `y` of the last layer, `by_loss` [C] or null, and `by_state`, by the state after the chunk (laid out as a
-    // trace begins), which becomes that by the state before. By the anchor is added to `by_anchor`; and to `by_weight`.
+    // Given are `y` of the last layer, `by_loss` [C] or null, and `by_state`, by the state after the chunk (laid out as
+    // a trace begins), which becomes that by the state before. `by_anchor` and `by_weight` are added to.
     void back_chunk(T* trace, T* const* anchor, T* by_state, T* const* by_anchor, const T* by_loss, T* by_weight) {
         recall(trace);
         by_decays.clear();
@@ -61,8 +61,11 @@ struct BackChunk {
         // the writes, by G
         scale_rows(c, n.in, decays.minus_d.data(), x_l, one, n.ld_in);
         scale_rows(c, n.in, decays.minus_em.data(), x_l, two, n.ld_in);
-        product<T, 3>(c, n.out, {{one, n.ld_in, 1, dw, n.ld_out, n.in}, {two, n.ld_in, 1, ds, n.ld_out, n.in},
-                                 {scores, 1, ld, dy, n.ld_out, c, Part::upper}}, Nothing<T>{}, g[l].data(), n.ld_out);
+        product<T, 3>(c, n.out,
+                      {{one, n.ld_in, 1, dw, n.ld_out, n.in},
+                       {two, n.ld_in, 1, ds, n.ld_out, n.in},
+                       {scores, 1, ld, dy, n.ld_out, c, Part::upper}},
+                      Nothing<T>{}, g[l].data(), n.ld_out);
 
         // the writes, by X, and by D[C] and Em[C]
         chunk.times_turned(n, g_l, dw, one);
@@ -106,7 +109,7 @@ struct BackChunk {
         long c = plan.c, last = plan.last();
         const Layer& top = plan.layers[last];
         for (long t = 0; t < c && chunk.form.has_threshold; ++t)
-            if (!chunk.is_written(trace + top.z + t * top.ld_out, t))
+            if (!chunk.weigh(trace + top.z + t * top.ld_out, t))
                 for (long l = 0; l <= last; ++l) std::fill_n(g[l].row(t), plan.layers[l].out, T(0));
         for (long l = 0; l < last; ++l) {  // G_l = (G_{l+1} W_{l+1}^T) * act'(Z_l), from the bottom up
             const Layer &n = plan.layers[l], &above = plan.layers[l + 1];
@@ -125,8 +128,8 @@ struct BackChunk {
             Term<T> forward{chunk.x_of(l), 1, n.ld_in, z[l].data(), n.ld_out, c};
             Scaled<T> before{by_anchor[l], one_, n.ld_out};
             if (l)
-                product<T, 2>(n.in, n.out, {forward, {back[l - 1].data(), 1, n.ld_in, trace + n.g, n.ld_out, c}}, before,
-                              by_anchor[l], n.ld_out);
+                product<T, 2>(n.in, n.out, {forward, {back[l - 1].data(), 1, n.ld_in, trace + n.g, n.ld_out, c}},
+                              before, by_anchor[l], n.ld_out);
             else
                 product<T, 1>(n.in, n.out, {forward}, before, by_anchor[l], n.ld_out);
             T *dx = l ? x[l].data() : k.data(), *through_z = chunk.one.data();

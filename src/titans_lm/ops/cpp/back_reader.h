@@ -10,14 +10,14 @@ struct BackReader : Reader<T> {
     using Base::call, Base::plan, Base::chunk, Base::chunks, Base::anchors, Base::r, Base::weight, Base::at;
 
     BackChunk<T> by;
-    std::vector<T> by_state, by_weight, by_bias;
+    std::vector<T> by_state, by_weight, by_bias, weight_here, bias_here;  // here: of one chunk, for sums of sums
     std::vector<Matrix<T>> by_anchor;
     std::vector<T*> by_anchors, by_w;  // by_w: where the gradient by W' lies in by_state
     std::vector<T> traces;             // of a group's chunks, and the state after them
 
     explicit BackReader(const Call<T>& call)
-        : Base(call), by(chunk), by_state(plan.state), by_weight(plan.layers.back().out),
-          by_bias(plan.layers.back().out), by_anchor(Base::anchor) {
+        : Base(call), by(chunk), by_state(plan.state), by_weight(plan.layers.back().out), by_bias(by_weight),
+          weight_here(by_weight), bias_here(by_weight), by_anchor(Base::anchor) {
         for (auto& m : by_anchor) by_anchors.push_back(m.data());
         by_w = Base::layers_of(by_state.data(), &Layer::w);
         if (!call.traces) traces.resize(std::min(call.group, chunks) * plan.trace + plan.state);
@@ -25,7 +25,7 @@ struct BackReader : Reader<T> {
 
     void back(long row) {
         Base::begin(row);
-        for (auto* x : {&by_weight, &by_bias}) std::fill(x->begin(), x->end(), T(0));
+        for (auto* x : {&by_weight, &by_bias, &weight_here, &bias_here}) std::fill(x->begin(), x->end(), T(0));
         Base::load_layers(call.by_anchor, by_anchors.data());
         Base::load_state(call.by_w, call.by_s, by_state.data());
         if (call.traces)
@@ -74,7 +74,7 @@ struct BackReader : Reader<T> {
         for (long t = 0; t < plan.c && call.by_loss; ++t) by_loss[t] = call.by_loss[at(i, 1) + t * call.heads];
         std::vector<T*> anchor = Base::anchor_at(trace);
         T* const* to = call.at_boundary ? by_w.data() : by_anchors.data();
-        by.back_chunk(trace, anchor.data(), by_state.data(), to, by_loss.data(), by_weight.data());
+        by.back_chunk(trace, anchor.data(), by_state.data(), to, by_loss.data(), weight_here.data());
         if (call.at_boundary && i == Base::last_chunk)  // the anchor that was returned is what W' was here
             for (size_t l = 0; l < by_w.size(); ++l) {
                 std::vector<T>& returned = by_anchor[l].numbers;
@@ -82,6 +82,10 @@ struct BackReader : Reader<T> {
                 std::fill(returned.begin(), returned.end(), T(0));
             }
         put(i);
+        for (size_t j = 0; j < by_weight.size(); ++j) {
+            by_weight[j] += weight_here[j], weight_here[j] = 0;
+            by_bias[j] += bias_here[j], bias_here[j] = 0;
+        }
     }
 
     // From the gradient by y to that by Y_L.
@@ -99,7 +103,7 @@ struct BackReader : Reader<T> {
             norm.of(trace + n.y + t * n.ld_out);
             for (long j = 0; j < n.out; ++j) {
                 scaled[j] = by_y[j] * weight[j];
-                by_weight[j] += by_y[j] * norm.n[j];
+                weight_here[j] += by_y[j] * norm.n[j];
             }
             norm.back(scaled.data(), to);
         }
@@ -116,7 +120,7 @@ struct BackReader : Reader<T> {
             }
             for (long j = 0; j < out; ++j) {
                 call.by_v[last + j] = -shift[j];
-                if (weight) by_bias[j] += y[j] + shift[j];
+                if (weight) bias_here[j] += y[j] + shift[j];
             }
         }
         long gate = at(i, 1);

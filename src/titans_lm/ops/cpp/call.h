@@ -1,7 +1,7 @@
 // What `native.py` hands over for a span of slots: sizes, how to read, and where everything lies.
 //
 // Tokens are [B, S, H, *], S = `slots`, chunks are `width` slots each, and row r = b * H + h reads a memory of its own.
-// Every pointer is to contiguous numbers of one type. The fields are those of `native.Call`, in its order.
+// Every pointer is to contiguous numbers of one type. The fields are those of `native._Call`, in its order.
 
 #pragma once
 
@@ -12,13 +12,13 @@ struct Call {
     double clip, threshold;
     const long* widths;  // [layers + 1]
     const T *q, *k, *v, *theta, *eta, *alpha;
-    const unsigned char* present;  // [B, S], or null: every slot holds a token
-    const T *weight, *bias;        // of the residual form, [B * H, V], or null
+    const unsigned char* present;                  // [B, S], or null: every slot holds a token
+    const T *weight, *bias;                        // of the residual form, [B * H, V], or null
     const T *const *anchor, *const *w, *const *s;  // of each layer, [B * H, in, out]
     T *const *last_anchor, *const *new_w, *const *new_s;
     T *y, *loss, *gradient_norm;  // [B, S, H, *], the last two null where not asked for
-    T *const *traces;             // of each row, of all its chunks; or null
-    T *starts;                    // [groups - 1, B * H, state], the state at the start of each group but the first; or null
+    T* const* traces;             // of each row, of all its chunks; or null
+    T* starts;  // [groups - 1, B * H, state], the state at the start of each group but the first; or null
     // back alone: gradients by y, by loss (or null), by the tokens, by weight and bias [B * H, V] (or null), and by the
     // last anchor and the state after, which become those by the first anchor and the state before
     const T *by_y, *by_loss;

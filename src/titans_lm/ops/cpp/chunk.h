@@ -1,6 +1,6 @@
-// One row and head reads one chunk. Letters and equations are those of README.md one folder up; `chunk.py` says the same
-// in PyTorch. What a chunk leaves for its backward pass is its trace: W' and S as it found them, and Z, G, Y, `back` and
-// H X^T of each layer.
+// One row and head reads one chunk. Letters and equations are those of README.md one folder up; `chunk.py` says the
+// same in PyTorch. What a chunk leaves for its backward pass is its trace: W' and S as it found them, and Z, G, Y,
+// `back` and H X^T of each layer.
 
 #pragma once
 #include <algorithm>
@@ -66,7 +66,7 @@ struct Chunk {
     const Plan<T>& plan;
     const Form& form;
     Decays<T> decays;
-    Matrix<T> q, k, shift;             // shift: see `Top::of`
+    Matrix<T> q, k, shift;               // shift: see `Top::of`
     std::vector<T> loss, gradient_norm;  // [C], if asked for or needed
 
     Top<T> top;
@@ -107,7 +107,8 @@ struct Chunk {
         long c = plan.c;
         for (long l = 0; l <= plan.last(); ++l) {
             const Layer& n = plan.layers[l];
-            product<T, 1>(c, n.out, {{x_of(l), n.ld_in, 1, anchor[l], n.ld_out, n.in}}, Nothing<T>{}, trace + n.z, n.ld_out);
+            product<T, 1>(c, n.out, {{x_of(l), n.ld_in, 1, anchor[l], n.ld_out, n.in}}, Nothing<T>{}, trace + n.z,
+                          n.ld_out);
             if (l < plan.last())
                 activate<T>(form.activation, c, n.out, trace + n.z, n.ld_out, x_of(l + 1), slope[l].data(), {});
         }
@@ -122,8 +123,8 @@ struct Chunk {
         return true;
     }
 
-    // Runs `top` for token t.
-    bool is_written(const T* z, long t) {
+    // Runs `top` for token t, whose Z_L is z; whether the token is to be written.
+    bool weigh(const T* z, long t) {
         top.of(z, shift.row(t));
         return !form.has_threshold || top.loss > T(form.threshold);
     }
@@ -146,7 +147,7 @@ struct Chunk {
         const Layer& n = plan.layers.back();
         bool any = false;
         for (long t = 0; t < plan.c; ++t) {
-            written[t] = is_written(trace + n.z + t * n.ld_out, t);
+            written[t] = weigh(trace + n.z + t * n.ld_out, t);
             loss[t] = top.loss;
             any |= written[t];
             T factor = top.factor(), *g = trace + n.g + t * n.ld_out;
@@ -205,11 +206,14 @@ struct Chunk {
         long c = writes ? plan.c : 0;
         T *x = x_of(l), *g = trace + n.g, *w = trace + n.w, *s = trace + n.s;
         bool scale_x = n.in <= n.out;
-        scale_rows(c, scale_x ? n.in : n.out, decays.minus_d.data(), scale_x ? x : g, one.data(), scale_x ? n.ld_in : n.ld_out);
-        scale_rows(c, scale_x ? n.in : n.out, decays.minus_em.data(), scale_x ? x : g, two.data(), scale_x ? n.ld_in : n.ld_out);
+        scale_rows(c, scale_x ? n.in : n.out, decays.minus_d.data(), scale_x ? x : g, one.data(),
+                   scale_x ? n.ld_in : n.ld_out);
+        scale_rows(c, scale_x ? n.in : n.out, decays.minus_em.data(), scale_x ? x : g, two.data(),
+                   scale_x ? n.ld_in : n.ld_out);
         Term<T> for_w{scale_x ? one.data() : x, 1, n.ld_in, scale_x ? g : one.data(), n.ld_out, c};
         Term<T> for_s{scale_x ? two.data() : x, 1, n.ld_in, scale_x ? g : two.data(), n.ld_out, c};
-        product<T, 1>(n.in, n.out, {for_w}, Sum<T>{w, decays.left_a(), s, decays.left_b(), n.ld_out}, after + n.w, n.ld_out);
+        product<T, 1>(n.in, n.out, {for_w}, Sum<T>{w, decays.left_a(), s, decays.left_b(), n.ld_out}, after + n.w,
+                      n.ld_out);
         product<T, 1>(n.in, n.out, {for_s}, Scaled<T>{s, decays.left_e(), n.ld_out}, after + n.s, n.ld_out);
     }
 };

@@ -1,15 +1,17 @@
 // A, B, D, E and Em of one chunk, token by token, and back; `decays.py` says the same in PyTorch.
 
 #pragma once
+#include <algorithm>
+
 #include "products.h"
 
 template <class T>
 struct Decays {
-    long c, ld;  // tokens, and numbers from one row of D to the next
+    long c, ld;                       // tokens, and numbers from one row of D to the next
     std::vector<T> theta, eta, keep;  // keep: 1 - alpha
     std::vector<char> present;
-    std::vector<T> a, b, e;  // [C]
-    std::vector<T> d, em;    // [C, C]: row t of D; Em after token t
+    std::vector<T> a, b, e;            // [C]
+    std::vector<T> d, em;              // [C, C]: row t of D; Em after token t
     std::vector<T> minus_d, minus_em;  // [C]: -D[C] and -Em[C], factors of tokens
 
     explicit Decays(long c)

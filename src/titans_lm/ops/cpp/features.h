@@ -10,24 +10,25 @@ template <class T>
 struct Features {
     long batch, tokens, size, parts, heads, width, threads;
     const T *past, *filters;  // [B, size - 1 + T, channels], [channels, size]
-    T *const *made;           // of each part, [B, T, H, width]
-    const T *const *by_made;  // back alone, as all that follows
+    T* const* made;           // of each part, [B, T, H, width]
+    const T* const* by_made;  // back alone, as all that follows
     T *by_past, *by_filters;
 };
 
 constexpr double UNIT_EPS = 1e-6;
+constexpr long BLOCK = 64;  // tokens: a sum of sums rounds less than one of all tokens
 
 // One part's one head at a time: nothing that another writes.
 template <class T>
 struct Maker {
     const Features<T>& call;
-    std::vector<T> taps, by_taps;             // [size, width], of the head's filters and the gradient by them
-    std::vector<T> before, value, slope, by;  // of a token: what SiLU is of, SiLU, its slope; the gradient
+    std::vector<T> taps, by_taps, by_taps_here;  // [size, width]: filters of the head, gradient by them, and of a block
+    std::vector<T> before, value, slope, by;     // of a token: what SiLU is of, SiLU, its slope; the gradient
     long part = 0, head = 0, channels, first = 0;
 
     explicit Maker(const Features<T>& call)
-        : call(call), taps(call.size * call.width), by_taps(taps), before(leading<T>(call.width)), value(before), slope(before), by(before),
-          channels(call.parts * call.heads * call.width) {}
+        : call(call), taps(call.size * call.width), by_taps(taps), by_taps_here(taps), before(leading<T>(call.width)),
+          value(before), slope(before), by(before), channels(call.parts * call.heads * call.width) {}
 
     void begin(long job) {
         part = job / call.heads, head = job % call.heads;
@@ -46,7 +47,8 @@ struct Maker {
         for (long i = 0; i < call.width; ++i) before[i] = past[i] * taps[i];
         for (long age = 1; age < call.size; ++age)
             for (long i = 0; i < call.width; ++i) before[i] += past[age * channels + i] * taps[age * call.width + i];
-        activate<T>(Activation::silu, 1, call.width, before.data(), 0, value.data(), for_back ? slope.data() : nullptr, {});
+        T* slopes = for_back ? slope.data() : nullptr;
+        activate<T>(Activation::silu, 1, call.width, before.data(), 0, value.data(), slopes, {});
         if (part == 2) return 1;
         return 1 / std::sqrt(dot(value.data(), value.data(), call.width) + T(UNIT_EPS));
     }
@@ -62,15 +64,23 @@ struct Maker {
 
     void back(long job) {
         begin(job);
-        std::fill(by_taps.begin(), by_taps.end(), T(0));
+        for (auto* sums : {&by_taps, &by_taps_here}) std::fill(sums->begin(), sums->end(), T(0));
         for (long b = 0; b < call.batch; ++b) {
             for (long t = 0; t < call.size - 1 + call.tokens; ++t)
                 std::fill_n(call.by_past + past_at(b, t), call.width, T(0));
-            for (long t = 0; t < call.tokens; ++t) back_token(b, t);
+            for (long t = 0; t < call.tokens; ++t) {
+                back_token(b, t);
+                if (t % BLOCK == BLOCK - 1) collect();
+            }
+            collect();
         }
         for (long i = 0; i < call.width; ++i)
             for (long age = 0; age < call.size; ++age)
                 call.by_filters[(first + i) * call.size + age] = by_taps[age * call.width + i];
+    }
+
+    void collect() {
+        for (size_t i = 0; i < by_taps.size(); ++i) by_taps[i] += by_taps_here[i], by_taps_here[i] = 0;
     }
 
     void back_token(long b, long t) {
@@ -80,7 +90,7 @@ struct Maker {
         for (long i = 0; i < call.width; ++i) by[i] = (by_made[i] - value[i] * along) * scale * slope[i];
         for (long age = 0; age < call.size; ++age) {
             const T *past = call.past + past_at(b, t + age), *tap = &taps[age * call.width];
-            T *by_past = call.by_past + past_at(b, t + age), *by_tap = &by_taps[age * call.width];
+            T *by_past = call.by_past + past_at(b, t + age), *by_tap = &by_taps_here[age * call.width];
             for (long i = 0; i < call.width; ++i) {
                 by_past[i] += by[i] * tap[i];
                 by_tap[i] += by[i] * past[i];

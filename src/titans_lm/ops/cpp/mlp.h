@@ -15,11 +15,12 @@ inline V<T> exponential(V<T> x) {  // a number at a time: double is for those wh
 // 2^n e^r, |r| <= ln(2) / 2, with Taylor's terms up to r^7 / 7!; the relative error is below 2e-7. NaN stays NaN.
 template <>
 inline V<float> exponential<float>(V<float> x) {
-    V<float> low = V<float>{} - 87.0f, high = V<float>{} + 88.0f;
+    V<float> low = V<float>{} - 87.0f, high = V<float>{} + 87.0f;
     x = x < low ? low : x;
     x = x > high ? high : x;
     V<float> half = x < V<float>{} ? V<float>{} - 0.5f : V<float>{} + 0.5f;
-    V<int> n = __builtin_convertvector(x * 1.44269504f + half, V<int>);
+    V<float> number = x == x ? x : V<float>{};  // what nan is as an integer is not defined
+    V<int> n = __builtin_convertvector(number * 1.44269504f + half, V<int>);
     V<float> whole = __builtin_convertvector(n, V<float>);
     V<float> r = x - whole * 0.693359375f + whole * 2.12194440e-4f;  // ln 2 in two parts, the first exact in 10 bits
     V<float> e = r * (1 / 5040.0f) + 1 / 720.0f;
@@ -122,7 +123,7 @@ struct Top {
     void back(T* g, T by_loss, T* dz, T* dshift, T* dweight) const {
         if (clip > 0) {  // G = gradient * s, s = clip / (size + clip); d size = gradient / size
             T s = factor(), least = std::max(size, std::numeric_limits<T>::min());
-            T along = dot(g, gradient.data(), width) * (s * s / (clip * least));
+            T along = dot(g, gradient.data(), width) / least * (s * s / clip);  // 0 / tiny where the gradient is 0
             for (long i = 0; i < width; ++i) g[i] = g[i] * s - gradient[i] * along;
         }
         if (!weight) {

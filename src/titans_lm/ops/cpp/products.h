@@ -112,8 +112,7 @@ inline void tile(const Term<T> (&terms)[TERMS], const Start& start, long i0, lon
 }
 
 template <class T, int N, int TERMS, class Start, int M = ROWS - 1>
-inline void last_rows(long rows, const Term<T> (&terms)[TERMS], const Start& start, long i0, long j0, T* c,
-                      long ldc) {
+inline void last_rows(long rows, const Term<T> (&terms)[TERMS], const Start& start, long i0, long j0, T* c, long ldc) {
     if constexpr (M > 0) {
         if (rows == M)
             tile<T, M, N>(terms, start, i0, j0, c, ldc);

@@ -136,9 +136,7 @@ struct Reader {
         }
     }
 
-    T* start(long group) const {
-        return call.starts + ((group - 1) * call.batch * call.heads + r) * plan.state;
-    }
+    T* start(long group) const { return call.starts + ((group - 1) * call.batch * call.heads + r) * plan.state; }
 
     void copy_state(const T* from, T* to) const {
         if (from != to) std::memcpy(to, from, plan.state * sizeof(T));

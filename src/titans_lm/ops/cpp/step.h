@@ -1,4 +1,4 @@
-// One token, of one row and head: eqs. 10 to 15 as rank-one updates, each number of the state read once and written once.
+// One token, of one row and head: eqs. 10 to 15 as rank-one updates, each number of the state read and written once.
 
 #pragma once
 #include <cstdint>
@@ -10,7 +10,8 @@
 #include <immintrin.h>
 #endif
 
-constexpr long STREAMED = 1 << 20;  // bytes: more of new state than this is gone from a core's cache when it is read again
+constexpr long STREAMED =
+    1 << 20;  // bytes: more of new state than this is gone from a core's cache when it is read again
 
 // Past the caches, where the machine can: then the old numbers there are not fetched first. x is aligned to a vector.
 template <class T>
