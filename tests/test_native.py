@@ -103,6 +103,16 @@ def test_threads_change_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("block_bytes", [1, 20_000])
+def test_what_is_kept_may_lie_in_pieces(block_bytes: int, monkeypatch: pytest.MonkeyPatch):
+    case = Case(tokens=4 * 9 + 1, mask="random", start="ragged", residual=True)
+    x = make_inputs(case)
+    whole = outputs_and_gradients(x, case, "native")
+    monkeypatch.setattr(native, "BLOCK_BYTES", block_bytes)
+    pieces = outputs_and_gradients(x, case, "native")
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+
+
 def saved_bytes(case: Case, kept_bytes: int) -> int:
     x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
     saved: dict[int, int] = {}

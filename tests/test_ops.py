@@ -865,7 +865,7 @@ def test_what_is_elsewhere_or_of_another_kind_is_named():
         ("residual form needs V == K, got K=4, V=5", {"form": MemoryForm(norm=(torch.ones(H, 5), torch.ones(H, 5)))}),
         ("backend='fast' is not one of: auto, naive, step, linear, chunked, native, triton", {"backend": "fast"}),
         (
-            r"norm's weight and bias must be \[H, V\] = \[2, 4\], got \[4\]",
+            r"norm's weight and bias must be \[H, V\] = \[2, 5\], got \[4\]",
             {"form": MemoryForm(norm=(torch.ones(K),) * 2)},
         ),
         ('backend="step" decodes one token, got T=5', {"backend": "step"}),

@@ -21,6 +21,9 @@ from titans_lm.ops.group import Span
 from titans_lm.ops.step import Advanced, Layers, one_token, wants_gradients
 from titans_lm.ops.types import Answer, Call, MemoryForm, Surprise, Tokens
 
+BLOCK_BYTES = 16 * 2**20
+"""What a call keeps is kept in pieces of about this size: larger ones are new each time, for the system to zero."""
+
 
 def obstacle(call: Call) -> str | None:
     """Why "native" cannot run this call, or None."""
@@ -86,6 +89,20 @@ def _read(handed: Read, inputs: Inputs, span: Span) -> tuple[tuple[Tensor | None
     return (y.to(inputs.tokens.v.dtype), *seen), states
 
 
+def _blocks(some: Tensor, rows: int, chunks: int, group: int, trace: int) -> list[Tensor]:
+    """For all rows' traces, in groups of chunks: of all rows together if there is one group, else each for itself."""
+    if group >= chunks and rows * chunks * trace * some.element_size() <= BLOCK_BYTES:
+        return [some.new_empty(rows, chunks * trace)]
+    sizes = [min(group, chunks - first) * trace for first in range(0, chunks, group)]
+    return [some.new_empty(1, size) for _ in range(rows) for size in sizes]
+
+
+def _addresses(blocks: Sequence[Tensor]) -> Any:
+    """Of each row of each block."""
+    found = [b.data_ptr() + row * b.stride(0) * b.element_size() for b in blocks for row in range(len(b))]
+    return (ctypes.c_void_p * len(found))(*found)
+
+
 class _ReadSpan(torch.autograd.Function):
     """`read_span` with a backward pass. Kept for it are the inputs, and what all chunks leave or the state at the start
     of each group of chunks, which are then read once more."""
@@ -95,19 +112,19 @@ class _ReadSpan(torch.autograd.Function):
         inputs = Inputs.of(flat)
         ctx.set_materialize_grads(False)
         handed = _handed(inputs, span)
-        rows, chunks, some = len(inputs.anchor[0]), inputs.slots() // span.width, inputs.anchor[0]
-        trace, ctx.group = handed.ask("titans_trace"), 0
-        kept: list[Tensor] = []
-        if rows * chunks * trace * some.element_size() <= kept_bytes * span.share:
-            kept = [
-                some.new_empty(chunks * trace) for _ in range(rows)
-            ]  # one a row: one of all would be new pages each time
-            handed.give(traces=kept)
+        some, chunks = inputs.anchor[0], inputs.slots() // span.width
+        rows, number = len(some), some.element_size()
+        trace = handed.ask("titans_trace")
+        ctx.all = rows * chunks * trace * number <= kept_bytes * span.share
+        if ctx.all:
+            ctx.group = min(chunks, max(1, BLOCK_BYTES // (trace * number)))
+            kept = _blocks(some, rows, chunks, ctx.group, trace)
+            handed.give_array("traces", _addresses(kept))
         else:
-            ctx.group = handed.fields["group"] = max(8, round(math.sqrt(chunks)))
-            groups = -(-chunks // ctx.group)
-            kept = [some.new_empty(max(groups - 1, 1), rows, handed.ask("titans_state"))]
+            ctx.group = max(8, round(math.sqrt(chunks)))
+            kept = [some.new_empty(max(-(-chunks // ctx.group) - 1, 1), rows, handed.ask("titans_state"))]
             handed.give(starts=kept[0])
+        handed.fields["group"] = ctx.group
         ctx.span, ctx.count = span, len(flat)
         out, states = _read(handed, inputs, span)
         ctx.save_for_backward(*flat, *kept)
@@ -123,7 +140,10 @@ class _ReadSpan(torch.autograd.Function):
         dtype = inputs.anchor[0].dtype
         handed = _handed(inputs, span)
         handed.fields["group"] = ctx.group
-        handed.give(**({"starts": kept[0]} if ctx.group else {"traces": kept}))
+        if ctx.all:
+            handed.give_array("traces", _addresses(kept))
+        else:
+            handed.give(starts=kept[0])
         by_y = torch.zeros_like(inputs.tokens.v) if y is None else y
         handed.give(by_y=solid(by_y, dtype), by_loss=None if loss is None else solid(loss, dtype))
         shapes = (*inputs.anchor, *inputs.state.w, *inputs.state.s)

@@ -28,10 +28,7 @@ struct BackReader : Reader<T> {
         for (auto* x : {&by_weight, &by_bias, &weight_here, &bias_here}) std::fill(x->begin(), x->end(), T(0));
         Base::load_layers(call.by_anchor, by_anchors.data());
         Base::load_state(call.by_w, call.by_s, by_state.data());
-        if (call.traces)
-            back_chunks(0, chunks, call.traces[r]);
-        else
-            for (long group = (chunks - 1) / call.group; group >= 0; --group) back_group(group);
+        for (long group = (chunks - 1) / call.group; group >= 0; --group) back_group(group);
         Base::save_layers(by_anchors.data(), call.by_anchor);
         Base::save_state(by_state.data(), call.by_w, call.by_s);
         long out = plan.layers.back().out;
@@ -41,9 +38,10 @@ struct BackReader : Reader<T> {
         }
     }
 
-    // Reads the group's chunks once more, and goes back through them.
+    // Goes back through the group's chunks, if they were not kept after reading them once more.
     void back_group(long group) {
         long first = group * call.group, end = std::min(chunks, first + call.group);
+        if (call.traces) return back_chunks(first, end, Base::kept(first));
         if (group)
             Base::copy_state(Base::start(group), traces.data());
         else

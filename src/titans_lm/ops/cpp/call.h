@@ -17,8 +17,10 @@ struct Call {
     const T *const *anchor, *const *w, *const *s;  // of each layer, [B * H, in, out]
     T *const *last_anchor, *const *new_w, *const *new_s;
     T *y, *loss, *gradient_norm;  // [B, S, H, *], the last two null where not asked for
-    T* const* traces;             // of each row, of all its chunks; or null
-    T* starts;  // [groups - 1, B * H, state], the state at the start of each group but the first; or null
+    // For a backward pass either is given, for groups of `group` chunks each: where the traces of a group lie,
+    // [B * H, groups]; or the state at the start of each group but the first, [groups - 1, B * H, state].
+    T* const* traces;
+    T* starts;
     // back alone: gradients by y, by loss (or null), by the tokens, by weight and bias [B * H, V] (or null), and by the
     // last anchor and the state after, which become those by the first anchor and the state before
     const T *by_y, *by_loss;

@@ -138,6 +138,12 @@ struct Reader {
 
     T* start(long group) const { return call.starts + ((group - 1) * call.batch * call.heads + r) * plan.state; }
 
+    // The trace of chunk i, where all are kept.
+    T* kept(long i) const {
+        long groups = (chunks + call.group - 1) / call.group;
+        return call.traces[r * groups + i / call.group] + i % call.group * plan.trace;
+    }
+
     void copy_state(const T* from, T* to) const {
         if (from != to) std::memcpy(to, from, plan.state * sizeof(T));
     }
@@ -154,12 +160,12 @@ struct Reader {
 
     void read(long row) {
         begin(row);
-        T *kept = call.traces ? call.traces[r] : nullptr, *state = kept ? kept : trace.data();
+        T* state = call.traces ? kept(0) : trace.data();
         load_state(call.w, call.s, state);
-        bool may_skip = !kept && !call.starts && !form.surprise;
+        bool may_skip = !call.traces && !call.starts && !form.surprise;
         for (long i = 0; i < chunks; ++i) {
             if (call.starts && i && i % call.group == 0) copy_state(state, start(i / call.group));
-            T* next = !kept ? state : i + 1 < chunks ? state + plan.trace : end.data();
+            T* next = !call.traces ? state : i + 1 < chunks ? kept(i + 1) : end.data();
             pass(i, state, next, may_skip);
             state = next;
         }
