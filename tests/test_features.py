@@ -15,10 +15,12 @@ from tolerance import assert_close
 HEADS, TOKENS = 3, 11
 
 
-def inputs(parts: int, size: int, width: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor | None]:
+def inputs(
+    parts: int, size: int, width: int, dtype: torch.dtype = torch.float64, tokens: int = TOKENS
+) -> tuple[Tensor, Tensor | None]:
     torch.manual_seed(0)
     channels = parts * HEADS * width
-    past = torch.randn(2, size - 1 + TOKENS, channels, dtype=dtype, requires_grad=True)
+    past = torch.randn(2, size - 1 + tokens, channels, dtype=dtype, requires_grad=True)
     return past, torch.randn(channels, size, dtype=dtype, requires_grad=True) if size > 1 else None
 
 
@@ -38,6 +40,15 @@ def test_compiled_is_eager_in_outputs_and_gradients(parts: int, size: int, width
     assert [tuple(x.shape) for x in made] == [(2, TOKENS, HEADS, width)] * parts
     expected = in_eager(*given, heads=HEADS, head_dim=width)
     for a, b in zip(*(with_gradients(x, past, filters) for x in (made, expected)), strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 64, 130])
+def test_any_number_of_tokens(tokens: int):
+    """Sums over tokens are sums of blocks."""
+    past, filters = inputs(3, 4, 5, tokens=tokens)
+    both = (features(past, filters, HEADS, 5, compiled=True), in_eager(past, filters, heads=HEADS, head_dim=5))
+    for a, b in zip(*(with_gradients(x, past, filters) for x in both), strict=True):
         assert_close(a, b)
 
 

@@ -126,7 +126,16 @@ def saved_bytes(case: Case, kept_bytes: int) -> int:
     return sum(saved.values())
 
 
-def test_training_keeps_no_more_than_it_may_and_then_grows_with_the_root_of_the_chunks():
+def test_groups_are_as_large_as_a_cache_but_their_starts_are_few():
+    near, far = native.CACHED_BYTES, native.GROUP_BYTES
+    assert native.group_size(10**6, near // 20, far // 10**5) == 20  # all starts find room
+    assert native.group_size(10**6, near // 20, far) == 1000  # one would: then the root
+    assert native.group_size(5, near // 20, far) == 20
+
+
+def test_training_keeps_no_more_than_it_may_and_then_grows_with_the_root_of_the_chunks(monkeypatch):
+    for name in ("GROUP_BYTES", "CACHED_BYTES"):
+        monkeypatch.setattr(native, name, 0)
     case = Case(depth=2, chunk=1, width=16, hidden=32)
     tokens = [saved_bytes(case._replace(tokens=n), 0) for n in (16**2, 64**2)]
     inputs = 8 * (3 * 16 + 1 + 3) * 2 * 2  # of a token: q, k, v of two rows and heads, gates

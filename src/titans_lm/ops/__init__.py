@@ -113,10 +113,13 @@ def memory_scan(
     `mask` is False at padding, which is invisible: not written, no decay, no step in the chunk, output 0. With
     `surprise=True` a `Surprise` is returned as well. Work is done in the state's dtype; y has v's dtype.
 
-    `kept_bytes`: a call by "chunked" or "linear" that leaves no more than this for its backward pass keeps it; one that
-    leaves more computes it again, group by group, in a third more time and bounded space.
+    `kept_bytes`: a call by "chunked", "native" or "linear" that leaves no more for its backward pass than this keeps
+    it; one that leaves more computes it again, group by group, in a third more time and bounded space.
 
     `backend="linear"` is for a memory of depth 1 in the plain form with `chunk_size=1`, where "auto" takes it.
+
+    `backend="native"` is for CPUs, where "auto" takes it: C++, compiled when first used by the compiler that is there
+    or that `$CXX` names, and kept in `$XDG_CACHE_HOME/titans_lm` (~/.cache).
 
     `backend="triton"` are fused kernels for a CUDA device, for some depths and widths (README.md beside this file).
 

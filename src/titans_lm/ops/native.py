@@ -1,7 +1,7 @@
 """Chunks in C++: the algebra of `chunk.py`, a row and head at a time, so that its state stays in a core's caches.
 
 The sources are `cpp/`, how they are compiled `compiled.py`. Layout and spans are those of `chunked.py`, and
-so is what a call may keep for its backward pass; one that would keep more is read again in groups of sqrt(chunks).
+so is what a call may keep for its backward pass; one that would keep more is read again in groups of chunks.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from titans_lm.ops.chunked import Inputs, in_spans, thirds
+from titans_lm.ops.chunked import CACHED_BYTES, GROUP_BYTES, Inputs, in_spans, thirds
 from titans_lm.ops.compiled import Handed, fields, reason_against, solid, solid_like, threads_for
 from titans_lm.ops.group import Span
 from titans_lm.ops.step import Advanced, Layers, one_token, wants_gradients
@@ -89,6 +89,13 @@ def _read(handed: Read, inputs: Inputs, span: Span) -> tuple[tuple[Tensor | None
     return (y.to(inputs.tokens.v.dtype), *seen), states
 
 
+def group_size(chunks: int, trace_bytes: int, start_bytes: int) -> int:
+    """Chunks that are read again together, before a backward pass: as many as stay near a core, if the states at the
+    groups' starts, `start_bytes` each, are then sqrt(chunks) or take no more than GROUP_BYTES."""
+    starts = max(math.isqrt(chunks), GROUP_BYTES // start_bytes)
+    return max(1, CACHED_BYTES // trace_bytes, -(-chunks // starts))
+
+
 def _blocks(some: Tensor, rows: int, chunks: int, group: int, trace: int) -> list[Tensor]:
     """For all rows' traces, in groups of chunks: of all rows together if there is one group, else each for itself."""
     if group >= chunks and rows * chunks * trace * some.element_size() <= BLOCK_BYTES:
@@ -121,8 +128,9 @@ class _ReadSpan(torch.autograd.Function):
             kept = _blocks(some, rows, chunks, ctx.group, trace)
             handed.give_array("traces", _addresses(kept))
         else:
-            ctx.group = max(8, round(math.sqrt(chunks)))
-            kept = [some.new_empty(max(-(-chunks // ctx.group) - 1, 1), rows, handed.ask("titans_state"))]
+            state = handed.ask("titans_state")
+            ctx.group = group_size(chunks, trace * number, rows * state * number)
+            kept = [some.new_empty(max(-(-chunks // ctx.group) - 1, 1), rows, state)]
             handed.give(starts=kept[0])
         handed.fields["group"] = ctx.group
         ctx.span, ctx.count = span, len(flat)
