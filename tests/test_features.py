@@ -115,7 +115,7 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_structure_is_the_same_in_both_languages():
-    text = (compiled.SOURCES / "features.h").read_text().split("struct Features {")[1].split("};")[0]
+    text = (compiled.SOURCES / "token_features.h").read_text().split("struct Features {")[1].split("};")[0]
     declared = " ".join(line.split("//")[0] for line in text.splitlines())
     names = re.findall(r"(\w+)\s*[,;]", declared)
     assert names == [name for name, _ in _Features._fields_]

@@ -75,7 +75,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 class _Features(ctypes.Structure):
-    """`Features` of ops/cpp/features.h."""
+    """`Features` of ops/cpp/token_features.h."""
 
     _fields_ = (
         *fields(ctypes.c_long, "batch tokens size parts heads width threads"),

@@ -5,7 +5,7 @@
 #include <thread>
 
 #include "back_reader.h"
-#include "features.h"
+#include "token_features.h"
 #include "step.h"
 
 // Jobs are handed out one by one to `threads` threads, or as many as the system gives, each with buffers of its own.
