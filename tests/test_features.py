@@ -10,6 +10,7 @@ from torch import Tensor
 import titans_lm.features as features_module
 from titans_lm.features import _Features, convolved, features, in_eager
 from titans_lm.ops import compiled
+from titans_lm.ops.build import SOURCES
 from tolerance import assert_close
 
 HEADS, TOKENS = 3, 11
@@ -115,7 +116,7 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_structure_is_the_same_in_both_languages():
-    text = (compiled.SOURCES / "token_features.h").read_text().split("struct Features {")[1].split("};")[0]
+    text = (SOURCES / "token_features.h").read_text().split("struct Features {")[1].split("};")[0]
     declared = " ".join(line.split("//")[0] for line in text.splitlines())
     names = re.findall(r"(\w+)\s*[,;]", declared)
     assert names == [name for name, _ in _Features._fields_]

@@ -31,7 +31,7 @@ ORDER = [
 ]
 """A module imports from modules before its own line, and none of its own line."""
 WITHIN_OPS = [
-    ["types", "ragged", "decays"],
+    ["types", "ragged", "decays", "build"],
     ["naive", "mlp", "compiled"],
     ["chunk"],
     ["group"],

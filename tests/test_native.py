@@ -2,7 +2,6 @@
 
 import importlib
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from test_ops import (
     scan,
 )
 from titans_lm.ops import compiled, memory_scan, resolve_backend
+from titans_lm.ops.build import SOURCES
 
 native = importlib.import_module("titans_lm.ops.native")  # its name in the package is the function's
 
@@ -145,70 +145,8 @@ def test_training_keeps_no_more_than_it_may_and_then_grows_with_the_root_of_the_
     assert every > saved_bytes(case._replace(tokens=64), 0)
 
 
-# ------------------------------------------------------------------------------------------------ the compiler
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Nothing is built yet."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for known in (compiled.library, compiled._missing):
-        known.cache_clear()
-    yield tmp_path / "titans_lm"
-    for known in (compiled.library, compiled._missing):
-        known.cache_clear()
-
-
-WITHOUT = {
-    "could not build or load compiled code: .*no-such-compiler": {"CXX": "no-such-compiler"},
-    "could not build or load compiled code: No closing quotation": {"CXX": 'g++ "'},
-    "could not be compiled by false: no message": {"CXX": "false"},
-    r"needs a C\+\+ compiler: c\+\+, g\+\+ or clang\+\+": {"CXX": "", "PATH": ""},
-}
-
-
-@pytest.mark.parametrize("reason", WITHOUT)
-def test_without_a_compiler_auto_takes_chunked_and_native_says_why(reason: str, elsewhere: Path, monkeypatch):
-    for name, value in WITHOUT[reason].items():
-        monkeypatch.setenv(name, value)
-    call = make_call(Case(tokens=5))
-    assert resolve_backend("auto", call) == "chunked"
-    with pytest.raises(ValueError, match=f'^backend="native" {reason}.*; use "chunked"$'):
-        resolve_backend("native", call)
-    assert not list(elsewhere.glob("*"))
-
-
-def test_it_is_compiled_once_and_kept(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
-    compiled.library(torch.float32)
-    (built,) = elsewhere.iterdir()
-    assert built.stat().st_size > 0
-    compiled.library.cache_clear()
-    monkeypatch.setattr(compiled.subprocess, "run", None)  # no compiler is asked
-    compiled.library(torch.float32)
-
-
-def test_what_cannot_be_loaded_is_built_anew(elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    compiled.library(torch.float32)
-    (built,) = elsewhere.iterdir()
-    broken = tmp_path / "other" / "titans_lm" / built.name
-    broken.parent.mkdir(parents=True)
-    broken.write_bytes(b"no library")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    compiled.library.cache_clear()
-    compiled.library(torch.float32)
-    assert broken.stat().st_size == built.stat().st_size
-
-
-def test_no_place_for_it_is_a_reason(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
-    file = elsewhere.with_suffix(".txt")
-    file.write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-    with pytest.raises(compiled.NotBuilt, match=f"could not build or load compiled code: .*{file}"):
-        compiled.library(torch.float32)
-
-
 def test_the_structure_is_the_same_in_both_languages():
-    text = (compiled.SOURCES / "call.h").read_text().split("struct Call {")[1].split("};")[0]
+    text = (SOURCES / "call.h").read_text().split("struct Call {")[1].split("};")[0]
     declared = " ".join(line.split("//")[0] for line in text.splitlines())
     names = re.findall(r"(\w+)\s*[,;]", declared)
     assert names == [name for name, _ in native._Call._fields_]

@@ -1,18 +1,7 @@
-"""The library that `cpp/` is compiled to, and what is handed to it.
-
-It is compiled when first used, for the machine's own instructions, by the C++ compiler that is there (`$CXX`, else c++,
-g++ or clang++), and kept in `$XDG_CACHE_HOME/titans_lm` (~/.cache).
-"""
+"""The library that `cpp/` is compiled to, loaded, and what is handed to it. How it is compiled: `build.py`."""
 
 import ctypes
-import hashlib
 import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -21,10 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from titans_lm.ops.build import NotBuilt, build, find_compiler
+
 LOG = logging.getLogger(__name__)
-SOURCES = Path(__file__).parent / "cpp"
-NATIVE = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
-FLAGS = ("-O3", NATIVE, "-std=c++17", "-shared", "-fPIC", "-pthread")
 FUNCTIONS = [f"titans_{name}" for name in ("state", "trace", "read", "back", "step", "make", "back_make")]
 PLAIN = (Tensor, torch.nn.Parameter)
 NUMBERS = {torch.float32: "float", torch.float64: "double"}
@@ -32,48 +20,23 @@ SMALL = 2**20
 """A call of fewer multiplications than this runs on one thread: starting others would take as long."""
 
 
-class NotBuilt(Exception):
-    """Why there is no library."""
-
-
 @cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
     """The compiled sources for numbers of `dtype`. Raises NotBuilt, with the reason, where they cannot be."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
-        raise NotBuilt("needs a C++ compiler: c++, g++ or clang++, or the one that CXX names")
+    compiler = find_compiler()
     try:
-        return _load(_place(compiler, NUMBERS[dtype]), compiler, NUMBERS[dtype])
+        return _load(compiler, NUMBERS[dtype])
     except (OSError, RuntimeError, ValueError) as error:  # no file, no home folder, no words of a command
         raise NotBuilt(f"could not build or load compiled code: {error}") from None
 
 
-def _place(compiler: str, number: str) -> Path:
-    """Where the library is kept: one for each state of the sources, compiler's name and kind of processor."""
-    texts = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
-    key = hashlib.sha256(b"\0".join([*texts, " ".join((compiler, *FLAGS)).encode(), _processor()])).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titans_lm"
-    return folder / f"memory-{number}-{key[:16]}.so"
-
-
-def _processor() -> bytes:
-    """What of this machine decides which instructions are its own."""
+def _load(compiler: str, number: str) -> ctypes.CDLL:
+    place = build(compiler, number)
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}".encode()
-    return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.machine()).encode()
-
-
-def _load(place: Path, compiler: str, number: str) -> ctypes.CDLL:
-    if place.exists():
-        try:
-            return _opened(place)
-        except OSError:  # of another system with the same home folder: built anew
-            LOG.info("%s cannot be loaded", place)
-    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _compile(compiler, number, place)
-    return _opened(place)
+        return _opened(place)
+    except OSError:  # of another system with the same home folder
+        LOG.info("%s cannot be loaded: building it again", place)
+        return _opened(build(compiler, number, anew=True))
 
 
 def _opened(place: Path) -> ctypes.CDLL:
@@ -81,20 +44,6 @@ def _opened(place: Path) -> ctypes.CDLL:
     for name in FUNCTIONS:
         getattr(found, name).restype = ctypes.c_long
     return found
-
-
-def _compile(compiler: str, number: str, place: Path) -> None:
-    """Beside `place`, then renamed: several processes may do so at once."""
-    LOG.info("compiling %s with %s: some seconds, once", place, compiler)
-    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-        made = Path(folder, place.name)
-        command = (*shlex.split(compiler), *FLAGS, f"-DNumber={number}", str(SOURCES / "memory.cpp"), "-o", str(made))
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode:
-            lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-            reason = next((line for line in lines if "error" in line), lines[0])
-            raise NotBuilt(f"could not be compiled by {compiler}: {reason}")
-        os.replace(made, place)
 
 
 @cache

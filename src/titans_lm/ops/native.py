@@ -1,6 +1,6 @@
 """Chunks in C++: the algebra of `chunk.py`, a row and head at a time, so that its state stays in a core's caches.
 
-The sources are `cpp/`, how they are compiled `compiled.py`. Layout and spans are those of `chunked.py`, and
+The sources are `cpp/`, how they are compiled `build.py`. Layout and spans are those of `chunked.py`, and
 so is what a call may keep for its backward pass; one that would keep more is read again in groups of chunks.
 """
 
