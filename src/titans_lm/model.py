@@ -110,7 +110,7 @@ class TitansModel(TitansPreTrainedModel):
     def initial_state(self, batch: int) -> TitansState:
         """The memory of `batch` streams before their first token. Its gradients flow to the learned first memory."""
         if self._beginning is not None:
-            state = self._beginning.select([0] * batch)
+            state = self._beginning.to(self.device).select([0] * batch)
             state.columns = 0
             return state
         position = torch.zeros(batch, dtype=torch.long, device=self.device)
@@ -140,20 +140,21 @@ class TitansModel(TitansPreTrainedModel):
         x = _embed(self.embed_tokens, input_ids, inputs_embeds)
         state = self.initial_state(len(x)) if past_key_values is None else past_key_values
         mask = _token_mask(attention_mask, x, state)
-        read = [0] * len(x) if past_key_values is None else state.position.tolist()
-        layers = state.memories if past_key_values is None or all(read) else self._begin_rows(state)
-        length = torch.full_like(state.position, x.shape[1])
+        new = past_key_values is None and self._beginning is None  # then every row stands at 0: no need to ask a GPU
+        layers, position = (state.memories, state.position) if new else self._begin_rows(state)
+        read = {0} if new else set(position.tolist())
+        length = torch.full_like(position, x.shape[1])
         present, tokens = None, x.shape[1]
         if mask is not None:
             order, length = left_align(mask)
             x = take(cleared(x, mask), order)
             present = torch.arange(tokens, device=x.device) < length[:, None]
-        self._check_length(state.position + length)
-        time = state.position[:, None] + torch.arange(tokens, device=x.device)
+        self._check_length(position + length)
+        time = position[:, None] + torch.arange(tokens, device=x.device)
         assert self.config.head_dim is not None
         turn = Rotation(*(part.to(x.dtype) for part in rotation(time, self.config.head_dim, self.config.rope_theta)))
-        at = read[0] if present is None and len(set(read)) == 1 else None
-        reading = Reading(state.position, at, turn, present, state.frozen, output_surprise)
+        at = read.pop() if present is None and len(read) == 1 else None
+        reading = Reading(position, at, turn, present, state.frozen, output_surprise)
         after: list[LayerState] = []
         seen: list[Surprise] = []
         for layer, before in zip(self.layers, layers, strict=True):
@@ -166,18 +167,21 @@ class TitansModel(TitansPreTrainedModel):
             x = restore(x, mask)
             seen = [Surprise(*(restore(part, mask) for part in s)) for s in seen]
         if use_cache or past_key_values is not None:
-            state.memories, state.position, state.columns = after, state.position + length, state.columns + tokens
+            state.memories, state.position, state.columns = after, position + length, state.columns + tokens
         return TitansModelOutput(
             last_hidden_state=x,
             past_key_values=state if use_cache or past_key_values is not None else None,
             surprise=tuple(seen) if output_surprise else None,
         )
 
-    def _begin_rows(self, state: TitansState) -> list[LayerState]:
-        """The state's layers, where rows that were reset begin with the model's first memory."""
+    def _begin_rows(self, state: TitansState) -> tuple[list[LayerState], Tensor]:
+        """The state's layers and positions, where rows at position 0 begin as `initial_state` does."""
         fresh = state.position == 0
-        begin = [block.initial_state(state.batch_size) for block in self.blocks()]
-        return [start_rows(fresh, b, old) for b, old in zip(begin, state.memories, strict=True)]
+        if not bool(fresh.any()):
+            return state.memories, state.position
+        begin = self.initial_state(state.batch_size)
+        layers = [start_rows(fresh, b, old) for b, old in zip(begin.memories, state.memories, strict=True)]
+        return layers, torch.where(fresh, begin.position, state.position)
 
     def _check_length(self, total: Tensor) -> None:
         limit = self.config.max_position_embeddings

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
@@ -122,6 +123,7 @@ class TitansState(Cache):
         tensors, card = memory_file.read(path)
         with torch.no_grad():
             state = model.initial_state(1)
+        state.frozen = False  # a model that begins with a frozen memory does not freeze what a file holds
         for part, value in identity(model).items():
             if getattr(card, part) != value:
                 raise ValueError(f"{path} belongs to another model: its {part} differs from this model's")
@@ -229,13 +231,21 @@ def _walk(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def start_rows(fresh: Tensor, begin: LayerState, layer: LayerState) -> LayerState:
-    """`layer` with the rows `fresh` `[B]` as in `begin` (attention's keys and values are 0 there already)."""
-    values = iter(t for _, t in _walk(begin._replace(attention=None), ""))
+    """`layer` with the rows `fresh` `[B]` as in `begin`."""
+    if begin.attention is not None and layer.attention is not None:
+        slots = max(x.attention.keys[0].shape[2] for x in (begin, layer) if x.attention is not None)
+        begin, layer = (x._replace(attention=_widened(x.attention, slots)) for x in (begin, layer))
+    values = iter(t for _, t in _walk(begin, ""))
 
     def choose(old: Tensor) -> Tensor:
         return torch.where(fresh.view(-1, *[1] * (old.dim() - 1)), next(values).to(old.dtype), old)
 
-    return _map(layer._replace(attention=None), choose)._replace(attention=layer.attention)
+    return _map(layer, choose)
+
+
+def _widened(attention: Any, slots: int) -> Any:
+    """Keys and values with empty slots on the left, as unlimited attention has them for rows that read less."""
+    return _map(attention, lambda t: F.pad(t, (0, 0, slots - t.shape[2], 0)))
 
 
 # ------------------------------------------------------------------------------------------------ files
