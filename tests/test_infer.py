@@ -90,7 +90,7 @@ def test_a_conversation_is_one_stream(folder, tmp_path, monkeypatch, capsys):
     assert twice.startswith(once)
     assert twice != once + once
     model, _ = load(folder)
-    assert TitansState.load(tmp_path / "memory", model).position.tolist() == [2 * (len("one\n") + 4)]
+    assert TitansState.load(tmp_path / "memory", model).position.tolist() == [2 * (len("one\n") + 5)]
 
 
 def test_pieces_of_any_size_leave_the_same_memory(folder):

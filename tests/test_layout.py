@@ -18,6 +18,7 @@ ORDER = [
     ["block"],
     ["memory_file"],
     ["state"],
+    ["generation"],
     ["model"],
     ["checkpoint", "data", "record"],
     ["tasks", "baselines"],

@@ -18,6 +18,7 @@ from titans_lm.attention import Rotation, rotation
 from titans_lm.block import BLOCKS, LayerState, Reading, TitansBlock
 from titans_lm.config import TitansConfig
 from titans_lm.features import ShortConvolution
+from titans_lm.generation import TitansGeneration, check_state
 from titans_lm.memory import NeuralMemory
 from titans_lm.ops import Surprise, cleared, left_align, restore, take
 from titans_lm.state import TitansState, start_rows
@@ -105,7 +106,12 @@ class TitansModel(TitansPreTrainedModel):
         knows. None: they begin with the learned first memory again, as in training."""
         if memory is not None and memory.batch_size != 1:
             raise ValueError(f"streams can begin with a memory of one row, this one has {memory.batch_size}")
-        self._beginning = None if memory is None else memory.detach()
+        beginning = None if memory is None else memory.detach()
+        if beginning is not None and beginning.pending is not None:
+            ids, there = beginning.take_pending()
+            with torch.no_grad():
+                self(ids, attention_mask=there, past_key_values=beginning)
+        self._beginning = beginning
 
     def initial_state(self, batch: int) -> TitansState:
         """The memory of `batch` streams before their first token. Its gradients flow to the learned first memory."""
@@ -138,8 +144,12 @@ class TitansModel(TitansPreTrainedModel):
         Raises ValueError for inputs that do not fit, or a stream over `max_position_embeddings`.
         """
         x = _embed(self.embed_tokens, input_ids, inputs_embeds)
+        if past_key_values is not None:
+            check_state(past_key_values)
         state = self.initial_state(len(x)) if past_key_values is None else past_key_values
         mask = _token_mask(attention_mask, x, state)
+        if state.pending is not None:
+            state = self._with_pending(state, input_ids, mask)
         new = past_key_values is None and self._beginning is None  # then every row stands at 0: no need to ask a GPU
         layers, position = (state.memories, state.position) if new else self._begin_rows(state)
         read = {0} if new else set(position.tolist())
@@ -166,13 +176,41 @@ class TitansModel(TitansPreTrainedModel):
         if mask is not None:
             x = restore(x, mask)
             seen = [Surprise(*(restore(part, mask) for part in s)) for s in seen]
-        if use_cache or past_key_values is not None:
+        given = past_key_values
+        if use_cache or given is not None:
             state.memories, state.position, state.columns = after, position + length, state.columns + tokens
+        if given is not None and given is not state:
+            given.become(state)
         return TitansModelOutput(
             last_hidden_state=x,
-            past_key_values=state if use_cache or past_key_values is not None else None,
+            past_key_values=given if given is not None else state if use_cache else None,
             surprise=tuple(seen) if output_surprise else None,
         )
+
+    def _with_pending(self, state: TitansState, input_ids: Tensor | None, mask: Tensor | None) -> TitansState:
+        """`state` in another object, ready for these tokens: a continuation has read its pending tokens; else the
+        tokens have to begin with them."""
+        state = state.shared()
+        if state.columns == 0:
+            ids, there = state.take_pending()
+            self(ids, attention_mask=there, past_key_values=state)
+            state.columns = 0
+            return state
+        assert state.pending is not None
+        row = torch.arange(state.batch_size, device=state.position.device)
+        first = torch.zeros_like(row) if mask is None else mask.int().argmax(1)
+        waits = state.pending >= 0
+        if mask is not None:
+            waits = waits & mask.any(1)
+        elif input_ids is not None and input_ids.shape[1] == 0:
+            return state
+        if input_ids is None or bool((waits & (input_ids[row, first] != state.pending)).any()):
+            raise ValueError(
+                f"past_key_values has not read the last tokens generated, {state.pending.tolist()}: pass them first, "
+                f"call model.read_pending(state), or go on with state.continuation()"
+            )
+        state.pending = torch.where(waits, -1, state.pending)
+        return state
 
     def _begin_rows(self, state: TitansState) -> tuple[list[LayerState], Tensor]:
         """The state's layers and positions, where rows at position 0 begin as `initial_state` does."""
@@ -189,7 +227,7 @@ class TitansModel(TitansPreTrainedModel):
             raise ValueError(f"{int(total.max())} tokens are over this model's max_position_embeddings={limit}")
 
 
-class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
+class TitansForCausalLM(TitansPreTrainedModel, TitansGeneration, GenerationMixin):
     """A Titans language model: `generate`, `labels`, `past_key_values` as everywhere in transformers."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012

@@ -286,6 +286,8 @@ def answer(
         padded.to(model.device), attention_mask=mask.to(model.device), past_key_values=state,
         pad_token_id=tokenizer.pad_token_id, **{"do_sample": False, **options},
     )  # fmt: skip
+    with torch.no_grad():
+        model.read_pending(state)
     return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), state
 
 

@@ -49,6 +49,10 @@ class TitansState(Cache):
         """True: what follows is read but not written to the memory."""
         self.columns = 0
         """Columns of `input_ids` so far, padding included: what `generate` calls the sequence length."""
+        self.pending: Tensor | None = None
+        """`[B]`: the token that `generate` wrote last in each row, which it has not read; -1: none. None: none in any
+        row. A `continuation` reads it before anything else; otherwise the next tokens have to begin with it, as
+        transformers passes them, or are refused. `model.read_pending(state)` reads it at once."""
         self.sources: list[Source] = []
         """What was read, as far as a `Reader` read it; kept in memory files."""
         self._model = weakref.ref(model)
@@ -90,8 +94,8 @@ class TitansState(Cache):
         return self._with(lambda t: t)
 
     def continuation(self) -> "TitansState":
-        """A fork whose sequence length is 0, for `generate(new_ids, past_key_values=state.continuation())`: only tokens
-        that it has not read are passed (otherwise `generate` expects those that it has read before them)."""
+        """A fork whose sequence length is 0, for `generate(new_ids, past_key_values=state.continuation())`: only new
+        tokens are passed (otherwise `generate` expects all before them too). It reads `pending` tokens first."""
         fork = self.clone()
         fork.columns = 0
         return fork
@@ -103,7 +107,25 @@ class TitansState(Cache):
             self.columns, self.sources = 0, []
         keep = torch.ones(self.batch_size, dtype=torch.bool, device=self.position.device)
         keep[self._index(rows)] = False
+        pending = self.pending
         self._apply(lambda t: torch.where(keep.view(-1, *[1] * (t.dim() - 1)), t, torch.zeros_like(t)))
+        self.pending = None if pending is None else torch.where(keep, pending, -1)
+
+    def leave(self, tokens: Tensor, rows: Tensor | bool) -> None:
+        """`tokens` `[B]` are pending, in these `rows` `[B]` or in all."""
+        tokens = tokens.to(self.position.device)
+        self.pending = torch.where(torch.as_tensor(rows, device=tokens.device), tokens, -1)
+
+    def take_pending(self) -> tuple[Tensor, Tensor]:
+        """The pending tokens and their mask, each `[B, 1]`; afterwards there are none."""
+        assert self.pending is not None
+        ids, self.pending = self.pending[:, None], None
+        return ids.clamp(min=0), (ids >= 0).long()
+
+    def become(self, other: "TitansState") -> None:
+        """Take over what `other`, of the same model, remembers; its rows, too. `frozen` and `sources` stay."""
+        self.memories, self.position = other.memories, other.position
+        self.columns, self.pending = other.columns, other.pending
 
     def save(self, path: str | Path) -> Card:
         """Write a memory file (see `memory_file`): whole or not at all. -> what it says of itself."""
@@ -111,7 +133,8 @@ class TitansState(Cache):
         if model is None:
             raise ValueError("the model that this state belongs to no longer exists; save the state before it goes")
         card = Card(**identity(model), columns=self.columns, sources=self.sources)
-        return memory_file.write(path, self._tensors(), card)
+        pending = {} if self.pending is None else {"pending": self.pending}
+        return memory_file.write(path, {**self._tensors(), **pending}, card)
 
     @classmethod
     def load(cls, path: str | Path, model: "TitansModel") -> "TitansState":
@@ -127,7 +150,9 @@ class TitansState(Cache):
         for part, value in identity(model).items():
             if getattr(card, part) != value:
                 raise ValueError(f"{path} belongs to another model: its {part} differs from this model's")
-        expected = state._tensors()
+        expected, pending = state._tensors(), tensors.pop("pending", None)
+        if pending is not None and (pending.shape != tensors["position"].shape or pending.is_floating_point()):
+            raise ValueError(f"{path} does not fit this model: 'pending' is {list(pending.shape)}, {pending.dtype}")
         _check_shapes(path, {name: tuple(t.shape) for name, t in tensors.items()}, expected, model.config.window_size)
         for name, tensor in expected.items():
             if tensors[name].is_floating_point() != tensor.is_floating_point():
@@ -137,6 +162,7 @@ class TitansState(Cache):
             state.memories[layer] = _map(state.memories[layer], lambda _: tensors[next(names)].to(model.device))
         state.position = tensors["position"].to(model.device)
         state.columns, state.sources = card.columns, list(card.sources)
+        state.pending = None if pending is None else pending.to(model.device)
         return state
 
     # ------------------------------------------------------------------------------------------ as a Cache
@@ -202,6 +228,7 @@ class TitansState(Cache):
     def _apply(self, function: Callable[[Tensor], Tensor]) -> None:
         self.memories = [_map(layer, function) for layer in self.memories]
         self.position = function(self.position)
+        self.pending = None if self.pending is None else function(self.pending)
 
     def _with(self, function: Callable[[Tensor], Tensor]) -> "TitansState":
         other = object.__new__(type(self))
