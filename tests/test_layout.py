@@ -18,6 +18,8 @@ ORDER = [
     ["block"],
     ["memory_file"],
     ["state"],
+    ["packing"],
+    ["arguments"],
     ["generation"],
     ["model"],
     ["checkpoint", "data", "record"],

@@ -564,10 +564,3 @@ def test_a_refused_call_leaves_the_state_as_it_was():
         model(tokens(2, 4), past_key_values=state)
     assert state.position.tolist() == [9, 9]
     assert state.columns == 9
-
-
-@each_kind
-def test_positions_count_tokens_of_the_stream_and_not_columns(kind):
-    """What transformers passes as position_ids changes nothing: a stream counts itself."""
-    model, ids = tiny_model(kind), tokens(1, 9)
-    assert torch.equal(model(ids, position_ids=torch.full((1, 9), 3)).logits, model(ids).logits)

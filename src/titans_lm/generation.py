@@ -8,7 +8,11 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import GenerationMode, LogitsProcessorList, StoppingCriteriaList
 
+from titans_lm.arguments import check_state
 from titans_lm.state import TitansState
+
+_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
+"""Arguments that `generate` itself obeys, and passes on with those of the model."""
 
 
 class Ended(StoppingCriteriaList):
@@ -54,7 +58,7 @@ class TitansGeneration(GenerationMixin):
         if state.pending is None:
             return
         ids, there = state.take_pending()
-        self(ids, attention_mask=there, past_key_values=state, use_cache=True, logits_to_keep=1)  # type: ignore[operator]
+        self(ids, attention_mask=there, past_key_values=state, use_cache=True, logits_to_keep=1)
 
     # ------------------------------------------------------------------------------------------ before it
 
@@ -91,6 +95,9 @@ class TitansGeneration(GenerationMixin):
 
     generate_batch = continuous_batching_context_manager = init_continuous_batching
 
+    def _prepare_position_ids_for_generation(self, *_: Any, **__: Any) -> None:
+        """A stream counts its own tokens."""
+
     def _prefill(
         self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any], **options: Any
     ) -> Any:
@@ -119,6 +126,7 @@ class TitansGeneration(GenerationMixin):
         prompt: Prompt | None = None,  # noqa: ARG002 - `_prefill` fills it
         **options: Any,
     ) -> dict[str, Any]:
+        options = {key: value for key, value in options.items() if key not in _OF_GENERATE}
         if ended is not None:
             columns = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
             attention_mask = ended.mask(attention_mask, columns, input_ids.shape[1])
@@ -172,17 +180,9 @@ class TitansGeneration(GenerationMixin):
         length = (out.beam_indices >= 0).sum(1).to(new.device)
         if new.shape[1] > 1:
             there = torch.arange(new.shape[1] - 1, device=new.device) < length[:, None]
-            self(new[:, :-1], attention_mask=there.long(), past_key_values=state, logits_to_keep=1)  # type: ignore[operator]
+            self(new[:, :-1], attention_mask=there.long(), past_key_values=state, logits_to_keep=1)
         state.leave(new[:, -1], length == new.shape[1])
         if given is not None:
             given.become(state)
         out.past_key_values = state if given is None else given
         return out if generation_config.return_dict_in_generate else out.sequences
-
-
-def check_state(state: Any) -> None:
-    """Raises ValueError for a cache that is not a TitansState."""
-    if not isinstance(state, TitansState):
-        raise ValueError(
-            f"past_key_values must be a TitansState, which model.initial_state(batch) makes, got {type(state).__name__}"
-        )

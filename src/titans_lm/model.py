@@ -12,17 +12,20 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers import initialization as init
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
+from titans_lm.arguments import check_arguments, check_finite, check_state, embedded, hidden_states, token_mask
 from titans_lm.attention import Rotation, rotation
 from titans_lm.block import BLOCKS, LayerState, Reading, TitansBlock
 from titans_lm.config import TitansConfig
 from titans_lm.features import ShortConvolution
-from titans_lm.generation import TitansGeneration, check_state
+from titans_lm.generation import TitansGeneration
 from titans_lm.memory import NeuralMemory
 from titans_lm.ops import Surprise, cleared, left_align, restore, take
+from titans_lm.packing import Asked, Read, document_starts, documents, read_documents
 from titans_lm.state import TitansState, start_rows
 
+OF_LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
+"""Arguments of transformers' loss functions; `Trainer` passes the first without labels too, where it smooths them."""
 DIGESTS = "digests.json"
 """In a saved model's folder: the SHA-256 of its configuration and weight files."""
 
@@ -33,7 +36,7 @@ class TitansModelOutput(ModelOutput):
 
     last_hidden_state: Tensor | None = None
     past_key_values: TitansState | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
     surprise: tuple[Surprise, ...] | None = None
 
 
@@ -44,7 +47,7 @@ class TitansCausalLMOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: TitansState | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
     surprise: tuple[Surprise, ...] | None = None
     memory_loss: Tensor | None = None
 
@@ -59,7 +62,6 @@ class TitansPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _is_stateful = True  # no assisted decoding: what was read cannot be unread
-    _can_record_outputs = {"hidden_states": TitansBlock}  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -126,8 +128,8 @@ class TitansModel(TitansPreTrainedModel):
         """The layers, as what they are."""
         return [block for block in self.layers if isinstance(block, TitansBlock)]
 
+    @can_return_tuple
     @merge_with_config_defaults
-    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -136,23 +138,58 @@ class TitansModel(TitansPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_surprise: bool = False,
-        **kwargs: Any,  # noqa: ARG002 - what transformers passes to every model, position_ids for one: a stream counts itself
+        position_ids: Tensor | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        **kwargs: Any,
     ) -> TitansModelOutput:
         """Read tokens `[B, T]` (or embeddings `[B, T, D]`) on from `past_key_values`, which is updated.
 
         `attention_mask` `[B, T]`, or longer where it covers earlier tokens too: 0 is padding, at any place, invisible.
-        Raises ValueError for inputs that do not fit, or a stream over `max_position_embeddings`.
+        A row may be of several documents, of which none sees another: where `position_ids` `[B, T]` start again at 0,
+        or `seq_idx` `[B, T]` changes, or as `cu_seq_lens_q` says, all as transformers' collators make them. Then the
+        row's state afterwards is that of its last document. Otherwise a model counts its tokens itself.
+        Raises ValueError for inputs that do not fit, embeddings that are not finite, an argument that would have no
+        effect, or a stream over `max_position_embeddings`.
         """
-        x = _embed(self.embed_tokens, input_ids, inputs_embeds)
-        if past_key_values is not None:
-            check_state(past_key_values)
-        state = self.initial_state(len(x)) if past_key_values is None else past_key_values
-        mask = _token_mask(attention_mask, x, state)
+        x = embedded(self.embed_tokens, input_ids, inputs_embeds)
+        state = self.initial_state(len(x)) if past_key_values is None else check_state(past_key_values)
+        kwargs["output_attentions"] = kwargs.get("output_attentions", self.config.output_attentions)
+        check_arguments(kwargs, state.columns, x.shape[1])
+        mask = token_mask(attention_mask, x, state.batch_size)
+        if inputs_embeds is not None or not self.training:  # in training the loss says so
+            check_finite(x, mask)
+        new = past_key_values is None and self._beginning is None  # then every row stands at 0: no need to ask a GPU
+        expected = self._expected(state) if position_ids is not None and not new else [[]] * len(x)
+        starts = document_starts(mask, (len(x), x.shape[1]), position_ids, expected, kwargs)
         if state.pending is not None:
             state = self._with_pending(state, input_ids, mask)
-        new = past_key_values is None and self._beginning is None  # then every row stands at 0: no need to ask a GPU
+        hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        asked = Asked(output_surprise, bool(hidden))
+        if starts is None:
+            read = self._read(x, mask, state, asked, new)
+        else:
+            read = read_documents(
+                documents(starts.to(x.device), mask),
+                x,
+                state,
+                self.initial_state,
+                lambda x, present, state: self._read(x, present, state, asked),
+            )
+        if past_key_values is not None:
+            past_key_values.become(read.state)
+        elif use_cache:
+            past_key_values = read.state
+        return TitansModelOutput(
+            last_hidden_state=read.x,
+            past_key_values=past_key_values,
+            hidden_states=hidden_states(hidden, [*read.hidden, read.x]),
+            surprise=tuple(read.surprise) if output_surprise else None,
+        )
+
+    def _read(self, x: Tensor, mask: Tensor | None, state: TitansState, asked: Asked, new: bool = False) -> Read:
+        """Embeddings `[B, T, D]`, from `state`, which is left as it is; `new`: no row has read anything."""
         layers, position = (state.memories, state.position) if new else self._begin_rows(state)
-        read = {0} if new else set(position.tolist())
+        places = {0} if new else set(position.tolist())
         length = torch.full_like(position, x.shape[1])
         present, tokens = None, x.shape[1]
         if mask is not None:
@@ -163,53 +200,37 @@ class TitansModel(TitansPreTrainedModel):
         time = position[:, None] + torch.arange(tokens, device=x.device)
         assert self.config.head_dim is not None
         turn = Rotation(*(part.to(x.dtype) for part in rotation(time, self.config.head_dim, self.config.rope_theta)))
-        at = read.pop() if present is None and len(read) == 1 else None
-        reading = Reading(position, at, turn, present, state.frozen, output_surprise)
+        at = places.pop() if present is None and len(places) == 1 else None
+        reading = Reading(position, at, turn, present, state.frozen, asked.surprise)
         after: list[LayerState] = []
+        hidden: list[Tensor] = []
         seen: list[Surprise] = []
         for layer, before in zip(self.layers, layers, strict=True):
+            if asked.hidden:
+                hidden.append(x)
             x, memory, surprise = layer(x, before, reading)
             after.append(memory)
             if surprise is not None:
                 seen.append(surprise)
         x = self.norm(x)
         if mask is not None:
-            x = restore(x, mask)
+            x, *hidden = (restore(h, mask) for h in (x, *hidden))
             seen = [Surprise(*(restore(part, mask) for part in s)) for s in seen]
-        given = past_key_values
-        if use_cache or given is not None:
-            state.memories, state.position, state.columns = after, position + length, state.columns + tokens
-        if given is not None and given is not state:
-            given.become(state)
-        return TitansModelOutput(
-            last_hidden_state=x,
-            past_key_values=given if given is not None else state if use_cache else None,
-            surprise=tuple(seen) if output_surprise else None,
-        )
+        return Read(x, state.moved(after, position + length, tokens), hidden, seen)
+
+    def _expected(self, state: TitansState) -> list[list[int]]:
+        """Positions at which rows may go on: as many as their tokens, without those they began with, or columns."""
+        begun = 0 if self._beginning is None else int(self._beginning.position)
+        return [[p, state.columns, p - begun] if p else [] for p in state.position.tolist()]
 
     def _with_pending(self, state: TitansState, input_ids: Tensor | None, mask: Tensor | None) -> TitansState:
-        """`state` in another object, ready for these tokens: a continuation has read its pending tokens; else the
-        tokens have to begin with them."""
+        """A continuation once it has read its pending tokens; any other state, if these tokens begin with them."""
+        if state.columns:
+            return state.begun_by(input_ids, mask)
         state = state.shared()
-        if state.columns == 0:
-            ids, there = state.take_pending()
-            self(ids, attention_mask=there, past_key_values=state)
-            state.columns = 0
-            return state
-        assert state.pending is not None
-        row = torch.arange(state.batch_size, device=state.position.device)
-        first = torch.zeros_like(row) if mask is None else mask.int().argmax(1)
-        waits = state.pending >= 0
-        if mask is not None:
-            waits = waits & mask.any(1)
-        elif input_ids is not None and input_ids.shape[1] == 0:
-            return state
-        if input_ids is None or bool((waits & (input_ids[row, first] != state.pending)).any()):
-            raise ValueError(
-                f"past_key_values has not read the last tokens generated, {state.pending.tolist()}: pass them first, "
-                f"call model.read_pending(state), or go on with state.continuation()"
-            )
-        state.pending = torch.where(waits, -1, state.pending)
+        ids, there = state.take_pending()
+        self.forward(ids, attention_mask=there, past_key_values=state)
+        state.columns = 0
         return state
 
     def _begin_rows(self, state: TitansState) -> tuple[list[LayerState], Tensor]:
@@ -258,10 +279,14 @@ class TitansForCausalLM(TitansPreTrainedModel, TitansGeneration, GenerationMixin
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_surprise: bool = False,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> TitansCausalLMOutput:
         """As `TitansModel.forward`; `labels` `[B, T]` (-100: not counted) give the loss of the next token.
         `logits_to_keep=n` computes logits of the last n positions only."""
+        of_loss = {key: kwargs.pop(key) for key in OF_LOSS if key in kwargs}
+        if labels is None and (of_loss.keys() - {"num_items_in_batch"}):
+            raise ValueError(f"{', '.join(of_loss)} without labels would have no effect")
         weight = self.config.memory_loss_weight if labels is not None else 0.0
         out = self.model(
             input_ids=input_ids,
@@ -270,16 +295,17 @@ class TitansForCausalLM(TitansPreTrainedModel, TitansGeneration, GenerationMixin
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_surprise=output_surprise or weight > 0,
+            position_ids=position_ids,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
         loss: Tensor | None = None
         memory_loss: Tensor | None = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+            loss = self.loss_function(logits, labels, self.vocab_size, **of_loss)
         if loss is not None and labels is not None and weight > 0 and out.surprise:
             memory_loss = _memory_loss(out.surprise, attention_mask)
-            loss = loss + weight * memory_loss * _share(labels, **kwargs)
+            loss = loss + weight * memory_loss * _share(labels, **of_loss)
         return TitansCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -288,24 +314,6 @@ class TitansForCausalLM(TitansPreTrainedModel, TitansGeneration, GenerationMixin
             surprise=out.surprise if output_surprise else None,
             memory_loss=memory_loss,
         )
-
-
-def _embed(embedding: nn.Embedding, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("pass input_ids or inputs_embeds, and not both")
-    return embedding(input_ids) if inputs_embeds is None else inputs_embeds
-
-
-def _token_mask(attention_mask: Tensor | None, x: Tensor, state: TitansState) -> Tensor | None:
-    """The part of the mask that is about these tokens, `[B, T]`, True where a token is there; None where all are."""
-    if len(x) != state.batch_size:
-        raise ValueError(f"past_key_values remembers {state.batch_size} rows, the input has {len(x)}")
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or len(attention_mask) != len(x) or attention_mask.shape[1] < x.shape[1]:
-        raise ValueError(f"attention_mask must be [B, T] = {list(x.shape[:2])}, got {list(attention_mask.shape)}")
-    mask = attention_mask[:, attention_mask.shape[1] - x.shape[1] :].bool()
-    return None if bool(mask.all()) else mask
 
 
 def _memory_loss(surprise: tuple[Surprise, ...], attention_mask: Tensor | None) -> Tensor:

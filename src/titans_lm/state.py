@@ -122,10 +122,46 @@ class TitansState(Cache):
         ids, self.pending = self.pending[:, None], None
         return ids.clamp(min=0), (ids >= 0).long()
 
+    def begun_by(self, input_ids: Tensor | None, mask: Tensor | None) -> "TitansState":
+        """The same memory, of which no token is pending in rows that have tokens in `input_ids` `[B, T]`, `mask` True
+        where they are. Raises ValueError where these do not begin with the pending ones."""
+        assert self.pending is not None
+        waits, first = self.pending >= 0, torch.zeros_like(self.position)
+        if input_ids is not None:
+            mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+            waits, first = waits & mask.any(1), mask.int().argmax(1) if mask.shape[1] else first
+        if bool(waits.any()) and (
+            input_ids is None or bool((waits & (input_ids.gather(1, first[:, None])[:, 0] != self.pending)).any())
+        ):
+            raise ValueError(
+                f"past_key_values has not read the last tokens generated, {self.pending.tolist()}: pass them first, "
+                f"call model.read_pending(state), or go on with state.continuation()"
+            )
+        state = self.shared()
+        state.pending = torch.where(waits, -1, self.pending)
+        return state
+
+    def moved(self, layers: list[LayerState], position: Tensor, columns: int) -> "TitansState":
+        """This state after `columns` more columns, in another object."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.sources, other.memories, other.position = list(self.sources), layers, position
+        other.columns = self.columns + columns
+        return other
+
     def become(self, other: "TitansState") -> None:
         """Take over what `other`, of the same model, remembers; its rows, too. `frozen` and `sources` stay."""
         self.memories, self.position = other.memories, other.position
         self.columns, self.pending = other.columns, other.pending
+
+    @staticmethod
+    def joined(states: list["TitansState"]) -> "TitansState":
+        """The rows of all of them, of one model, one after another; else as the first."""
+        whole = states[0].shared()
+        layers = [list(same) for same in zip(*(state.memories for state in states), strict=True)]
+        whole.memories = [_joined(same) for same in layers]
+        whole.position = torch.cat([state.position for state in states])
+        return whole
 
     def save(self, path: str | Path) -> Card:
         """Write a memory file (see `memory_file`): whole or not at all. -> what it says of itself."""
@@ -255,6 +291,13 @@ def _walk(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         fields = getattr(tree, "_fields", range(len(tree)))
         for field, part in zip(fields, tree, strict=True):
             yield from _walk(part, f"{name}.{field}")
+
+
+def _joined(layers: list[LayerState]) -> LayerState:
+    slots = max((x.attention.keys[0].shape[2] for x in layers if x.attention is not None), default=0)
+    trees = [x if x.attention is None else x._replace(attention=_widened(x.attention, slots)) for x in layers]
+    parts = iter(zip(*([t for _, t in _walk(tree, "")] for tree in trees), strict=True))
+    return _map(trees[0], lambda _: torch.cat(next(parts)))
 
 
 def start_rows(fresh: Tensor, begin: LayerState, layer: LayerState) -> LayerState:
