@@ -11,7 +11,7 @@ SOURCE = Path(titans_lm.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 ORDER = [
-    ["ops", "recompute", "prediction"],
+    ["ops", "recompute", "prediction", "terminal", "text_file", "memory_lock"],
     ["features"],
     ["memory", "attention"],
     ["config"],
@@ -25,8 +25,9 @@ ORDER = [
     ["checkpoint", "data", "record"],
     ["tasks", "baselines"],
     ["settings"],
+    ["answer"],
     ["trainer", "reader", "memories"],
-    ["train"],
+    ["train", "read"],
     ["infer", "serve"],
     ["evaluate", "analyze", "bench", "stability"],
     ["study", "demo", "learn"],

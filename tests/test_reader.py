@@ -103,8 +103,8 @@ def test_killed_at_fifty_random_moments_no_file_is_ever_broken(model, books, who
         finished.read(*books)
     if len(finished.state.sources) == 2:  # else it was done, and begun once more
         assert_bitwise(finished.state, whole)
-    for part in tmp_path.glob(".*.part"):
-        part.unlink()  # what a killed process was writing; the file itself was never touched
+    for left in (*tmp_path.glob(".*.part"), *tmp_path.glob(".*.lock")):
+        left.unlink()  # what a killed process was writing, and its lock; the file itself was never touched
     assert sorted(p.name for p in tmp_path.iterdir()) == ["memory", "one.txt", "two.txt"]
 
 

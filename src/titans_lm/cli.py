@@ -2,8 +2,11 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable
+
+from titans_lm.terminal import shown
 
 VERBS = {
     "train": "train a model from a YAML file",
@@ -19,7 +22,7 @@ VERBS = {
     "learn": "train a small model, read a long text, see what memory adds",
 }
 """Each is a module of this package with `add_arguments(parser)` and `run(arguments)`, which may return a status."""
-_MODULES = {"read": "reader", "memory": "memories"}
+_MODULES = {"memory": "memories"}
 """Where they are not of the verb's name."""
 
 
@@ -47,13 +50,27 @@ def _run(verb: str, arguments: list[str]) -> int:
     parsed = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int | None] = module.run
     try:
-        return run(parsed) or 0
+        status = run(parsed) or 0
+        sys.stdout.flush()  # a full disk is told here, not when the process ends
+        return status
+    except BrokenPipeError:  # `titans ... | head`: nobody reads on
+        _drop_output()
+        return 128 + 13  # SIGPIPE, as a shell has it
     except KeyboardInterrupt as interruption:
         print(": ".join([f"titans {verb}: interrupted", *map(str, interruption.args)]), file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"titans {verb}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(shown(f"titans {verb}: {' '.join(str(error).split())}"), file=sys.stderr)
+        _drop_output()
         return 2
+
+
+def _drop_output() -> None:
+    """What cannot be written to standard output would be tried again, and told with a traceback, at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _no_more_threads_than_cores() -> None:

@@ -1,7 +1,7 @@
 """Text to tokens: files, folders, Hugging Face data sets; bytes by default; packed into blocks of equal length."""
 
-import codecs
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from titans_lm.text_file import is_blank, read_text
+from titans_lm.text_file import text_pieces as text_pieces  # also had from here
 
 STDLIB = "python-stdlib"
 """In place of a path: the source files of Python's own standard library, which every machine has."""
@@ -67,53 +70,24 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np.int64]:
-    """The text's tokens, `[T]`, without special ones."""
+    """The text's tokens, `[T]`, without special ones. Raises ValueError for half a character (a lone surrogate), as a
+    command line has it whose bytes are not UTF-8."""
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as error:
+        place = f"character {error.start:,} is {text[error.start]!r}"
+        raise ValueError(f"this is not text, for it is not UTF-8: {place} in {text[:50]!r}") from None
     if is_bytes(tokenizer):  # a megabyte in a millisecond
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+        return np.frombuffer(content, np.uint8).astype(np.int64)
     return np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int64)
 
 
 # ------------------------------------------------------------------------------------------------ files
 
 
-def text_pieces(path: str | Path, size: int = 1 << 20) -> Iterator[str]:
-    """The text of one UTF-8 file in pieces of about `size` bytes that end where a line ends, so that a file of any
-    length needs no more memory than a piece. Raises ValueError or OSError that name it, if there is none to be had."""
-    path, rest, seen = Path(path), "", 0
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give a text file")
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        with path.open("rb") as file:
-            while data := file.read(size):
-                rest += decoder.decode(data)
-                seen += len(data)
-                if "\0" in rest:
-                    raise ValueError(f"{path} is not text: it contains NUL bytes")
-                end = rest.rfind("\n") + 1
-                if end and not rest.isspace():
-                    yield rest[:end]
-                    rest = rest[end:]
-            rest += decoder.decode(b"", final=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; give the path of a text file") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not text: it is not UTF-8") from None
-    except OSError as error:
-        raise OSError(f"{path} cannot be read: {error.strerror}") from error
-    if seen == len(rest.encode()) and not rest.strip():  # nothing came before
-        raise ValueError(f"{path} is empty; give a file with text in it")
-    if rest:
-        yield rest
-
-
-def read_text(path: str | Path) -> str:
-    """The whole text of one UTF-8 file. Raises as `text_pieces` does."""
-    return "".join(text_pieces(path))
-
-
 def text_files(paths: Iterable[str], suffixes: Iterable[str]) -> list[Path]:
-    """The files among `paths`, and those with one of `suffixes` in folders among them, in sorted order.
+    """The files among `paths`, and those with one of `suffixes` in folders among them, in sorted order, but for those
+    in folders that have nothing but white space in them.
 
     Raises ValueError for a path that does not exist or has no such file.
     """
@@ -126,7 +100,9 @@ def text_files(paths: Iterable[str], suffixes: Iterable[str]) -> list[Path]:
             inside = sorted(p for s in suffixes for p in path.rglob(f"*{s}") if p.is_file())
             if not inside:
                 raise ValueError(f"{path} has no file that ends in {' or '.join(suffixes)}")
-            found += inside
+            if not (written := [p for p in inside if not is_blank(p)]):
+                raise ValueError(f"{path} has only empty files that end in {' or '.join(suffixes)}")
+            found += written
         elif path.exists():
             found.append(path)
         else:
@@ -217,17 +193,28 @@ class StreamedBlocks(IterableDataset[dict[str, Tensor]]):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         rest = np.zeros(0, np.int64)
-        for tokens in token_stream((self._text(row) for row in self.rows), self.tokenizer):
+        for tokens in token_stream(self._texts(), self.tokenizer):
             rest = np.concatenate([rest, tokens])
             while len(rest) >= self.length:
                 block = torch.from_numpy(rest[: self.length].copy())
                 rest = rest[self.length :]
                 yield {"input_ids": block, "labels": block}
 
-    def _text(self, row: dict[str, Any]) -> str:
-        if self.column not in row:
-            raise ValueError(f"data.text_column={self.column!r} is not in the data set; it has {', '.join(row)}")
-        return row[self.column]
+    def _texts(self) -> Iterator[str]:
+        """Of the rows that have one; of the first that has none a warning is given."""
+        missing = 0
+        for number, row in enumerate(self.rows):
+            if self.column not in row:
+                raise ValueError(f"data.text_column={self.column!r} is not in the data set; it has {', '.join(row)}")
+            text = row[self.column]
+            if isinstance(text, str):
+                yield text
+            elif text is not None:
+                raise ValueError(
+                    f"data.text_column={self.column!r} holds {type(text).__name__}, not text, in row {number}"
+                )
+            elif not (missing := missing + 1) > 1:
+                warnings.warn(f"row {number} of the data set has no text (null): such rows are left out", stacklevel=2)
 
 
 def streamed(name: str, config: str | None, split: str, data_files: list[str] | None) -> Iterable[dict[str, Any]]:
@@ -235,6 +222,7 @@ def streamed(name: str, config: str | None, split: str, data_files: list[str] | 
     from datasets import load_dataset  # two seconds, only where it is needed
 
     try:
-        return load_dataset(name, config, split=split, data_files=data_files, streaming=True)
+        options = {"keep_default_na": False} if name == "csv" else {}  # a text "null" or "NA" is a text
+        return load_dataset(name, config, split=split, data_files=data_files, streaming=True, **options)
     except Exception as error:  # the library raises many kinds; all mean that this data set is not to be had
         raise ValueError(f"data set {name!r} cannot be loaded: {error}") from error

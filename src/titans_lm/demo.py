@@ -29,6 +29,7 @@ from titans_lm.state import TitansState, identity
 from titans_lm.tasks import at_least
 from titans_lm.tasks.haystack import encoder
 from titans_lm.tasks.needle import Needle
+from titans_lm.terminal import PlainConsole
 
 COLUMNS = 60
 """Of the chart in the terminal."""
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     at_least(0, **{"--seed": arguments.seed})
-    folder, console = find(arguments.model), Console()
+    folder, console = find(arguments.model), PlainConsole()
     task = task_for(folder, arguments.tokens, arguments.haystack, arguments.depth)
     model, tokenizer = load(folder)
     if model.config.variant == "attention":
@@ -83,7 +84,6 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(
         f"A needle, {hidden.key}{hidden.value}, is hidden after {hidden.start:,} of {arguments.tokens:,} tokens. "
         f"The value is asked for at the end.",
-        highlight=False,
     )
     reading, state = read_through(model, hidden.ids[:, :-1], console)
     said = ask(model, tokenizer, state, hidden)
@@ -235,7 +235,7 @@ def tell(hidden: Hidden, reading: Reading, found: Mapping[str, Any], console: Co
     verdict = "right" if found["right"] else "WRONG: the model did not find it"
     lines += ["", f"Asked:   {hidden.key}", f"Truth:   {hidden.value}", f"Answer:  {found['said']}   {verdict}", ""]
     for line in lines:
-        console.print(line, markup=False, highlight=False)
+        console.print(line)
 
 
 def picture(hidden: Hidden, reading: Reading, path: Path) -> None:

@@ -1,66 +1,102 @@
 """`titans infer`: answer prompts, or converse, with a memory of what was read before."""
 
 import argparse
+import io
+import math
+import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from titans_lm.answer import answer
 from titans_lm.checkpoint import MODEL_HELP, load
-from titans_lm.data import text_pieces
+from titans_lm.memory_file import check_target
+from titans_lm.memory_lock import MemoryLock
 from titans_lm.model import TitansForCausalLM
-from titans_lm.reader import Reader, answer, show
+from titans_lm.read import ERRORS_HELP, show
+from titans_lm.reader import Reader
 from titans_lm.state import TitansState
+from titans_lm.terminal import PlainConsole
+from titans_lm.text_file import Errors, examine, is_standard_input
 
 HELP = "/save FILE writes the memory, /reset goes back to where this conversation began, /quit or Ctrl-D ends it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
-    parser.add_argument("--context", type=Path, nargs="+", default=[], help="texts to read first, in this order")
+    parser.add_argument("--context", type=Path, nargs="+", default=[], help="texts to read first; -: standard input")
     parser.add_argument("--prompt", nargs="+", help="text to go on from; of several each has a fork of the memory")
     parser.add_argument("--interactive", action="store_true", help="converse: a prompt a line, all in one memory")
     parser.add_argument("--load-memory", type=Path, help="go on from this memory file")
     parser.add_argument("--save-memory", type=Path, help="write what was learned from the context to this file")
     parser.add_argument("--frozen", action="store_true", help="prompts are read without writing to the memory")
     parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--stop", nargs="+", metavar="TEXT", help="an answer ends with one of these")
+    parser.add_argument(
+        "--stop",
+        nargs="+",
+        metavar="TEXT",
+        help=r"an answer ends with one of these; \n, \t, \r and \\ are as in Python",
+    )
+    parser.add_argument("--errors", choices=get_args(Errors), default="strict", help=ERRORS_HELP)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--seed", type=int, default=0)
 
 
 def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     for path in arguments.context:
-        next(text_pieces(path))  # all can be read, before the work begins
+        examine(path, arguments.errors)  # all can be read, before the work begins
     model, tokenizer = load(arguments.model)
-    reader = Reader(model, tokenizer)
-    if arguments.load_memory:
-        reader.state = TitansState.load(arguments.load_memory, model)
-    if arguments.context:
-        show(reader, arguments.context, console)
-    state = reader.state
-    console.print(f"{int(state.position[0]):,} tokens read; the memory takes {state.nbytes / 2**20:.1f} MiB")
-    if arguments.save_memory:
-        state.save(arguments.save_memory)
-        console.print(f"memory saved to {arguments.save_memory}")
+    with MemoryLock(arguments.save_memory) if arguments.save_memory else nullcontext() as lock:
+        state = _remember(arguments, model, tokenizer, console, lock)
     torch.manual_seed(arguments.seed)
     state.frozen = arguments.frozen
     if arguments.prompt:
         _answer(model, tokenizer, state.select([0] * len(arguments.prompt)), arguments.prompt, _options(arguments))
     if arguments.interactive:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape" if arguments.errors == "strict" else "replace")
         _converse(model, tokenizer, state, console, _options(arguments))
+
+
+def _remember(
+    arguments: argparse.Namespace,
+    model: TitansForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+    lock: MemoryLock | None,
+) -> TitansState:
+    """The memory that is loaded, with what the context adds; saved, if it is to be, when interrupted too."""
+    reader = Reader(model, tokenizer, errors=arguments.errors)
+    if arguments.load_memory:
+        reader.state = TitansState.load(arguments.load_memory, model)
+    try:
+        if arguments.context:
+            show(reader, arguments.context, console)
+    except KeyboardInterrupt:
+        if not arguments.save_memory:
+            raise
+        reader.state.save(arguments.save_memory, lock)
+        raise KeyboardInterrupt(f"what was read is in {arguments.save_memory}; --load-memory goes on with it") from None
+    state = reader.state
+    console.print(f"{int(state.position[0]):,} tokens read; the memory takes {state.nbytes / 2**20:.1f} MiB")
+    if arguments.save_memory:
+        state.save(arguments.save_memory, lock)
+        console.print(f"memory saved to {arguments.save_memory}")
+    return state
 
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
-    if arguments.temperature < 0:
-        raise ValueError(f"--temperature must not be negative, got {arguments.temperature}")
+    if not 0 <= arguments.temperature < math.inf:
+        raise ValueError(f"--temperature must not be negative, nor without an end, got {arguments.temperature}")
     if not (arguments.prompt or arguments.interactive or (arguments.context and arguments.save_memory)):
         raise ValueError(
             "nothing to do: give --prompt TEXT or --interactive, or --context FILE with --save-memory FILE"
@@ -69,15 +105,23 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--prompt is empty: give at least one character to go on from")
     if arguments.stop and not all(arguments.stop):
         raise ValueError("--stop is empty: give at least one character to stop at")
-    if arguments.save_memory and not arguments.save_memory.absolute().parent.is_dir():
-        raise ValueError(f"--save-memory {arguments.save_memory}: its folder does not exist")
+    if arguments.interactive and any(map(is_standard_input, arguments.context)):
+        raise ValueError("--context - and --interactive would both read standard input: give the context as a file")
+    if arguments.save_memory:
+        check_target(arguments.save_memory)
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Of `generate`."""
     sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {}
-    stop = {"stop_strings": arguments.stop} if arguments.stop else {}
+    stop = {"stop_strings": [_unescaped(text) for text in arguments.stop]} if arguments.stop else {}
     return {"max_new_tokens": arguments.max_new_tokens, **sampling, **stop}
+
+
+def _unescaped(text: str) -> str:
+    """A shell passes `\n` between quotes as a backslash and an n. What is no escape sequence stays as it is."""
+    meant = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return re.sub(r"\\([ntr\\])", lambda match: meant[match[1]], text)
 
 
 def _answer(
@@ -108,7 +152,7 @@ def _converse(
 ) -> None:
     """Prompts from standard input, one a line, until it ends."""
     state = begin
-    console.print(HELP, highlight=False)
+    console.print(HELP)
     while line := _line(console):
         command, _, file = line.strip().partition(" ")
         if command == "/quit":
@@ -129,7 +173,9 @@ def _line(console: Console) -> str | None:
         line = sys.stdin.readline()
         if not line:
             return None
-        if line.strip():
+        if any("\udc80" <= c <= "\udcff" for c in line):  # bytes that cannot be decoded, by surrogateescape
+            console.print("this line is not text and was not read: it is not UTF-8 (--errors replace reads it)")
+        elif line.strip():
             return line
 
 
@@ -141,4 +187,4 @@ def _save(state: TitansState, file: str, console: Console) -> None:
         state.save(file)
         console.print(f"memory saved to {file}")
     except (ValueError, OSError) as error:
-        console.print(str(error), style="red", markup=False)
+        console.print(str(error), style="red")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -23,6 +22,7 @@ from titans_lm.reader import go_on, read
 from titans_lm.record import provenance, write_json
 from titans_lm.settings import Settings, parse_settings
 from titans_lm.state import TitansState
+from titans_lm.terminal import PlainConsole
 from titans_lm.train import earlier, train
 
 TEXT_BYTES = 1_000_000
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--minutes must be above 0, got {arguments.minutes}")
     if arguments.bytes < 10 * PIECE:
         raise ValueError(f"--bytes must be at least {10 * PIECE}, got {arguments.bytes}")
-    console = Console()
+    console = PlainConsole()
     output: Path = arguments.output
     files, held_out = _held_out(arguments.bytes)
     if (output / "model" / "model.safetensors").is_file():
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(_table(readings))
     same, sample = _save_load_go_on(model, tokenizer, readings["learning"], output / "memory.safetensors")
     console.print(f"Memory saved, loaded, and continued with: {'identical' if same else 'DIFFERENT'}. It goes on:")
-    console.print(sample, style="dim", markup=False, highlight=False)
+    console.print(sample, style="dim")
     picture(readings, output / "learn.png")
     command = f"titans learn --minutes {arguments.minutes:g} --bytes {arguments.bytes}"
     write_json(output / "learn.json", {**provenance(command), **summary(readings), "identical_after_loading": same})

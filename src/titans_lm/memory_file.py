@@ -6,6 +6,8 @@ A file has the same size whatever was read. Nothing in it is executed; every byt
 import hashlib
 import json
 import os
+import stat
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -14,7 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-FORMAT = "titans-lm memory 2"
+from titans_lm.memory_lock import MemoryLock, beside
+
+KIND = "titans-lm memory"
+FORMAT = f"{KIND} 2"
 SOURCES_BYTES = 32 * 1024
 """What was read takes this much of the file, however much that was: the oldest is left out where it does not fit."""
 NAME_LENGTH = 200
@@ -62,8 +67,12 @@ class Card:
 # ------------------------------------------------------------------------------------------------ read and write
 
 
-def write(path: str | Path, tensors: dict[str, Tensor], card: Card) -> Card:
-    """Write a file whole, or not at all: beside, to the disk, then renamed. -> the card, with its digest."""
+def write(path: str | Path, tensors: dict[str, Tensor], card: Card, lock: MemoryLock | None = None) -> Card:
+    """Write a file whole, or not at all: beside, to the disk, then renamed. -> the card, with its digest.
+
+    A symbolic link is followed, and the file keeps its mode and owner. `lock`: the file's, if the caller holds it.
+    Raises as `check_target` does; ValueError where another holds the lock; OSError for what cannot be written.
+    """
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     sources = card.sources[len(card.sources) - _newest(card.sources) :]
     told = json.dumps([asdict(s) for s in sources])
@@ -78,8 +87,40 @@ def write(path: str | Path, tensors: dict[str, Tensor], card: Card) -> Card:
         "padding": " " * (SOURCES_BYTES - _length(told)),
     }
     metadata["digest"] = _digest(tensors, metadata)
-    _write_whole(Path(path), serialize(tensors, metadata))
+    with MemoryLock(Path(path)) if lock is None else nullcontext():
+        check_target(path)
+        _write_whole(Path(path), serialize(tensors, metadata))
     return Card(**{**vars(card), "sources": sources, "digest": metadata["digest"]})
+
+
+def check_target(path: str | Path) -> None:
+    """Raises ValueError or OSError for a path to which no memory is written: without a folder that may be written to,
+    or where something is that is not a memory file, which is never overwritten."""
+    if str(path) == "-":
+        raise ValueError("a memory cannot be written to standard output: give the name of a file")
+    real = Path(os.path.realpath(path))
+    if not real.parent.is_dir():
+        raise ValueError(f"cannot write {path}: its folder does not exist")
+    if not os.access(real.parent, os.W_OK | os.X_OK):
+        raise OSError(f"cannot write {path}: its folder may not be written to")
+    if not os.path.lexists(real):
+        return
+    found = real.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"cannot write {path}: it is not a regular file")
+    if found.st_size and not _is_memory(real):
+        raise ValueError(f"{path} is not a memory file and is not overwritten: give another name")
+
+
+def _is_memory(path: Path) -> bool:
+    """Whether a file begins as memory files do; the rest of it may be damaged."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            told = json.loads(file.read(length) if length <= path.stat().st_size else b"")
+            return str(told["__metadata__"]["format"]).startswith(KIND)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return False
 
 
 def _newest(sources: list[Source]) -> int:
@@ -98,17 +139,29 @@ def _length(text: str) -> int:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    real = Path(os.path.realpath(path))
+    part = beside(real, f"{os.getpid()}.part")
     try:
-        with beside.open("wb") as file:
+        part.unlink(missing_ok=True)
+        with part.open("xb") as file:
+            if real.exists():
+                _take_owner_and_mode(part, real.stat())
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # or a power cut may leave a name with nothing in it
-        os.replace(beside, path)
+        os.replace(part, real)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
+
+
+def _take_owner_and_mode(part: Path, old: os.stat_result) -> None:
+    if hasattr(os, "chown"):
+        with suppress(OSError):  # only the superuser gives files away
+            os.chown(part, old.st_uid, old.st_gid)
+    part.chmod(stat.S_IMODE(old.st_mode))
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
@@ -125,6 +178,8 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], Card]:
     Raises ValueError for what is not a memory file, is of another version, or is damaged, be it by one bit; OSError for
     what cannot be read.
     """
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is not a memory file: it is not a regular file")  # a FIFO would be waited for
     try:
         with safe_open(path, "pt", device="cpu") as file:
             metadata = file.metadata() or {}

@@ -4,35 +4,37 @@ Where a text is cut into pieces depends on the text alone, and what is saved is 
 reading that was interrupted, by whatever, and resumed ends in the same memory to the last bit.
 """
 
-import argparse
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeGuard, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from titans_lm.checkpoint import MODEL_HELP, load
-from titans_lm.data import encode, text_pieces
-from titans_lm.memory_file import NAME_LENGTH, Source
+from titans_lm.answer import PIECE, answer
+from titans_lm.answer import go_on as go_on  # also had from here
+from titans_lm.answer import read as read
+from titans_lm.data import encode
+from titans_lm.memory_file import NAME_LENGTH, Source, check_target
+from titans_lm.memory_lock import MemoryLock
 from titans_lm.model import TitansForCausalLM
 from titans_lm.state import TitansState
+from titans_lm.text_file import Errors, decoded, examine, is_standard_input, name_of
 
-PIECE = 4096
-"""Tokens of one call: enough to keep the processor busy; memory use does not depend on the text's length."""
 Mode = Literal["learning", "frozen", "reset"]
-Text = Path | str | Tensor | Sequence[int] | Iterable[str] | Iterable[Sequence[int]]
-"""A file; a text; tokens `[T]`; or a stream of texts or of tokens, each encoded by itself."""
+Tokens = Tensor | NDArray[np.integer[Any]] | Sequence[int]
+Text = Path | str | Tokens | Iterable[str] | Iterable[Tokens]
+"""A file (a pipe or a FIFO too; `Path("-")` is standard input); a text; tokens `[T]`; or a stream of texts or of
+tokens, each encoded by itself."""
 
 
 class Progress(NamedTuple):
@@ -66,8 +68,10 @@ class Reader:
         mode: "learning" writes what is read. "frozen" reads without writing. "reset" forgets before each text.
         save_seconds: so much work is lost at most when the process is killed.
         piece: tokens of one call of the model. Not a limit of anything.
+        errors: "strict" refuses files that are not UTF-8; "replace" reads them with U+FFFD in place of what is not.
 
-    Raises ValueError for a memory file of another model or a damaged one, and for values that make no sense.
+    Raises ValueError for a memory file of another model or a damaged one, and for values that make no sense. While it
+    reads, a reader holds a lock on the memory file.
     """
 
     def __init__(
@@ -79,17 +83,23 @@ class Reader:
         mode: Mode = "learning",
         save_seconds: float = 30.0,
         piece: int = PIECE,
+        errors: Errors = "strict",
     ):
         if mode not in get_args(Mode):
             raise ValueError(f"mode={mode!r} is not one of: {', '.join(get_args(Mode))}")
-        if piece < 1 or save_seconds < 0:
-            raise ValueError(f"piece must be at least 1, and save_seconds not negative: {piece}, {save_seconds}")
+        if errors not in get_args(Errors):
+            raise ValueError(f"errors={errors!r} is not one of: {', '.join(get_args(Errors))}")
+        if piece < 1 or not save_seconds >= 0:  # NaN is not
+            raise ValueError(f"piece must be at least 1, and save_seconds at least 0: {piece}, {save_seconds}")
         self.model, self.tokenizer, self.mode, self.piece = model.eval(), tokenizer, mode, piece
         self.memory = None if memory is None else Path(memory)
-        self.save_seconds = save_seconds
-        exists = self.memory is not None and self.memory.exists()
+        self.save_seconds, self.errors = save_seconds, errors
+        self._lock: MemoryLock | None = None
+        self._found = self._on_disk()
+        if self.memory is not None and self._found is None:
+            check_target(self.memory)
         with torch.no_grad():
-            self.state = TitansState.load(self.memory, model) if exists and self.memory else model.initial_state(1)
+            self.state = TitansState.load(self.memory, model) if self.memory and self._found else model.initial_state(1)
 
     def read(self, *texts: Text) -> "Reader":
         """Read these to their end. Raises as `reading` does."""
@@ -97,26 +107,38 @@ class Reader:
             pass
         return self
 
-    def reading(self, *texts: Text) -> Iterator[Progress]:
+    def reading(self, *texts: Text) -> Generator[Progress, None, None]:
         """Read these, piece by piece. If the memory holds a reading of the same that was interrupted, it goes on.
 
-        Raises ValueError for a text that is empty, or cannot be read, before anything is read; and where the memory
-        holds an interrupted reading of something else (`abandon` forgets that there was one).
+        Raises ValueError for a text that is empty, or cannot be read, before anything is read (a stream when its turn
+        comes); where another reader holds the memory file; and where the memory holds an interrupted reading of
+        something else (`abandon` forgets that there was one). A text that fails when some of it was read is abandoned.
         """
-        plan, first = self._plan([_source(text, self.mode) for text in texts])
-        clock, saved = _Clock(plan), time.monotonic()
-        try:
-            for i, text in enumerate(texts):
-                if plan[i].done:
-                    continue
-                for ids, share, whole in self._pieces(text, plan[i]):
-                    surprise = self._read(ids, first + i, whole)
-                    yield clock.tick(self.state.sources[first + i], i, len(ids), share, surprise)
-                    if time.monotonic() - saved >= self.save_seconds:
-                        self.save()
-                        saved = time.monotonic()
-        finally:
-            self.save()
+        with self._locked():
+            if sum(isinstance(text, Path) and is_standard_input(text) for text in texts) > 1:
+                raise ValueError("standard input can be read once only; give - once")
+            before = self.state.sources
+            plan, first = self._plan([self._source(text) for text in texts])
+            clock, saved, changed = _Clock(plan), time.monotonic(), not texts
+            try:
+                for i, text in enumerate(texts):
+                    pieces = iter(()) if plan[i].done else self._pieces(text, plan[i])
+                    while True:
+                        with self._abandoning():
+                            if (piece := next(pieces, None)) is None:
+                                break
+                            ids, share, whole = piece
+                            surprise = self._read(ids, first + i, whole)
+                        changed = True
+                        yield clock.tick(self.state.sources[first + i], i, len(ids), share, surprise)
+                        if time.monotonic() - saved >= self.save_seconds:
+                            self.save()
+                            saved = time.monotonic()
+            finally:
+                if changed:
+                    self.save()
+                else:
+                    self.state.sources = before
 
     def abandon(self) -> None:
         """Forget that a reading was interrupted, not what was learned of it."""
@@ -125,9 +147,10 @@ class Reader:
     def ask(self, *prompts: str, frozen: bool = False, remember: bool = False, **options: Any) -> list[str]:
         """What the model says after each prompt, each to a fork of this memory. `options` are those of `generate`.
 
-        What a fork learns of its prompt is gone afterwards, unless there is one prompt and `remember`. `frozen`: it
-        learns nothing of it in the first place. Raises ValueError without a tokenizer, for an empty prompt, or several
-        to remember.
+        What a fork learns of its prompt is gone afterwards, unless there is one prompt and `remember`: then prompt and
+        answer were read, to the last token. `frozen`: it learns nothing of it in the first place. There are
+        `num_return_sequences` answers for each prompt, one after another. Raises ValueError without a tokenizer, for an
+        empty prompt, for several answers to remember, and for options that have no effect on texts.
         """
         if not prompts:
             raise ValueError("there is no prompt to answer")
@@ -138,17 +161,75 @@ class Reader:
         fork = self.state.select([0] * len(prompts))
         fork.frozen = frozen
         answers, fork = answer(self.model, self.tokenizer, fork, list(prompts), **options)
+        if remember and len(answers) != 1:
+            raise ValueError(f"one answer can be remembered, and num_return_sequences gave {len(answers)}")
         if remember:
             fork.columns = self.state.columns
             self.state = fork
         return answers
 
     def save(self) -> None:
-        """Write the memory file, if there is one; whole or not at all."""
-        if self.memory is not None:
-            self.state.save(self.memory)
+        """Write the memory file, if there is one; whole or not at all. Raises ValueError where another process, or
+        reader, has written it since this one loaded it, and what that learned would be lost."""
+        if self.memory is None:
+            return
+        with self._locked():
+            self.state.save(self.memory, self._lock)
+            self._found = self._on_disk()
 
     # ------------------------------------------------------------------------------------------ parts
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The memory file is this reader's alone, and as it knows it."""
+        if self.memory is None or self._lock is not None:
+            yield
+            return
+        with MemoryLock(self.memory) as lock:
+            if self._on_disk() not in (None, self._found):
+                raise ValueError(
+                    f"{self.memory} was written by another since this reader loaded it: "
+                    f"make a new Reader to go on with what it holds"
+                )
+            self._lock = lock
+            try:
+                yield
+            finally:
+                self._lock = None
+
+    def _on_disk(self) -> tuple[int, ...] | None:
+        """Which file is there now: each writing makes another. None: there is none."""
+        if self.memory is None or not self.memory.exists():
+            return None
+        found = self.memory.stat()
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+    @contextmanager
+    def _abandoning(self) -> Iterator[None]:
+        """A text that fails does not keep the memory from reading another. An interruption is no failure."""
+        try:
+            yield
+        except (ValueError, TypeError, IndexError, OSError):
+            self.abandon()
+            raise
+
+    def _source(self, text: Text) -> Source:
+        """The record of a text before it is read; raises ValueError or OSError for one that cannot be."""
+        if self.tokenizer is None and isinstance(text, Path | str):
+            raise ValueError("a reader without a tokenizer reads tokens, not texts")
+        if isinstance(text, Path):
+            found = examine(text, self.errors)
+            return Source(name_of(text)[-NAME_LENGTH:], found.size, found.sha256, self.mode)
+        if isinstance(text, str):
+            content = text.encode()
+        elif _is_tokens(text):
+            content = self._tokens(text).tobytes()
+        else:
+            return Source("stream", -1, "", self.mode)
+        if not content:
+            raise ValueError("there is nothing to read: a text is empty")
+        name = "text" if isinstance(text, str) else "tokens"
+        return Source(name, len(content), hashlib.sha256(content).hexdigest(), self.mode)
 
     def _plan(self, sources: list[Source]) -> tuple[list[Source], int]:
         """How far each is, where a reading of them was interrupted, else not begun; and where their records begin."""
@@ -169,31 +250,57 @@ class Reader:
 
     def _pieces(self, text: Text, source: Source) -> Iterator[tuple[NDArray[np.int64], float, Source]]:
         """Tokens not read before, the share of the text that is read with them, and the record then."""
-        digest, tokens, units, rest = hashlib.sha256(), 0, 0, source.tokens
-        for content, ids in _encoded(text, self.tokenizer):
-            if source.size < 0:
-                digest.update(content)
+        stream, digest, tokens, units, rest = source.size < 0, hashlib.sha256(), 0, 0, source.tokens
+        for content, ids in self._encoded(text, source.size):
+            digest.update(content)
             for start in range(0, len(ids), self.piece):
                 part = ids[start : start + self.piece]
                 tokens += len(part)
                 skipped = min(rest, len(part))
                 rest -= skipped
-                if source.size < 0 and tokens == source.tokens and digest.hexdigest() != source.sha256:
+                if stream and tokens == source.tokens and digest.hexdigest() != source.sha256:
                     raise ValueError(f"{source.name} is not the stream that this memory began to read")
                 if skipped < len(part):
                     done = (units + len(content) * (start + len(part)) / len(ids)) / max(source.size, 1)
-                    yield (
-                        part[skipped:],
-                        min(done, 1.0),
-                        replace(source, tokens=tokens, sha256=digest.hexdigest() if source.size < 0 else source.sha256),
-                    )
+                    known = digest.hexdigest() if stream else source.sha256
+                    yield part[skipped:], min(done, 1.0), replace(source, tokens=tokens, sha256=known)
             units += len(content)
         if tokens < source.tokens:
             raise ValueError(f"{source.name} ends before the {source.tokens:,} tokens that this memory read of it")
-        yield np.zeros(0, np.int64), 1.0, replace(
-            source, tokens=tokens, done=True,
-            sha256=digest.hexdigest() if source.size < 0 else source.sha256,
-        )  # fmt: skip
+        nothing, found = np.zeros(0, np.int64), digest.hexdigest()
+        if not stream and (units, found) != (source.size, source.sha256):
+            yield nothing, 1.0, replace(source, tokens=tokens, size=units, sha256=found, abandoned=True)
+            raise ValueError(f"{source.name} changed while it was read: {tokens:,} tokens of it were read before")
+        yield nothing, 1.0, replace(source, tokens=tokens, done=True, sha256=found)
+
+    def _encoded(self, text: Text, size: int) -> Iterator[tuple[bytes, NDArray[np.int64]]]:
+        """Content and its tokens, bit by bit, the same bits each time; of a file `size` bytes, where that is known."""
+        parts: Iterable[object]
+        if isinstance(text, Path):
+            parts = decoded(text, errors=self.errors, limit=size if size >= 0 else None)
+        else:
+            parts = [text] if isinstance(text, str) or _is_tokens(text) else iter(text)
+        for part in parts:
+            content, words = part if isinstance(part, tuple) and isinstance(text, Path) else (None, part)
+            if not isinstance(words, str):
+                ids = self._tokens(words)
+            elif self.tokenizer is None:
+                raise ValueError("a reader without a tokenizer reads tokens, not texts")
+            else:
+                ids = self._tokens(encode(self.tokenizer, words))
+                content = words.encode() if content is None else content
+            yield ids.tobytes() if content is None else content, ids
+
+    def _tokens(self, ids: object) -> NDArray[np.int64]:
+        """Raises ValueError for what is not a row of tokens that the model knows."""
+        array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+        if array.ndim != 1 or (len(array) and not np.issubdtype(array.dtype, np.integer)):
+            raise ValueError(f"tokens must be whole numbers [T], got {array.dtype} {list(array.shape)}")
+        vocabulary = self.model.config.vocab_size
+        if len(array) and not (array.min() >= 0 and array.max() < vocabulary):
+            at = int(np.argmax((array < 0) | (array >= vocabulary)))
+            raise ValueError(f"token {array[at]} at {at} is not one of this model's, which are 0 to {vocabulary - 1}")
+        return np.ascontiguousarray(array, np.int64)
 
     @torch.no_grad()
     def _read(self, ids: NDArray[np.int64], record: int, source: Source) -> Tensor | None:
@@ -240,57 +347,6 @@ class _Clock:
         )
 
 
-# ------------------------------------------------------------------------------------------------ reading and going on
-
-
-@torch.no_grad()
-def read(model: TitansForCausalLM, ids: Tensor, state: TitansState, piece: int = PIECE) -> Iterator[tuple[Tensor, Any]]:
-    """Read ids `[B, T]` on from `state`, which is updated, `piece` tokens a call; yields (ids, output) of each call.
-
-    Outputs have all logits and the surprise of each layer.
-    """
-    for part in ids.split(piece, 1):
-        yield part, model(part, past_key_values=state, output_surprise=True)
-
-
-def go_on(
-    model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, state: TitansState, prompt: Tensor, **options: Any
-) -> Tensor:
-    """Generate after `prompt` `[1, T]`, T >= 1, which the state has not read; returns prompt and continuation.
-
-    `options` are those of transformers' `generate`. The state itself is left as it is.
-    """
-    return model.generate(prompt, past_key_values=state.continuation(), pad_token_id=tokenizer.pad_token_id, **options)
-
-
-def answer(
-    model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, state: TitansState, prompts: list[str], **options: Any
-) -> tuple[list[str], TitansState]:
-    """What the model says after each prompt, row by row of `state` (as many as prompts), which reads them.
-
-    `options` are those of transformers' `generate`; greedy unless they say otherwise. -> the texts, and the memory
-    after prompts and answers (its frozen rows as they were). Raises ValueError for a prompt without tokens.
-    """
-    ids = [encode(tokenizer, prompt) for prompt in prompts]
-    if not all(len(row) for row in ids):
-        raise ValueError("a prompt is empty: give at least one character to go on from")
-    width = max(map(len, ids))
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
-    padded = torch.stack(
-        [torch.cat([torch.zeros(width - len(row), dtype=torch.long), torch.as_tensor(row)]) for row in ids]
-    )
-    state = state.continuation()
-    if options.get("stop_strings"):
-        options["tokenizer"] = tokenizer
-    out = model.generate(
-        padded.to(model.device), attention_mask=mask.to(model.device), past_key_values=state,
-        pad_token_id=tokenizer.pad_token_id, **{"do_sample": False, **options},
-    )  # fmt: skip
-    with torch.no_grad():
-        model.read_pending(state)
-    return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), state
-
-
 # ------------------------------------------------------------------------------------------------ texts
 
 
@@ -301,92 +357,8 @@ def _same(old: Source, new: Source) -> bool:
     )
 
 
-def _source(text: Text, mode: Mode) -> Source:
-    """The record of a text before it is read; raises ValueError or OSError for one that cannot be."""
-    if isinstance(text, Path):
-        next(text_pieces(text))  # as a text
-        with text.open("rb") as file:
-            return Source(
-                text.name[-NAME_LENGTH:], text.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest(), mode
-            )
-    content = text.encode() if isinstance(text, str) else _tokens(text).tobytes() if _is_tokens(text) else None
-    if content is None:
-        return Source("stream", -1, "", mode)
-    if not content:
-        raise ValueError("there is nothing to read: a text is empty")
-    name = "text" if isinstance(text, str) else "tokens"
-    return Source(name, len(content), hashlib.sha256(content).hexdigest(), mode)
-
-
-def _is_tokens(text: object) -> TypeGuard[Tensor | Sequence[int]]:
+def _is_tokens(text: object) -> TypeGuard[Tokens]:
     """Nothing at all is no stream either."""
-    return isinstance(text, Tensor) or (
-        isinstance(text, Sequence) and not isinstance(text, str) and (not text or isinstance(text[0], int))
+    return isinstance(text, Tensor | np.ndarray) or (
+        isinstance(text, Sequence) and not isinstance(text, str) and (not text or isinstance(text[0], Integral))
     )
-
-
-def _encoded(text: Text, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[tuple[bytes, NDArray[np.int64]]]:
-    """Content and its tokens, bit by bit, the same bits each time."""
-    if isinstance(text, Path):
-        parts: Iterable[object] = text_pieces(text)
-    elif isinstance(text, str) or _is_tokens(text):
-        parts = [text]
-    else:
-        parts = iter(text)
-    for part in parts:
-        if not isinstance(part, str):
-            ids = _tokens(part)  # type: ignore[arg-type]
-            yield ids.tobytes(), ids
-        elif tokenizer is None:
-            raise ValueError("a reader without a tokenizer reads tokens, not texts")
-        else:
-            yield part.encode(), encode(tokenizer, part)
-
-
-def _tokens(ids: Tensor | Sequence[int]) -> NDArray[np.int64]:
-    array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"tokens must be whole numbers [T], got {array.dtype} {list(array.shape)}")
-    return np.ascontiguousarray(array, np.int64)
-
-
-# ------------------------------------------------------------------------------------------------ titans read
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("texts", type=Path, nargs="+", metavar="FILE", help="text files, read in this order")
-    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
-    parser.add_argument("--memory", type=Path, required=True, help="the file to go on from, if it exists, and to write")
-    parser.add_argument("--mode", choices=get_args(Mode), default="learning", help="reset: forget before each text")
-    parser.add_argument("--save-seconds", type=float, default=30.0, help="at most so much is lost at a kill")
-    parser.add_argument("--abandon", action="store_true", help="do not go on with what was interrupted")
-
-
-def run(arguments: argparse.Namespace) -> None:
-    if not arguments.memory.absolute().parent.is_dir():
-        raise ValueError(f"--memory {arguments.memory}: its folder does not exist")
-    console = Console(stderr=True)
-    model, tokenizer = load(arguments.model)
-    reader = Reader(model, tokenizer, memory=arguments.memory, mode=arguments.mode, save_seconds=arguments.save_seconds)
-    if arguments.abandon:
-        reader.abandon()
-    show(reader, arguments.texts, console)
-    state = reader.state
-    console.print(f"{int(state.position[0]):,} tokens read; {arguments.memory} holds {state.nbytes / 2**20:.1f} MiB")
-
-
-def show(reader: Reader, texts: list[Path], console: Console) -> None:
-    """Read, with rate, surprise and time left."""
-    columns = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[told]}"),
-               TimeElapsedColumn()]  # fmt: skip
-    total = sum(text.stat().st_size for text in texts)
-    with Bars(*columns, console=console) as bars:
-        bar = bars.add_task("reading", total=total, told="")
-        for progress in reader.reading(*texts):
-            left = progress.left or 0.0
-            spent = time.monotonic() - (bars.tasks[0].start_time or 0)
-            told = f"{progress.tokens:,} tokens, {progress.rate:,.0f} a second, {left:,.0f} s left"
-            if progress.surprise is not None:
-                told += f", surprise {progress.surprise:.3f}"
-            done = total * spent / max(spent + left, 1e-9)
-            bars.update(bar, description=progress.source.name, completed=done, told=told)

@@ -15,6 +15,7 @@ from transformers import Cache
 from titans_lm import memory_file
 from titans_lm.block import LayerState
 from titans_lm.memory_file import Card, Source
+from titans_lm.memory_lock import MemoryLock
 
 if TYPE_CHECKING:
     from titans_lm.model import TitansModel
@@ -163,14 +164,15 @@ class TitansState(Cache):
         whole.position = torch.cat([state.position for state in states])
         return whole
 
-    def save(self, path: str | Path) -> Card:
-        """Write a memory file (see `memory_file`): whole or not at all. -> what it says of itself."""
+    def save(self, path: str | Path, lock: MemoryLock | None = None) -> Card:
+        """Write a memory file (see `memory_file.write`, which also says what it raises): whole or not at all. -> what
+        it says of itself. `lock`: the file's, if the caller holds it."""
         model = self._model()
         if model is None:
             raise ValueError("the model that this state belongs to no longer exists; save the state before it goes")
         card = Card(**identity(model), columns=self.columns, sources=self.sources)
         pending = {} if self.pending is None else {"pending": self.pending}
-        return memory_file.write(path, {**self._tensors(), **pending}, card)
+        return memory_file.write(path, {**self._tensors(), **pending}, card, lock)
 
     @classmethod
     def load(cls, path: str | Path, model: "TitansModel") -> "TitansState":

@@ -1,0 +1,176 @@
+"""Text files as they are: regular files, pipes, FIFOs and standard input, read in pieces of bounded size.
+
+A file is cut as bytes, where a line ends, and each piece is decoded by itself. So the cuts depend on the content alone,
+invalid bytes have a place that can be named, and the bytes that were read can be hashed whatever is decoded of them.
+"""
+
+import hashlib
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Literal, NamedTuple
+
+STANDARD_INPUT = Path("-")
+"""In place of a file's path."""
+PIECE_BYTES = 1 << 20
+Errors = Literal["strict", "replace"]
+"""What becomes of bytes that are not UTF-8, and of NUL: a ValueError that names their place, or U+FFFD."""
+_BOM = b"\xef\xbb\xbf"
+
+
+class Content(NamedTuple):
+    """What a file holds, found before its text is used."""
+
+    size: int
+    """Bytes; -1 for a stream (a pipe, a FIFO, a terminal), which can be read only once."""
+    sha256: str
+    """Of these bytes; empty for a stream."""
+
+
+def is_standard_input(path: Path) -> bool:
+    """Whether `path` is `-` or a name of the system's for this process's standard input."""
+    return path == STANDARD_INPUT or str(path) in ("/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
+
+
+def name_of(path: Path) -> str:
+    """What to call it in records: the file's name, "stdin" for standard input."""
+    return "stdin" if is_standard_input(path) else path.name
+
+
+def examine(path: Path, errors: Errors = "strict") -> Content:
+    """Read a regular file once to its end, to know that all of it can be read. A stream is not touched.
+
+    Raises ValueError for what is missing, a folder, without text, or not text; OSError for what cannot be read.
+    """
+    if is_standard_input(path):
+        return Content(-1, "")
+    found = _stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        return Content(-1, "")
+    digest, size = hashlib.sha256(), 0
+    for raw, _ in decoded(path, errors=errors, limit=found.st_size or None):
+        digest.update(raw)
+        size += len(raw)
+    return Content(size, digest.hexdigest()) if found.st_size else Content(-1, "")  # /proc has files of no size
+
+
+def decoded(
+    path: Path, size: int = PIECE_BYTES, errors: Errors = "strict", limit: int | None = None
+) -> Iterator[tuple[bytes, str]]:
+    """The bytes of a text file, opened once, in pieces, each with its text.
+
+    A piece ends where a line ends and has about `size` bytes, at most twice as many; a longer line is cut before a
+    space or else between two characters. Of a byte order mark there are bytes and no text. `limit`: bytes to read at
+    most, so that a file that grows ends where it ended when `limit` was found. Raises as `examine` does.
+    """
+    offset, blank = 0, True
+    try:
+        with _opened(path) as file:
+            for raw in _cut(_blocks(file, size, limit), size):
+                text = _decode(raw, offset, path, errors)
+                offset += len(raw)
+                blank = blank and not text.strip()
+                yield raw, text
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror or error}") from error
+    if blank:
+        raise ValueError(f"{path} is empty; give a file with text in it")
+
+
+def text_pieces(path: str | Path, size: int = PIECE_BYTES, errors: Errors = "strict") -> Iterator[str]:
+    """The text of one file in pieces: see `decoded`."""
+    return (text for _, text in decoded(Path(path), size, errors))
+
+
+def read_text(path: str | Path, errors: Errors = "strict") -> str:
+    """The whole text of one file. Raises as `examine` does."""
+    return "".join(text_pieces(path, errors=errors))
+
+
+def is_blank(path: Path) -> bool:
+    """Whether a file has nothing but white space in it, as an `__init__.py` may."""
+    with path.open("rb") as file:
+        return all(block.isspace() for block in iter(lambda: file.read(1 << 16), b""))
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; give the path of a text file") from None
+    except (OSError, ValueError) as error:  # a NUL in a name is a ValueError
+        raise OSError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if stat.S_ISDIR(found.st_mode):
+        raise ValueError(f"{path} is a folder; give a text file")
+    return found
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Standard input stays open for who reads it afterwards."""
+    if not is_standard_input(path):
+        _stat(path)
+        with path.open("rb") as file:
+            yield file
+    elif sys.stdin is None:
+        raise ValueError("standard input is closed; give a file, or pass text to it")
+    else:
+        yield sys.stdin.buffer
+
+
+def _blocks(file: IO[bytes], size: int, limit: int | None) -> Iterator[bytes]:
+    """Blocks of `size` bytes, the last one shorter, whatever the parts in which a pipe delivers them."""
+    left = sys.maxsize if limit is None else limit
+    while left and (data := file.read(min(size, left))):
+        left -= len(data)
+        yield data
+
+
+def _cut(blocks: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """The same bytes, cut where a line ends; within a line that is longer than `size`."""
+    rest = b""
+    for data in blocks:
+        rest += data
+        end = rest.rfind(b"\n") + 1 or (_within_a_line(rest) if len(rest) >= size else 0)
+        if end and not (rest.isspace() and len(rest) < size):  # white space goes with the text after it
+            yield rest[:end]
+            rest = rest[end:]
+    if rest:
+        yield rest
+
+
+def _within_a_line(line: bytes) -> int:
+    """Where to cut: before its last space, else before an incomplete character at its end. 0: nowhere yet."""
+    space = line.rfind(b" ")
+    if space > 0:
+        return space
+    for back in range(1, min(4, len(line)) + 1):
+        byte = line[-back]
+        if byte & 0xC0 != 0x80:  # not the continuation of a character
+            wanted = 1 if byte < 0xC0 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return len(line) if wanted <= back else len(line) - back
+    return len(line)
+
+
+def _decode(raw: bytes, offset: int, path: Path, errors: Errors) -> str:
+    """Raises ValueError that names the place of what is not text."""
+    if offset == 0:
+        start = len(_BOM) if raw.startswith(_BOM) else 0
+        raw, offset = raw[start:], start
+    try:
+        text = raw.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        place = f"byte {offset + error.start:,} is 0x{raw[error.start]:02x}"
+        raise ValueError(
+            f"{path} is not text: it is not UTF-8 ({place}; errors='replace' reads it with U+FFFD there)"
+        ) from None
+    if "\0" in text and errors == "strict":
+        place = f"the first is byte {offset + raw.index(0):,}"
+        raise ValueError(f"{path} is not text: it contains NUL bytes ({place}; errors='replace' reads it)")
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in text else text
