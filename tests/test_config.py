@@ -1,14 +1,18 @@
 """A configuration is right or refused with the name of what is wrong; presets are what their names say."""
 
+import copy
 import json
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import each_kind, tiny_config, tokens
 from titans_lm import DEFAULT_CONFIG, VARIANT_CONFIGS, TitansConfig, TitansForCausalLM, preset
 from titans_lm.config import SIZES, VARIANTS, count_parameters, known_keys
+from titans_lm.settings import parse_settings
 
 
 @pytest.mark.parametrize(
@@ -106,12 +110,82 @@ def test_a_configuration_is_saved_and_loaded_whole(kind, tmp_path):
     assert loaded.own_fields() == config.own_fields()
 
 
-def test_an_unknown_key_in_a_file_is_refused(tmp_path):
+def warned(act) -> tuple[TitansConfig, list[str]]:
+    """What `act` gave, and of which keys it warned."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = act()
+    return config, [str(w.message) for w in caught if "unknown key" in str(w.message)]
+
+
+def test_an_unknown_key_of_a_file_is_kept_with_one_warning_that_names_the_nearest(tmp_path):
+    model = TitansForCausalLM(tiny_config("mag"))
+    model.config.note, model.config.hiden_size = "x", 3
+    model.save_pretrained(tmp_path)
+    for act in (
+        lambda: TitansForCausalLM.from_pretrained(tmp_path).config,
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path).config,
+        lambda: AutoConfig.from_pretrained(tmp_path),
+        lambda: TitansConfig.from_dict(model.config.to_dict()),
+        lambda: TitansConfig(**model.config.to_dict()),
+    ):
+        config, (said,) = warned(act)
+        assert (config.note, config.hiden_size) == ("x", 3)
+        assert config.hidden_size == model.config.hidden_size
+        assert "unknown key 'hiden_size' in config.json; did you mean 'hidden_size'?" in said
+        assert "unknown key 'note'" in said
+    assert warned(lambda: copy.deepcopy(model.config))[1] == []
+
+
+def test_a_value_of_a_file_that_cannot_be_is_refused(tmp_path):
     tiny_config("mag").save_pretrained(tmp_path)
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"memory_depth": 3}))
-    with pytest.raises(ValueError, match="memory_depth"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"memory_layers": 0}))
+    with pytest.raises(ValueError, match="memory_layers must be at least 1"):
         TitansConfig.from_pretrained(tmp_path)
+
+
+OF_TRANSFORMERS: dict[str, Any] = {
+    "return_dict": False,
+    "output_hidden_states": True,
+    "output_attentions": True,
+    "dtype": torch.float16,
+    "chunk_size_feed_forward": 5,
+    "architectures": ["BertModel"],
+    "id2label": {0: "label"},
+    "label2id": {"label": 0},
+    "problem_type": "regression",
+    "quantization_config": {"quant_method": "torchao"},
+}
+"""What transformers' own test of configurations sets, and what quantization leaves there."""
+
+
+def test_keys_that_every_transformers_model_takes_are_taken(tmp_path):
+    config, said = warned(lambda: tiny_config("mag", **OF_TRANSFORMERS))
+    assert {key: getattr(config, key) for key in OF_TRANSFORMERS} == OF_TRANSFORMERS
+    del config.quantization_config  # transformers wants its own kind of object to save one
+    config.save_pretrained(tmp_path)
+    loaded, more = warned(lambda: TitansConfig.from_pretrained(tmp_path))
+    assert loaded.to_dict() == config.to_dict()
+    assert said == more == []
+
+
+def test_labels_are_counted_as_in_transformers(tmp_path):
+    config = tiny_config("mag", num_labels=5)
+    assert len(config.id2label) == len(config.label2id) == 5
+    config.num_labels = 3
+    config.save_pretrained(tmp_path)
+    assert TitansConfig.from_pretrained(tmp_path).num_labels == 3
+    assert TitansConfig.from_pretrained(tmp_path, num_labels=7).num_labels == 7
+
+
+def test_a_key_typed_into_a_run_is_refused_though_transformers_might_take_it():
+    tree = {"model": {"size": "tiny", "note": "x"}, "data": {"files": ["a"]}, "training": {"output_dir": "o"}}
+    with pytest.raises(ValueError, match="unknown key 'note' in model"):
+        parse_settings(tree)
+    tree["model"] = {"size": "tiny", "model_type": "titans", "memory_layer": 1}
+    with pytest.raises(ValueError, match="unknown key 'model_type' in model"):
+        parse_settings(tree)
 
 
 def test_defaults_are_every_own_field_and_variants_build():

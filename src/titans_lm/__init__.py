@@ -6,6 +6,7 @@ from titans_lm.memory import NeuralMemory, NeuralMemoryState
 from titans_lm.ops import MemoryState, Surprise, memory_scan
 
 if find_spec("transformers") is not None:  # the operation and the layer need torch alone
+    from titans_lm.checkpoint import load
     from titans_lm.config import DEFAULT_CONFIG, VARIANT_CONFIGS, TitansConfig, preset
     from titans_lm.model import TitansForCausalLM, TitansModel
     from titans_lm.reader import Reader
@@ -23,6 +24,7 @@ __all__ = [
     "TitansForCausalLM",
     "TitansModel",
     "TitansState",
+    "load",
     "memory_scan",
     "preset",
 ]

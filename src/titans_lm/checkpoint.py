@@ -1,62 +1,59 @@
-"""Model folders: loaded as data alone, and refused if they are damaged. Some are shipped and go by their names."""
+"""Models with their tokenizers: loaded as data alone, and refused if they are damaged; saved; shipped."""
 
 import copy
-import hashlib
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from titans_lm.config import TitansConfig
-from titans_lm.model import DIGESTS, TitansForCausalLM
+from titans_lm.data import plain_reason
+from titans_lm.model import TitansForCausalLM
+from titans_lm.model_files import NAMES, SHIPPED, add_digests, check_digests, find
 
-SHIPPED = Path(__file__).parent / "shipped"
-"""A folder for each model that is shipped with the package."""
+__all__ = ["MODEL_HELP", "NAMES", "RUN", "SHIPPED", "find", "load", "save", "ship"]
+
 RUN = "run.yaml"
 """In a model's folder: the settings that it was trained with."""
-NAMES = sorted(folder.name for folder in SHIPPED.iterdir())
+_AS_DATA: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 MODEL_HELP = f"a folder that titans train wrote, or the name of a shipped model: {', '.join(NAMES)}"
 
 
-def find(model: Path) -> Path:
-    """The folder of a model: itself or, where it is none and a shipped model has that name, that one's. A folder of
-    texts may be called as a model is.
+def load(model: str | Path) -> tuple[TitansForCausalLM, PreTrainedTokenizerBase]:
+    """The model and tokenizer of a folder that `titans train` or `save_pretrained` wrote, or of a shipped name, such as
+    "books". No code of the folder is run.
 
-    Raises ValueError for what is neither.
+    Raises ValueError for a folder that is not a Titans checkpoint, whose files are damaged, or whose weights are not
+    finite.
     """
-    folder = SHIPPED / model if str(model) in NAMES and not (model / "config.json").is_file() else model
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{model} is not a model: it has no config.json; `titans train` writes such folders, "
-            f"and shipped is: {', '.join(NAMES)}"
-        )
-    return folder
-
-
-def load(folder: Path) -> tuple[TitansForCausalLM, PreTrainedTokenizerBase]:
-    """The model and tokenizer that `titans train` or `save_pretrained` wrote, or that are shipped: as `find` has it.
-
-    Raises ValueError for a folder that is not a Titans checkpoint, or whose files are damaged.
-    """
-    folder = find(folder)
-    _check_digests(folder)
+    folder = find(model)
+    check_digests(folder)
     try:
         kind = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
         if kind != TitansConfig.model_type:
             raise ValueError(f"its config.json is of a model of type {kind!r}")
-        model, report = TitansForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        loaded, report = TitansForCausalLM.from_pretrained(folder, output_loading_info=True, **_AS_DATA)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_AS_DATA)
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{folder} cannot be loaded as a Titans model: {error}") from error
+        raise ValueError(f"{folder} cannot be loaded as a Titans model: {plain_reason(error)}") from error
     foreign = sorted(report["missing_keys"] | report["unexpected_keys"])
     if foreign:
         raise ValueError(
             f"{folder} does not hold the weights of this model: {foreign[0]!r} does not match its config.json"
         )
-    return model.eval(), tokenizer
+    broken = next((name for name, weight in loaded.named_parameters() if not bool(weight.isfinite().all())), None)
+    if broken is not None:
+        raise ValueError(f"{folder} cannot be used: its weight {broken!r} has numbers that are not finite")
+    return loaded.eval(), tokenizer
+
+
+def save(model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a model and its tokenizer to a folder that `load` reads, all their files under digests."""
+    model.save_pretrained(folder)
+    add_digests(folder, tokenizer.save_pretrained(folder))
 
 
 def ship(source: Path, target: Path, surprise_threshold: float | None = None) -> None:
@@ -73,25 +70,5 @@ def ship(source: Path, target: Path, surprise_threshold: float | None = None) ->
         raise ValueError(f"{source} has no {RUN}, which says how it was trained")
     half = copy.deepcopy(model).to(torch.bfloat16)
     model.save_pretrained(target, state_dict=half.state_dict())
-    tokenizer.save_pretrained(target)
+    add_digests(target, tokenizer.save_pretrained(target))
     shutil.copyfile(find(source) / RUN, target / RUN)
-
-
-def _check_digests(folder: Path) -> None:
-    """Files are as `save_pretrained` wrote them, where it left their digests."""
-    listed = folder / DIGESTS
-    if not listed.is_file():
-        return
-    try:
-        digests = dict(json.loads(listed.read_text()))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{folder} is damaged: {DIGESTS} cannot be read ({error})") from None
-    for name, expected in digests.items():
-        path = folder / Path(name).name
-        if not path.is_file():
-            raise ValueError(f"{folder} is damaged: {name} is missing")
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                raise ValueError(
-                    f"{folder} is damaged: {name} is not as it was saved (if you changed it, remove {DIGESTS})"
-                )

@@ -3,8 +3,9 @@
 import dataclasses
 import difflib
 import functools
+import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -14,14 +15,27 @@ VARIANTS = ("mac", "mag", "mal", "lmm", "attention")
 Variant = Literal["mac", "mag", "mal", "lmm", "attention"]
 
 
+AUTO_CODE = "modeling_titans"
+"""The module beside saved weights that opens them in a process that has not imported this package."""
+AUTO_MAP = {
+    "AutoConfig": f"{AUTO_CODE}.TitansConfig",
+    "AutoModel": f"{AUTO_CODE}.TitansModel",
+    "AutoModelForCausalLM": f"{AUTO_CODE}.TitansForCausalLM",
+}
+"""Which of its classes an Auto class takes."""
+
+
 @strict
 class TitansConfig(PreTrainedConfig):
     """Configuration of `TitansModel` and `TitansForCausalLM`.
 
-    Raises ValueError for an unknown key or an impossible value, with its name and what would be right.
+    Raises ValueError for an impossible value, with its name and what would be right, and for a keyword that does not
+    exist. A key of a `config.json` that does not exist is kept as an attribute, with one warning, as programs that
+    work with transformers models leave their own keys there.
     """
 
     model_type = "titans"
+    auto_map: ClassVar[dict[str, str]] = AUTO_MAP  # what a model of an older version, saved without one, has
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - as transformers declares it
     attribute_map = {"hidden_dim": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}  # noqa: RUF012
 
@@ -93,9 +107,11 @@ class TitansConfig(PreTrainedConfig):
         for alias, key in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, key, kwargs.pop(alias))
-        for key in kwargs:
-            if key not in _INHERITED:
-                raise ValueError(unknown_key(key, known_keys(), "TitansConfig"))
+        unknown = [key for key in kwargs if key not in _INHERITED]
+        if unknown and "model_type" not in kwargs:  # a saved configuration has one, nobody types it
+            raise ValueError(unknown_key(unknown[0], known_keys(), "TitansConfig"))
+        if unknown:
+            _warn_unknown(unknown)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         if self.memory_dim is None:
@@ -103,6 +119,30 @@ class TitansConfig(PreTrainedConfig):
         if self.num_memory_heads is None:
             self.num_memory_heads = max(1, self.hidden_size // max(self.memory_head_dim, 1))
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration that `to_dict` gave, or that a `config.json` holds; `kwargs` replace its values.
+
+        Warns of keys that do not exist. Raises ValueError for another model's configuration.
+        """
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(f"this is the configuration of a model of type {kind!r}, not {cls.model_type!r}")
+        return super().from_dict({**config_dict, "model_type": kind}, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """As transformers has it, for a class of your own. This one needs none of it: models are saved with `AUTO_MAP`
+        and without a copy of the package's code."""
+        if cls is not TitansConfig:
+            super().register_for_auto_class(auto_class)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As transformers has it."""
+        if self._auto_class is not None:  # transformers adds to the map, which must not be that of all configurations
+            self.auto_map = dict(self.auto_map)  # type: ignore[misc] - that of this configuration alone
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def validate_architecture(self) -> None:
         """Every value possible, by itself and with the others."""
@@ -155,8 +195,10 @@ _RANGES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
 ]
 _INHERITED = {f.name for f in dataclasses.fields(PreTrainedConfig)} | {
     "dtype", "torch_dtype", "attn_implementation", "_attn_implementation", "_commit_hash", "model_type", "name_or_path",
-    "_name_or_path", "transformers_version", "architectures", "auto_map", "experts_implementation",
+    "_name_or_path", "transformers_version", "architectures", "auto_map", "experts_implementation", "num_labels",
+    "output_attentions", "quantization_config", "per_layer_config", "transformers_weights",
 }  # fmt: skip
+"""Keys that transformers itself sets, reads and saves."""
 
 
 def known_keys() -> list[str]:
@@ -169,6 +211,12 @@ def unknown_key(key: str, known: list[str], where: str) -> str:
     """One line: the key, where it was, and the nearest right one."""
     near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
     return f"unknown key {key!r} in {where}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _warn_unknown(keys: list[str]) -> None:
+    """One warning for all of them: values that nothing here reads."""
+    told = "; ".join(unknown_key(key, known_keys(), "config.json") for key in keys)
+    warnings.warn(f"{told} (kept as attributes, without any effect)", stacklevel=2)
 
 
 # ------------------------------------------------------------------------------------------------ presets

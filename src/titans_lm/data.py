@@ -58,15 +58,22 @@ def is_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """ "bytes", or the name or folder of any Hugging Face tokenizer."""
+    """ "bytes", or the name or folder of any Hugging Face tokenizer. One that brings its own code is refused."""
     if name == "bytes":
         return byte_tokenizer()
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f'tokenizer {name!r} cannot be loaded; give "bytes", a folder or a Hub name: {error}'
+            f'tokenizer {name!r} cannot be loaded; give "bytes", a folder or a Hub name: {plain_reason(error)}'
         ) from error
+
+
+def plain_reason(error: Exception) -> str:
+    """What transformers says, as one line; of code that it would run, that it is not."""
+    if "trust_remote_code" in str(error):
+        return "it brings Python code of its own, which is never run"
+    return " ".join(str(error).split())
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np.int64]:

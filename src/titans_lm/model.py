@@ -1,7 +1,5 @@
 """Tokens -> embedding -> blocks -> logits and loss, as transformers models; registered with its Auto classes."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,11 @@ from transformers import initialization as init
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 
+from titans_lm import model_files
 from titans_lm.arguments import check_arguments, check_finite, check_state, embedded, hidden_states, token_mask
 from titans_lm.attention import Rotation, rotation
 from titans_lm.block import BLOCKS, LayerState, Reading, TitansBlock
-from titans_lm.config import TitansConfig
+from titans_lm.config import AUTO_MAP, TitansConfig
 from titans_lm.features import ShortConvolution
 from titans_lm.generation import TitansGeneration
 from titans_lm.memory import NeuralMemory
@@ -26,8 +25,6 @@ from titans_lm.state import TitansState, start_rows
 
 OF_LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
 """Arguments of transformers' loss functions; `Trainer` passes the first without labels too, where it smooths them."""
-DIGESTS = "digests.json"
-"""In a saved model's folder: the SHA-256 of its configuration and weight files."""
 
 
 @dataclass
@@ -77,14 +74,39 @@ class TitansPreTrainedModel(PreTrainedModel):
         own = next(module.parameters(recurse=False), None) is not None
         super()._initialize_weights(module, is_custom_code and own)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:
+        """As transformers has it, and by the name of a shipped model, such as "books"."""
+        if pretrained_model_name_or_path is not None:  # None: `state_dict` has the weights
+            pretrained_model_name_or_path = model_files.shipped(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, *arguments, **options)
+
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **options: Any) -> None:
-        """As transformers', and the digests of what was written, by which `titans` knows a damaged folder."""
+        """As transformers has it, and beside it code that finds this package, and the digests of what was written, by
+        which `titans` knows a damaged folder."""
+        ours = model_files.is_ours(type(self))  # else a class that was registered adds itself to the map
+        saved_map = dict(AUTO_MAP) if ours else {"AutoConfig": AUTO_MAP["AutoConfig"]}
+        self.config.auto_map = saved_map  # type: ignore[misc] - that of this configuration alone
         super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
         if is_main_process:
-            folder = Path(save_directory)
-            files = [folder / "config.json", *sorted(folder.glob("model*.safetensors*"))]
-            digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-            (folder / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n")
+            model_files.complete(save_directory, adapter=self._has_adapter)
+
+    def _upload_modified_files(self, working_dir: str | Path, *arguments: Any, **options: Any) -> Any:
+        """What `save_pretrained` writes beside the model is uploaded with it."""
+        model_files.complete(working_dir, adapter=self._has_adapter)
+        return super()._upload_modified_files(working_dir, *arguments, **options)
+
+    @property
+    def _has_adapter(self) -> bool:
+        """`add_adapter` was called: the adapter is what transformers saves then, without the model."""
+        return bool(getattr(self, "_hf_peft_config_loaded", False))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """As transformers has it, for a class of your own. Those of this package need none of it: what they save says
+        which of them opens it, and has no copy of their code."""
+        if not model_files.is_ours(cls):
+            super().register_for_auto_class(auto_class)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -22,6 +22,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from titans_lm.data import Blocks, CarriedOrder, is_bytes
 from titans_lm.memory import memory_off
+from titans_lm.model_files import DIGESTS, add_digests
 from titans_lm.settings import Settings, save_settings
 from titans_lm.state import TitansState
 
@@ -185,6 +186,13 @@ class TitansTrainer(Trainer):
         over = [row for row in range(self.carried.batch_size) if done % spans[row % len(spans)] == 0]
         if over:  # else the state would be copied at every step
             self.carried.reset(over)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer`'s, with the tokenizer's files under the digests too."""
+        super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.processing_class is not None and (folder / DIGESTS).is_file():  # a baseline of others has none
+            add_digests(folder, self.processing_class.save_pretrained(folder))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

@@ -171,7 +171,7 @@ def _trained(settings: Settings) -> PreTrainedModel:
     """Trained now; or an earlier process's, whose training ended or goes on from its last checkpoint."""
     output, found = Path(settings.training.output_dir), earlier(settings)
     if found == output:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(output)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=False)
         return model
     if found is None and output.is_dir():
         shutil.rmtree(output)
