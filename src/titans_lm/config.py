@@ -141,7 +141,7 @@ class TitansConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As transformers has it."""
         if self._auto_class is not None:  # transformers adds to the map, which must not be that of all configurations
-            self.auto_map = dict(self.auto_map)  # type: ignore[misc] - that of this configuration alone
+            self.auto_map = dict(self.auto_map)  # type: ignore[misc]  # of this configuration alone
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def validate_architecture(self) -> None:

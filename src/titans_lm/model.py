@@ -86,7 +86,7 @@ class TitansPreTrainedModel(PreTrainedModel):
         which `titans` knows a damaged folder."""
         ours = model_files.is_ours(type(self))  # else a class that was registered adds itself to the map
         saved_map = dict(AUTO_MAP) if ours else {"AutoConfig": AUTO_MAP["AutoConfig"]}
-        self.config.auto_map = saved_map  # type: ignore[misc] - that of this configuration alone
+        self.config.auto_map = saved_map  # type: ignore[misc]  # of this configuration alone
         super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
         if is_main_process:
             model_files.complete(save_directory, adapter=self._has_adapter)
