@@ -124,9 +124,9 @@ class TitansGeneration(GenerationMixin):
         is_first_iteration: bool | None = False,
         ended: Ended | None = None,
         prompt: Prompt | None = None,  # noqa: ARG002 - `_prefill` fills it
-        **options: Any,
+        **kwargs: Any,  # by this name transformers knows that every argument of `forward` may be passed to `generate`
     ) -> dict[str, Any]:
-        options = {key: value for key, value in options.items() if key not in _OF_GENERATE}
+        kwargs = {key: value for key, value in kwargs.items() if key not in _OF_GENERATE}
         if ended is not None:
             columns = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
             attention_mask = ended.mask(attention_mask, columns, input_ids.shape[1])
@@ -137,7 +137,7 @@ class TitansGeneration(GenerationMixin):
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
-            **options,
+            **kwargs,
         )
 
     # ------------------------------------------------------------------------------------------ while and after it

@@ -184,7 +184,7 @@ class TitansModel(TitansPreTrainedModel):
         expected = self._expected(state) if position_ids is not None and not new else [[]] * len(x)
         starts = document_starts(mask, (len(x), x.shape[1]), position_ids, expected, kwargs)
         if state.pending is not None:
-            state = self._with_pending(state, input_ids, mask)
+            state = self._with_pending(state, x, mask)
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         asked = Asked(output_surprise, bool(hidden))
         if starts is None:
@@ -245,10 +245,10 @@ class TitansModel(TitansPreTrainedModel):
         begun = 0 if self._beginning is None else int(self._beginning.position)
         return [[p, state.columns, p - begun] if p else [] for p in state.position.tolist()]
 
-    def _with_pending(self, state: TitansState, input_ids: Tensor | None, mask: Tensor | None) -> TitansState:
+    def _with_pending(self, state: TitansState, x: Tensor, mask: Tensor | None) -> TitansState:
         """A continuation once it has read its pending tokens; any other state, if these tokens begin with them."""
         if state.columns:
-            return state.begun_by(input_ids, mask)
+            return state.begun_by(x, mask, self.embed_tokens)
         state = state.shared()
         ids, there = state.take_pending()
         self.forward(ids, attention_mask=there, past_key_values=state)

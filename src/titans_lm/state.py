@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from titans_lm import memory_file
@@ -123,17 +123,15 @@ class TitansState(Cache):
         ids, self.pending = self.pending[:, None], None
         return ids.clamp(min=0), (ids >= 0).long()
 
-    def begun_by(self, input_ids: Tensor | None, mask: Tensor | None) -> "TitansState":
-        """The same memory, of which no token is pending in rows that have tokens in `input_ids` `[B, T]`, `mask` True
-        where they are. Raises ValueError where these do not begin with the pending ones."""
+    def begun_by(self, x: Tensor, mask: Tensor | None, embed: nn.Module) -> "TitansState":
+        """The same memory, of which no token is pending in rows that have tokens in `x` `[B, T, D]`, what `embed` makes
+        of them, `mask` True where they are. Raises ValueError where these do not begin with the pending ones."""
         assert self.pending is not None
-        waits, first = self.pending >= 0, torch.zeros_like(self.position)
-        if input_ids is not None:
-            mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
-            waits, first = waits & mask.any(1), mask.int().argmax(1) if mask.shape[1] else first
-        if bool(waits.any()) and (
-            input_ids is None or bool((waits & (input_ids.gather(1, first[:, None])[:, 0] != self.pending)).any())
-        ):
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        waits = (self.pending >= 0) & mask.any(1)
+        row = torch.arange(len(x), device=x.device)
+        first = x[row, mask.int().argmax(1)] if x.shape[1] else x.new_zeros(len(x), x.shape[2])
+        if bool((waits & (first != embed(self.pending.clamp(min=0))).any(1)).any()):
             raise ValueError(
                 f"past_key_values has not read the last tokens generated, {self.pending.tolist()}: pass them first, "
                 f"call model.read_pending(state), or go on with state.continuation()"
