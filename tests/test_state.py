@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conftest import SEGMENT, assert_bitwise, each_kind, each_titan, state_tensors, tiny_config, tiny_model, tokens
-from titans_lm import TitansForCausalLM, TitansState
+from titans_lm import TitansForCausalLM, TitansState, memory_file
 from titans_lm.state import _IDENTITY_FREE, identity
 from tolerance import assert_close
 
@@ -243,13 +243,95 @@ def test_saving_again_replaces_and_keeps_ordinary_permissions(tmp_path):
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_a_state_without_its_model_says_so(tmp_path):
+def test_a_state_is_saved_after_its_model_went(tmp_path):
     model = tiny_model("mag", torch.float32)
     _, state = read(model, tokens(1, 3))
+    again = copy.deepcopy(model)
     del model
     gc.collect()
-    with pytest.raises(ValueError, match="model"):
-        state.save(tmp_path / "memory")
+    state.save(tmp_path / "memory")
+    assert_bitwise(TitansState.load(tmp_path / "memory", again), state)
+
+
+def unpickled(value, folder: Path):
+    torch.save(value, folder / "pickled")
+    return torch.load(folder / "pickled", weights_only=False)
+
+
+@each_kind
+def test_a_pickled_state_goes_on_and_is_saved(kind, tmp_path):
+    model, ids = tiny_model(kind, torch.float32), tokens(3, 9, seed=1)
+    state = ragged(model)
+    for again in (unpickled(state, tmp_path), pickle.loads(pickle.dumps(state))):
+        assert_bitwise(again, state)
+        again.save(tmp_path / "memory")
+        assert_bitwise(TitansState.load(tmp_path / "memory", model), state)
+        assert torch.equal(read(model, ids, again)[0], read(model, ids, state.clone())[0])
+
+
+def test_a_file_is_of_the_weights_when_it_is_written(tmp_path):
+    """Training changes them while a state is carried, also one that was pickled in between."""
+    model = tiny_model("mag", torch.float32)
+    state = ragged(model)
+    carried = unpickled(state, tmp_path)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    read(model, tokens(3, 9), carried)
+    for each in (state, carried):
+        each.save(tmp_path / "memory")
+        TitansState.load(tmp_path / "memory", model)
+    unpickled(state, tmp_path)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_model_that_begins_with_a_memory_is_copied(copied, tmp_path):
+    model = tiny_model("mag", torch.float32)
+    model.begin_with(ragged(model).select([0]))
+    ids = tokens(1, 9)
+    expected, _ = read(model, ids)
+    other = copied(model)
+    assert torch.equal(read(other, ids)[0], expected)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    read(other, ids)[1].save(tmp_path / "memory")
+    TitansState.load(tmp_path / "memory", other)
+    refused(tmp_path / "memory", model, "its weights differs")
+
+
+W0 = "layers.1.memory.memory.weights.0"
+WEIGHTS = W0.replace(".", r"\.")
+FORGED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
+    "nan": (lambda t: {W0: t[W0].where(t[W0] != t[W0].max(), torch.nan)}, f"{WEIGHTS} has numbers that are not finite"),
+    "inf": (lambda t: {W0: t[W0] / 0}, f"{WEIGHTS} has numbers that are not finite"),
+    "double": (lambda t: {W0: t[W0].double()}, "mixes types: .*memory.memory"),
+    "half": (lambda t: {W0: t[W0].half()}, "mixes types: .*memory.memory"),
+    "all double": (
+        lambda t: {name: value.double() for name, value in t.items() if ".memory.memory." in name},
+        r"does not fit this model: .* is torch\.float64",
+    ),
+    "no rows": (lambda t: {name: value[:0] for name, value in t.items()}, "it has 0 rows"),
+    "other rows": (lambda t: {W0: t[W0][:1]}, f"{WEIGHTS} is .* of 3 rows"),
+    "before the start": (lambda t: {"position": t["position"] - 99}, "at positions"),
+}
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_a_file_made_by_hand_is_refused(forged, tmp_path):
+    """Whole, with its right digest."""
+    model, path = saved(tmp_path)
+    tensors, card = memory_file.read(path)
+    change, reason = FORGED[forged]
+    memory_file.write(path, {**tensors, **change(tensors)}, card)
+    refused(path, model, reason)
+
+
+def test_a_state_that_is_no_numbers_leaves_the_file_as_it_was(tmp_path):
+    model, path = saved(tmp_path)
+    before, state = path.read_bytes(), ragged(model)
+    state._apply(lambda t: t * torch.nan if t.is_floating_point() else t)
+    with pytest.raises(ValueError, match="has numbers that are not finite"):
+        state.save(path)
+    assert path.read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------------------ values

@@ -6,6 +6,7 @@ A file has the same size whatever was read. Nothing in it is executed; every byt
 import hashlib
 import json
 import os
+import re
 import stat
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -23,6 +24,8 @@ FORMAT = f"{KIND} 2"
 SOURCES_BYTES = 32 * 1024
 """What was read takes this much of the file, however much that was: the oldest is left out where it does not fit."""
 NAME_LENGTH = 200
+OF_MEMORY = ".memory.memory."
+"""In the names of the tensors that the memory itself is, in every layer."""
 
 
 @dataclass(frozen=True)
@@ -175,8 +178,8 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 def read(path: str | Path) -> tuple[dict[str, Tensor], Card]:
     """All tensors, on the CPU, and the card.
 
-    Raises ValueError for what is not a memory file, is of another version, or is damaged, be it by one bit; OSError for
-    what cannot be read.
+    Raises ValueError for what is not a memory file, is of another version, is damaged, be it by one bit, or that
+    `check` refuses; OSError for what cannot be read.
     """
     if os.path.lexists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is not a memory file: it is not a regular file")  # a FIFO would be waited for
@@ -196,9 +199,37 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], Card]:
     digest = metadata.pop("digest", "")
     if digest != _digest(tensors, metadata):
         raise ValueError(f"{path} is damaged: its content does not have the digest that it was written with")
+    check(path, tensors)
     try:
         sources = [Source(**{f.name: s[f.name] for f in fields(Source)}) for s in json.loads(metadata["sources"])]
         text = {key: metadata[key].strip() for key in ("model", "configuration", "weights", "parent")}
         return tensors, Card(**text, columns=int(metadata["columns"]), sources=sources, digest=digest)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: its description cannot be read ({error!r})") from None
+
+
+def check(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError for tensors that no model leaves: numbers that are not finite, no rows or unequal ones, and
+    several types where there is one. A file can have its right digest and be made by hand."""
+    position = tensors.get("position")
+    if position is None or position.dtype != torch.long or position.dim() != 1:
+        raise ValueError(f"{path} is not a memory: it has no positions of its rows")
+    if len(position) == 0 or int(position.min()) < 0:
+        raise ValueError(f"{path} is not a memory: it has {len(position)} rows, at positions {position.tolist()}")
+    types: dict[str, torch.dtype] = {}
+    for name, t in tensors.items():
+        if t.shape[:1] != position.shape:
+            raise ValueError(f"{path} is not a memory: {name} is {list(t.shape)} of {len(position)} rows")
+        if not t.is_floating_point():
+            continue
+        check_finite(path, {name: t})
+        role = OF_MEMORY if OF_MEMORY in name else re.sub(r"^layers\.\d+", "", name)
+        if types.setdefault(role, t.dtype) != t.dtype:
+            raise ValueError(f"{path} mixes types: {name} is {t.dtype}, others of its kind are {types[role]}")
+
+
+def check_finite(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError that names the first tensor with a nan or an infinity."""
+    for name, t in tensors.items():
+        if t.is_floating_point() and not bool(t.isfinite().all()):
+            raise ValueError(f"{path}: {name} has numbers that are not finite")

@@ -1,6 +1,7 @@
 """Tokens -> embedding -> blocks -> logits and loss, as transformers models; registered with its Auto classes."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from titans_lm.generation import TitansGeneration
 from titans_lm.memory import NeuralMemory
 from titans_lm.ops import Surprise, cleared, left_align, restore, take
 from titans_lm.packing import Asked, Read, document_starts, documents, read_documents
-from titans_lm.state import TitansState, start_rows
+from titans_lm.state import Identity, TitansState, identity, start_rows
 
 OF_LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
 """Arguments of transformers' loss functions; `Trainer` passes the first without labels too, where it smooths them."""
@@ -135,16 +136,20 @@ class TitansModel(TitansPreTrainedModel):
             ids, there = beginning.take_pending()
             with torch.no_grad():
                 self(ids, attention_mask=there, past_key_values=beginning)
+        if beginning is not None:
+            beginning.identity = Identity(dict)  # streams get the model's; a copy of the model must not have this one's
         self._beginning = beginning
 
     def initial_state(self, batch: int) -> TitansState:
         """The memory of `batch` streams before their first token. Its gradients flow to the learned first memory."""
         if self._beginning is not None:
             state = self._beginning.to(self.device).select([0] * batch)
-            state.columns = 0
+            state.columns, state.identity = 0, Identity(partial(identity, self))
             return state
         position = torch.zeros(batch, dtype=torch.long, device=self.device)
-        return TitansState([block.initial_state(batch) for block in self.blocks()], position, self)
+        return TitansState(
+            [block.initial_state(batch) for block in self.blocks()], position, Identity(partial(identity, self))
+        )
 
     def blocks(self) -> list[TitansBlock]:
         """The layers, as what they are."""
@@ -199,6 +204,7 @@ class TitansModel(TitansPreTrainedModel):
             )
         if past_key_values is not None:
             past_key_values.become(read.state)
+            past_key_values.identity = Identity(partial(identity, self))  # an unpickled one knows its former model
         elif use_cache:
             past_key_values = read.state
         return TitansModelOutput(

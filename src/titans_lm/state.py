@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,30 @@ _CAME_LATER = {"memory_gates_of": "token"}
 """Keys, and what models were before them: files written then still belong to theirs."""
 
 
+class Identity:
+    """Which model a state belongs to: a description and two SHA-256, as in `memory_file.Card`.
+
+    To hash all weights takes a while, and training changes them. So they are hashed when a file is written, as they are
+    then. What is pickled is the result; a model that reads on with an unpickled state gives it its own identity.
+    """
+
+    def __init__(self, describe: Callable[[], dict[str, str]]):
+        self.describe = describe
+
+    def __call__(self) -> dict[str, str]:
+        return self.describe()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _described, (self(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Identity":
+        return self
+
+
+def _described(known: dict[str, str]) -> Identity:
+    return Identity(partial(dict, known))
+
+
 class TitansState(Cache):
     """The memory of `B` streams, one per row: attention windows, convolution tails, memory weights, of constant size.
 
@@ -41,7 +65,7 @@ class TitansState(Cache):
     tensor is ever written in place, so autograd may go through it, and `clone` is a fork.
     """
 
-    def __init__(self, layers: list[LayerState], position: Tensor, model: "TitansModel"):
+    def __init__(self, layers: list[LayerState], position: Tensor, identity: "Identity"):
         super().__init__(layers=[])
         self.memories = layers
         self.position = position
@@ -56,7 +80,8 @@ class TitansState(Cache):
         transformers passes them, or are refused. `model.read_pending(state)` reads it at once."""
         self.sources: list[Source] = []
         """What was read, as far as a `Reader` read it; kept in memory files."""
-        self._model = weakref.ref(model)
+        self.identity = identity
+        """Which model reads this, for memory files."""
 
     # ------------------------------------------------------------------------------------------ as a value
 
@@ -164,11 +189,10 @@ class TitansState(Cache):
 
     def save(self, path: str | Path, lock: MemoryLock | None = None) -> Card:
         """Write a memory file (see `memory_file.write`, which also says what it raises): whole or not at all. -> what
-        it says of itself. `lock`: the file's, if the caller holds it."""
-        model = self._model()
-        if model is None:
-            raise ValueError("the model that this state belongs to no longer exists; save the state before it goes")
-        card = Card(**identity(model), columns=self.columns, sources=self.sources)
+        it says of itself. `lock`: the file's, if the caller holds it. Raises ValueError for numbers that are not
+        finite, and leaves the file as it was."""
+        memory_file.check_finite(path, self._tensors())  # or a good file would be replaced by one that none can read
+        card = Card(**self.identity(), columns=self.columns, sources=self.sources)
         pending = {} if self.pending is None else {"pending": self.pending}
         return memory_file.write(path, {**self._tensors(), **pending}, card, lock)
 
@@ -191,7 +215,7 @@ class TitansState(Cache):
             raise ValueError(f"{path} does not fit this model: 'pending' is {list(pending.shape)}, {pending.dtype}")
         _check_shapes(path, {name: tuple(t.shape) for name, t in tensors.items()}, expected, model.config.window_size)
         for name, tensor in expected.items():
-            if tensors[name].is_floating_point() != tensor.is_floating_point():
+            if tensors[name].dtype not in _possible(name, tensor.dtype):
                 raise ValueError(f"{path} does not fit this model: {name!r} is {tensors[name].dtype}")
         names = iter(expected)
         for layer in range(len(state.memories)):
@@ -335,6 +359,13 @@ def identity(model: "TitansModel") -> dict[str, str]:
         "weights": weights.hexdigest(),
         "model": f"{model.config.variant}, {model.config.num_hidden_layers} layers, {count:,} parameters",
     }
+
+
+def _possible(name: str, dtype: torch.dtype) -> set[torch.dtype]:
+    """The types that a tensor may have in a file, where the model's first state has `dtype`: autocast makes windows and
+    convolutions shorter, never the memory itself."""
+    shorter = dtype == torch.float32 and memory_file.OF_MEMORY not in name
+    return {dtype, torch.bfloat16, torch.float16} if shorter else {dtype}
 
 
 def _check_shapes(
