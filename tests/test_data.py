@@ -142,6 +142,40 @@ def test_folders_give_their_files_in_order_and_others_are_named(tmp_path):
         text_files([str(tmp_path / "nowhere")], [".txt"])
 
 
+def test_empty_files_of_a_folder_are_left_out_and_counted(tmp_path, caplog):
+    for name, text in {"__init__.py": "", "a.py": "x = 1\n", "blank.py": " \n\t\n"}.items():
+        (tmp_path / name).write_text(text)
+    assert text_files([str(tmp_path)], [".py"]) == [tmp_path / "a.py"]
+    assert "2 empty files are left out" in caplog.text
+    with pytest.raises(ValueError, match="is empty"):  # one that is named is not left out
+        read_text(text_files([str(tmp_path / "__init__.py")], [".py"])[0])
+    (tmp_path / "a.py").write_text("")
+    with pytest.raises(ValueError, match="has only empty files"):
+        text_files([str(tmp_path)], [".py"])
+
+
+def test_rows_without_text_are_left_out_and_counted(tmp_path):
+    lines = ('{"text": "first line"}', '{"text": null}', '{"text": "second line"}', '{"text": null}')
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    rows = streamed("json", None, "train", [str(tmp_path / "rows.jsonl")])
+    blocks = StreamedBlocks(rows, "text", TOKENIZER, 8)
+    with pytest.warns(UserWarning, match=r"row 1 of the data set has no text \(null\)"):
+        ids = torch.cat([block["input_ids"] for block in blocks]).tolist()
+    assert ids == [*b"first line", 258, *b"second line", 258][:16]
+    assert blocks.skipped == 2
+
+
+def test_rows_that_are_no_text_or_too_little_or_broken_are_named(tmp_path):
+    with pytest.raises(ValueError, match="holds int, not text, in row 0"):
+        list(StreamedBlocks([{"text": 5}], "text", TOKENIZER, 8))
+    with pytest.raises(ValueError, match=r"has 4 tokens, fewer than one block of sequence_length=8 \(1 rows"):
+        list(StreamedBlocks([{"text": "abc"}, {"text": None}], "text", TOKENIZER, 8))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a line of text"}\n{"text": \n')
+    rows = streamed("json", None, "train", [str(tmp_path / "rows.jsonl")])
+    with pytest.raises(ValueError, match=r"JSON|read on"):
+        list(StreamedBlocks(rows, "text", TOKENIZER, 8))
+
+
 def test_the_standard_library_is_megabytes_of_text_and_not_its_tests():
     files = stdlib_files()
     assert sum(p.stat().st_size for p in files) > 4_000_000

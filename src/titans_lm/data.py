@@ -1,5 +1,6 @@
 """Text to tokens: files, folders, Hugging Face data sets; bytes by default; packed into blocks of equal length."""
 
+import logging
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from titans_lm.text_file import is_blank, read_text
 from titans_lm.text_file import text_pieces as text_pieces  # also had from here
 
+_log = logging.getLogger(__name__)
 STDLIB = "python-stdlib"
 """In place of a path: the source files of Python's own standard library, which every machine has."""
 _NOT_PROSE = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "__pycache__"}
@@ -109,6 +111,8 @@ def text_files(paths: Iterable[str], suffixes: Iterable[str]) -> list[Path]:
                 raise ValueError(f"{path} has no file that ends in {' or '.join(suffixes)}")
             if not (written := [p for p in inside if not is_blank(p)]):
                 raise ValueError(f"{path} has only empty files that end in {' or '.join(suffixes)}")
+            if len(written) < len(inside):
+                _log.warning("%s: %d empty files are left out", path, len(inside) - len(written))
             found += written
         elif path.exists():
             found.append(path)
@@ -197,20 +201,34 @@ class StreamedBlocks(IterableDataset[dict[str, Tensor]]):
 
     def __init__(self, rows: Iterable[dict[str, Any]], column: str, tokenizer: PreTrainedTokenizerBase, length: int):
         self.rows, self.column, self.tokenizer, self.length = rows, column, tokenizer, length
+        self.skipped = 0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        rest = np.zeros(0, np.int64)
+        rest, blocks = np.zeros(0, np.int64), 0
         for tokens in token_stream(self._texts(), self.tokenizer):
             rest = np.concatenate([rest, tokens])
             while len(rest) >= self.length:
                 block = torch.from_numpy(rest[: self.length].copy())
                 rest = rest[self.length :]
+                blocks += 1
                 yield {"input_ids": block, "labels": block}
+        if not blocks:
+            raise ValueError(
+                f"the data set has {len(rest)} tokens, fewer than one block of sequence_length={self.length} "
+                f"({self.skipped} rows have no text)"
+            )
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self.rows
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # the library raises many kinds; all mean that there is no next row to be had
+            raise ValueError(f"the data set cannot be read on: {error}") from error
 
     def _texts(self) -> Iterator[str]:
-        """Of the rows that have one; of the first that has none a warning is given."""
-        missing = 0
-        for number, row in enumerate(self.rows):
+        """Of the rows that have one; of the first that has none a warning is given, and `skipped` counts them."""
+        for number, row in enumerate(self._read()):
             if self.column not in row:
                 raise ValueError(f"data.text_column={self.column!r} is not in the data set; it has {', '.join(row)}")
             text = row[self.column]
@@ -220,8 +238,11 @@ class StreamedBlocks(IterableDataset[dict[str, Tensor]]):
                 raise ValueError(
                     f"data.text_column={self.column!r} holds {type(text).__name__}, not text, in row {number}"
                 )
-            elif not (missing := missing + 1) > 1:
-                warnings.warn(f"row {number} of the data set has no text (null): such rows are left out", stacklevel=2)
+            else:
+                self.skipped += 1
+                if self.skipped == 1:
+                    told = f"row {number} of the data set has no text (null): such rows are left out"
+                    warnings.warn(told, stacklevel=2)
 
 
 def streamed(name: str, config: str | None, split: str, data_files: list[str] | None) -> Iterable[dict[str, Any]]:
