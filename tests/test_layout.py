@@ -25,7 +25,7 @@ ORDER = [
     ["data", "record"],
     ["checkpoint"],
     ["tasks", "baselines"],
-    ["settings"],
+    ["settings", "run_folder"],
     ["answer"],
     ["trainer", "reader", "memories"],
     ["train", "read"],

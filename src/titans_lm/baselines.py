@@ -44,6 +44,9 @@ def mamba2_config(fields: dict[str, Any]) -> PreTrainedConfig:
     missing = [key for key in ("hidden_size", "vocab_size") if key not in fields]
     if missing:
         raise ValueError(f"{MAMBA2} needs a size, or {' and '.join(missing)}")
+    for key in ("hidden_size", "vocab_size"):
+        if fields[key] < 1:
+            raise ValueError(f"{key} must be at least 1, got {fields[key]}")
     width, target = fields["hidden_size"], fields.get("parameters") or size_target(fields)
     head = min(64, width)
 

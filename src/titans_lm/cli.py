@@ -27,7 +27,10 @@ _MODULES = {"memory": "memories"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run `titans` with `arguments` (default: the process's). -> 0, 2 for a user's error, 130 for Ctrl-C."""
+    """Run `titans` with `arguments` (default: the process's).
+
+    -> 0, 2 for a user's error, 130 for Ctrl-C, 143 and 129 for SIGTERM and SIGHUP.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser("titans", description="Language models that keep learning while they read.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
@@ -40,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
-    from titans_lm.record import keep_freed_memory  # imports torch: not for `titans --help`
+    from titans_lm.record import Stopped, keep_freed_memory, on_stop, stop  # imports torch: not for `titans --help`
 
     module = importlib.import_module(f"titans_lm.{_MODULES.get(verb, verb)}")
     parser = argparse.ArgumentParser(f"titans {verb}", description=VERBS[verb])
@@ -50,19 +53,29 @@ def _run(verb: str, arguments: list[str]) -> int:
     parsed = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int | None] = module.run
     try:
-        status = run(parsed) or 0
-        sys.stdout.flush()  # a full disk is told here, not when the process ends
-        return status
+        with on_stop(stop):
+            status = run(parsed) or 0
+            sys.stdout.flush()  # a full disk is told here, not when the process ends
+            return status
     except BrokenPipeError:  # `titans ... | head`: nobody reads on
         _drop_output()
         return 128 + 13  # SIGPIPE, as a shell has it
     except KeyboardInterrupt as interruption:
         print(": ".join([f"titans {verb}: interrupted", *map(str, interruption.args)]), file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(shown(f"titans {verb}: {' '.join(str(error).split())}"), file=sys.stderr)
+        return Stopped.status(interruption)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _out_of_memory(error):
+            raise
+        print(shown(f"titans {verb}: {' '.join(str(error).split()) or 'out of memory'}"), file=sys.stderr)
         _drop_output()
         return 2
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """torch has a class for a GPU's memory, and only words for a CPU's."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _drop_output() -> None:

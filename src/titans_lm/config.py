@@ -146,6 +146,9 @@ class TitansConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Every value possible, by itself and with the others."""
+        for key in _NUMBERS:
+            if getattr(self, key) != getattr(self, key):
+                raise ValueError(f"{key} must be a number, got nan")
         for keys, fits, words in _RANGES:
             for key in keys:
                 value = getattr(self, key)

@@ -80,26 +80,24 @@ def add_digests(folder: str | Path, files: Iterable[str | Path]) -> None:
     _write(folder, _listed(folder) | {path.name: _digest(path) for path in inside})
 
 
-def check_digests(folder: Path) -> None:
-    """Raises ValueError where a file of a model's folder is not as it was saved. Nothing is checked where a folder has
-    no digests."""
-    if not (folder / DIGESTS).is_file():
+def check_digests(folder: Path, listed: str = DIGESTS) -> None:
+    """Raises ValueError where a file of a model's folder is not as it was saved, by the digests in its file `listed`.
+    Nothing is checked where a folder has no such file."""
+    if not (folder / listed).is_file():
         return
-    for name, expected in _listed(folder).items():
+    for name, expected in _listed(folder, listed).items():
         path = folder / Path(name).name
         if not path.is_file():
             raise ValueError(f"{folder} is damaged: {name} is missing")
         if _digest(path) != expected:
-            raise ValueError(
-                f"{folder} is damaged: {name} is not as it was saved (if you changed it, remove {DIGESTS})"
-            )
+            raise ValueError(f"{folder} is damaged: {name} is not as it was saved (if you changed it, remove {listed})")
 
 
-def _listed(folder: Path) -> dict[str, str]:
+def _listed(folder: Path, listed: str = DIGESTS) -> dict[str, str]:
     try:
-        return dict(json.loads((folder / DIGESTS).read_text()))
+        return dict(json.loads((folder / listed).read_text()))
     except (TypeError, ValueError, OSError) as error:
-        raise ValueError(f"{folder} is damaged: {DIGESTS} cannot be read ({error})") from None
+        raise ValueError(f"{folder} is damaged: {listed} cannot be read ({error})") from None
 
 
 def _write(folder: Path, digests: dict[str, str]) -> None:

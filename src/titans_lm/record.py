@@ -8,9 +8,11 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,44 @@ def _commit() -> str:
     except OSError:
         return "unknown"
     return told.stdout.strip() or "unknown"
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked this process to end; `number` says which one."""
+
+    def __init__(self, number: int, *words: str):
+        super().__init__(*words)
+        self.number = number
+
+    @classmethod
+    def status(cls, interruption: BaseException) -> int:
+        """128 and the signal's number, as a shell has it; of another KeyboardInterrupt that of the one it came from."""
+        cause: BaseException | None = interruption
+        while cause is not None and not isinstance(cause, cls):
+            cause = cause.__context__
+        return 128 + (signal.SIGINT if cause is None else cause.number)
+
+
+def stop(number: int, frame: Any) -> None:  # noqa: ARG001 - a signal handler
+    """Ends what runs here as Ctrl-C does."""
+    raise Stopped(number)
+
+
+@contextlib.contextmanager
+def on_stop(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP call `handler` within. One that is ignored, as SIGHUP under nohup, stays ignored.
+    Python has handlers in the main thread only; elsewhere nothing changes."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    here = threading.current_thread() is threading.main_thread()
+    before = {n: signal.getsignal(n) for n in numbers if here and signal.getsignal(n) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def cores() -> int:
@@ -66,8 +106,41 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     write_text(path, json.dumps(result, indent=1) + "\n")
 
 
+RESULTS = Path("results")
+"""Where results go by default; the folder is made when the first is written."""
+
+
+def check_output(out: Path, *, picture: bool = False, ours: bool = True) -> None:
+    """Raises ValueError where a result cannot be written to `out`, or something else is there, or where its `picture`
+    would be. `ours`: a file that is there must be a result of this package; else the caller checks that."""
+    if out.exists() and not out.is_file():
+        raise ValueError(f"--out {out} is not a file; give the name of one, such as {out / 'result.json'}")
+    if picture and out.suffix == ".png":
+        raise ValueError(f"--out {out} is the name of the picture; give one that ends in .json")
+    folder = out.absolute().parent
+    if not folder.is_dir() and (out.parent != RESULTS or folder.exists()):
+        raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+    if not os.access(folder if folder.is_dir() else Path.cwd(), os.W_OK):
+        raise ValueError(f"--out {out}: the folder {out.parent} cannot be written to")
+    if ours and out.exists() and not _is_result(out):
+        raise ValueError(f"{out} is not a result file of this command; give another name")
+    image = out.with_suffix(".png")
+    if picture and image.exists() and b"Matplotlib" not in image.read_bytes()[:1024]:
+        raise ValueError(f"{image} is not a picture of this command; give --out another name")
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        return str(json.loads(path.read_text())["command"]).startswith("titans ")
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
 def write_text(path: Path, text: str) -> None:
-    """Beside, then renamed."""
+    """Beside, then renamed. A link stays, and what it leads to is written."""
+    path = Path(os.path.realpath(path))
+    if path.parent == RESULTS.absolute():
+        path.parent.mkdir(exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     try:
         beside.write_text(text)

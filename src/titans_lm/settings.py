@@ -1,6 +1,10 @@
 """What a training run is told, from a YAML file and `--set`: strict, every error with the key's full name."""
 
+import contextlib
 import dataclasses
+import logging
+import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -8,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from titans_lm.baselines import BASELINES, MAMBA2, NAMES, mamba2_config
@@ -45,8 +50,21 @@ class DataSettings:
             raise ValueError("give one of data.files, data.dataset and data.task")
         if self.task:
             self._check_task()
+        elif self.shortest is not None:
+            raise ValueError(f"data.shortest={self.shortest} is for data.task; other rows all have sequence_length")
+        if not self.dataset:
+            self._refuse_given(("dataset_config", "data_files", "text_column"), "data.dataset")
+        if not self.files:
+            self._refuse_given(("suffixes",), "data.files")
         _at_least("data.held_out", self.held_out, 0)
         _at_least("data.sequence_length", self.sequence_length, 2)
+
+    def _refuse_given(self, keys: tuple[str, ...], needed: str) -> None:
+        """Refuse settings that would have no effect."""
+        defaults = DataSettings()
+        for key in keys:
+            if getattr(self, key) != getattr(defaults, key):
+                raise ValueError(f"data.{key}={getattr(self, key)!r} has an effect only with {needed}")
 
     def _check_task(self) -> None:
         try:
@@ -105,14 +123,9 @@ class TrainingSettings:
             raise ValueError("training.output_dir is missing: say which folder the model goes to")
         for key in _COUNTS:
             _at_least(f"training.{key}", getattr(self, key), 1)
-        for key in ("learning_rate", "max_grad_norm", "max_minutes"):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise ValueError(f"training.{key} must be above 0, got {value}")
-        for key in ("final_rate", "warmup"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"training.{key} must be in [0, 1], got {getattr(self, key)}")
-        _at_least("training.weight_decay", self.weight_decay, 0)
+        self._check_rates()
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"training.seed must be from 0 to 2**32 - 1, got {self.seed}")
         _at_least("training.core_steps", self.core_steps, 0)
         if self.core_steps >= self.max_steps:
             raise ValueError(f"training.core_steps must be below max_steps={self.max_steps}, got {self.core_steps}")
@@ -120,6 +133,19 @@ class TrainingSettings:
             many = f"one number, or at most one for each of training.batch_size={self.batch_size} rows"
             raise ValueError(f"training.carried_steps must be {many}, got {self.carried_steps}")
         _at_least("training.carried_steps", min(self.carried_steps), 1)
+
+    def _check_rates(self) -> None:
+        for key in ("learning_rate", "max_grad_norm", "max_minutes"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ValueError(f"training.{key} must be above 0, got {value}")
+        for key in ("learning_rate", "weight_decay", "max_minutes"):
+            if math.isinf(getattr(self, key) or 0):
+                raise ValueError(f"training.{key} must be a finite number, got {getattr(self, key)}")
+        for key in ("final_rate", "warmup"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"training.{key} must be in [0, 1], got {getattr(self, key)}")
+        _at_least("training.weight_decay", self.weight_decay, 0)
 
 
 _COUNTS = (
@@ -145,16 +171,34 @@ class Settings:
         for key in fields:
             if key not in (*_MODEL_KEYS, *known_keys()):
                 raise ValueError(unknown_key(key, [*_MODEL_KEYS, *known_keys()], "model"))
+        fields = {key: _typed_field(key, value) for key, value in fields.items()}
         if self.data.task:
             fields.setdefault("vocab_size", make_task(self.data.task).vocab_size)
         try:
             return _config(fields)
-        except ValueError as error:
-            raise ValueError(f"model: {error}") from error
+        except (ValueError, StrictDataclassError) as error:
+            raise ValueError(f"model: {error.__cause__ or error}") from error
 
 
 _MODEL_KEYS = ("size", "baseline", "parameters")
 _WITH_CORE = ("mac", "mag", "mal")
+
+
+def _typed_field(key: str, value: Any) -> Any:
+    """The value of a number of the model's section. Raises ValueError for what is none; other types are checked by
+    TitansConfig."""
+    hint = float | None if key == "parameters" else _FIELDS.get(TitansConfig.attribute_map.get(str(key), str(key)))
+    options = set(typing.get_args(hint) or [hint]) - {type(None)}
+    if options not in ({int}, {float}):
+        return value
+    number = _typed(value, hint, f"model.{key}")
+    if number is not None and (math.isinf(number) or (key == "parameters" and number < 1)):
+        least = " of at least 1" if key == "parameters" else ""
+        raise ValueError(f"model.{key} must be a finite number{least}, got {value}")
+    return number
+
+
+_FIELDS = {f.name: f.type for f in dataclasses.fields(TitansConfig)}
 
 
 def _config(fields: dict[str, Any]) -> PreTrainedConfig:
@@ -172,12 +216,36 @@ def _config(fields: dict[str, Any]) -> PreTrainedConfig:
     return TitansConfig(**fields) if size is None else preset(size, **fields)
 
 
+class _Loader(yaml.SafeLoader):
+    """1e-3 is a number, as in YAML 1.2; PyYAML follows 1.1, where it is a text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts a text such as "1e-3" in quotes, so that `_Loader` reads a text."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z"), list("-+.0123456789")
+    )
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says. Raises yaml.YAMLError."""
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except ValueError as error:  # a date that does not exist
+        raise yaml.YAMLError(str(error)) from None
+
+
 def read_yaml(path: Path, example: str) -> Any:
     """What a YAML file says. Raises ValueError naming it, and an `example` where it does not exist."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist or is not a file; give a YAML file such as {example}")
     try:
-        return yaml.safe_load(path.read_text())
+        return parse_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
 
@@ -197,7 +265,7 @@ def load_settings(path: Path, changes: list[str]) -> Settings:
 
 def save_settings(settings: Settings, folder: Path) -> None:
     """As `run.yaml`, which `load_settings` reads."""
-    (folder / RUN).write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
+    (folder / RUN).write_text(yaml.dump(dataclasses.asdict(settings), Dumper=_Dumper, sort_keys=False))
 
 
 def check_same(folder: Path, settings: Settings) -> None:
@@ -206,6 +274,30 @@ def check_same(folder: Path, settings: Settings) -> None:
     other = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if other:
         raise ValueError(f"{folder} is of a run of other settings ({', '.join(other)}); remove it, or run elsewhere")
+
+
+MAY_CHANGE = (
+    "max_steps", "max_minutes", "learning_rate", "final_rate", "warmup", "weight_decay", "max_grad_norm", "bf16",
+    "activation_checkpointing", "logging_steps", "eval_steps", "eval_blocks", "save_steps",
+)  # fmt: skip
+"""Of `training`: what a run that goes on may have other than the run before. It takes effect from there on."""
+
+
+def check_resumed(checkpoint: Path, settings: Settings) -> None:
+    """Raises ValueError where a run of these settings cannot go on from `checkpoint`: another model or other data, or
+    another order of it, would be two runs in one."""
+    if not (checkpoint / RUN).is_file():  # of an early version
+        logging.getLogger(__name__).warning("%s does not say with which settings it was made", checkpoint)
+        return
+    before = load_settings(checkpoint / RUN, [])
+    ours, theirs = _flat(settings), _flat(before)
+    other = {key: theirs.get(key) for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)}
+    if settings.config().to_dict() == before.config().to_dict():  # the same model, in other words
+        other = {key: value for key, value in other.items() if not key.startswith("model.")}
+    fixed = {key: value for key, value in other.items() if key not in {f"training.{name}" for name in MAY_CHANGE}}
+    if fixed:
+        words = ", ".join(f"{key}={ours.get(key)!r} (was {value!r})" for key, value in fixed.items())
+        raise ValueError(f"{words} cannot change on resume; keep it, or train in another training.output_dir")
 
 
 def _flat(settings: Settings) -> dict[str, Any]:
@@ -231,7 +323,7 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
         raise ValueError("training.carried_steps above 1 needs data.files: other data has no such order")
     settings = Settings(tree.get("model", {}), data, training)
     size = settings.model.get("size")
-    if size is not None and size not in SIZES:
+    if size is not None and size not in list(SIZES):  # a list: a size that a user typed may not be hashable
         raise ValueError(f"model.size={size!r} is not one of {', '.join(SIZES)}")
     kind = getattr(settings.config(), "variant", "mamba2")
     if training.core_steps and kind not in _WITH_CORE:
@@ -245,8 +337,11 @@ def change_tree(tree: dict[str, Any], change: str) -> None:
     section, dot, name = key.partition(".")
     if not (equals and dot and name):
         raise ValueError(f"--set {change!r} must be section.key=value, such as training.max_steps=100")
+    keys = tree.setdefault(section, {})
+    if not isinstance(keys, dict):
+        raise ValueError(f"{section} must be a section of keys and values, got {keys!r}")
     try:
-        tree.setdefault(section, {})[name] = yaml.safe_load(value)
+        keys[name] = parse_yaml(value)
     except yaml.YAMLError:
         raise ValueError(f"--set {change!r}: the value is not YAML") from None
 
@@ -268,10 +363,9 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         return None
     wanted = next(o for o in options if o is not type(None))
     if wanted is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-3 as a text
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError, OverflowError):
+            if not math.isnan(number := float(value)):
+                return number
     elif typing.get_origin(wanted) is dict:
         if isinstance(value, dict) and all(isinstance(v, str) for v in value):
             return value

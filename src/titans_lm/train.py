@@ -2,22 +2,34 @@
 
 import argparse
 import itertools
+import os
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from titans_lm.baselines import build
 from titans_lm.checkpoint import RUN
 from titans_lm.data import Blocks, StreamedBlocks, load_tokenizer, read_text, split_held_out, streamed, text_files
-from titans_lm.settings import Settings, TrainingSettings, check_same, load_settings, save_settings
+from titans_lm.record import Stopped, on_stop
+from titans_lm.run_folder import (
+    UNFINISHED,
+    RunLock,
+    check_checkpoint,
+    check_names_free,
+    is_begun,
+    last_checkpoint,
+    step_of,
+)
+from titans_lm.settings import Settings, check_resumed, check_same, load_settings, save_settings
 from titans_lm.tasks import Rows, make_task
-from titans_lm.trainer import TitansTrainer, step_of
+from titans_lm.trainer import NotFinite, TitansTrainer
 
 EVALUATION_SEED = 2_000_003
 """Where a search compares trials on examples of a task, they are made from this seed."""
@@ -40,22 +52,23 @@ def train(settings: Settings) -> PreTrainedModel:
     """Train what `settings` say, and save model, tokenizer and run.yaml in output_dir.
 
     Raises ValueError for settings or texts that do not work, NotFinite where the loss stops being a number, OSError
-    where a file cannot be written, KeyboardInterrupt after Ctrl-C, when a checkpoint has been saved. Nothing is written
-    before everything was checked.
+    where a file cannot be written, KeyboardInterrupt after Ctrl-C, SIGTERM or SIGHUP, when a checkpoint has been saved.
+    Nothing is written before everything was checked, and nothing is removed but what this run was writing.
     """
     output = Path(settings.training.output_dir)
-    checkpoint = _checkpoint(output, settings.training)
+    _checkpoint(output, settings)
     trainer = trainer_for(settings)
-    with _Interruptible(trainer) as interruption:
+    with RunLock(output), _Interruptible(trainer) as interruption:
+        checkpoint = _checkpoint(output, settings)  # again: another run may have ended there meanwhile
+        shutil.rmtree(output / UNFINISHED, ignore_errors=True)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             if not interruption.asked:
                 _save(trainer, settings, output)
-        except (SafetensorError, RuntimeError, OSError) as error:
-            _remove_partial(output)
-            raise _as_disk_error(error, output) from error
+        except NotFinite as error:
+            raise error.after(last_checkpoint(output)) from None
     if interruption.asked:
-        raise KeyboardInterrupt(f"saved in {output}; go on with --set training.resume=true")
+        raise Stopped(interruption.asked, f"saved in {output}; go on with --set training.resume=true")
     model: PreTrainedModel = trainer.model
     return model
 
@@ -81,9 +94,25 @@ def model_for(settings: Settings) -> PreTrainedModel:
         whose = "task's" if task else "tokenizer's"
         raise ValueError(f"model.vocab_size={config.vocab_size} is below the {whose} {least}")
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(config, key, None if tokenizer is None else getattr(tokenizer, key))
+        own = None if tokenizer is None else getattr(tokenizer, key)
+        if settings.model.get(key, own) != own:
+            raise ValueError(f"model.{key}={settings.model[key]} is not the tokenizer's, {own}; leave it out")
+        setattr(config, key, own)
+    _check_size(config)
     transformers.set_seed(settings.training.seed)
     return build(config)
+
+
+def _check_size(config: PreTrainedConfig) -> None:
+    """Raises ValueError for a model that this machine cannot hold: filling its memory first would take minutes."""
+    try:
+        with torch.device("meta"):
+            size = sum(p.nbytes for p in build(config).parameters())
+    except (RuntimeError, TypeError, OverflowError):  # a tensor of more numbers than torch can count
+        size = 2**63
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else size
+    if size > there:
+        raise ValueError(f"model: its weights take {size / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f}")
 
 
 def _tokenizer(settings: Settings) -> PreTrainedTokenizerBase | None:
@@ -95,9 +124,13 @@ def _tokenizer(settings: Settings) -> PreTrainedTokenizerBase | None:
 
 
 def _save(trainer: TitansTrainer, settings: Settings, output: Path) -> None:
-    trainer.save_model()
-    trainer.save_state()
-    save_settings(settings, output)
+    trainer.check_finite()
+    try:
+        trainer.save_model()
+        trainer.save_state()
+        save_settings(settings, output)
+    except (SafetensorError, RuntimeError, OSError) as error:  # a full disk, in three libraries' words
+        raise OSError(f"cannot write to {output}: {error}; the last whole checkpoint there is untouched") from error
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -131,12 +164,6 @@ def _examples(settings: Settings) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def last_checkpoint(output: Path) -> Path | None:
-    """The last whole one, where there is one."""
-    whole = [p for p in output.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return max(whole, key=step_of, default=None)
-
-
 def earlier(settings: Settings) -> Path | None:
     """What an earlier run of these settings left in output_dir: output_dir itself, with its model, where it ended; else
     its last checkpoint, where it has one. Raises ValueError for what a run of others left."""
@@ -147,15 +174,20 @@ def earlier(settings: Settings) -> Path | None:
     return found
 
 
-def _checkpoint(output: Path, training: TrainingSettings) -> Path | None:
-    """The last whole checkpoint, to go on from; None to begin. A run that is there is not overwritten."""
-    if training.resume:
-        last = last_checkpoint(output)
-        if last is None:
-            raise ValueError(f"training.resume: {output} has no checkpoint to go on from")
+def _checkpoint(output: Path, settings: Settings) -> Path | None:
+    """The last checkpoint, to go on from, checked; None to begin. A run that is there is not overwritten."""
+    training, last = settings.training, last_checkpoint(output)
+    check_names_free(output)
+    if training.resume and last is not None:
+        check_checkpoint(last)
         if step_of(last) >= training.max_steps:
             raise ValueError(f"training.max_steps={training.max_steps} are done in {output}; give more to go on")
+        check_resumed(last, settings)
         return last
+    if is_begun(output):  # and killed before its first checkpoint
+        return None
+    if training.resume:
+        raise ValueError(f"training.resume: {output} has no checkpoint to go on from")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(
             f"training.output_dir={output} is not empty; give another, or --set training.resume=true to go on there"
@@ -163,47 +195,25 @@ def _checkpoint(output: Path, training: TrainingSettings) -> Path | None:
     return None
 
 
-def _remove_partial(output: Path) -> None:
-    """A checkpoint whose last file was not written is no checkpoint."""
-    for folder in output.glob("checkpoint-*"):
-        if not (folder / "trainer_state.json").is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _as_disk_error(error: Exception, output: Path) -> Exception:
-    """torch and safetensors say in their own words that a disk is full; other errors stay what they are."""
-    words = (
-        "PytorchStreamWriter",
-        "inline_container",
-        "No space left",
-        "File too large",
-        "I/O error",
-        "os error",
-        "Disk quota",
-    )
-    if isinstance(error, OSError) or any(word in str(error) for word in words):
-        return OSError(f"cannot write to {output}: {error}; the last whole checkpoint there is untouched")
-    return error
-
-
 class _Interruptible:
-    """Ctrl-C asks the trainer to save and stop after the step; a second one stops at once."""
+    """Ctrl-C, SIGTERM and SIGHUP ask the trainer to save and stop after the step; a second Ctrl-C stops at once."""
 
     def __init__(self, trainer: Trainer):
-        self.asked = False
+        self.asked = 0
         trainer.add_callback(_SaveAndStop(self))
 
     def __enter__(self) -> "_Interruptible":
-        self.before = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGINT, self._ask)
+        self.signals = on_stop(self._ask)
+        self.signals.__enter__()
         return self
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, self.before)
+    def _ask(self, number: int, _: Any) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise Stopped(number)
+        self.asked = self.asked or number
 
-    def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGINT, self.before)
+    def __exit__(self, *error: Any) -> None:
+        self.signals.__exit__(*error)
 
 
 class _SaveAndStop(TrainerCallback):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.progress import Progress, TextColumn
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -23,15 +24,12 @@ from transformers.trainer_callback import ExportableState, PrinterCallback
 from titans_lm.data import Blocks, CarriedOrder, is_bytes
 from titans_lm.memory import memory_off
 from titans_lm.model_files import DIGESTS, add_digests
+from titans_lm.run_folder import step_of, unfinished
 from titans_lm.settings import Settings, save_settings
 from titans_lm.state import TitansState
 
 CARRIED = "memory.safetensors"
 """In a checkpoint: the memory that goes on, with `carried_steps`."""
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 class _Clock(TrainerCallback, ExportableState):
@@ -49,6 +47,7 @@ class _Clock(TrainerCallback, ExportableState):
         return time.monotonic() - self.begun
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        state.compute_steps(args, state.max_steps)  # a checkpoint brings the intervals of the run that wrote it
         before = state.stateful_callbacks.setdefault("_Clock", self.state())["attributes"]["seconds"]
         self.begun = time.monotonic() - (before if state.global_step else 0)
         if self.limit < math.inf:
@@ -77,11 +76,16 @@ class _Clock(TrainerCallback, ExportableState):
 class NotFinite(ValueError):
     """The loss is not a number."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: int, kept: str = ""):
+        self.step = step
         super().__init__(
             f"the loss is not a number at step {step}: lower training.learning_rate, or model.memory_lr, or keep "
-            "model.memory_clip and the residual form"
+            f"model.memory_clip and the residual form{kept}"
         )
+
+    def after(self, checkpoint: Path | None) -> "NotFinite":
+        """The same, which names the last good checkpoint, if there is one."""
+        return NotFinite(self.step, "" if checkpoint is None else f"; {checkpoint} is from before, and good")
 
 
 class TitansTrainer(Trainer):
@@ -104,6 +108,8 @@ class TitansTrainer(Trainer):
         self.tokens = 0  # read in training
         self.logged = (0, time.monotonic())
         self.batches = 0  # read so far
+        self.writing: Path | None = None  # where the checkpoint is that is being written
+        self.last_batch: Any = None
         self.carried: TitansState | None = None  # the memory after the last of them
         whole = isinstance(model, nn.Module)
         super().__init__(
@@ -164,6 +170,7 @@ class TitansTrainer(Trainer):
         """As `Trainer`'s; with `carried_steps` the memory goes on from the batch before, without its gradients."""
         if model.training:
             self.tokens += inputs["input_ids"].numel()
+            self.last_batch = inputs
         if max(self.settings.carried_steps) == 1 or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         self._begin_rows()
@@ -194,19 +201,58 @@ class TitansTrainer(Trainer):
         if self.processing_class is not None and (folder / DIGESTS).is_file():  # a baseline of others has none
             add_digests(folder, self.processing_class.save_pretrained(folder))
 
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)
+        return folder if self.writing is None else str(self.writing)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        save_settings(self.run, folder)
-        if self.carried is not None:
-            self.carried.save(folder / CARRIED)
-        super()._save_checkpoint(model, trial)
+        self.check_finite()
+        with unfinished(Path(self._get_output_dir(trial))) as self.writing:
+            folder = self.writing / f"checkpoint-{self.state.global_step}"
+            folder.mkdir()
+            save_settings(self.run, folder)
+            if self.carried is not None:
+                self.carried.save(folder / CARRIED)
+            super()._save_checkpoint(model, trial)
+        self.writing = None
+
+    @torch.no_grad()
+    def check_finite(self) -> None:
+        """Raises NotFinite where weights or the loss are not numbers: also the loss that the weights give now, which no
+        step has seen yet. So what is saved is good."""
+        finite = all(bool(t.isfinite().all()) for t in self.model.state_dict().values() if t.is_floating_point())
+        if finite and self.last_batch is not None:
+            self.model.eval()
+            with self._stage(), self.compute_loss_context_manager():
+                loss = self.model(**self._prepare_inputs(self.last_batch)).loss
+            finite = bool((loss + self._tr_loss).isfinite())
+        if not finite:
+            raise NotFinite(self.state.global_step)
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        try:
+            super()._load_from_checkpoint(checkpoint, model)
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise ValueError(f"{checkpoint} cannot be loaded: {error}") from error
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and max(self.settings.carried_steps) > 1:
+        self._obey_settings(decays)
+        if max(self.settings.carried_steps) > 1:
             self.batches = self._batches_of(step_of(Path(checkpoint)))
             self.carried = TitansState.load(Path(checkpoint) / CARRIED, self.model)
+
+    def _obey_settings(self, decays: list[float]) -> None:
+        """Learning rate and weight decay are those of this run, not of the run that wrote the checkpoint."""
+        rate, limited = self.settings.learning_rate, self.settings.max_minutes is not None
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            of_start = group["lr"] / group["initial_lr"] if limited else self._rate(self.lr_scheduler.last_epoch)
+            group["lr"], group["initial_lr"], group["weight_decay"] = rate * of_start, rate, decay
+        self.lr_scheduler.base_lrs = [rate] * len(decays)
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the log shows
 
     def _batches_of(self, steps: int) -> int:
         """Batches of the first `steps` updates: the last of an epoch has those that are left."""
@@ -223,8 +269,10 @@ class TitansTrainer(Trainer):
             (tokens, then), now = self.logged, time.monotonic()
             logs["tokens_per_second"] = round((self.tokens - tokens) / (now - then))
             self.logged = (self.tokens, now)
-            if not math.isfinite(logs["loss"]):
-                raise NotFinite(self.state.global_step)
+            if skipped := getattr(self.train_dataset, "skipped", 0):
+                logs["rows_without_text"] = skipped
+        if not all(math.isfinite(logs[name]) for name in ("loss", "eval_loss") if name in logs):
+            raise NotFinite(self.state.global_step)
         super().log(logs, start_time)
 
 
@@ -249,7 +297,6 @@ def _arguments(settings: Settings, evaluate: bool) -> TrainingArguments:
         eval_strategy="steps" if evaluate else "no",
         eval_steps=s.eval_steps,
         save_steps=s.save_steps,
-        save_total_limit=2,
         seed=s.seed,
         disable_tqdm=s.max_minutes is not None,
         report_to="tensorboard",

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -173,8 +172,6 @@ def _trained(settings: Settings) -> PreTrainedModel:
     if found == output:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=False)
         return model
-    if found is None and output.is_dir():
-        shutil.rmtree(output)
     training = dataclasses.replace(settings.training, resume=found is not None)
     return train(dataclasses.replace(settings, training=training))
 

@@ -3,7 +3,6 @@
 import argparse
 import multiprocessing
 import os
-import shutil
 import statistics
 import sys
 import threading
@@ -20,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from titans_lm.evaluate.cell import run_cell
 from titans_lm.record import Lines, provenance
+from titans_lm.run_folder import remove_run
 from titans_lm.study.grid import Cell
 
 LOG = "log.txt"
@@ -65,7 +65,9 @@ def run_cells(
                     bar.advance(task)
                     bar.console.print(f"{one.cell.name}: {_told(row)}", highlight=False, markup=False)
         except KeyboardInterrupt:
-            for one in running:  # they were interrupted as well, and save
+            for one in running:  # each saves a checkpoint; Ctrl-C has told them already, other signals have not
+                one.process.terminate()
+            for one in running:
                 one.process.join()
             raise KeyboardInterrupt(f"{len(lines.rows)} results are in {lines.path}; the same again goes on") from None
 
@@ -113,7 +115,7 @@ def _work(cell: Cell, job: Job, runs: Path, command: str, answer: Connection) ->
     """In the cell's process: a thread of its own, its words in a file, its result through the pipe."""
     import torch
 
-    from titans_lm.record import keep_freed_memory
+    from titans_lm.record import keep_freed_memory, on_stop, stop
 
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -122,7 +124,8 @@ def _work(cell: Cell, job: Job, runs: Path, command: str, answer: Connection) ->
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
         try:
-            answer.send(job(cell, runs, command))
+            with on_stop(stop):
+                answer.send(job(cell, runs, command))
         except KeyboardInterrupt:
             sys.exit(130)
         except Exception as error:  # whatever it is, it is this cell's result
@@ -152,8 +155,6 @@ def _end(one: Running, runs: Path, keep: bool, command: str) -> dict[str, Any]:
         why = "killed, most likely for want of memory" if code == -9 else f"the process ended with status {code}"
         row = {"status": "failed", "error": why}
     one.answer.close()
-    folder = runs / one.cell.name
-    for checkpoint in [*folder.glob("checkpoint-*"), folder / "runs"] if keep else [folder]:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    remove_run(runs / one.cell.name, model=not keep)
     seconds = round(time.monotonic() - one.begun, 1)
     return {**provenance(command), "scores": [], "loss": None, "seconds": seconds, **row}
