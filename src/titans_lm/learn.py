@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.minutes <= 0:
+    if not 0 < arguments.minutes < math.inf:
         raise ValueError(f"--minutes must be above 0, got {arguments.minutes}")
     if arguments.bytes < 10 * PIECE:
         raise ValueError(f"--bytes must be at least {10 * PIECE}, got {arguments.bytes}")

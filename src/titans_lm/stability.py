@@ -136,6 +136,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.steps < 1 or arguments.processes < 1:
         raise ValueError("--steps and --processes must be at least 1")
+    if arguments.output.exists() and not arguments.output.is_file():
+        raise ValueError(f"--output {arguments.output} is not a file; give the name of one")
     if not arguments.output.parent.is_dir():
         raise ValueError(f"--output {arguments.output}: the folder {arguments.output.parent} does not exist")
     runs = (sweep if arguments.sweep else long_runs)(arguments.steps)
@@ -169,10 +171,9 @@ def _fill(record: dict[str, Any], runs: list[Run], arguments: argparse.Namespace
     order = [(changes, dtype) for changes, _, _, dtype in runs]
     there = [_place(result) for result in record["runs"]]
     missing = [run for run, place in zip(runs, order, strict=True) if place not in there]
-    dies = (signal.SIGINT, signal.SIG_DFL)  # in silence, at Ctrl-C
     with (
         Progress() as progress,
-        ProcessPoolExecutor(arguments.processes, initializer=signal.signal, initargs=dies) as pool,
+        ProcessPoolExecutor(arguments.processes, initializer=_die_in_silence) as pool,
     ):
         bar = progress.add_task("training", total=len(runs), completed=len(there))
         try:
@@ -186,6 +187,12 @@ def _fill(record: dict[str, Any], runs: list[Run], arguments: argparse.Namespace
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
+
+
+def _die_in_silence() -> None:
+    """A worker leaves it to the command to say that it was interrupted."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _place(result: dict[str, Any]) -> tuple[dict[str, Any], str]:

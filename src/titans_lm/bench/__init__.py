@@ -9,6 +9,7 @@ spinning), so more than the cores of this process are refused.
 import argparse
 import contextlib
 import importlib
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,7 +106,7 @@ def _end(rows: list[dict[str, Any]], out: Path, interrupted: bool) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     import torch
 
-    from titans_lm.record import cores
+    from titans_lm.record import check_output, cores
 
     if getattr(arguments, "runs", 1) < 1:
         raise ValueError(f"--runs must be at least 1, got {arguments.runs}")
@@ -113,8 +114,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--threads must be from 1 to {cores()}, the cores of this process, got {arguments.threads}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no GPU that PyTorch can use")
-    if not arguments.out.absolute().parent.is_dir():
-        raise ValueError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist")
+    limit = arguments.memory_limit
+    if limit is not None and not 0 <= limit < math.inf:
+        raise ValueError(f"--memory-limit must be a number of GiB, 0 for no limit, got {limit}")
+    check_output(arguments.out, picture=arguments.what == "read")
 
 
 def _setting(arguments: argparse.Namespace) -> Any:

@@ -80,6 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(arguments: argparse.Namespace) -> None:
     if min(arguments.lengths) < 2:
         raise ValueError(f"--lengths must be at least 2, got {min(arguments.lengths)}")
+    if not arguments.patience >= 0:
+        raise ValueError(f"--patience must be a number of seconds, got {arguments.patience}")
 
 
 def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noqa: ARG001 - the same for all commands

@@ -154,6 +154,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(arguments: argparse.Namespace) -> None:
     if arguments.piece < 1 or arguments.stretches < 1 or arguments.tokens < arguments.stretches:
         raise ValueError("--piece and --stretches must be at least 1, --tokens at least --stretches")
+    if arguments.operation and arguments.model is not None:
+        raise ValueError("--operation reads random tokens without a model; leave out --model")
+    if arguments.model is not None and arguments.variants != ["mag"]:
+        raise ValueError("--variants are models with random weights; leave them out with --model")
     if arguments.model is not None:
         find(arguments.model)
 

@@ -123,6 +123,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(arguments: argparse.Namespace) -> None:
     if arguments.tokens < 2:
         raise ValueError(f"--tokens must be at least 2, got {arguments.tokens}")
+    if any(math.isnan(threshold) for threshold in arguments.thresholds):
+        raise ValueError("--thresholds must be numbers, got nan")
     find(arguments.model)
     for text in arguments.texts:
         if text not in TEXTS:

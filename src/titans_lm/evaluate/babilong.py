@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from titans_lm.checkpoint import MODEL_HELP, find, load
 from titans_lm.data import STDLIB, load_tokenizer
 from titans_lm.evaluate.ask import follow
-from titans_lm.record import Lines, command_line
+from titans_lm.record import Lines, check_output, command_line
 from titans_lm.state import identity
 from titans_lm.tasks import at_least
 from titans_lm.tasks.babilong import Babilong, Example, Tokens, members
@@ -141,8 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     at_least(1, **{"--samples": arguments.samples, "--batch": arguments.batch})
     at_least(0, **{"--seed": arguments.seed})
-    if not arguments.out.absolute().parent.is_dir():
-        raise ValueError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist")
+    check_output(arguments.out, ours=False)
     model, _ = load(arguments.model)
     cells = _cells(arguments)
     lines = Lines(

@@ -28,7 +28,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from titans_lm.checkpoint import MODEL_HELP, load
-from titans_lm.record import Lines, command_line
+from titans_lm.record import Lines, check_output, command_line
 from titans_lm.state import identity
 
 SHORTHANDS = {
@@ -114,8 +114,9 @@ def _check(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--device cuda: this machine has no GPU that PyTorch can use")
     if arguments.include_path is not None and not arguments.include_path.is_dir():
         raise ValueError(f"--include-path {arguments.include_path} is not a folder")
-    if not arguments.out.absolute().parent.is_dir():
-        raise ValueError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {arguments.seed}")
+    check_output(arguments.out, ours=False)
     try:
         metadata = json.loads(arguments.metadata)
     except ValueError as error:

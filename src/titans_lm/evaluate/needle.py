@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from titans_lm.checkpoint import MODEL_HELP, find, load
 from titans_lm.data import STDLIB
 from titans_lm.evaluate.ask import follow
-from titans_lm.record import Lines, command_line
+from titans_lm.record import Lines, check_output, command_line
 from titans_lm.tasks import at_least
 from titans_lm.tasks.haystack import PROSE
 from titans_lm.tasks.needle import Kind, Needle
@@ -123,10 +123,7 @@ def _check(arguments: argparse.Namespace) -> None:
         values = getattr(arguments, name)
         if len(set(values)) < len(values):
             raise ValueError(f"--{name} has a value twice: {' '.join(map(str, values))}")
-    if not arguments.out.absolute().parent.is_dir():
-        raise ValueError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist")
-    if arguments.out.suffix == ".png":
-        raise ValueError(f"--out {arguments.out} is the name of the picture; give one that ends in .jsonl")
+    check_output(arguments.out, picture=True, ours=False)
     find(arguments.model)
 
 

@@ -37,7 +37,7 @@ from titans_lm.data import encode, is_bytes, text_files, text_pieces
 from titans_lm.memory import memories, memory_off
 from titans_lm.model import TitansForCausalLM
 from titans_lm.reader import PIECE
-from titans_lm.record import command_line, provenance, write_json
+from titans_lm.record import check_output, command_line, provenance, write_json
 from titans_lm.state import identity
 from titans_lm.tasks import at_least
 
@@ -240,8 +240,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     at_least(1, **{"--bucket": arguments.bucket, "--reset-every": arguments.reset_every})
     at_least(2, **{} if arguments.tokens is None else {"--tokens": arguments.tokens})
-    if not arguments.out.absolute().parent.is_dir():
-        raise ValueError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist")
+    check_output(arguments.out, picture=True, ours=False)
     files = text_files(arguments.files, [".txt"])
     model, tokenizer = load(arguments.model)
     modes = arguments.modes or possible_modes(model)

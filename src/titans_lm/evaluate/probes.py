@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from titans_lm.ops import MemoryForm, initial_state, memory_scan, retrieve
-from titans_lm.record import provenance, write_json
+from titans_lm.record import check_output, provenance, write_json
 
 THETAS = (0.003, 0.01, 0.018, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)
 SHOWN = 0.018
@@ -145,10 +145,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--heads must be at least 1, got {arguments.heads}")
     if arguments.tokens < 4:
         raise ValueError(f"--tokens must be at least 4, got {arguments.tokens}")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
-    if out.is_dir() or out.suffix == ".png":
-        raise ValueError(f"--out {out} must name the JSON file, such as probes.json; the picture is written beside it")
+    check_output(out, picture=True)
 
 
 def _stream_table(rows: list[dict[str, Any]]) -> Table:

@@ -35,6 +35,10 @@ TASKS: dict[str, dict[str, Any]] = {
 1 and gradients at every token are what state tracking takes (README of `ops`, chunk 1)."""
 
 
+_OWN = ("training.output_dir", "training.seed", "training.resume")
+"""What the command itself says."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--model", choices=[*VARIANTS, *NAMES], default="mag", help="a variant or a baseline")
@@ -51,12 +55,11 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.table import Table
 
     from titans_lm.evaluate.cell import check_tests, run_cell
-    from titans_lm.record import command_line, write_json
+    from titans_lm.record import check_output, command_line, write_json
     from titans_lm.settings import parse_settings
 
     out = arguments.out or Path(f"results/{arguments.task}_{arguments.model}.json")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+    check_output(out)
     if arguments.samples < 1 or arguments.seed < 0:
         raise ValueError(f"--samples must be at least 1 and --seed not negative: {arguments.samples}, {arguments.seed}")
     tests = [{"length": arguments.lengths or TASKS[arguments.task]["lengths"], "samples": arguments.samples}]
@@ -88,12 +91,15 @@ def run_of(task: str, model: str, changes: list[str]) -> dict[str, dict[str, Any
     sections: dict[str, dict[str, Any]] = copy.deepcopy({"model": _MODEL, "data": {}, "training": _TRAINING})
     sections["model"] |= {**memory, **named}
     for change in changes:
+        if change.partition("=")[0] in _OWN:
+            raise ValueError(f"--set {change!r}: the folder is a temporary one, and the seed is --seed")
         change_tree(sections, change)
     options = sections["data"].get("task", {})
     if not isinstance(options, dict):
         raise ValueError(f"data.task must be options, such as {{length: 128}}, got {options!r}")
     sections["data"]["task"] = {"name": task, **own["task"], **options}
-    if not {"size", "intermediate_size", "parameters"} & sections["model"].keys():
-        embedding = make_task(sections["data"]["task"]).vocab_size * sections["model"]["hidden_size"]
+    width = sections["model"].get("hidden_size")
+    if isinstance(width, int) and not {"size", "intermediate_size", "parameters"} & sections["model"].keys():
+        embedding = make_task(sections["data"]["task"]).vocab_size * width
         sections["model"]["parameters"] = PARAMETERS + embedding
     return sections

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from titans_lm.record import Lines, command_line
+    from titans_lm.record import RESULTS, Lines, check_output, command_line
     from titans_lm.study.grid import load_study
     from titans_lm.study.report import write_report
     from titans_lm.study.scheduler import run_cells, train_and_test
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     study = load_study(arguments.study, arguments.changes)
     if arguments.processes < 1:
         raise ValueError(f"--processes must be at least 1, got {arguments.processes}")
-    if not arguments.results.is_dir():
+    if not arguments.results.is_dir() and (arguments.results != RESULTS or RESULTS.exists()):
         raise ValueError(f"--results {arguments.results}: this folder does not exist")
     command = command_line("study", argparse.Namespace(study=arguments.study, changes=arguments.changes), ["study"])
     if arguments.search is not None:
@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         return search(study, arguments, command)
     lines = Lines(arguments.results / f"{study.name}.jsonl", {"study": study.name}, command)
     missing = [cell for cell in study.cells if lines.find(**cell.about()) is None]
+    check_output(lines.path, picture=study.figure is not None, ours=False)
     for cell in missing:
         earlier(cell.settings(arguments.runs / study.name))
     console = Console()

@@ -11,6 +11,8 @@ from titans_lm.settings import Settings, change_tree, parse_settings, read_yaml
 
 KEYS = ("name", "about", "shared", "models", "tasks", "seeds", "tests", "figure", "search")
 SECTIONS = ("model", "data", "training")
+OWN = ("output_dir", "seed", "resume")
+"""Of `training`: what a study says itself."""
 
 
 @dataclass
@@ -80,14 +82,20 @@ def _study(tree: Any, stem: str, changes: list[str]) -> Study:
     if not whole or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be a list of whole numbers, each once, got {seeds!r}")
     tests = _tests(tree)
-    shared = {name: dict(section) for name, section in _mapping(tree.get("shared", {}), "shared").items()}
+    shared = {
+        name: dict(_mapping(section, f"shared.{name}"))
+        for name, section in _mapping(tree.get("shared", {}), "shared").items()
+    }
     for change in changes:
         change_tree(shared, change)
     cells = [
         Cell(model, task, seed, _sections(shared, tasks[task], models[model]), _tests(tasks[task], tests))
         for task in tasks for seed in seeds for model in models
     ]  # fmt: skip
-    study = Study(str(tree.get("name", stem)), cells, tree.get("figure"), _mapping(tree.get("search", {}), "search"))
+    title = tree.get("name", stem)
+    if not isinstance(title, str) or "/" in title or title in ("", ".", ".."):
+        raise ValueError(f"name must be a text that names files, without a slash, got {title!r}")
+    study = Study(title, cells, tree.get("figure"), _mapping(tree.get("search", {}), "search"))
     _check_names(cells)
     axes = list(dict.fromkeys(axis for cell in cells for axis in _check(cell)))
     if study.figure is not None and study.figure not in axes:
@@ -119,12 +127,15 @@ def _sections(shared: dict[str, Any], *changes: dict[str, Any]) -> dict[str, dic
     sections = {name: copy.deepcopy(shared.get(name, {})) for name in SECTIONS}
     for name in shared:
         if name not in SECTIONS:
-            raise ValueError(unknown_key(name, list(SECTIONS), "shared"))
+            raise ValueError(unknown_key(str(name), list(SECTIONS), "shared"))
     for key, value in (item for change in changes for item in change.items() if item[0] != "tests"):
-        section, dot, name = key.partition(".")
+        section, dot, name = str(key).partition(".")
         if not dot or section not in SECTIONS:
             raise ValueError(f"{key!r} must be section.key, such as model.variant or training.learning_rate")
         sections[section][name] = value
+    for name in OWN:
+        if name in sections["training"]:
+            raise ValueError(f"training.{name} is the study's own: it has seeds, and a folder for each run")
     return sections
 
 
@@ -138,8 +149,8 @@ def _tests(tree: dict[str, Any], default: list[dict[str, Any]] | None = None) ->
 def _named(tree: dict[str, Any], key: str, default: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found = _mapping(tree.get(key, default), key)
     for name in found:
-        if "/" in str(name):
-            raise ValueError(f"{key}: the name {name!r} cannot have a slash; a run's folder has it")
+        if "/" in str(name) or str(name) in (".", ".."):
+            raise ValueError(f"{key}: the name {name!r} cannot have a slash, nor be . or ..; a run's folder has it")
     if len({str(name) for name in found}) < len(found):
         raise ValueError(f"{key}: the names must differ as texts, got {list(found)}")
     return {str(name): _mapping({} if value is None else value, f"{key}.{name}") for name, value in found.items()}

@@ -19,13 +19,19 @@ Scores = dict[tuple[str, str], dict[str, list[float]]]
 """(task, model) -> the test's words -> its figure for each seed."""
 
 
+_HEAD = "Mean and standard deviation over seeds."
+
+
 def write_report(study: Study, rows: list[dict[str, Any]], results: Path, console: Console) -> None:
     """`NAME.md`, and `NAME.png` where the study names an axis, in `results`; the table on screen."""
     scores = collect(rows)
     for task in dict.fromkeys(task for task, _ in scores):
         for table in tables(task, scores, rows, console.width):
             console.print(table, "")
-    write_text(results / f"{study.name}.md", markdown(study.name, scores, rows))
+    table = results / f"{study.name}.md"
+    if table.exists() and not table.read_text().startswith(f"# {study.name}\n\n{_HEAD}"):
+        raise ValueError(f"{table} is not a table of this study; move it away")
+    write_text(table, markdown(study.name, scores, rows))
     if study.figure is not None:
         figure(rows, study.figure, results / f"{study.name}.png")
 
@@ -106,7 +112,7 @@ def _table(task: str, columns: list[tuple[str, ...]]) -> Table:
 
 def markdown(name: str, scores: Scores, rows: list[dict[str, Any]]) -> str:
     """Tables with where they come from."""
-    out = [f"# {name}", "", f"Mean and standard deviation over seeds. {_where(rows)}", ""]
+    out = [f"# {name}", "", f"{_HEAD} {_where(rows)}", ""]
     for task in dict.fromkeys(task for task, _ in scores):
         head, lines = _cells(scores, rows, task)
         out += [f"## {task}", ""] if task else []

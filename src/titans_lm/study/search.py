@@ -99,7 +99,7 @@ def _check(space: dict[str, Any], trials: int) -> None:
     if not space:
         raise ValueError("the study has no search section, such as {training.learning_rate: [0.0003, 0.01, log]}")
     for key, choice in space.items():
-        section, _, name = key.partition(".")
+        section, _, name = str(key).partition(".")
         if section not in SECTIONS[::2] or (section == "training" and name not in TRAINING_KEYS):
             raise ValueError(f"search: {key!r} must be model.KEY, or training. and one of {', '.join(TRAINING_KEYS)}")
         if not (_is_range(choice) or (isinstance(choice, dict) and list(choice) == ["choices"])):

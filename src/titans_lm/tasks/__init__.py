@@ -83,8 +83,15 @@ def make_task(options: dict[str, Any]) -> Task:
     missing = [key for key, p in known.items() if p.default is inspect.Parameter.empty and key not in options]
     if missing:
         raise ValueError(f"task {name} needs {' and '.join(missing)}")
-    task: Task = kind(**{key: value for key, value in options.items() if key != "name"})
+    try:
+        task: Task = kind(**{key: value for key, value in options.items() if key != "name"})
+    except TypeError as error:  # a list where a number belongs, and the like
+        raise ValueError(f"task {name}: an option has a value of the wrong type: {error}") from error
     return task
+
+
+_MOST = 2**40
+"""Counts above it are mistakes, and too large for numpy's sizes."""
 
 
 def at_least(least: int, **values: int) -> None:
@@ -92,6 +99,8 @@ def at_least(least: int, **values: int) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if value > _MOST:
+            raise ValueError(f"{name} must be at most {_MOST}, got {value}")
 
 
 class Rows(IterableDataset[dict[str, Tensor]]):
