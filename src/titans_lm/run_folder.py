@@ -142,6 +142,8 @@ def remove_run(output: Path, model: bool = True) -> None:
     """Remove a run's checkpoints and logs, and its `model`. What else is in the folder stays."""
     for folder in [*checkpoints(output), output / UNFINISHED]:
         shutil.rmtree(folder, ignore_errors=True)
+    for trial in (p for p in output.glob("run-*") if re.fullmatch(r"run-\d+", p.name) and p.is_dir()):  # of a search
+        remove_run(trial)
     if _is_leftover(output / LOGS):
         shutil.rmtree(output / LOGS, ignore_errors=True)
     if model:

@@ -16,7 +16,16 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from titans_lm.baselines import build
 from titans_lm.checkpoint import RUN
-from titans_lm.data import Blocks, StreamedBlocks, load_tokenizer, read_text, split_held_out, streamed, text_files
+from titans_lm.data import (
+    Blocks,
+    CarriedOrder,
+    StreamedBlocks,
+    load_tokenizer,
+    read_text,
+    split_held_out,
+    streamed,
+    text_files,
+)
 from titans_lm.record import Stopped, on_stop
 from titans_lm.run_folder import (
     UNFINISHED,
@@ -146,6 +155,8 @@ def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> tupl
         return StreamedBlocks(rows, data.text_column, tokenizer, data.sequence_length), None
     files, held_out = split_held_out(text_files(data.files, data.suffixes), data.held_out)
     blocks = Blocks((read_text(f) for f in files), tokenizer, data.sequence_length)
+    training = settings.training
+    CarriedOrder(len(blocks), training.batch_size, max(training.carried_steps), training.seed)  # are they enough?
     if not held_out:
         return blocks, None
     evaluation = Blocks((read_text(f) for f in held_out), tokenizer, data.sequence_length)
