@@ -113,8 +113,8 @@ def test_more_pairs_and_keys_more_alike_are_harder(result):
         (["--heads", "0"], "--heads must be at least 1, got 0"),
         (["--tokens", "3"], "--tokens must be at least 4, got 3"),
         (["--out", "{}/no/probes.json"], "the folder {}/no does not exist"),
-        (["--out", "{}"], "must name the JSON file"),
-        (["--out", "{}/probes.png"], "must name the JSON file"),
+        (["--out", "{}"], "is not a file"),
+        (["--out", "{}/probes.png"], "is the name of the picture"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
 )

@@ -52,9 +52,11 @@ class Stopped(KeyboardInterrupt):
     def status(cls, interruption: BaseException) -> int:
         """128 and the signal's number, as a shell has it; of another KeyboardInterrupt that of the one it came from."""
         cause: BaseException | None = interruption
-        while cause is not None and not isinstance(cause, cls):
+        while cause is not None:
+            if isinstance(cause, cls):
+                return 128 + cause.number
             cause = cause.__context__
-        return 128 + (signal.SIGINT if cause is None else cause.number)
+        return 128 + signal.SIGINT
 
 
 def stop(number: int, frame: Any) -> None:  # noqa: ARG001 - a signal handler

@@ -187,7 +187,7 @@ _WITH_CORE = ("mac", "mag", "mal")
 def _typed_field(key: str, value: Any) -> Any:
     """The value of a number of the model's section. Raises ValueError for what is none; other types are checked by
     TitansConfig."""
-    hint = float | None if key == "parameters" else _FIELDS.get(TitansConfig.attribute_map.get(str(key), str(key)))
+    hint: Any = float | None if key == "parameters" else _FIELDS.get(TitansConfig.attribute_map.get(str(key), str(key)))
     options = set(typing.get_args(hint) or [hint]) - {type(None)}
     if options not in ({int}, {float}):
         return value
