@@ -35,7 +35,7 @@ _STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 _MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template.jinja",
-    "training_args.bin", STATE, RUN, DIGESTS,
+    "training_args.bin", "modeling_titans.py", STATE, RUN, DIGESTS,
 )  # fmt: skip
 
 

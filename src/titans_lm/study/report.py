@@ -28,10 +28,10 @@ def write_report(study: Study, rows: list[dict[str, Any]], results: Path, consol
     for task in dict.fromkeys(task for task, _ in scores):
         for table in tables(task, scores, rows, console.width):
             console.print(table, "")
-    table = results / f"{study.name}.md"
-    if table.exists() and not table.read_text().startswith(f"# {study.name}\n\n{_HEAD}"):
-        raise ValueError(f"{table} is not a table of this study; move it away")
-    write_text(table, markdown(study.name, scores, rows))
+    path = results / f"{study.name}.md"
+    if path.exists() and not path.read_text().startswith(f"# {study.name}\n\n{_HEAD}"):
+        raise ValueError(f"{path} is not a table of this study; move it away")
+    write_text(path, markdown(study.name, scores, rows))
     if study.figure is not None:
         figure(rows, study.figure, results / f"{study.name}.png")
 
