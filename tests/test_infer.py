@@ -93,6 +93,37 @@ def test_a_conversation_is_one_stream(folder, tmp_path, monkeypatch, capsys):
     assert TitansState.load(tmp_path / "memory", model).position.tolist() == [2 * (len("one\n") + 5)]
 
 
+def test_a_conversation_survives_a_byte_that_is_no_text(folder, monkeypatch, capsys):
+    for errors, answers in (("strict", 1), ("replace", 2)):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\none\n"), encoding="utf-8"))
+        assert infer(folder, "--interactive", "--max-new-tokens", 3, "--errors", errors) == 0
+        out, err = capsys.readouterr()
+        assert out.count("one\n") == 1
+        assert ("caf\ufffd" in out) == (answers == 2)
+        assert ("was not read" in " ".join(err.split())) == (answers == 1)
+
+
+def test_stop_takes_a_newline_as_people_type_it(folder, capsys):
+    from titans_lm.infer import _unescaped
+
+    assert _unescaped(r"a\nb\tc\\n\x é") == "a\nb\tc\\n\\x é"
+    options = ["--temperature", 3, "--max-new-tokens", 400]
+    assert infer(folder, "--prompt", "It was", *options, "--stop", r"\n", r"\t", r"\r") == 0
+    answer = said(capsys)[0].removesuffix("\n")
+    assert answer[-1] in "\n\t\r"
+    assert not set(answer[:-1]) & set("\n\t\r")
+
+
+def test_a_text_is_not_replaced_by_a_memory(folder, text, monkeypatch, capsys):
+    before = text.read_bytes()
+    assert infer(folder, "--context", text, "--save-memory", text) == 2
+    assert "is not a memory file and is not overwritten" in said(capsys)[1]
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/save {text}\n"))
+    assert infer(folder, "--interactive") == 0
+    assert "not overwritten" in " ".join(said(capsys)[1].split())
+    assert text.read_bytes() == before
+
+
 def test_pieces_of_any_size_leave_the_same_memory(folder):
     model, tokenizer = load(folder)
     ids = torch.as_tensor(encode(tokenizer, "some words, " * 30))[None]

@@ -1,7 +1,12 @@
 """Memory files: of constant size, refused if one bit is wrong, and what `titans memory` says of them."""
 
+import os
 import random
 import resource
+import signal
+import stat
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,7 @@ from titans_lm.checkpoint import load
 from titans_lm.cli import main
 from titans_lm.data import byte_tokenizer
 from titans_lm.memory_file import Source
+from titans_lm.memory_lock import MemoryLock
 
 
 @pytest.fixture
@@ -122,6 +128,59 @@ def test_four_hundred_mutated_checkpoints_are_refused(folder, tmp_path):
         load(copy)
 
 
+def test_links_modes_and_long_names_are_kept(model, tmp_path):
+    real, link = tmp_path / ("x" * 200 + ".memory"), tmp_path / "link"
+    link.symlink_to(real)
+    model.initial_state(1).save(link)  # nothing is there yet
+    real.chmod(0o600)
+    Reader(model, memory=link).read([1, 2, 3])
+    assert link.is_symlink()
+    assert stat.S_IMODE(real.stat().st_mode) == 0o600
+    assert TitansState.load(real, model).position.item() == 3
+    for name in ("y" * 247, "ä" * 127, "z" * 255):
+        model.initial_state(1).save(tmp_path / name)
+        TitansState.load(tmp_path / name, model)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("content", [b"a text", b"{}", b"\x02" + b"\0" * 7 + b"{}", b"\xff" * 40])
+def test_what_is_not_a_memory_file_is_never_overwritten(model, tmp_path, content):
+    other = tmp_path / "book.txt"
+    other.write_bytes(content)
+    with pytest.raises(ValueError, match=r"book\.txt is not a memory file and is not overwritten"):
+        model.initial_state(1).save(other)
+    assert other.read_bytes() == content
+    for place, words in ((tmp_path, "not a regular file"), (Path("/dev/full"), "not a regular"), (Path("-"), "output")):
+        with pytest.raises(ValueError, match=words):
+            model.initial_state(1).save(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]
+
+
+def test_a_damaged_memory_file_and_an_empty_one_are_overwritten(model, file):
+    for content in (file.read_bytes()[:-9], b""):
+        file.write_bytes(content)
+        model.initial_state(1).save(file)
+        TitansState.load(file, model)
+
+
+def test_a_lock_says_who_holds_it_and_ends_with_its_process(file):
+    child, ready = os.fork(), file.with_name("ready")
+    if child == 0:
+        with MemoryLock(file):
+            ready.touch()
+            time.sleep(60)
+        os._exit(0)
+    while not ready.exists():
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match=rf"is in use by process {child} on "):
+        MemoryLock(file).__enter__()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with MemoryLock(file):
+        assert len(list(file.parent.glob(".*.lock"))) == 1
+    assert not list(file.parent.glob(".*.lock"))
+
+
 # ------------------------------------------------------------------------------------------------ titans memory
 
 
@@ -147,6 +206,20 @@ def test_verify_knows_whole_files_their_model_and_numbers_that_are_not(file, fol
     memory_file.write(file, tensors, card)
     assert main(["memory", "verify", str(file)]) == 2
     assert "layers.1.memory.memory.weights.0 has numbers that are not finite" in said(capsys)
+
+
+def test_names_in_a_file_are_shown_as_text(file, capsys):
+    tensors, card = memory_file.read(file)
+    hostile = "[/bold] [red]\x1b[31m :smile: \r\u202e"
+    sources = [replace(s, name=hostile, mode=hostile, when=hostile) for s in card.sources]
+    memory_file.write(file, tensors, replace(card, model=hostile, sources=sources))
+    assert main(["memory", "show", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert r"[/bold] [red]\x1b[31m :smile: \r\u202e" in out
+    assert not {"\x1b", "\r", "\u202e"} & set(out)
+    memory_file.write(file, {**tensors, hostile: torch.full((1,), torch.nan)}, card)
+    assert main(["memory", "verify", str(file)]) == 2
+    assert not {"\x1b", "\r", "\u202e"} & set(capsys.readouterr().err)
 
 
 def test_a_fork_is_the_same_memory_and_says_where_it_came_from(file, model, tmp_path, capsys):

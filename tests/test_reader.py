@@ -1,11 +1,14 @@
 """Reading once, keeping what was learned: resumed to the last bit, whatever stopped it; asked without being changed."""
 
+import hashlib
+import io
 import os
 import random
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -221,6 +224,103 @@ def test_what_is_not_written_costs_a_reader_less():
     assert operations(1e9) < operations(None)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_reading_that_failed_keeps_the_memory_from_nothing(model, books, tmp_path):
+    memory = tmp_path / "memory"
+    r = reader(model, memory=memory)
+    with pytest.raises(ValueError, match=r"token 9999 at 2 is not one of this model's, which are 0 to 259"):
+        r.read([1, 2, 9999])
+    (tmp_path / "bad.txt").write_bytes(BOOK.encode() + b"\xff")
+    with pytest.raises(ValueError, match=f"byte {len(BOOK)} is 0xff"):
+        r.read(tmp_path / "bad.txt")
+    assert not memory.exists()  # nothing was read
+    assert r.state.sources == []
+    with pytest.raises(ValueError, match="whole numbers"):
+        r.read([[1, 2], [3, 4], [5, 6.5]])
+    assert [(s.tokens, s.abandoned) for s in r.state.sources] == [(4, True)]
+    read = reader(model, memory=memory).read(books[0]).state.sources
+    assert [(s.name, s.tokens, s.done) for s in read] == [("stream", 4, False), ("one.txt", len(BOOK), True)]
+
+
+def test_only_what_was_read_is_recorded(model, tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text(BOOK)
+    known = hashlib.sha256(BOOK.encode()).hexdigest()
+
+    def changed_after_a_piece(change) -> Reader:
+        r = reader(model)
+        for _ in r.reading(path):
+            change()
+        return r
+
+    (grown,) = changed_after_a_piece(lambda: path.write_text(BOOK + "more")).state.sources
+    assert (grown.size, grown.tokens, grown.sha256, grown.done) == (len(BOOK), len(BOOK), known, True)
+    path.write_text(BOOK)
+    r = reader(model)
+    pieces = r.reading(path)
+    next(pieces)  # the file's first megabyte is in memory now
+    assert list(pieces)[-1].source.done
+
+
+def test_a_file_that_shrinks_is_not_recorded_as_read(model, tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text(BOOK)
+    r = reader(model)
+    other = r.reading(iter(["first"]), path)  # examined when it begins, and opened when its turn comes
+    next(other)
+    os.truncate(path, 100)
+    with pytest.raises(ValueError, match=r"log\.txt changed while it was read: 100 tokens"):
+        list(other)
+    stream, record = r.state.sources
+    assert stream.done
+    assert (record.tokens, record.size, record.done, record.abandoned) == (100, 100, False, True)
+    assert record.sha256 == hashlib.sha256(BOOK[:100].encode()).hexdigest()
+
+
+def test_files_pipes_and_numpy_tokens_are_read_as_their_text_is(model, tmp_path, monkeypatch):
+    path, both = tmp_path / "one.txt", (BOOK + BOOK.swapcase()).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + both)
+    expected = reader(model).read(both.decode()).state
+    tokens = np.frombuffer(both, np.uint8)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(both)))
+    for text in (path, Path("-"), tokens, [np.int64(t) for t in tokens], torch.tensor(list(both))):
+        assert_bitwise(reader(model).read(text).state, expected)
+    assert reader(model).read(np.array([1, 2])).state.position.item() == 2
+    with pytest.raises(ValueError, match="standard input can be read once"):
+        reader(model).read(Path("-"), Path("-"))
+
+
+def test_an_interrupted_pipe_goes_on_where_it_was(model, tmp_path, monkeypatch):
+    both, memory = (BOOK + BOOK.swapcase()).encode(), tmp_path / "memory"
+
+    def pipe() -> Path:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(both)))
+        return Path("-")
+
+    with pytest.raises(Stop):
+        read_some(reader(model, memory=memory), [pipe()], 5)
+    resumed = reader(model, memory=memory).read(pipe()).state
+    assert_bitwise(resumed, reader(model).read(both.decode()).state)
+    (record,) = resumed.sources
+    assert (record.name, record.tokens, record.done) == ("stdin", len(both), True)
+    assert record.sha256 == hashlib.sha256(both).hexdigest()
+
+
+def test_one_reader_at_a_time_writes_a_memory_file(model, books, tmp_path):
+    memory = tmp_path / "memory"
+    first, second = reader(model, memory=memory), reader(model, memory=memory)
+    reading = first.reading(*books)
+    next(reading)
+    for other in (lambda: second.read(books[1]), second.save, lambda: model.initial_state(1).save(memory)):
+        with pytest.raises(ValueError, match=rf"memory is in use by process {os.getpid()} on .*, since 20"):
+            other()
+    list(reading)
+    with pytest.raises(ValueError, match="was written by another since this reader loaded it"):
+        second.read(books[1])
+    assert reader(model, memory=memory).state.position.item() == 2 * len(BOOK)
+    assert not list(tmp_path.glob(".*"))
+
+
 # ------------------------------------------------------------------------------------------------ asking
 
 
@@ -235,6 +335,29 @@ def test_a_question_leaves_no_trace(model, books):
     r.ask("It was", max_new_tokens=8, remember=True)
     assert r.state.position.item() == before.position.item() + 6 + 8
     assert r.state.sources == before.sources
+
+
+def test_a_conversation_is_the_talk_read_as_a_whole(model, books):
+    r, talk = reader(model).read(books[0]), reader(model).read(books[0])
+    for prompt, options in (("It was", {}), ("night", {"num_beams": 3}), ("rain", {"temperature": 1.0})):
+        ids = torch.tensor([list(prompt.encode())])
+        options = {"max_new_tokens": 6, "do_sample": "temperature" in options, "pad_token_id": 256, **options}
+        torch.manual_seed(0)
+        out = model.generate(ids, past_key_values=talk.state.continuation(), **options)
+        talk.read(out[0])  # prompt and answer, to its last token
+        torch.manual_seed(0)
+        r.ask(prompt, remember=True, **options)
+        assert r.state.position.item() == talk.state.position.item()
+    for name, tensor in state_tensors(r.state).items():
+        assert_close(tensor, state_tensors(talk.state)[name], name)
+
+
+def test_beams_and_several_answers_are_those_of_generate(model, books):
+    r = reader(model).read(books[0])
+    answers = r.ask("It was", "a", num_beams=3, num_return_sequences=2, max_new_tokens=6)
+    assert len(answers) == 4
+    assert answers[:2] == r.ask("It was", num_beams=3, num_return_sequences=2, max_new_tokens=6)
+    assert answers[2:] == r.ask("a", num_beams=3, num_return_sequences=2, max_new_tokens=6)
 
 
 def test_prompts_of_any_length_have_forks_of_one_memory(model, books):
@@ -278,6 +401,20 @@ def test_what_is_wrong_is_said(model, books, tmp_path):
         r.ask()
     with pytest.raises(ValueError, match="one prompt can be remembered"):
         r.ask("a", "b", remember=True)
+    with pytest.raises(ValueError, match="one answer can be remembered, and num_return_sequences gave 2"):
+        r.ask("a", remember=True, num_beams=2, num_return_sequences=2, max_new_tokens=2)
+    for option, words in (
+        ({"return_dict_in_generate": True}, "answers are texts"),
+        ({"use_cache": False}, "the memory, which is the cache"),
+        ({"attention_mask": torch.ones(1, 1)}, "attention_mask cannot be passed"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            r.ask("a", **option)
+    for seconds in (float("nan"), -1.0):
+        with pytest.raises(ValueError, match="save_seconds at least 0"):
+            reader(model, save_seconds=seconds)
+    with pytest.raises(ValueError, match="errors='ignore' is not one of: strict, replace"):
+        reader(model, errors="ignore")
 
 
 # ------------------------------------------------------------------------------------------------ titans read

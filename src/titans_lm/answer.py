@@ -64,7 +64,7 @@ def answer(
         options["tokenizer"] = tokenizer
     out = model.generate(
         padded.to(model.device), attention_mask=mask.to(model.device), past_key_values=state,
-        pad_token_id=tokenizer.pad_token_id, **{"do_sample": False, **options},
+        **{"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options},
     )  # fmt: skip
     with torch.no_grad():
         model.read_pending(state)

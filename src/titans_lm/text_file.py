@@ -8,7 +8,7 @@ import hashlib
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
@@ -69,7 +69,7 @@ def decoded(
     offset, blank = 0, True
     try:
         with _opened(path) as file:
-            for raw in _cut(_blocks(file, size, limit), size):
+            for raw in _cut(_blocks(file.read, size, limit), size):
                 text = _decode(raw, offset, path, errors)
                 offset += len(raw)
                 blank = blank and not text.strip()
@@ -124,10 +124,10 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         yield sys.stdin.buffer
 
 
-def _blocks(file: IO[bytes], size: int, limit: int | None) -> Iterator[bytes]:
+def _blocks(read: Callable[[int], bytes], size: int, limit: int | None) -> Iterator[bytes]:
     """Blocks of `size` bytes, the last one shorter, whatever the parts in which a pipe delivers them."""
     left = sys.maxsize if limit is None else limit
-    while left and (data := file.read(min(size, left))):
+    while left and (data := read(min(size, left))):
         left -= len(data)
         yield data
 
