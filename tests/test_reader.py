@@ -277,6 +277,7 @@ def test_a_file_that_shrinks_is_not_recorded_as_read(model, tmp_path):
     assert record.sha256 == hashlib.sha256(BOOK[:100].encode()).hexdigest()
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_files_pipes_and_numpy_tokens_are_read_as_their_text_is(model, tmp_path, monkeypatch):
     path, both = tmp_path / "one.txt", (BOOK + BOOK.swapcase()).encode()
     path.write_bytes(b"\xef\xbb\xbf" + both)
