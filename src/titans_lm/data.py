@@ -3,6 +3,7 @@
 import logging
 import sysconfig
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,13 @@ def stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = (p for p in sorted(root.rglob("*.py")) if not _NOT_PROSE & set(p.relative_to(root).parts))
     return [p for p in files if _is_text(p)]
+
+
+def stdlib_held_out() -> list[Path]:
+    """Those of `stdlib_files` that tasks do not train on, about one in ten: which they are hangs on their names alone,
+    so that they are held out on every machine and in every version of Python."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return [p for p in stdlib_files() if zlib.crc32(p.relative_to(root).as_posix().encode()) % 10 == 0]
 
 
 def _is_text(path: Path) -> bool:

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from titans_lm.baselines import BASELINES, MAMBA2, NAMES, mamba2_config
 from titans_lm.checkpoint import RUN
 from titans_lm.config import SIZES, TitansConfig, fitted, known_keys, preset, unknown_key
-from titans_lm.tasks import make_task, with_length
+from titans_lm.tasks import StreamTask, make_task, with_length
 
 
 @dataclass
@@ -319,8 +319,8 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
     training = _build(TrainingSettings, tree.get("training", {}), "training")
     data.check()
     training.check()
-    if max(training.carried_steps) > 1 and not data.files:
-        raise ValueError("training.carried_steps above 1 needs data.files: other data has no such order")
+    if max(training.carried_steps) > 1:
+        _check_carried(data)
     settings = Settings(tree.get("model", {}), data, training)
     size = settings.model.get("size")
     if size is not None and size not in list(SIZES):  # a list: a size that a user typed may not be hashable
@@ -329,6 +329,17 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
     if training.core_steps and kind not in _WITH_CORE:
         raise ValueError(f"training.core_steps is for a core beside a memory ({', '.join(_WITH_CORE)}), got {kind}")
     return settings
+
+
+def _check_carried(data: DataSettings) -> None:
+    goes_on = data.task and isinstance(make_task(data.task), StreamTask)
+    if not data.files and not goes_on:
+        raise ValueError(
+            "training.carried_steps above 1 needs data.files, or a data.task whose rows go on ({name: streams}): "
+            "other data has no such order"
+        )
+    if goes_on and data.shortest is not None:
+        raise ValueError("training.carried_steps above 1 does not go with data.shortest: streams go on by whole rows")
 
 
 def change_tree(tree: dict[str, Any], change: str) -> None:

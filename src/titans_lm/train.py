@@ -37,7 +37,7 @@ from titans_lm.run_folder import (
     step_of,
 )
 from titans_lm.settings import Settings, check_resumed, check_same, load_settings, save_settings
-from titans_lm.tasks import Rows, make_task
+from titans_lm.tasks import CarriedRows, Rows, StreamTask, make_task
 from titans_lm.trainer import NotFinite, TitansTrainer
 
 EVALUATION_SEED = 2_000_003
@@ -148,8 +148,7 @@ def _save(trainer: TitansTrainer, settings: Settings, output: Path) -> None:
 def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Any, Any]:
     data = settings.data
     if data.task or tokenizer is None:
-        training = settings.training
-        return Rows(make_task(data.task), training.batch_size, training.seed, data.shortest), None
+        return _rows(settings), None
     if data.dataset is not None:
         rows = streamed(data.dataset, data.dataset_config, data.dataset_split, data.data_files)
         return StreamedBlocks(rows, data.text_column, tokenizer, data.sequence_length), None
@@ -162,6 +161,15 @@ def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> tupl
     evaluation = Blocks((read_text(f) for f in held_out), tokenizer, data.sequence_length)
     evaluation.blocks = evaluation.blocks[: settings.training.eval_blocks]
     return blocks, evaluation
+
+
+def _rows(settings: Settings) -> Rows | CarriedRows:
+    """Of a task; with `carried_steps` its streams go on over so many batches."""
+    task, training = make_task(settings.data.task), settings.training
+    if max(training.carried_steps) > 1:
+        assert isinstance(task, StreamTask)  # settings were checked
+        return CarriedRows(task, training.carried_steps, training.batch_size, training.seed)
+    return Rows(task, training.batch_size, training.seed, settings.data.shortest)
 
 
 def _examples(settings: Settings) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from titans_lm.model_files import DIGESTS, add_digests
 from titans_lm.run_folder import step_of, unfinished
 from titans_lm.settings import Settings, save_settings
 from titans_lm.state import TitansState
+from titans_lm.tasks import StreamTask, make_task
 
 CARRIED = "memory.safetensors"
 """In a checkpoint: the memory that goes on, with `carried_steps`."""
@@ -104,7 +105,7 @@ class TitansTrainer(Trainer):
     ):
         self.run, self.settings = settings, settings.training
         self.clock = _Clock(self.settings.max_steps, self.settings.max_minutes)
-        self.bytes = tokenizer is not None and is_bytes(tokenizer) and not settings.data.task
+        self.bytes = tokenizer is not None and is_bytes(tokenizer) and not _asks_some(settings)
         self.tokens = 0  # read in training
         self.logged = (0, time.monotonic())
         self.batches = 0  # read so far
@@ -255,8 +256,11 @@ class TitansTrainer(Trainer):
         self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the log shows
 
     def _batches_of(self, steps: int) -> int:
-        """Batches of the first `steps` updates: the last of an epoch has those that are left."""
-        accumulation, epoch = self.settings.accumulation, len(self._get_train_sampler()) // self.settings.batch_size
+        """Batches of the first `steps` updates: the last of an epoch has those that are left. A task has no epochs."""
+        accumulation, sampler = self.settings.accumulation, self._get_train_sampler()
+        if sampler is None:
+            return steps * accumulation
+        epoch = len(sampler) // self.settings.batch_size
         epochs, rest = divmod(steps, math.ceil(epoch / accumulation))
         return epochs * epoch + rest * accumulation
 
@@ -274,6 +278,11 @@ class TitansTrainer(Trainer):
         if not all(math.isfinite(logs[name]) for name in ("loss", "eval_loss") if name in logs):
             raise NotFinite(self.state.global_step)
         super().log(logs, start_time)
+
+
+def _asks_some(settings: Settings) -> bool:
+    """Whether the loss is that of some tokens only, as of most tasks."""
+    return bool(settings.data.task) and not isinstance(make_task(settings.data.task), StreamTask)
 
 
 def _arguments(settings: Settings, evaluate: bool) -> TrainingArguments:

@@ -9,7 +9,7 @@ import importlib
 import inspect
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -46,6 +46,14 @@ class Task(Protocol):
         """`rows` examples; the same generator state, the same bytes."""
 
 
+@runtime_checkable
+class StreamTask(Task, Protocol):
+    """One whose examples may be of any length, and go on from row to row. Every token is asked."""
+
+    def stream(self, rng: np.random.Generator, length: int) -> NDArray[np.uint8]:
+        """Tokens `[length]` of one example; the same generator state, the same tokens."""
+
+
 TASKS = {
     "mqar": "recall.MQAR",
     "forgetting_mqar": "recall.ForgettingMQAR",
@@ -58,6 +66,7 @@ TASKS = {
     "needle": "needle.Needle",
     "babilong": "babilong.Babilong",
     "mixed": "mixed.Mixed",
+    "streams": "streams.Streams",
 }
 """Name -> file of this folder and class."""
 
@@ -119,6 +128,37 @@ class Rows(IterableDataset[dict[str, Tensor]]):
 
     def _drawn(self, rng: np.random.Generator, shortest: int) -> int:
         return round(math.exp(rng.uniform(math.log(shortest), math.log(self.task.length))))
+
+
+class CarriedRows(IterableDataset[dict[str, Tensor]]):
+    """Rows without end, each a part of a stream that goes on in the same row of the next batch: for as many batches as
+    `spans` say of the row (they are taken in turn), or until those of the longest are over. Then another begins.
+
+    The trainer's memories begin anew where streams do. A stream is made from (seed, row, which of the row's) alone.
+    """
+
+    def __init__(self, task: StreamTask, spans: Sequence[int], rows: int, seed: int):
+        self.task, self.seed = task, seed
+        self.spans = [spans[row % len(spans)] for row in range(rows)]
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        streams: dict[int, tuple[int, Tensor]] = {}  # row -> which of the row's is at hand, [span, length]
+        for number in itertools.count():
+            for row, span in enumerate(self.spans):
+                which, part = self._place(number, span)
+                if row not in streams or streams[row][0] != which:
+                    streams[row] = which, self._made(row, span, which)
+                ids = streams[row][1][part].long()
+                yield {"input_ids": ids, "labels": ids}
+
+    def _place(self, number: int, span: int) -> tuple[int, int]:
+        """-> which of its row's streams batch `number` is of, and which part of it."""
+        turns, within = divmod(number, max(self.spans))
+        return turns * math.ceil(max(self.spans) / span) + within // span, within % span
+
+    def _made(self, row: int, span: int, which: int) -> Tensor:
+        rng = np.random.default_rng((self.seed, row, which))
+        return torch.from_numpy(self.task.stream(rng, span * self.task.length)).view(span, self.task.length)
 
 
 def with_length(task: Task, length: int) -> Task:

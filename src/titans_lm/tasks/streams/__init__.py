@@ -1,0 +1,151 @@
+"""Streams of bytes that only reading makes predictable: each follows rules of its own, which come in no other stream.
+
+A stream is of one source, or changes now and then from one to another. It may be longer than a row: a model that
+carries its memory then reads it over many batches.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from titans_lm.data import STDLIB, load_tokenizer
+from titans_lm.tasks import Batch, at_least
+from titans_lm.tasks.streams import chains, disguises, logs, tables
+from titans_lm.tasks.streams.parts import Given, Part, Source
+from titans_lm.tasks.streams.texts import Bytes, Files, Texts, load_texts
+
+SOURCES: dict[str, Source] = {
+    "text": disguises.text,
+    "cipher": disguises.cipher,
+    "alphabets": disguises.alphabets,
+    "logs": logs.logs,
+    "tables": tables.tables,
+    "markov": chains.markov,
+    "automata": chains.automata,
+    "letters": chains.letters,
+    "noise": chains.noise,
+    "repeat": disguises.repeat,
+}
+WEIGHTS = {
+    "text": 4.0, "cipher": 2.0, "alphabets": 1.5, "logs": 4.0, "tables": 1.0, "markov": 1.0, "automata": 0.5,
+    "letters": 0.7, "noise": 0.3, "repeat": 2.0,
+}  # fmt: skip
+"""How often a stream is of each source, where nothing else is said."""
+RETURN = 1 / 3
+"""How often a change of sources goes back to an earlier one of the stream."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Every row begins a stream of its own. Every token is asked: labels are the tokens.
+
+    Raises ValueError for a source that does not exist, and for files that cannot be read.
+    """
+
+    length: int = 1024
+    """Tokens of a row."""
+    sources: Any = None
+    """Name -> weight, or the name of one, or a list of several that are as frequent as one another. None: `WEIGHTS`."""
+    files: Any = (STDLIB,)
+    """Where texts are from: text files, folders, archives (.tar.xz and the like), "python-stdlib". A list, or path ->
+    weight. Within one, passages are drawn evenly by bytes."""
+    suffixes: Any = (".txt", ".md", ".py")
+    """Which files of a folder or an archive."""
+    held_out: int = 0
+    """So many files of each folder and archive, the last in the order of their names, are not read. Of the standard
+    library a fixed share is never read (`data.stdlib_held_out`)."""
+    switch: int = 0
+    """Bytes, on average, after which a stream changes to another source, or back to an earlier one. 0: never."""
+
+    def __post_init__(self) -> None:
+        at_least(1, length=self.length)
+        at_least(0, held_out=self.held_out, switch=self.switch)
+        suffixes = (self.suffixes,) if isinstance(self.suffixes, str) else self.suffixes
+        if not (isinstance(suffixes, Sequence) and suffixes and all(map(_is_text, suffixes))):
+            raise ValueError(f"suffixes must be texts such as .txt, got {self.suffixes!r}")
+        object.__setattr__(self, "suffixes", tuple(suffixes))
+        object.__setattr__(self, "sources", _weights("sources", WEIGHTS if self.sources is None else self.sources))
+        for name in self.sources:
+            if name not in SOURCES:
+                raise ValueError(f"sources: {name!r} is not one of: {', '.join(SOURCES)}")
+        object.__setattr__(self, "files", _weights("files", self.files))
+        self._texts()  # a file that cannot be read is told now
+
+    @property
+    def tokenizer(self) -> str:
+        return "bytes"
+
+    @property
+    def vocab_size(self) -> int:
+        """The 256 bytes and the tokenizer's special tokens."""
+        return len(load_tokenizer(self.tokenizer))
+
+    def batch(self, rng: np.random.Generator, rows: int) -> Batch:
+        ids = np.stack([self.stream(rng, self.length) for _ in range(rows)]).astype(np.int64)
+        return Batch(ids, ids)
+
+    def stream(self, rng: np.random.Generator, length: int) -> Bytes:
+        """The bytes of one stream, `[length]`."""
+        parts: list[Part] = []
+        pieces, left = [], length
+        while left:
+            part = self._next(rng, parts, length)
+            span = min(left, 1 + int(rng.exponential(self.switch))) if self.switch else left
+            pieces.append(part.take(span))
+            left -= span
+        return np.concatenate(pieces)
+
+    def _next(self, rng: np.random.Generator, parts: list[Part], length: int) -> Part:
+        """A new part, or an earlier one that goes on; `parts` are those so far, the last the one at work."""
+        if len(parts) > 1 and rng.random() < RETURN:
+            parts.append(parts.pop(int(rng.integers(len(parts) - 1))))
+        else:
+            parts.append(self._begin(rng, self._shares, length))
+        return parts[-1]
+
+    def _begin(self, rng: np.random.Generator, shares: Mapping[str, float], length: int) -> Part:
+        at = np.searchsorted(np.array(list(shares.values())), rng.random(), "right")
+        name = list(shares)[int(at)]
+        (own,) = rng.spawn(1)
+        given = Given(own, self._texts, length, lambda rng: self._begin(rng, self._others, length))
+        return Part(name, SOURCES[name](given))
+
+    @cached_property
+    def _shares(self) -> dict[str, float]:
+        return _cumulative(self.sources)
+
+    @cached_property
+    def _others(self) -> dict[str, float]:
+        """Of what repeats: the other sources of the streams, or, where there are none, all others."""
+        others = {name: weight for name, weight in self.sources.items() if name != "repeat"}
+        return _cumulative(others or {name: weight for name, weight in WEIGHTS.items() if name != "repeat"})
+
+    def _texts(self) -> Texts:
+        files = tuple(Files(path, weight) for path, weight in self.files.items())
+        return load_texts(files, self.suffixes, self.held_out)
+
+
+def _weights(name: str, given: Any) -> dict[str, float]:
+    """One name, a list, or name -> weight. Those of weight 0 are left out."""
+    given = [given] if isinstance(given, str) else given
+    if not isinstance(given, Mapping):
+        given = dict.fromkeys(given, 1.0) if isinstance(given, Sequence) and all(map(_is_text, given)) else {}
+    for key, weight in given.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            raise ValueError(f"{name}: the weight of {key} must be a number of at least 0, got {weight!r}")
+    kept = {str(key): float(weight) for key, weight in given.items() if weight}
+    if not kept:
+        raise ValueError(f"{name} must be a name, a list of names, or names with weights above 0")
+    return kept
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _cumulative(weights: Mapping[str, float]) -> dict[str, float]:
+    shares = np.cumsum(list(weights.values())) / sum(weights.values())
+    return dict(zip(weights, shares.tolist(), strict=True))

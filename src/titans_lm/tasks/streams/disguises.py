@@ -1,0 +1,74 @@
+"""Sources that are texts, as they are or in a disguise that is new for each stream, and passages that come again."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from titans_lm.tasks.streams.parts import Given, log_uniform
+from titans_lm.tasks.streams.texts import Bytes
+
+PRINTABLE = np.arange(32, 127)
+LETTERS = [*range(97, 123), *range(65, 91)]
+BLOCKS = [
+    (0xC0, 0x17F), (0x180, 0x24F), (0x370, 0x3FF), (0x400, 0x52F), (0x531, 0x587), (0x5D0, 0x5EB), (0x620, 0x6FF),
+    (0x905, 0x97F), (0xE01, 0xE5C), (0x10D0, 0x1100), (0x3041, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3),
+    (0x1F300, 0x1F650),
+]  # fmt: skip
+"""Of code points that UTF-8 writes in two bytes (letters of Europe and the Near East), three (Asia) and four."""
+
+
+def text(given: Given) -> Iterator[Bytes]:
+    """From a place of the texts on, as they are."""
+    return given.texts().reading(given.rng)
+
+
+def cipher(given: Given) -> Iterator[Bytes]:
+    """A text of which each character stands for another: the 95 printable ones, or letters alone, the small as the
+    large ones, so that spaces and signs stay what they are."""
+    rng = given.rng
+    table = np.arange(256, dtype=np.uint8)
+    if rng.random() < 0.7:
+        table[PRINTABLE] = rng.permutation(PRINTABLE)
+    else:
+        order = rng.permutation(26)
+        table[65:91], table[97:123] = 65 + order, 97 + order
+    for piece in given.texts().reading(rng):
+        yield table[piece]
+
+
+def alphabets(given: Given) -> Iterator[Bytes]:
+    """A text whose letters are those of another alphabet, in UTF-8 or another code; or any byte stands for any."""
+    rng = given.rng
+    reading = given.texts().reading(rng)
+    kind = rng.random()
+    if kind < 0.4:
+        table = rng.permutation(256).astype(np.uint8)
+        if kind < 0.15:  # letters alone, of a code of one byte
+            table = np.arange(256, dtype=np.uint8)
+            table[LETTERS] = 128 + rng.permutation(128)[:52]
+        for piece in reading:
+            yield table[piece]
+    low, high = BLOCKS[rng.integers(len(BLOCKS))] if rng.random() < 0.4 else BLOCKS[rng.integers(7)]
+    names = low + (rng.permutation(high - low) if rng.random() < 0.5 else np.roll(np.arange(high - low), -_at(rng)))
+    letters = dict(zip(LETTERS, np.resize(names, 52).tolist(), strict=True))
+    if rng.random() < 0.3:  # large letters as small ones
+        letters.update({large: letters[large + 32] for large in range(65, 91)})
+    for piece in reading:
+        yield np.frombuffer(bytes(piece).decode("latin-1").translate(letters).encode(), np.uint8)
+
+
+def _at(rng: np.random.Generator) -> int:
+    return int(rng.integers(1 << 14))
+
+
+def repeat(given: Given) -> Iterator[Bytes]:
+    """A passage of another source, something else, the passage again, now and then several times, or at once."""
+    rng = given.rng
+    while True:
+        passage = given.other(rng).take(round(log_uniform(rng, 16, min(given.length / 4, 1 << 14))))
+        between = given.other(rng)
+        yield passage
+        for _ in range(1 if rng.random() < 0.7 else int(rng.integers(2, 7))):
+            if rng.random() < 0.7:
+                yield between.take(round(log_uniform(rng, 8, given.length / 2)))
+            yield passage

@@ -1,0 +1,115 @@
+"""Texts to take passages from: files, folders, archives, the standard library; some are held out."""
+
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from titans_lm.data import STDLIB, read_text, stdlib_held_out, text_files
+
+Bytes = NDArray[np.uint8]
+PIECE = 4096
+_LINE = 400
+"""Bytes within which the next line is looked for."""
+_WORD = re.compile(r"[A-Za-z]{2,14}")
+_ARCHIVES = (".tar", ".tgz", ".txz", ".tar.gz", ".tar.xz", ".tar.bz2")
+
+
+class Files(NamedTuple):
+    """Where texts are: a path or "python-stdlib", and how often a passage is from there."""
+
+    path: str
+    weight: float
+
+
+class Texts:
+    """Texts in groups, each with its weight; a passage is from anywhere in a group, evenly by bytes."""
+
+    def __init__(self, groups: Sequence[Bytes], weights: Sequence[float]):
+        self.groups = groups
+        self._shares = np.cumsum(weights) / np.sum(weights)
+
+    def reading(self, rng: np.random.Generator) -> Iterator[Bytes]:
+        """Pieces of a text without end, from a place drawn at random on, where a line begins if one is near."""
+        group = self.groups[int(np.searchsorted(self._shares, rng.random(), "right"))]
+        at = int(rng.integers(len(group)))
+        ends = np.flatnonzero(group[at : at + _LINE] == ord("\n"))
+        at = at + int(ends[0]) + 1 if len(ends) else at
+        while True:
+            if at >= len(group):
+                at = 0
+            yield group[at : at + PIECE]
+            at += PIECE
+
+    def words(self, rng: np.random.Generator) -> list[str]:
+        """Different words of a passage, in the order in which they come; two at least."""
+        text = "".join(bytes(next(self.reading(rng))).decode("latin-1") for _ in range(2))
+        return list(dict.fromkeys([*_WORD.findall(text), "a", "the"]))
+
+
+@lru_cache(maxsize=4)
+def load_texts(files: tuple[Files, ...], suffixes: tuple[str, ...], held_out: int) -> Texts:
+    """The texts of all `files` but those held out: of each folder and archive the last `held_out` in the order of their
+    names, of the standard library always those that `data.stdlib_held_out` lists.
+
+    Raises ValueError for a path that does not exist, has no text, or of which nothing is left.
+    """
+    groups = []
+    for path, _ in files:
+        texts = [text for _, text in _kept(path, suffixes, held_out)]
+        groups.append(np.frombuffer("".join(texts).encode(), np.uint8))
+        if not len(groups[-1]):
+            raise ValueError(f"{path} has no text in it")
+    return Texts(groups, [weight for _, weight in files])
+
+
+def held_out_texts(path: str, suffixes: Sequence[str] = (".txt",), held_out: int = 0) -> list[tuple[str, str]]:
+    """Names and texts that `load_texts` leaves out of this path."""
+    if path == STDLIB:
+        return [(str(file), read_text(file)) for file in stdlib_held_out()]
+    found = _all(path, tuple(suffixes))
+    return found[len(found) - held_out :]
+
+
+def _kept(path: str, suffixes: tuple[str, ...], held_out: int) -> list[tuple[str, str]]:
+    if path == STDLIB:
+        out = set(stdlib_held_out())
+        return [(str(file), read_text(file)) for file in text_files([path], suffixes) if file not in out]
+    found = _all(path, suffixes)
+    if not held_out or not (Path(path).is_dir() or _is_archive(path)):
+        return found
+    if held_out >= len(found):
+        raise ValueError(f"held_out={held_out} leaves nothing of {path}: it has {len(found)} files")
+    return found[:-held_out]
+
+
+def _is_archive(path: str) -> bool:
+    return path.endswith(_ARCHIVES)
+
+
+def _all(path: str, suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Names and texts, in the order of the names."""
+    if not (_is_archive(path) and Path(path).is_file()):
+        return [(str(file), read_text(file)) for file in text_files([path], suffixes)]
+    try:
+        with tarfile.open(path) as archive:
+            members = [m for m in archive.getmembers() if m.isfile() and m.name.endswith(suffixes)]
+            found = [(m.name, _decoded(path, m.name, archive.extractfile(m))) for m in members]
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as an archive: {error}") from error
+    if not found:
+        raise ValueError(f"{path} has no file that ends in {' or '.join(suffixes)}")
+    return sorted(found)
+
+
+def _decoded(path: str, name: str, file: object) -> str:
+    try:
+        text: str = file.read().decode()  # type: ignore[attr-defined]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: {name} is not text: it is not UTF-8") from None
+    return text
