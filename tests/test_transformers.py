@@ -19,6 +19,7 @@ from conftest import TITANS, tiny_config
 from titans_lm import TitansConfig, TitansForCausalLM, TitansModel
 
 common = transformers_sdist.load("test_modeling_common")
+ConfigTester = transformers_sdist.load("test_configuration_common").ConfigTester
 
 NOT_APPLICABLE = {
     "attention_outputs|sliding_window_mask": "attention weights are never made: a window is computed in blocks",
@@ -29,6 +30,8 @@ NOT_APPLICABLE = {
     "get_(text|image|audio|video)_features_|problem_types|encoder_decoder_": "a decoder of text, of one class",
     "internal_model_config_": "a configuration has no others in it",
     "model_rope_|vision_axial_rope|resize_position_vector_": "rotary positions have a base, and no other setting",
+    "capture_outputs_decorator|can_capture_specific_layers_": "the model gives hidden states itself: with padding it "
+    "puts them back to where the caller's tokens stand",
     "keep_in_fp32_modules": "what needs float32, the memory's state, is no module",
     "tp_plan_|tied_head_has_a_tp_plan_": "there is no plan for tensor parallelism",
     "reverse_loading_mapping|can_load_from_already_mapped_keys": "no checkpoint has other names than the model",
@@ -37,7 +40,7 @@ NOT_APPLICABLE = {
 }
 """Beginnings of the tests' names (after `test_`), or words in them, and why they say nothing about these models."""
 
-SEEN_ONCE = ("bc_torch_dtype",)
+SEEN_ONCE = ("bc_torch_dtype", "config")
 """What does not depend on the variant, and takes long."""
 
 
@@ -50,7 +53,7 @@ class ModelTester:
     """What transformers' tests ask about a model: a tiny configuration with borders everywhere, and inputs."""
 
     batch_size, seq_length = 3, 9
-    is_training = True
+    is_training, padded = True, True
 
     def __init__(self, variant: str):
         self.variant = variant
@@ -64,7 +67,8 @@ class ModelTester:
     def prepare_config_and_inputs_for_common(self) -> tuple[TitansConfig, dict[str, Tensor]]:
         ids = torch.randint(1, self.vocab_size, (self.batch_size, self.seq_length))
         mask = torch.ones_like(ids)
-        mask[0, :4], mask[1, -1] = 0, 0  # padded on the left, on the right, and not
+        if self.padded:
+            mask[0, :4], mask[1, -1] = 0, 0  # on the left, on the right, and not
         return self.get_config(), {"input_ids": ids.to(torch_device), "attention_mask": mask.to(torch_device)}
 
 
@@ -87,6 +91,14 @@ class Laws(common.ModelTesterMixin, transformers_sdist.GenerationTesterMixin):
 
     def skipTest(self, reason: str) -> None:
         raise AssertionError(f"this test is not run, since {reason}: it belongs into NOT_APPLICABLE")
+
+    def test_retain_grad_hidden_states_attentions(self) -> None:
+        """With padding, what is returned is a copy, in the order of the caller's tokens."""
+        self.model_tester.padded = False
+        super().test_retain_grad_hidden_states_attentions()
+
+    def test_config(self) -> None:
+        ConfigTester(self, config_class=TitansConfig, variant=self.variant, hidden_size=32).run_common_tests()
 
 
 def _laws(variant: str) -> type:
