@@ -138,7 +138,7 @@ class ChatQuestion(Question):
             return super().tokens()
         if self.max_tokens not in (None, self.max_completion_tokens):
             raise Refused(
-                400, "max_tokens and max_completion_tokens are the same, and differ here: give one", "max_tokens"
+                400, "max_completion_tokens and max_tokens are the same, and differ here", "max_completion_tokens"
             )
         return "max_completion_tokens", self.max_completion_tokens
 
