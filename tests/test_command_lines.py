@@ -7,6 +7,9 @@ new input is one in `INPUTS`, tried with all commands. Commands run in this proc
 import contextlib
 import io
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +19,8 @@ import pytest
 import torch
 
 from conftest import tiny_config
-from titans_lm import TitansForCausalLM
+from titans_lm import Reader, TitansForCausalLM, TitansState
+from titans_lm.checkpoint import load
 from titans_lm.cli import main
 from titans_lm.data import byte_tokenizer
 
@@ -170,3 +174,68 @@ def test_it_works_or_ends_in_one_line_and_nothing_is_lost(command, kind, folder,
         assert "Traceback" not in out + err
     after = contents(tmp_path)
     assert all(after[path] == content for path, content in before.items() if path != file or kind not in works)
+
+
+# ------------------------------------------------------------------------------------------------ signals, outputs
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("verb", ["read", "infer"])
+def test_a_signal_to_end_saves_what_was_read(verb, number, folder, tmp_path, capsys):
+    book, memory = written("book.txt", TEXT.encode())(tmp_path), tmp_path / "m"
+    os.mkfifo(tmp_path / "silent")  # nothing is ever written: the command waits here
+
+    writers: list[int] = []
+
+    def end() -> None:
+        while not writers:
+            with contextlib.suppress(OSError):  # until the command has it open: it has read the book then
+                writers.append(os.open(tmp_path / "silent", os.O_WRONLY | os.O_NONBLOCK))
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident, number)
+
+    threading.Thread(target=end, daemon=True).start()
+    texts = [str(book), str(tmp_path / "silent")]
+    options = ["--memory", str(memory), "--save-seconds", "0", *texts]
+    if verb == "infer":
+        options = ["--save-memory", str(memory), "--context", *texts]
+    assert main([verb, "--model", str(folder), *options]) == 128 + number
+    assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
+    os.close(writers[0])
+    assert TitansState.load(memory, load(folder)[0]).position.item() == len(TEXT)
+    assert not list(tmp_path.glob(".*"))
+
+
+def closed_pipe(mode: str) -> io.TextIOWrapper:
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, mode)
+
+
+@pytest.mark.parametrize(("output", "status"), [(Path("/dev/full").open, 2), (closed_pipe, 141)])
+@pytest.mark.parametrize("verb", ["memory", "infer"])
+def test_an_output_that_takes_nothing_is_one_line(verb, output, status, folder, tmp_path, capsys, monkeypatch):
+    model, tokenizer = load(folder)
+    Reader(model, tokenizer, memory=tmp_path / "m").read(TEXT)
+    before = contents(tmp_path)
+    command = ["memory", "show", str(tmp_path / "m")]
+    if verb == "infer":
+        command = ["infer", "--model", str(folder), "--load-memory", str(tmp_path / "m"), "--prompt", "a"]
+    with monkeypatch.context() as patch, output("w") as file:
+        patch.setattr("sys.stdout", file)
+        assert main(command) == status
+    assert ("No space left" in capsys.readouterr().err) == (status == 2)
+    assert contents(tmp_path) == before
+
+
+def test_it_reads_without_a_home_a_terminal_and_a_compiler(folder, tmp_path):
+    """In a process of its own, as `env -i` starts it."""
+    memory = tmp_path / "çok uzun ad.memory"
+    command = [sys.executable, "-c", "import sys; from titans_lm.cli import main; sys.exit(main())"]
+    command += ["read", "--model", str(folder), "--memory", str(memory), "-"]
+    few = {"PATH": "/nowhere", "TERM": "dumb", "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=few, input=TEXT.encode(), capture_output=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    assert f"{len(TEXT)} tokens read" in done.stderr.decode()
+    assert b"Traceback" not in done.stderr
+    assert memory.is_file()
