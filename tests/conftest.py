@@ -26,6 +26,7 @@ hook = install_import_hook(
 
 from titans_lm import TitansConfig, TitansForCausalLM, TitansState  # noqa: E402
 from titans_lm.data import byte_tokenizer  # noqa: E402
+from tolerance import assert_close  # noqa: E402
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -160,3 +161,20 @@ def assert_bitwise(actual: TitansState, expected: TitansState) -> None:
         assert tensor.dtype == theirs[name].dtype, name
         assert torch.equal(tensor, theirs[name]), name
     assert actual.columns == expected.columns
+
+
+def assert_has_read(model: TitansForCausalLM, state: TitansState, rows: list[Tensor]) -> None:
+    """Each row of the state is as if it had read that row's tokens alone, in one call."""
+    assert_is_joined(state, [model(row[None], use_cache=True).past_key_values for row in rows])
+
+
+def assert_is_joined(state: TitansState, alone: list[TitansState]) -> None:
+    """Each row of the state is the one row of one of these."""
+    assert state.position.tolist() == [int(one.position) for one in alone]
+    for i, one in enumerate(alone):
+        expected = state_tensors(one)
+        for name, tensor in state_tensors(state).items():
+            mine, its = tensor[i], expected[name][0]
+            if ".attention" in name:  # attention over everything keeps empty slots on the left
+                mine = mine[:, mine.shape[1] - its.shape[1] :]
+            assert_close(mine, its, name)

@@ -43,6 +43,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, head_dim: int, window: int | None):
         super().__init__()
         self.heads, self.head_dim, self.window = heads, head_dim, window
+        self.eager = False  # True: attn_implementation="eager", no fused kernel
         self.q_proj = nn.Linear(dim, heads * head_dim, bias=False)
         self.k_proj = nn.Linear(dim, heads * head_dim, bias=False)
         self.v_proj = nn.Linear(dim, heads * head_dim, bias=False)
@@ -56,6 +57,11 @@ class Attention(nn.Module):
         cos, sin = (part[:, None].to(x.dtype) for part in turn)
         left, right = x.chunk(2, -1)
         return torch.cat([torch.addcmul(left * cos, right, sin, value=-1), torch.addcmul(right * cos, left, sin)], -1)
+
+    @property
+    def product(self) -> "Product":
+        """softmax(q k^T) v, by the implementation that is asked for."""
+        return eager_attention if self.eager else F.scaled_dot_product_attention
 
     def _keys_values(self, x: Tensor, turn: Rotation | None) -> tuple[Tensor, Tensor]:
         return self._heads(self.k_proj(x), turn), self._heads(self.v_proj(x))
@@ -96,11 +102,11 @@ class WindowAttention(Attention):
         first = cached - position.clamp(max=cached)  # [B], the first slot that holds a token
         ragged = first if at is None or at < cached else None
         if self.window is None and cached == 0:
-            y = _causal(q, keys, values)
+            y = _causal(self.product, q, keys, values)
         elif self.window is None or x.shape[1] <= self.window:
-            y = _one_block(q, keys, values, size, ragged, self.window)
+            y = _one_block(self.product, q, keys, values, size, ragged, self.window)
         else:
-            y = _blocks(q, keys, values, size, ragged, self.window)
+            y = _blocks(self.product, q, keys, values, size, ragged, self.window)
         return self._join(y), self._remember(keys[:, :, size:], values[:, :, size:], first, present, x.shape[1])
 
     def _remember(self, keys: Tensor, values: Tensor, first: Tensor, present: Tensor | None, tokens: int) -> KeyValues:
@@ -118,21 +124,40 @@ class WindowAttention(Attention):
         return KeyValues((keys,), (values,))
 
 
+Product = Callable[..., Tensor]
+"""As `F.scaled_dot_product_attention`."""
+
+
+def eager_attention(
+    q: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """`F.scaled_dot_product_attention` written out: a product, a softmax in float32 at least, a product."""
+    scores = q @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    return wide.softmax(-1).to(values.dtype) @ values
+
+
 # Keys and values `[B, heads, P + S, d]`: those of the persistent tokens, what is cached, those of the queries.
 
 
-def _causal(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _causal(product: Product, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """All of the past, from the beginning. The persistent tokens ask too, in vain, so that a causal mask is right."""
     size = keys.shape[2] - q.shape[2]
     q = torch.cat([keys[:, :, :size], q], 2)
-    return F.scaled_dot_product_attention(q, keys, values, is_causal=True)[:, :, size:]
+    return product(q, keys, values, is_causal=True)[:, :, size:]
 
 
-def _one_block(q: Tensor, keys: Tensor, values: Tensor, size: int, first: Tensor | None, window: int | None) -> Tensor:
+def _one_block(
+    product: Product, q: Tensor, keys: Tensor, values: Tensor, size: int, first: Tensor | None, window: int | None
+) -> Tensor:
     """Few queries after what is cached: one product, and a mask, for each row where `first` is not 0."""
     tokens, slots = q.shape[2], keys.shape[2] - size
     if tokens == 1 and first is None and (window is None or slots <= window):
-        return F.scaled_dot_product_attention(q, keys, values)  # it sees them all
+        return product(q, keys, values)  # it sees them all
     slot = torch.arange(slots, device=q.device)
     own = slot[slots - tokens :, None]  # [T, 1], where each query's own key stands
     seen = slot <= own  # [T, S]
@@ -140,24 +165,26 @@ def _one_block(q: Tensor, keys: Tensor, values: Tensor, size: int, first: Tensor
         seen = seen & (slot > own - window)
     if first is not None:
         seen = (seen & (slot >= first[:, None, None]))[:, None]  # [B, 1, T, S]
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=F.pad(seen, (size, 0), value=True))
+    return product(q, keys, values, attn_mask=F.pad(seen, (size, 0), value=True))
 
 
-def _blocks(q: Tensor, keys: Tensor, values: Tensor, size: int, first: Tensor | None, window: int) -> Tensor:
+def _blocks(
+    product: Product, q: Tensor, keys: Tensor, values: Tensor, size: int, first: Tensor | None, window: int
+) -> Tensor:
     """Blocks of `window` queries; each sees the persistent tokens, the block before it and its own.
 
     Only the first sees what is cached, which rows may have more or less of; the others all have the same mask.
     """
     batch, heads, tokens, width = q.shape
     end = keys.shape[2] - tokens + window
-    begin = _one_block(q[:, :, :window], keys[:, :, :end], values[:, :, :end], size, first, window)
+    begin = _one_block(product, q[:, :, :window], keys[:, :, :end], values[:, :, :end], size, first, window)
     count = -(-tokens // window) - 1
     after = (count + 1) * window - tokens
     q = F.pad(q[:, :, window:], (0, 0, 0, after)).unflatten(2, (count, window)).transpose(1, 2)
     keys, values = (_pairs(x, size, window, count, after) for x in (keys, values))
     slot, own = torch.arange(2 * window, device=q.device), window + torch.arange(window, device=q.device)[:, None]
     seen = F.pad((slot <= own) & (slot > own - window), (size, 0), value=True)  # [W, P + 2 W]
-    y = F.scaled_dot_product_attention(q.flatten(0, 1), keys, values, attn_mask=seen)
+    y = product(q.flatten(0, 1), keys, values, attn_mask=seen)
     y = y.view(batch, count, heads, window, width).transpose(1, 2).flatten(2, 3)
     return torch.cat([begin, y[:, :, : tokens - window]], 2)
 
@@ -236,7 +263,7 @@ class SegmentAttention(Attention):
         mask = None
         if at is None or tokens > 1:
             mask = F.pad(torch.cat([seen, seen], -1), (size, 0), value=True)[:, None]
-        return self._join(F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)), after
+        return self._join(self.product(q, keys, values, attn_mask=mask)), after
 
 
 def _continued(state: KeyValues, new: Any, at: int, size: int) -> tuple[KeyValues, KeyValues]:

@@ -14,7 +14,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with
 
 from titans_lm import model_files
 from titans_lm.arguments import check_arguments, check_finite, check_state, embedded, hidden_states, token_mask
-from titans_lm.attention import Rotation, rotation
+from titans_lm.attention import Attention, Rotation, rotation
 from titans_lm.block import BLOCKS, LayerState, Reading, TitansBlock
 from titans_lm.config import AUTO_MAP, TitansConfig
 from titans_lm.features import ShortConvolution
@@ -230,6 +230,9 @@ class TitansModel(TitansPreTrainedModel):
         turn = Rotation(*(part.to(x.dtype) for part in rotation(time, self.config.head_dim, self.config.rope_theta)))
         at = places.pop() if present is None and len(places) == 1 else None
         reading = Reading(position, at, turn, present, state.frozen, asked.surprise)
+        for module in self.blocks():
+            if isinstance(attention := getattr(module, "attention", None), Attention):
+                attention.eager = self.config._attn_implementation == "eager"
         after: list[LayerState] = []
         hidden: list[Tensor] = []
         seen: list[Surprise] = []
