@@ -81,6 +81,16 @@ def test_logits_given_are_those_of_a_call(kind):
 
 
 @each_titan
+@pytest.mark.parametrize("mode", ["greedy", "beams"])
+@torch.no_grad()
+def test_a_prompt_read_in_pieces_needs_no_state(kind, mode):
+    """From the memory that streams begin with, too."""
+    model, ids = tiny_model(kind), tokens(2, LENGTH)
+    model.begin_with(model(ids[:1], use_cache=True).past_key_values)
+    assert torch.equal(generate(model, ids, prefill_chunk_size=4, **MODES[mode]), generate(model, ids, **MODES[mode]))
+
+
+@each_titan
 @each_mode
 def test_a_cache_and_the_logits_kept_change_no_token(kind, mode):
     model, ids = tiny_model(kind), tokens(2, LENGTH)
@@ -124,3 +134,13 @@ def test_drafts_are_refused():
     for options in ({"assistant_model": tiny_model("mac", seed=1)}, {"prompt_lookup_num_tokens": 2}):
         with pytest.raises(ValueError, match="stateful"):
             generate(model, tokens(1, LENGTH), **options)
+
+
+@each_titan
+@torch.no_grad()
+def test_a_model_in_another_dtype_begins_with_its_memory(kind):
+    model, ids = tiny_model(kind), tokens(1, LENGTH)
+    state = model(ids, use_cache=True).past_key_values
+    model.begin_with(state)
+    expected = model(ids).logits
+    assert_close(model.to(torch.float32)(ids).logits, expected.float())

@@ -293,7 +293,8 @@ class MALBlock(TitansBlock):
     def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
         assert state.attention is not None and state.memory is not None and state.prefix is not None
         m, memory, surprise = _remember(self.memory, self.norm(x), state.memory, reading)
-        y, attention = self.attention(self.attention_norm(x + m), state.prefix, state.attention, *reading.place())
+        prefix = state.prefix.to(x.dtype)  # a state made before the model's dtype was changed
+        y, attention = self.attention(self.attention_norm(x + m), prefix, state.attention, *reading.place())
         return m + y, LayerState(attention, memory, prefix=state.prefix), surprise
 
 

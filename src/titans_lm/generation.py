@@ -70,7 +70,8 @@ class TitansGeneration(GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Refuse what a memory cannot do, before anything is read; and give each beam and sample a row."""
+        """Refuse what a memory cannot do, before anything is read. Give each beam and sample a row, and a prompt that
+        is read in pieces a state, without which transformers refuses it."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r}: a Titans model has one cache, its "
@@ -79,6 +80,8 @@ class TitansGeneration(GenerationMixin):
         if generation_config.output_attentions:
             raise ValueError("output_attentions=True: Titans models do not return attention weights")
         state = model_kwargs.get("past_key_values")
+        if state is None and generation_config.prefill_chunk_size is not None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = state = self.initial_state(batch_size)  # type: ignore[operator]
         if state is not None:
             if generation_config.use_cache is False:
                 raise ValueError("use_cache=False with past_key_values would read each token several times; drop one")
