@@ -31,7 +31,7 @@ def turns(position: Tensor, length: int):
 
 def in_calls(layer: nn.Module, prefix: Tensor, rows: list[Tensor], counts: list[list[int]]) -> list[Tensor]:
     """Read `rows` of inputs `[T, D]` in calls; in call n row r has its next `counts[n][r]` tokens, then padding."""
-    state, read = layer.initial_state(len(rows)), [0] * len(rows)
+    state, read = layer.initial_state(len(rows), rows[0]), [0] * len(rows)
     outputs: list[list[Tensor]] = [[] for _ in rows]
     for call in counts:
         x = torch.stack(
@@ -57,7 +57,7 @@ def in_calls(layer: nn.Module, prefix: Tensor, rows: list[Tensor], counts: list[
 def test_a_window_is_a_band_and_persistent_tokens_are_always_visible(window, persistent, length, at):
     layer, prefix, x = random_layer(WindowAttention, window), random(persistent, D), random(2, length, D, seed=2)
     start = torch.zeros(2, dtype=torch.long)
-    y, _ = layer(x, prefix[None], layer.initial_state(2), start, turns(start, length), None, at)
+    y, _ = layer(x, prefix[None], layer.initial_state(2, x), start, turns(start, length), None, at)
     assert_close(y, torch.stack([windowed(layer, prefix, row) for row in x]))
 
 
@@ -84,7 +84,7 @@ def segment(layer: nn.Module, prefix: Tensor, x: Tensor, h: Tensor, start: int) 
 def test_a_segment_sees_persistent_tokens_and_what_is_retrieved_for_no_later_token(persistent, cuts, alike):
     layer, prefix, length, start = random_layer(SegmentAttention, 7), random(persistent, D), sum(cuts), 14
     x, h = random(length, D, seed=2), random(length, D, seed=3)
-    state, outputs = layer.initial_state(1), []
+    state, outputs = layer.initial_state(1, x), []
     for a, b in itertools.pairwise(itertools.accumulate(cuts, initial=0)):
         position = torch.tensor([a])
         y, state = layer(
@@ -100,7 +100,7 @@ def test_a_segment_sees_persistent_tokens_and_what_is_retrieved_for_no_later_tok
 
 def test_a_new_segment_does_not_see_the_last():
     layer, prefix, x, h = random_layer(SegmentAttention, 7), random(2, D), random(2, 14, D), random(2, 14, D, seed=2)
-    state, zero = layer.initial_state(2), torch.zeros(2, dtype=torch.long)
+    state, zero = layer.initial_state(2, x), torch.zeros(2, dtype=torch.long)
     _, state = layer(x[:, :7], h[:, :7], prefix[None], state, zero, turns(zero, 7), None)
     y, _ = layer(x[:, 7:], h[:, 7:], prefix[None], state, zero, turns(zero + 7, 7), None)
     assert_close(y, torch.stack([segment(layer, prefix, x[r, 7:], h[r, 7:], 7) for r in range(2)]))
@@ -116,7 +116,7 @@ def test_rows_of_a_segment_stand_at_their_own_positions():
         return layer(*padded, prefix[None], state, position, turns(position, int(count.max())), present)
 
     zero = torch.zeros(2, dtype=torch.long)
-    y1, state = call([x[0, :2], x[1, :5]], [h[0, :2], h[1, :5]], layer.initial_state(2), zero, first)
+    y1, state = call([x[0, :2], x[1, :5]], [h[0, :2], h[1, :5]], layer.initial_state(2, x), zero, first)
     y2, _ = call([x[0, 2:], x[1, 5:]], [h[0, 2:], h[1, 5:]], state, first, rest)
     for row in range(2):
         y = torch.cat([y1[row, : first[row]], y2[row, : rest[row]]])

@@ -83,7 +83,7 @@ def test_linear_attention_is_a_sum_over_all_tokens():
     assert not eta.any()
     assert not alpha.any()
     scores = torch.einsum("bthk,bshk->bhts", q, k).tril() * (2 * theta).transpose(1, 2)[:, :, None]
-    expected = memory.output(x, torch.einsum("bhts,bshv->bthv", scores, v))
+    expected = memory(x, torch.einsum("bhts,bshv->bthv", scores, v), step="output")
     assert_close(memory(x)[0], expected)
 
 
@@ -100,7 +100,7 @@ def test_delta_nets_correct_what_they_remember_token_by_token(name):
         write = torch.einsum("bhk,bhv->bhkv", k[:, t], error) * (2 * theta[:, t])[..., None, None]
         m = (1 - alpha[:, t])[..., None, None] * m - write
         out.append(torch.einsum("bhk,bhkv->bhv", q[:, t], m))
-    assert_close(memory(x)[0], memory.output(x, torch.stack(out, 1)))
+    assert_close(memory(x)[0], memory(x, torch.stack(out, 1), step="output"))
 
 
 def _run(folder, model) -> dict:

@@ -11,10 +11,10 @@ SOURCE = Path(titans_lm.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 ORDER = [
-    ["ops", "recompute", "prediction", "terminal", "text_file", "memory_lock"],
-    ["features"],
+    ["ops", "recompute", "prediction", "called", "terminal", "text_file", "memory_lock"],
+    ["features", "memory_state"],
     ["memory", "attention"],
-    ["config"],
+    ["config", "reading"],
     ["block"],
     ["memory_file", "model_files"],
     ["state"],

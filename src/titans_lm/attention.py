@@ -78,8 +78,9 @@ class Attention(nn.Module):
 class WindowAttention(Attention):
     """Each token sees the persistent tokens and the last `window` tokens, itself included (eqs. 27, 31)."""
 
-    def initial_state(self, batch: int) -> KeyValues:
-        empty = self.q_proj.weight.new_zeros(batch, self.heads, (self.window or 1) - 1, self.head_dim)
+    def initial_state(self, batch: int, like: Tensor) -> KeyValues:
+        """Nothing seen, with the dtype and on the device of `like`."""
+        empty = like.new_zeros(batch, self.heads, (self.window or 1) - 1, self.head_dim)
         return KeyValues((empty,), (empty,))
 
     def forward(
@@ -203,9 +204,10 @@ class SegmentAttention(Attention):
     `window` is the segment's size. h_j depends on token j, so a plain causal mask over [P, h, S] would leak.
     """
 
-    def initial_state(self, batch: int) -> KeyValues:
+    def initial_state(self, batch: int, like: Tensor) -> KeyValues:
+        """Nothing seen, with the dtype and on the device of `like`."""
         assert self.window is not None
-        empty = self.q_proj.weight.new_zeros(batch, self.heads, self.window, self.head_dim)
+        empty = like.new_zeros(batch, self.heads, self.window, self.head_dim)
         return KeyValues((empty, empty), (empty, empty))
 
     def forward(

@@ -10,61 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from titans_lm.attention import KeyValues, Rotation, SegmentAttention, WindowAttention
+from titans_lm.attention import Rotation, SegmentAttention, WindowAttention
 from titans_lm.config import TitansConfig
 from titans_lm.memory import NeuralMemory, NeuralMemoryState, Queries
-from titans_lm.ops import Surprise, lay_out, where_rows
+from titans_lm.ops import Surprise, lay_out
+from titans_lm.reading import LayerState, Reading, Retrieval, expand, start_rows
 from titans_lm.recompute import recomputed
 
 PIECE = 4096
 """Tokens that a block reads at once where no gradients are asked for: enough to keep a processor busy."""
-
-
-class Reading(NamedTuple):
-    """What all blocks know of the tokens at hand. Rows are left-aligned."""
-
-    position: Tensor  # [B], tokens each row has read before
-    at: int | None  # the same for all rows, where it is, and all have all tokens
-    turn: Rotation
-    present: Tensor | None  # [B, T], True for each row's first tokens; None: all are there
-    frozen: bool  # the memory is read but not written
-    surprise: bool  # how surprised the memory was is asked for
-
-    def place(self) -> tuple[Tensor, Rotation, Tensor | None, int | None]:
-        """What attention asks for."""
-        return self.position, self.turn, self.present, self.at
-
-    def after(self, tokens: int) -> "Reading":
-        """Once these `tokens`, as many of them as are there, have been read."""
-        read = tokens if self.present is None else self.present.sum(1)
-        return self._replace(position=self.position + read, at=None if self.at is None else self.at + tokens)
-
-    def within(self, size: int) -> "Reading":
-        """Positions in segments of `size`."""
-        return self._replace(position=self.position % size, at=None if self.at is None else self.at % size)
-
-    def where_at(self, position: int, yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """`yes` in the rows that stand at `position`, `no` in the others."""
-        if self.at is None:
-            return where_rows(self.position == position, yes, no)
-        return yes if self.at == position else no
-
-
-class Retrieval(NamedTuple):
-    """What MAC reads within a segment: the memory as it was when the segment began."""
-
-    weights: tuple[Tensor, ...]
-    tail: Tensor
-
-
-class LayerState(NamedTuple):
-    """What one block remembers; None for a part it does not have. Constant size, but for unlimited attention."""
-
-    attention: KeyValues | None = None
-    memory: NeuralMemoryState | None = None
-    retrieval: Retrieval | None = None
-    prefix: Tensor | None = None
-    """MAL: what the memory layer made of the persistent tokens, `[B, P, D]`."""
 
 
 class SwiGLU(nn.Module):
@@ -106,7 +60,8 @@ class ConvexGate(nn.Module):
 class TitansBlock(GradientCheckpointingLayer):
     """What all variants share: the norm and residual around the branch, and the MLP after it.
 
-    A variant says what its branch is (`branch`), and what it remembers before the first token (`initial_state`).
+    A variant says what its branch is (`branch`), and what it remembers before the first token (`initial_state`), which
+    is made within `forward`: only there are a block's weights sure to be there (see `called`).
     """
 
     def __init__(self, config: TitansConfig):
@@ -116,31 +71,46 @@ class TitansBlock(GradientCheckpointingLayer):
         self.norm = nn.RMSNorm(dim, eps=eps)
         self.mlp_norm = nn.RMSNorm(dim, eps=eps)
         self.mlp = SwiGLU(dim, config.intermediate_size)
-        size = config.num_persistent_tokens
-        self.persistent = nn.Parameter(torch.empty(size, dim)) if size else None
+        self.prefix_size = config.num_persistent_tokens
+        self.persistent = nn.Parameter(torch.empty(self.prefix_size, dim)) if self.prefix_size else None
 
-    def initial_state(self, batch: int) -> LayerState:
+    def empty_state(self, batch: int, like: Tensor) -> LayerState:
+        """`initial_state` with 0 in place of what the weights say, of the dtype and on the device of `like`."""
+        raise NotImplementedError
+
+    def initial_state(self, batch: int, like: Tensor) -> LayerState:
+        """What is remembered before the first token, on the device of `like`. Uses weights: within a call only."""
         raise NotImplementedError
 
     def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
         """x `[B, T, D]`, the block's input -> what is added to it, what is remembered, how surprised the memory was."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
+    def forward(
+        self, x: Tensor, state: LayerState | None, reading: Reading
+    ) -> tuple[Tensor, LayerState, Surprise | None]:
+        """`state` None: all rows begin."""
+        if state is None:
+            state = self.initial_state(len(x), x)
+        elif reading.fresh is not None:
+            state = start_rows(reading.fresh, self.initial_state(len(x), x), state)
         if x.shape[1] > PIECE and self.constant and not torch.is_grad_enabled():
             return self._in_pieces(x, state, reading)
+        return self._read(x, state, reading)
+
+    def _read(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
         y, state, surprise = self.branch(x, state, reading)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), state, surprise
 
     def _in_pieces(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
-        """`forward` of PIECE tokens at a time: a long text takes no more memory inside a block than a short one."""
+        """`_read` PIECE tokens at a time: a long text takes no more memory inside a block than a short one."""
         outputs, seen = [], []
         for first in range(0, x.shape[1], PIECE):
             part = slice(first, first + PIECE)
             turn = Rotation(*(p[:, part] for p in reading.turn))
             here = reading._replace(turn=turn, present=None if reading.present is None else reading.present[:, part])
-            y, state, surprise = self.forward(x[:, part], state, here)
+            y, state, surprise = self._read(x[:, part], state, here)
             outputs.append(y)
             seen.append(surprise)
             moved = here.after(y.shape[1])
@@ -148,47 +118,15 @@ class TitansBlock(GradientCheckpointingLayer):
         surprise = None if seen[0] is None else Surprise(*(torch.cat(s, 1) for s in zip(*seen, strict=True)))
         return torch.cat(outputs, 1), state, surprise
 
-    def prefix(self) -> Tensor:
+    def prefix(self, like: Tensor) -> Tensor:
         """The persistent tokens, normalised as the block's input is: `[1, P, D]`; P = 0 if it has none."""
-        if self.persistent is None:
-            return self.norm.weight.new_zeros(1, 0, self.norm.weight.shape[0])
-        return self.norm(self.persistent)[None]
+        return like.new_zeros(1, 0, like.shape[-1]) if self.persistent is None else self.norm(self.persistent)[None]
 
-    def begin(self, memory: NeuralMemory, batch: int) -> tuple[Tensor, NeuralMemoryState]:
+    def begin(self, memory: NeuralMemory, batch: int, like: Tensor) -> tuple[Tensor, NeuralMemoryState]:
         """M(x~) at the persistent tokens, which a stream reads once, first; `[1, P, D]`, and the memory after them.
         They are the same in all rows, so one row reads them."""
-        y, state = memory(self.prefix(), memory.initial_state(1))
-        return y, _expand(state, batch)
-
-
-def _expand(state: NeuralMemoryState, batch: int) -> NeuralMemoryState:
-    def rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(t.expand(batch, *t.shape[1:]) for t in tensors)
-
-    anchor, weights, momentum, position = state.memory
-    memory = state.memory._replace(
-        anchor=rows(anchor), weights=rows(weights), momentum=rows(momentum), position=position.expand(batch)
-    )
-    last, gates = (None if x is None else x.expand(batch, *x.shape[1:]) for x in (state.last, state.gates))
-    return NeuralMemoryState(memory, rows(state.tails), last, gates)
-
-
-def _remember(
-    memory: NeuralMemory, x: Tensor, state: NeuralMemoryState, reading: Reading
-) -> tuple[Tensor, NeuralMemoryState, Surprise | None]:
-    """M(x): written and read, or only read where the memory is frozen."""
-    y, state, surprise = _learn(memory, x, state, reading)
-    return memory.output(x, y), state, surprise
-
-
-def _learn(
-    memory: NeuralMemory, x: Tensor, state: NeuralMemoryState, reading: Reading
-) -> tuple[Tensor, NeuralMemoryState, Surprise | None]:
-    """`_remember`, before the memory's output."""
-    if reading.frozen:
-        return *memory.look(x, state, reading.present), None
-    y, state, *seen = memory.write(x, state, reading.present, reading.surprise)
-    return y, state, seen[0] if seen else None
+        y, state = memory(self.prefix(like))
+        return y, expand(state, batch)
 
 
 def _memory(config: TitansConfig) -> NeuralMemory:
@@ -234,12 +172,15 @@ class AttentionBlock(TitansBlock):
         super().__init__(config)
         self.attention = _window(config)
 
-    def initial_state(self, batch: int) -> LayerState:
-        return LayerState(attention=self.attention.initial_state(batch))
+    def empty_state(self, batch: int, like: Tensor) -> LayerState:
+        return LayerState(attention=self.attention.initial_state(batch, like))
+
+    def initial_state(self, batch: int, like: Tensor) -> LayerState:
+        return self.empty_state(batch, like)
 
     def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
         assert state.attention is not None
-        y, attention = self.attention(self.norm(x), self.prefix(), state.attention, *reading.place())
+        y, attention = self.attention(self.norm(x), self.prefix(x), state.attention, *reading.place())
         return y, LayerState(attention=attention), None
 
 
@@ -250,12 +191,15 @@ class LMMBlock(TitansBlock):
         super().__init__(config)
         self.memory = _memory(config)
 
-    def initial_state(self, batch: int) -> LayerState:
-        return LayerState(memory=self.begin(self.memory, batch)[1])
+    def empty_state(self, batch: int, like: Tensor) -> LayerState:
+        return LayerState(memory=self.memory.empty_state(batch, like))
+
+    def initial_state(self, batch: int, like: Tensor) -> LayerState:
+        return LayerState(memory=self.begin(self.memory, batch, like)[1])
 
     def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
         assert state.memory is not None
-        y, memory, surprise = _remember(self.memory, self.norm(x), state.memory, reading)
+        y, memory, surprise = self.memory(self.norm(x), state.memory, *reading.task(), step="remember")
         return y, LayerState(memory=memory), surprise
 
 
@@ -266,14 +210,17 @@ class MAGBlock(TitansBlock):
         super().__init__(config)
         self.attention, self.memory, self.gate = _window(config), _memory(config), _gate(config)
 
-    def initial_state(self, batch: int) -> LayerState:
-        return LayerState(self.attention.initial_state(batch), self.begin(self.memory, batch)[1])
+    def empty_state(self, batch: int, like: Tensor) -> LayerState:
+        return LayerState(self.attention.initial_state(batch, like), self.memory.empty_state(batch, like))
+
+    def initial_state(self, batch: int, like: Tensor) -> LayerState:
+        return LayerState(self.attention.initial_state(batch, like), self.begin(self.memory, batch, like)[1])
 
     def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
         assert state.attention is not None and state.memory is not None
         x = self.norm(x)
-        y, attention = self.attention(x, self.prefix(), state.attention, *reading.place())
-        m, memory, surprise = _remember(self.memory, x, state.memory, reading)
+        y, attention = self.attention(x, self.prefix(x), state.attention, *reading.place())
+        m, memory, surprise = self.memory(x, state.memory, *reading.task(), step="remember")
         return self.gate(y, m), LayerState(attention, memory), surprise
 
 
@@ -285,14 +232,19 @@ class MALBlock(TitansBlock):
         self.attention, self.memory = _window(config), _memory(config)
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def initial_state(self, batch: int) -> LayerState:
-        m, memory = self.begin(self.memory, batch)
+    def empty_state(self, batch: int, like: Tensor) -> LayerState:
+        prefix = like.new_zeros(batch, self.prefix_size, self.memory.dim)
+        attention = self.attention.initial_state(batch, like)
+        return LayerState(attention, self.memory.empty_state(batch, like), prefix=prefix)
+
+    def initial_state(self, batch: int, like: Tensor) -> LayerState:
+        m, memory = self.begin(self.memory, batch, like)
         prefix = m if self.persistent is None else self.attention_norm(self.persistent + m)
-        return LayerState(self.attention.initial_state(batch), memory, prefix=prefix.expand(batch, -1, -1))
+        return LayerState(self.attention.initial_state(batch, like), memory, prefix=prefix.expand(batch, -1, -1))
 
     def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
         assert state.attention is not None and state.memory is not None and state.prefix is not None
-        m, memory, surprise = _remember(self.memory, self.norm(x), state.memory, reading)
+        m, memory, surprise = self.memory(self.norm(x), state.memory, *reading.task(), step="remember")
         prefix = state.prefix.to(x.dtype)  # a state made before the model's dtype was changed
         y, attention = self.attention(self.attention_norm(x + m), prefix, state.attention, *reading.place())
         return m + y, LayerState(attention, memory, prefix=state.prefix), surprise
@@ -335,19 +287,24 @@ class MACBlock(TitansBlock):
         self.memory.kept_bytes = 32 * 2**20  # each of many segments is a call: what all keep is most of a step's memory
         self.retrieved_norm, self.memory_norm = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
 
-    def initial_state(self, batch: int) -> LayerState:
-        memory = self.memory.initial_state(batch)
+    def empty_state(self, batch: int, like: Tensor) -> LayerState:
+        return self._before(batch, like, self.memory.empty_state(batch, like))
+
+    def initial_state(self, batch: int, like: Tensor) -> LayerState:
+        return self._before(batch, like, self.memory(batch, like, step="begin"))
+
+    def _before(self, batch: int, like: Tensor, memory: NeuralMemoryState) -> LayerState:
         retrieval = Retrieval(memory.memory.weights, memory.tails[0])
-        return LayerState(self.attention.initial_state(batch), memory, retrieval)
+        return LayerState(self.attention.initial_state(batch, like), memory, retrieval)
 
     def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
         assert state.retrieval is not None
         x = self.norm(x)
-        queries, tail = self.memory.queries(x, state.retrieval.tail, reading.present)
+        queries, tail = self.memory(x, state.retrieval.tail, reading.present, step="queries")
         layout = lay_out(reading.present, reading.position, x.shape[1], self.segment_size)
         s, turn = layout.arrange(x), Rotation(*(layout.arrange(t.expand(len(x), -1, -1)) for t in reading.turn))
         ahead = Ahead(s, Queries(*map(layout.arrange, queries)), self.attention.own(s, turn), layout.present)
-        persistent = self.attention.persistent(self.prefix(), len(x))
+        persistent = self.attention.persistent(self.prefix(x), len(x))
         here, parts = reading.within(self.segment_size), []
         for part in ahead.parts([width for start, end, width in layout.spans() for _ in range(start, end, width)]):
             here = here._replace(present=part.present)
@@ -360,7 +317,7 @@ class MACBlock(TitansBlock):
             return torch.zeros_like(x), state, None
         *whole, seen = zip(*parts, strict=True)
         y, written, m = (torch.cat(part, 1) for part in whole)
-        out = layout.restore(self.gate(y, self.memory.output(written, m)))
+        out = layout.restore(self.gate(y, self.memory(written, m, step="output")))
         if seen[0] is None:
             return out, state, None
         return out, state, Surprise(*(layout.restore(torch.cat(part, 1)) for part in zip(*seen, strict=True)))
@@ -372,12 +329,12 @@ class MACBlock(TitansBlock):
         output, what the memory writes, what it reads, how surprised it was, and what is remembered."""
         assert state.attention is not None and state.memory is not None and state.retrieval is not None
         weights = reading.where_at(0, state.memory.memory.weights, state.retrieval.weights)
-        h = self.retrieved_norm(self.memory.answers(part.queries, weights))
+        h = self.retrieved_norm(self.memory(part.queries, weights, step="answers"))
         y, attention = self.attention.attend(
             part.own, h, persistent, state.attention, reading.position, reading.present, reading.at
         )
         written = self.memory_norm(part.s + y)
-        m, memory, surprise = _learn(self.memory, written, state.memory, reading)
+        m, memory, surprise = self.memory(written, state.memory, *reading.task(), step="learn")
         weights = reading.after(part.s.shape[1]).within(self.segment_size).where_at(0, memory.memory.weights, weights)
         return y, written, m, surprise, LayerState(attention, memory, state.retrieval._replace(weights=weights))
 

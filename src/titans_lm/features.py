@@ -28,6 +28,20 @@ class ShortConvolution(nn.Module):
         size = self.weight.shape[1]
         nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
 
+    def forward(self, x: Tensor) -> Filters:  # noqa: ARG002 - what wraps a module passes an input on
+        """The filters, for `features`, which applies those of q, k and v at once."""
+        return self.weight
+
+
+class FirstWeights(nn.ParameterList):
+    """M_0, as far as it is learned."""
+
+    __call__ = nn.Module.__call__  # a ParameterList refuses
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002 - what wraps a module passes an input on
+        """A copy: a state lives on when what FSDP gathered for a call is freed."""
+        return tuple(weight.clone() for weight in self)
+
 
 def features(
     past: Float[Tensor, "B S I"], filters: Filters | None, heads: int, head_dim: int, compiled: bool

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from titans_lm.features import ShortConvolution, features
+from titans_lm.called import at_home, in_steps, is_plain
+from titans_lm.features import FirstWeights, ShortConvolution, features
+from titans_lm.memory_state import NeuralMemoryState, gates_of_chunks, last_input
 from titans_lm.ops import (
     Activation,
     Backend,
@@ -33,23 +35,6 @@ KEPT_BYTES = 128 * 2**20
 """What a call may keep for its backward pass (`ops.memory_scan`): a model has many layers."""
 LONGEST_MOMENTUM = 256
 """Tokens that momentum spans at most before training."""
-
-
-class NeuralMemoryState(NamedTuple):
-    """What a `NeuralMemory` carries from call to call: constant size, whatever was read."""
-
-    memory: MemoryState
-    tails: tuple[Float[Tensor, "B R I"], ...]
-    """For q, k, v: the last projected inputs, `R` = conv_size - 1 of them, that the convolutions still see."""
-    last: Float[Tensor, "B D"] | None = None
-    """The last input, from which the next is predicted, where there is a predictor."""
-    gates: Float[Tensor, "B H 3"] | None = None
-    """theta, eta and alpha of the current chunk, where they are a chunk's."""
-
-    def detach(self) -> "NeuralMemoryState":
-        """The same memory without its history of gradients: what the next training step goes on from."""
-        last, gates = (None if x is None else x.detach() for x in (self.last, self.gates))
-        return NeuralMemoryState(self.memory.detach(), tuple(t.detach() for t in self.tails), last, gates)
 
 
 class Queries(NamedTuple):
@@ -124,7 +109,7 @@ class NeuralMemory(nn.Module):
                   "chunk_size": chunk_size, "conv_size": conv_size}  # fmt: skip
         steps = {"theta_max": theta_max, "theta_start": theta_start}
         _check(counts, steps, {"form": form, "init": init, "threshold_on": threshold_on, "gates_of": gates_of})
-        self.heads, self.head_dim = heads, head_dim
+        self.dim, self.heads, self.head_dim = dim, heads, head_dim
         self.chunk_size, self.clip, self.threshold = chunk_size, clip, threshold
         self.theta_max, self.theta_start = theta_max, theta_start
         self.activation, self.backend = activation, backend
@@ -147,7 +132,7 @@ class NeuralMemory(nn.Module):
         self.shapes = [(heads, i, o) for i, o in itertools.pairwise(widths)]
         learned = self.shapes if init == "learned" else self.shapes[:-1]
         self.predictor = Predictor(dim) if threshold_on == "prediction" else None
-        self.initial_memory = nn.ParameterList(nn.Parameter(torch.empty(s)) for s in learned)
+        self.initial_memory = FirstWeights(nn.Parameter(torch.empty(s)) for s in learned)
         norm = torch.empty(heads, self.head_dim) if form == "residual" else None
         self.norm_weight = None if norm is None else nn.Parameter(norm)
         self.norm_bias = None if norm is None else nn.Parameter(norm.clone())
@@ -173,16 +158,29 @@ class NeuralMemory(nn.Module):
 
     def initial_state(self, batch: int) -> NeuralMemoryState:
         """A memory that has read nothing, for `batch` rows; gradients flow back to the learned M_0."""
-        weight = self.q_proj.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        learned = tuple(self.initial_memory)
-        zero = tuple(torch.zeros(s, dtype=dtype, device=weight.device) for s in self.shapes[len(learned) :])
-        memory = initial_state(learned + zero, batch)
-        tails = tuple(weight.new_zeros(batch, *self.tail_shape) for _ in "qkv")
-        last = None if self.predictor is None else weight.new_zeros(batch, self.q_proj.in_features)
-        gates = None if self.gates_of == "token" else weight.new_zeros(batch, self.heads, 3, dtype=dtype)
-        return NeuralMemoryState(memory, tails, last, gates)
+        return self(batch, at_home(self), step="begin")
 
+    def empty_state(self, batch: int, like: Tensor) -> NeuralMemoryState:
+        """`initial_state` with 0 in place of M_0, with the device and dtype (float32 at least) of `like`."""
+        wide = like if like.dtype == torch.float64 else like.float()
+        zeros = tuple(wide.new_zeros(batch, *shape) for shape in self.shapes)
+        memory = MemoryState(zeros, zeros, zeros, torch.zeros(batch, dtype=torch.long, device=like.device))
+        return NeuralMemoryState(memory, *self._nothing_read(batch, like))
+
+    def _begin(self, batch: int, like: Tensor) -> NeuralMemoryState:
+        wide = like if like.dtype == torch.float64 else like.float()
+        learned = self.initial_memory(like)
+        zero = tuple(wide.new_zeros(shape) for shape in self.shapes[len(learned) :])
+        return NeuralMemoryState(initial_state(learned + zero, batch), *self._nothing_read(batch, like))
+
+    def _nothing_read(self, batch: int, like: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
+        """The tails, the last input and the gates of a chunk."""
+        wide = like if like.dtype == torch.float64 else like.float()
+        last = None if self.predictor is None else like.new_zeros(batch, self.dim)
+        gates = None if self.gates_of == "token" else wide.new_zeros(batch, self.heads, 3)
+        return tuple(like.new_zeros(batch, *self.tail_shape) for _ in "qkv"), last, gates
+
+    @in_steps
     def forward(
         self,
         x: Float[Tensor, "B T D"],
@@ -196,7 +194,7 @@ class NeuralMemory(nn.Module):
         `mask` is False at padding, which leaves no trace; y is 0 there. With `surprise=True` a `Surprise`
         (`loss` and `gradient_norm`, each `[B, T, H]`) is returned as well.
         """
-        state = self.initial_state(len(x)) if state is None else state
+        state = self._begin(len(x), x) if state is None else state
         if mask is not None:
             if mask.shape != x.shape[:2]:
                 raise ValueError(f"mask must be [B, T] = {list(x.shape[:2])}, got {list(mask.shape)}")
@@ -205,52 +203,61 @@ class NeuralMemory(nn.Module):
             order, length = left_align(mask)
             aligned = torch.arange(x.shape[1], device=x.device) < length[:, None]
             x = take(x, order)
-            y, state, *seen = self.write(x, state, aligned, surprise)
-            y = restore(self.output(x, y), mask)
+            y, state, *seen = self._write(x, state, aligned, surprise)
+            y = restore(self._output(x, y), mask)
             seen = [Surprise(*(restore(part, mask) for part in s)) for s in seen]
         else:
-            y, state, *seen = self.write(x, state, mask, surprise)
-            y = self.output(x, y)
+            y, state, *seen = self._write(x, state, mask, surprise)
+            y = self._output(x, y)
             y = y if mask is None else cleared(y, mask)
         return (y, state, *seen)
 
     def retrieve(self, x: Float[Tensor, "B T D"], state: NeuralMemoryState) -> Float[Tensor, "B T D"]:
         """Read the memory with the queries of `x`, the stream's next tokens: nothing is written (eq. 15)."""
-        return self.read(x, state.memory.weights, state.tails[0], None)[0]
-
-    def read(
-        self,
-        x: Float[Tensor, "B T D"],
-        weights: tuple[Tensor, ...],
-        tail: Float[Tensor, "B R I"],
-        present: Bool[Tensor, "B T"] | None,
-    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B R I"]]:
-        """Read given `weights`, going on from the queries' `tail`; `present` is True for each row's first tokens."""
-        queries, tail = self.queries(x, tail, present)
-        return self.answers(queries, weights), tail
-
-    def queries(self, x: Tensor, tail: Tensor, present: Tensor | None) -> tuple[Queries, Tensor]:
-        """`read` is this, for any number of tokens at once, and then `answers`."""
-        (q,), (tail,) = self._features(x, (tail,), present)
-        return Queries(q, self.output_gate(x)), tail
-
-    def answers(self, queries: Queries, weights: tuple[Tensor, ...]) -> Float[Tensor, "B T D"]:
-        if self.off:
-            return queries.gate.new_zeros(*queries.gate.shape[:2], self.o_proj.out_features)
-        y = retrieve(queries.q, weights, self._form())
-        return recomputed(self._gated, y, queries.gate)
+        return self(x, state, step="retrieve")
 
     def frozen(
         self, x: Float[Tensor, "B T D"], state: NeuralMemoryState, present: Bool[Tensor, "B T"] | None
     ) -> tuple[Float[Tensor, "B T D"], NeuralMemoryState]:
         """As `forward`, but the memory is only read: the stream goes on, and leaves no trace in the weights."""
         x = x if present is None else cleared(x, present)
-        y, state = self.look(x, state, present)
-        return self.output(x, y), state
+        return self(x, state, present, frozen=True, surprise=False, step="remember")[:2]
 
-    # ----------------------------------------------- `forward` and `frozen` in two steps: one of these, then `output`
+    # ------------------------------------ steps (see `called`): blocks take a forward pass apart, or into many segments
 
-    def write(
+    def _retrieve(self, x: Tensor, state: NeuralMemoryState) -> Tensor:
+        return self._answers(self._queries(x, state.tails[0], None)[0], state.memory.weights)
+
+    def _queries(self, x: Tensor, tail: Tensor, present: Tensor | None) -> tuple[Queries, Tensor]:
+        """Going on from the queries' `tail`, for any number of tokens at once; `present` is True for each row's first
+        tokens."""
+        (q,), (tail,) = self._features(x, (tail,), present)
+        return Queries(q, self.output_gate(x)), tail
+
+    def _answers(self, queries: Queries, weights: tuple[Tensor, ...]) -> Float[Tensor, "B T D"]:
+        """What a memory of these `weights` says."""
+        if self.off:
+            return queries.gate.new_zeros(*queries.gate.shape[:2], self.dim)
+        y = retrieve(queries.q, weights, self._form())
+        return recomputed(self._gated, y, queries.gate)
+
+    def _remember(
+        self, x: Tensor, state: NeuralMemoryState, present: Tensor | None, frozen: bool, surprise: bool
+    ) -> tuple[Tensor, NeuralMemoryState, Surprise | None]:
+        """`_learn` and its `_output`."""
+        y, state, seen = self._learn(x, state, present, frozen, surprise)
+        return self._output(x, y), state, seen
+
+    def _learn(
+        self, x: Tensor, state: NeuralMemoryState, present: Tensor | None, frozen: bool, surprise: bool
+    ) -> tuple[Tensor, NeuralMemoryState, Surprise | None]:
+        """Written and read, or only read where the memory is `frozen`: what each token reads `[B, T, H, V]`."""
+        if frozen:
+            return *self._look(x, state, present), None
+        y, state, *seen = self._write(x, state, present, surprise)
+        return y, state, seen[0] if seen else None
+
+    def _write(
         self, x: Float[Tensor, "B T D"], state: NeuralMemoryState, present: Bool[Tensor, "B T"] | None, surprise: bool
     ) -> tuple[Any, ...]:
         """What each token reads `[B, T, H, V]`, the state, and if it is asked for the surprise; `present` is True for
@@ -261,7 +268,7 @@ class NeuralMemory(nn.Module):
         (q, k, v), tails = self._features(x, state.tails, present)
         gates, held = self._gates(x), state.gates
         if held is not None:
-            gates, held = _of_chunks(gates, held, state.memory.position, self.chunk_size, present)
+            gates, held = gates_of_chunks(gates, held, state.memory.position, self.chunk_size, present)
         theta, eta, alpha = gates
         error = None if self.predictor is None or state.last is None else self.predictor(x, state.last)
         if error is not None and self.threshold is not None:
@@ -275,15 +282,15 @@ class NeuralMemory(nn.Module):
             there = error if present is None else error * present
             count = max(error.numel(), 1) if present is None else present.sum().clamp(min=1)
             y = TrainAlong.apply(y, there.sum() / count)
-        return y, NeuralMemoryState(memory, tails, _last(x, state.last, present), held), *seen
+        return y, NeuralMemoryState(memory, tails, last_input(x, state.last, present), held), *seen
 
-    def look(self, x: Tensor, state: NeuralMemoryState, present: Tensor | None) -> tuple[Tensor, NeuralMemoryState]:
-        """As `write`, of a memory that is frozen."""
+    def _look(self, x: Tensor, state: NeuralMemoryState, present: Tensor | None) -> tuple[Tensor, NeuralMemoryState]:
+        """As `_write`, of a memory that is frozen."""
         (q, _, _), tails = self._features(x, state.tails, present)
         y = retrieve(q, state.memory.weights, self._form())
-        return y, NeuralMemoryState(state.memory, tails, _last(x, state.last, present), state.gates)
+        return y, NeuralMemoryState(state.memory, tails, last_input(x, state.last, present), state.gates)
 
-    def output(self, x: Float[Tensor, "B T D"], y: Float[Tensor, "B T H V"]) -> Float[Tensor, "B T D"]:
+    def _output(self, x: Float[Tensor, "B T D"], y: Float[Tensor, "B T H V"]) -> Float[Tensor, "B T D"]:
         """Normalise what each head of x read, gate, project back to the model's width."""
         if self.off:
             return torch.zeros_like(x)
@@ -299,7 +306,7 @@ class NeuralMemory(nn.Module):
         count, length = len(tails), x.shape[1]
         y = torch.cat([project(x) for project in (self.q_proj, self.k_proj, self.v_proj)[:count]], -1)
         past = torch.cat([torch.cat(tails, -1).to(y.dtype), y], 1)  # [B, R + T, count * I]
-        convs = () if self.convs is None else tuple(conv.get_parameter("weight") for conv in self.convs)[:count]
+        convs = () if self.convs is None else tuple(conv(x) for _, conv in zip(tails, self.convs, strict=False))
         filters = torch.cat(convs) if convs else None
         made = features(past, filters, self.heads, self.head_dim, compiled=self.backend in ("auto", "native"))
         if present is None:
@@ -311,8 +318,10 @@ class NeuralMemory(nn.Module):
     def _gates(self, x: Tensor) -> tuple[Tensor, ...]:
         """theta, eta, alpha `[B, T, H]`, in float32 at least (section 3.2: functions of the token)."""
         maps = [gate for gate in (self.theta, self.eta, self.alpha) if gate is not None]
-        weight, bias = torch.cat([gate.weight for gate in maps]), torch.cat([gate.bias for gate in maps])
-        z = F.linear(x, weight, bias)  # few rows each: one product for all
+        if all(map(is_plain, maps)):  # few rows each: one product for all
+            z = F.linear(x, torch.cat([gate.weight for gate in maps]), torch.cat([gate.bias for gate in maps]))
+        else:
+            z = torch.cat([gate(x) for gate in maps], -1)
         theta, *others = torch.sigmoid(z if z.dtype == torch.float64 else z.float()).split(self.heads, -1)
         eta, alpha = (torch.zeros_like(theta) if gate is None else others.pop(0) for gate in (self.eta, self.alpha))
         return self.theta_max * theta, eta, alpha
@@ -344,28 +353,6 @@ def memory_off(model: nn.Module) -> Iterator[None]:
 
 def _is_aligned(mask: Tensor) -> bool:
     return not bool((mask[:, 1:] & ~mask[:, :-1]).any())
-
-
-def _last(x: Tensor, last: Tensor | None, present: Tensor | None) -> Tensor | None:
-    """The last input of each row, `[B, D]`, `last` where there is none among x."""
-    if last is None or x.shape[1] == 0:
-        return last
-    if present is None:
-        return x[:, -1].detach()
-    return take(torch.cat([last[:, None].to(x.dtype), x.detach()], 1), present.sum(1)[:, None])[:, 0]
-
-
-def _of_chunks(
-    gates: tuple[Tensor, ...], held: Tensor, position: Tensor, size: int, present: Tensor | None
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """For each token the gates of its chunk's first token, `held` `[B, H, 3]` where that was read before; and what is
-    held after. `position` `[B]` in the current chunk of `size` tokens."""
-    own = torch.cat([held[:, None], torch.stack(gates, -1)], 1)  # [B, 1 + T, H, 3]
-    token = torch.arange(gates[0].shape[1], device=position.device)
-    first = token - (position[:, None] + token) % size  # [B, T], below 0 where it was read before
-    of_chunks = torch.cat([held[:, None], take(own, (first + 1).clamp(min=0))], 1)
-    read = torch.full_like(position, len(token)) if present is None else present.sum(1)
-    return of_chunks[:, 1:].unbind(-1), take(of_chunks, read[:, None])[:, 0]
 
 
 _WORDS = {

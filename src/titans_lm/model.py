@@ -15,14 +15,16 @@ from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with
 from titans_lm import model_files
 from titans_lm.arguments import check_arguments, check_finite, check_state, embedded, hidden_states, token_mask
 from titans_lm.attention import Attention, Rotation, rotation
-from titans_lm.block import BLOCKS, LayerState, Reading, TitansBlock
+from titans_lm.block import BLOCKS, TitansBlock
+from titans_lm.called import at_home
 from titans_lm.config import AUTO_MAP, TitansConfig
 from titans_lm.features import ShortConvolution
 from titans_lm.generation import TitansGeneration
 from titans_lm.memory import NeuralMemory
 from titans_lm.ops import Surprise, cleared, left_align, restore, take
 from titans_lm.packing import Asked, Read, document_starts, documents, read_documents
-from titans_lm.state import Identity, TitansState, identity, start_rows
+from titans_lm.reading import LayerState, Reading, start_rows
+from titans_lm.state import Identity, TitansState, identity
 
 OF_LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
 """Arguments of transformers' loss functions; `Trainer` passes the first without labels too, where it smooths them."""
@@ -141,15 +143,18 @@ class TitansModel(TitansPreTrainedModel):
         self._beginning = beginning
 
     def initial_state(self, batch: int) -> TitansState:
-        """The memory of `batch` streams before their first token. Its gradients flow to the learned first memory."""
+        """The memory of `batch` streams before their first token. It is 0: a row at position 0 begins with the learned
+        first memory in the first call that reads it, and gradients flow there."""
         if self._beginning is not None:
-            state = self._beginning.to(self.device).select([0] * batch)
+            state = self._beginning.to(at_home(self).device).select([0] * batch)
             state.columns, state.identity = 0, Identity(partial(identity, self))
             return state
-        position = torch.zeros(batch, dtype=torch.long, device=self.device)
-        return TitansState(
-            [block.initial_state(batch) for block in self.blocks()], position, Identity(partial(identity, self))
-        )
+        like = at_home(self)
+        return self._state([block.empty_state(batch, like) for block in self.blocks()], batch, like.device)
+
+    def _state(self, layers: list[LayerState], batch: int, device: torch.device) -> TitansState:
+        position = torch.zeros(batch, dtype=torch.long, device=device)
+        return TitansState(layers, position, Identity(partial(identity, self)))
 
     def blocks(self) -> list[TitansBlock]:
         """The layers, as what they are."""
@@ -179,26 +184,25 @@ class TitansModel(TitansPreTrainedModel):
         effect, or a stream over `max_position_embeddings`.
         """
         x = embedded(self.embed_tokens, input_ids, inputs_embeds)
-        state = self.initial_state(len(x)) if past_key_values is None else check_state(past_key_values)
+        state = self._new_state(x) if past_key_values is None else check_state(past_key_values)
         kwargs["output_attentions"] = kwargs.get("output_attentions", self.config.output_attentions)
         check_arguments(kwargs, state.columns, x.shape[1])
         mask = token_mask(attention_mask, x, state.batch_size)
         if inputs_embeds is not None or not self.training:  # in training the loss says so
             check_finite(x, mask)
-        new = past_key_values is None and self._beginning is None  # then every row stands at 0: no need to ask a GPU
-        expected = self._expected(state) if position_ids is not None and not new else [[]] * len(x)
+        expected = self._expected(state) if position_ids is not None and state.memories else [[]] * len(x)
         starts = document_starts(mask, (len(x), x.shape[1]), position_ids, expected, kwargs)
         if state.pending is not None:
             state = self._with_pending(state, x, mask)
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         asked = Asked(output_surprise, bool(hidden))
         if starts is None:
-            read = self._read(x, mask, state, asked, new)
+            read = self._read(x, mask, state, asked)
         else:
             read = read_documents(
                 documents(starts.to(x.device), mask),
                 x,
-                state,
+                state if state.memories else self.initial_state(len(x)),
                 self.initial_state,
                 lambda x, present, state: self._read(x, present, state, asked),
             )
@@ -214,10 +218,12 @@ class TitansModel(TitansPreTrainedModel):
             surprise=tuple(read.surprise) if output_surprise else None,
         )
 
-    def _read(self, x: Tensor, mask: Tensor | None, state: TitansState, asked: Asked, new: bool = False) -> Read:
-        """Embeddings `[B, T, D]`, from `state`, which is left as it is; `new`: no row has read anything."""
-        layers, position = (state.memories, state.position) if new else self._begin_rows(state)
-        places = {0} if new else set(position.tolist())
+    def _read(self, x: Tensor, mask: Tensor | None, state: TitansState, asked: Asked) -> Read:
+        """Embeddings `[B, T, D]`, from `state`, which is left as it is; without layers, no row has read anything."""
+        layers, position = self._begin_rows(state)
+        places = set(position.tolist()) if layers else {0}  # no need to ask a GPU
+        fresh = position == 0 if 0 in places and len(places) > 1 else None
+        begun: list[LayerState] | list[None] = [None] * len(self.layers) if places == {0} else layers
         length = torch.full_like(position, x.shape[1])
         present, tokens = None, x.shape[1]
         if mask is not None:
@@ -229,14 +235,14 @@ class TitansModel(TitansPreTrainedModel):
         assert self.config.head_dim is not None
         turn = Rotation(*(part.to(x.dtype) for part in rotation(time, self.config.head_dim, self.config.rope_theta)))
         at = places.pop() if present is None and len(places) == 1 else None
-        reading = Reading(position, at, turn, present, state.frozen, asked.surprise)
+        reading = Reading(position, at, turn, present, state.frozen, asked.surprise, fresh)
         for module in self.blocks():
             if isinstance(attention := getattr(module, "attention", None), Attention):
                 attention.eager = self.config._attn_implementation == "eager"
         after: list[LayerState] = []
         hidden: list[Tensor] = []
         seen: list[Surprise] = []
-        for layer, before in zip(self.layers, layers, strict=True):
+        for layer, before in zip(self.layers, begun, strict=True):
             if asked.hidden:
                 hidden.append(x)
             x, memory, surprise = layer(x, before, reading)
@@ -264,10 +270,15 @@ class TitansModel(TitansPreTrainedModel):
         state.columns = 0
         return state
 
+    def _new_state(self, x: Tensor) -> TitansState:
+        """Of as many streams as x has rows; without layers, which the blocks make, if they begin with nothing."""
+        if self._beginning is not None:
+            return self.initial_state(len(x))
+        return self._state([], len(x), x.device)
+
     def _begin_rows(self, state: TitansState) -> tuple[list[LayerState], Tensor]:
-        """The state's layers and positions, where rows at position 0 begin as `initial_state` does."""
-        fresh = state.position == 0
-        if not bool(fresh.any()):
+        """The state's layers and positions, where rows at position 0 begin as `begin_with` said."""
+        if self._beginning is None or not bool((fresh := state.position == 0).any()):
             return state.memories, state.position
         begin = self.initial_state(state.batch_size)
         layers = [start_rows(fresh, b, old) for b, old in zip(begin.memories, state.memories, strict=True)]

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
 from titans_lm import memory_file
-from titans_lm.block import LayerState
 from titans_lm.memory_file import Card, Source
 from titans_lm.memory_lock import MemoryLock
+from titans_lm.reading import LayerState, map_tensors, widened
 
 if TYPE_CHECKING:
     from titans_lm.model import TitansModel
@@ -101,8 +100,13 @@ class TitansState(Cache):
         """The same memory without its history of gradients."""
         return self._with(lambda t: t.detach())
 
-    def to(self, device: str | torch.device) -> "TitansState":
-        return self._with(lambda t: t.to(device))
+    def to(self, device: str | torch.device | int, **options: Any) -> "TitansState":
+        """The same memory on `device`: this object if it is there, as accelerate's hooks need it, who pass on what they
+        move, while what a call has read is to be in the state that it was given. Options are those of `Tensor.to`."""
+        goal = torch.empty(0, device=device).device
+        if all(t.device == goal for t in self._tensors().values()):
+            return self
+        return self._with(lambda t: t.to(goal, **options))
 
     def select(self, rows: list[int] | Tensor) -> "TitansState":
         """The memory of these rows, in this order; a row may be taken several times."""
@@ -219,7 +223,7 @@ class TitansState(Cache):
                 raise ValueError(f"{path} does not fit this model: {name!r} is {tensors[name].dtype}")
         names = iter(expected)
         for layer in range(len(state.memories)):
-            state.memories[layer] = _map(state.memories[layer], lambda _: tensors[next(names)].to(model.device))
+            state.memories[layer] = map_tensors(state.memories[layer], lambda _: tensors[next(names)].to(model.device))
         state.position = tensors["position"].to(model.device)
         state.columns, state.sources = card.columns, list(card.sources)
         state.pending = None if pending is None else pending.to(model.device)
@@ -281,12 +285,12 @@ class TitansState(Cache):
     # ------------------------------------------------------------------------------------------ parts
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its name, the order that of `_map`."""
+        """Every tensor by its name, the order that of `map_tensors`."""
         named = {f"layers.{i}{name}": t for i, layer in enumerate(self.memories) for name, t in _walk(layer, "")}
         return {**named, "position": self.position}
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.memories = [_map(layer, function) for layer in self.memories]
+        self.memories = [map_tensors(layer, function) for layer in self.memories]
         self.position = function(self.position)
         self.pending = None if self.pending is None else function(self.pending)
 
@@ -296,16 +300,6 @@ class TitansState(Cache):
         other.sources = list(self.sources)
         other._apply(function)
         return other
-
-
-def _map(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same tree of (named) tuples with `function` applied to each tensor."""
-    if tree is None:
-        return None
-    if isinstance(tree, Tensor):
-        return function(tree)
-    parts = [_map(part, function) for part in tree]
-    return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
 
 
 def _walk(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -319,27 +313,8 @@ def _walk(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 def _joined(layers: list[LayerState]) -> LayerState:
     slots = max((x.attention.keys[0].shape[2] for x in layers if x.attention is not None), default=0)
-    trees = [x if x.attention is None else x._replace(attention=_widened(x.attention, slots)) for x in layers]
-    parts = iter(zip(*([t for _, t in _walk(tree, "")] for tree in trees), strict=True))
-    return _map(trees[0], lambda _: torch.cat(next(parts)))
-
-
-def start_rows(fresh: Tensor, begin: LayerState, layer: LayerState) -> LayerState:
-    """`layer` with the rows `fresh` `[B]` as in `begin`."""
-    if begin.attention is not None and layer.attention is not None:
-        slots = max(x.attention.keys[0].shape[2] for x in (begin, layer) if x.attention is not None)
-        begin, layer = (x._replace(attention=_widened(x.attention, slots)) for x in (begin, layer))
-    values = iter(t for _, t in _walk(begin, ""))
-
-    def choose(old: Tensor) -> Tensor:
-        return torch.where(fresh.view(-1, *[1] * (old.dim() - 1)), next(values).to(old.dtype), old)
-
-    return _map(layer, choose)
-
-
-def _widened(attention: Any, slots: int) -> Any:
-    """Keys and values with empty slots on the left, as unlimited attention has them for rows that read less."""
-    return _map(attention, lambda t: F.pad(t, (0, 0, slots - t.shape[2], 0)))
+    trees = [x if x.attention is None else x._replace(attention=widened(x.attention, slots)) for x in layers]
+    return map_tensors(trees[0], lambda *parts: torch.cat(parts), *trees[1:])
 
 
 # ------------------------------------------------------------------------------------------------ files
