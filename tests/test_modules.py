@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from conftest import KINDS, SEGMENT, each_kind, tiny_model, tokens
+from conftest import KINDS, SEGMENT, each_kind, each_titan, tiny_model, tokens
 from titans_lm import NeuralMemory, TitansForCausalLM
 from titans_lm.called import is_plain
 from tolerance import assert_close
@@ -99,6 +99,13 @@ def test_convolutions_and_the_first_memory_are_called(name):
     memory.get_submodule(name).register_forward_hook(lambda *_: calls.append(name))
     memory(x)
     assert calls == [name]
+
+
+@each_kind
+def test_blocks_are_kept_whole_by_name(kind):
+    """By device maps, and by FSDP's policies, which refuse the names of classes that are not there."""
+    model = tiny_model(kind)
+    assert model._no_split_modules == {type(model.model.layers[0]).__name__}
 
 
 def test_plain_gates_are_one_product():
@@ -241,3 +248,26 @@ def test_sharded_by_layer_all_is_as_on_one_device(tmp_path):
         assert_close(sharded_y, y[rank : rank + 1])
         for (name, parameter), gradient in zip(memory.named_parameters(), gradients, strict=True):
             assert_close(gradient, parameter.grad, name)
+
+
+# ------------------------------------------------------------------------------------------------ accumulated
+
+
+@each_titan
+def test_gradients_of_a_batch_are_those_of_its_rows_accumulated(kind):
+    model, ids = tiny_model(kind, memory_loss_weight=1.0), tokens(2, 20)
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    labels[0, :18] = -100
+    mask[1, 14:] = 0
+    labels[1, 14:] = -100
+    items = int((labels[:, 1:] != -100).sum())
+    whole = model(ids, attention_mask=mask, labels=labels)
+    whole.loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    for together in (True, False):
+        model.zero_grad()
+        for rows in [slice(0, 2)] if together else [slice(0, 1), slice(1, 2)]:
+            part = {"attention_mask": mask[rows], "labels": labels[rows]}
+            model(ids[rows], **part, num_items_in_batch=items).loss.backward()
+        for name, p in model.named_parameters():
+            assert_close(p.grad, expected[name], name)

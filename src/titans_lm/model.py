@@ -42,7 +42,8 @@ class TitansModelOutput(ModelOutput):
 
 @dataclass
 class TitansCausalLMOutput(ModelOutput):
-    """`loss` includes `memory_loss_weight * memory_loss`, the mean reconstruction loss before each write."""
+    """`loss` includes `memory_loss_weight * memory_loss`, the mean reconstruction loss before each write: of each row,
+    and then of rows weighed by their labels, as the other part of the loss weighs them."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -58,7 +59,6 @@ class TitansPreTrainedModel(PreTrainedModel):
     config: TitansConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TitansBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _is_stateful = True  # no assisted decoding: what was read cannot be unread
@@ -125,6 +125,9 @@ class TitansModel(TitansPreTrainedModel):
         self.layers = nn.ModuleList(BLOCKS[config.variant](config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self._no_split_modules = [
+            BLOCKS[config.variant].__name__
+        ]  # by name, and the names of other variants are refused
         self._beginning: TitansState | None = None
         self.post_init()
 
@@ -346,8 +349,11 @@ class TitansForCausalLM(TitansPreTrainedModel, TitansGeneration, GenerationMixin
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **of_loss)
         if loss is not None and labels is not None and weight > 0 and out.surprise:
-            memory_loss = _memory_loss(out.surprise, attention_mask)
-            loss = loss + weight * memory_loss * _share(labels, **of_loss)
+            rows, counted = _memory_losses(out.surprise, attention_mask), _counted(labels, **of_loss)
+            total, own = (rows * counted).sum(), counted.sum().clamp(min=1)
+            items = of_loss.get("num_items_in_batch")
+            memory_loss = total / own
+            loss = loss + weight * total / (own if items is None else items)
         return TitansCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -358,16 +364,17 @@ class TitansForCausalLM(TitansPreTrainedModel, TitansGeneration, GenerationMixin
         )
 
 
-def _memory_loss(surprise: tuple[Surprise, ...], attention_mask: Tensor | None) -> Tensor:
-    """The mean over layers, heads and tokens that are there."""
-    total = torch.stack([s.loss.mean(-1) for s in surprise]).mean(0)  # [B, T], 0 where masked
-    there = total.numel() if attention_mask is None else attention_mask[:, -total.shape[1] :].sum().clamp(min=1)
-    return total.sum() / there
+def _memory_losses(surprise: tuple[Surprise, ...], attention_mask: Tensor | None) -> Tensor:
+    """Of each row, `[B]`: the mean over layers, heads and tokens that are there."""
+    each = torch.stack([s.loss.mean(-1) for s in surprise]).mean(0)  # [B, T], 0 where masked
+    if attention_mask is None:
+        return each.mean(1)
+    return each.sum(1) / attention_mask[:, -each.shape[1] :].sum(1).clamp(min=1)
 
 
-def _share(labels: Tensor, num_items_in_batch: Tensor | int | None = None, **_: Any) -> Tensor | float:
-    """Which part of an update's tokens these are: 1, or less under gradient accumulation."""
-    return 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
+def _counted(labels: Tensor, shift_labels: Tensor | None = None, ignore_index: int = -100, **_: Any) -> Tensor:
+    """Labels of each row `[B]` that the loss counts: what rows weigh, however an update's rows are put into batches."""
+    return ((labels[:, 1:] if shift_labels is None else shift_labels) != ignore_index).sum(1)
 
 
 AutoConfig.register("titans", TitansConfig, exist_ok=True)
