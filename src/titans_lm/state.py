@@ -100,11 +100,12 @@ class TitansState(Cache):
         """The same memory without its history of gradients."""
         return self._with(lambda t: t.detach())
 
-    def to(self, device: str | torch.device | int, **options: Any) -> "TitansState":
+    def to(self, device: str | torch.device | int | None, **options: Any) -> "TitansState":
         """The same memory on `device`: this object if it is there, as accelerate's hooks need it, who pass on what they
-        move, while what a call has read is to be in the state that it was given. Options are those of `Tensor.to`."""
-        goal = torch.empty(0, device=device).device
-        if all(t.device == goal for t in self._tensors().values()):
+        move, while what a call has read is to be in the state that it was given. None: no other device. Options are
+        those of `Tensor.to`."""
+        goal = self.position.device if device is None else torch.empty(0, device=device).device
+        if device is None or all(t.device == goal for t in self._tensors().values()):
             return self
         return self._with(lambda t: t.to(goal, **options))
 
