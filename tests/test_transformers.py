@@ -24,8 +24,8 @@ ConfigTester = transformers_sdist.load("test_configuration_common").ConfigTester
 NOT_APPLICABLE = {
     "attention_outputs|sliding_window_mask": "attention weights are never made: a window is computed in blocks",
     "eager_matches_sdpa_|can_set_attention_dynamically_|sdpa_can_dispatch_|config_attn_implementation_setter|"
-    "attn_implementation_": "attention has one implementation, PyTorch's own",
-    "flash_attn_|flex_attention_|kernels_": "attention has one implementation, PyTorch's own",
+    "attn_implementation_": "they look for attention modules and weights of transformers' own; eager has a test here",
+    "flash_attn_|flex_attention_|kernels_": "attention is PyTorch's own, fused or written out",
     "eager_matches_batched_and_grouped_|moe_|output_router_logits_": "there are no experts",
     "get_(text|image|audio|video)_features_|problem_types|encoder_decoder_": "a decoder of text, of one class",
     "internal_model_config_": "a configuration has no others in it",

@@ -81,7 +81,7 @@ class TitansGeneration(GenerationMixin):
             raise ValueError("output_attentions=True: Titans models do not return attention weights")
         state = model_kwargs.get("past_key_values")
         if state is None and generation_config.prefill_chunk_size is not None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = state = self.initial_state(batch_size)  # type: ignore[operator]
+            model_kwargs["past_key_values"] = state = self.initial_state(batch_size)
         if state is not None:
             if generation_config.use_cache is False:
                 raise ValueError("use_cache=False with past_key_values would read each token several times; drop one")
