@@ -160,26 +160,32 @@ def test_a_quantized_model_reads(kind):
 
 
 class Int8(Tensor):
-    """A weight as torchao's: 8 bits and a scale, known to `F.linear` and to little else."""
+    """A weight as torchao's: 8 bits and a scale, known to `F.linear` and to nothing else."""
 
     @staticmethod
-    def __new__(cls, weight: Tensor) -> "Int8":
-        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, requires_grad=False)
+    def __new__(cls, bits: Tensor, scale: Tensor) -> "Int8":
+        return torch.Tensor._make_wrapper_subclass(cls, bits.shape, dtype=scale.dtype)
 
-    def __init__(self, weight: Tensor):
-        self.scale = weight.detach().abs().amax(1, keepdim=True) / 127
-        self.bits = (weight.detach() / self.scale).round().to(torch.int8)
+    def __init__(self, bits: Tensor, scale: Tensor):
+        self.bits, self.scale = bits, scale
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Int8":
+        scale = weight.detach().abs().amax(1, keepdim=True) / 127
+        return cls((weight.detach() / scale).round().to(torch.int8), scale)
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is nn.functional.linear:
             x, weight, *bias = args
             return function(x, weight.bits.to(x.dtype) * weight.scale, *bias)
-        if function is torch.cat:
-            raise NotImplementedError("cat of quantized weights")
         return super().__torch_function__(function, types, args, kwargs)
 
-    __torch_dispatch__ = torch._C._disabled_torch_function_impl
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].bits, args[0].scale)
+        raise NotImplementedError(f"{function} of a quantized weight")
 
 
 @each_kind
@@ -189,7 +195,7 @@ def test_weights_may_be_tensors_of_another_kind(kind):
         expected = model(ids).logits
         for module in model.model.modules():
             if isinstance(module, nn.Linear):
-                module.weight = nn.Parameter(Int8(module.weight), requires_grad=False)
+                module.weight = nn.Parameter(Int8.of(module.weight), requires_grad=False)
         y = model(ids).logits
         assert_close(in_two_calls(model, ids), y)
     assert 0 < (y - expected).norm() / expected.norm() < 0.5
