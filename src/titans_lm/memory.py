@@ -98,6 +98,8 @@ class NeuralMemory(nn.Module):
         alpha_bias: float = -6.0,
         conv_size: int = 4,
         init: Literal["learned", "zero"] = "learned",
+        start: Literal["associative", "random"] = "associative",
+        lags: int | None = None,
         threshold: float | None = None,
         threshold_on: Literal["reconstruction", "prediction"] = "reconstruction",
         backend: Backend = "auto",
@@ -115,6 +117,7 @@ class NeuralMemory(nn.Module):
         self.activation, self.backend = activation, backend
         self.alpha_bias, self.gates_of = alpha_bias, gates_of
         self.kept_bytes = KEPT_BYTES
+        self.start, self.lags = start, lags
         self.off = False  # see `memory_off`
         inner = heads * self.head_dim
         self.q_proj = nn.Linear(dim, inner, bias=False)
@@ -155,6 +158,33 @@ class NeuralMemory(nn.Module):
         if self.norm_weight is not None and self.norm_bias is not None:
             nn.init.ones_(self.norm_weight)
             nn.init.zeros_(self.norm_bias)
+        if self.start == "associative" and self.convs is not None:
+            self._start_as_associative()
+
+    @torch.no_grad()
+    def _start_as_associative(self) -> None:
+        self.k_proj.weight.copy_(self.q_proj.weight)
+        size = self.tail_shape[0] + 1
+        import os
+        mode = os.environ.get("LAGS", "4")
+        groups = [min(int(g), size - 1) for g in mode.split(",")]
+        noise = float(os.environ.get("NOISE", "0.2"))
+        for conv in self.convs:
+            conv.weight.mul_(noise)
+        q, k, v = (conv.weight.view(self.heads, self.head_dim, size) for conv in self.convs)
+        for h in range(self.heads):
+            g = groups[h % len(groups)]
+            for c in range(self.head_dim):
+                lag = c * g // self.head_dim
+                q[h, c, size - 1 - lag] += 1
+                k[h, c, size - 2 - lag] += 1
+                v[h, c, size - 1] += 1
+        scale = float(os.environ.get("VSCALE", "1"))
+        self.v_proj.weight.mul_(scale)
+        self.q_proj.weight.mul_(float(os.environ.get("QSCALE", "1")))
+        self.k_proj.weight.mul_(float(os.environ.get("QSCALE", "1")))
+        if self.norm_weight is not None:
+            self.norm_weight.mul_(float(os.environ.get("NORMW", "1")))
 
     def initial_state(self, batch: int) -> NeuralMemoryState:
         """A memory that has read nothing, for `batch` rows; gradients flow back to the learned M_0."""

@@ -11,6 +11,7 @@ WHAT = {
     "needle": "a needle in a haystack: the three single-needle tasks of RULER, any length, depth, text and tokenizer",
     "babilong": "bAbI's facts in a long text (BABILong)",
     "perplexity": "bits per byte and perplexity along a stream: memory on, frozen, reset, off",
+    "adapt": "how fast a model learns a stream: bits per byte as it reads, beside compressors and dynamic evaluation",
     "harness": "tasks of lm-evaluation-harness, RULER and BABILong among them, with the carried state",
     "synthetic": "train and test on recall or state tracking: MQAR, copying, parity, word problems",
     "probes": "what an untrained memory can hold: a nonlinear stream, capacity",

@@ -1,0 +1,49 @@
+"""Dynamic evaluation (arXiv:1709.07432): a model without its memory, all of whose weights learn from what it reads.
+
+The classic rival of a memory that learns at test time: after each segment is predicted, one step of SGD on the loss of
+that segment changes every weight. The state is the whole model, where a memory's is a few small matrices per row.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titans_lm.memory import memory_off
+from titans_lm.model import TitansForCausalLM
+
+
+def read_dynamically(
+    model: TitansForCausalLM,
+    ids: Tensor,
+    tell: Callable[[int, Tensor], None],
+    *,
+    rate: float,
+    segment: int = 64,
+    max_grad_norm: float = 1.0,
+) -> None:
+    """Read ids `[1, T]` with a copy of `model`, its memory off, `segment` tokens at a time, an SGD step after each.
+
+    Attention's cache goes on from segment to segment, detached. The gradient is clipped to `max_grad_norm`, so that one
+    segment cannot ruin the weights. `tell(t, nats)` as in `perplexity.read`. `model` itself is left as it is.
+    Raises ValueError for a rate that is not above 0 or a segment below 1.
+    """
+    if not rate > 0 or segment < 1:
+        raise ValueError(f"dynamic evaluation needs a rate above 0 and a segment of at least 1, got {rate}, {segment}")
+    learner = copy.deepcopy(model).eval()
+    optimizer = torch.optim.SGD(learner.parameters(), lr=rate)
+    state = learner.initial_state(1).detach()
+    with memory_off(learner), torch.enable_grad():
+        for first in range(0, ids.shape[1] - 1, segment):
+            inputs = ids[:, first : first + segment].to(learner.device)
+            targets = ids[0, first + 1 : first + segment + 1].to(learner.device)
+            logits = learner(inputs, past_key_values=state).logits[0, : len(targets)].float()
+            nats = F.cross_entropy(logits, targets, reduction="none")
+            tell(first + 1, nats.detach().double().cpu())
+            nats.mean().backward()
+            torch.nn.utils.clip_grad_norm_(learner.parameters(), max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            state = state.detach()

@@ -1,0 +1,45 @@
+"""A passage read a second time: what reading it once was worth, after so many other bytes (part of `adapt`)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titans_lm.evaluate import perplexity
+from titans_lm.model import TitansForCausalLM
+
+LAGS = (0, 1 << 10, 1 << 14, 1 << 18, 1 << 20)
+"""Other tokens between the two readings."""
+PASSAGE, PASSAGES = 4096, 4
+
+
+def reread(
+    model: TitansForCausalLM, ids: Tensor, lag: int, passage: int = PASSAGE, passages: int = PASSAGES
+) -> Iterator[dict[str, Any]]:
+    """Read a passage of ids `[1, T]`, `lag` other tokens that follow it there, and the passage again; for as many
+    places as there are `passages`, spread evenly.
+
+    -> a row for each: `lag`, `at`, `first` and `second`, the nats per token of both readings. The first tokens of a
+    reading are predicted from other tokens than those of the other, so the first of each is not counted. Fewer places
+    where the text has not so many apart, none where it is too short.
+    """
+    length = passage + lag
+    room = ids.shape[1] - length
+    if room < 0:
+        return
+    for at in sorted({round(room * i / max(passages - 1, 1)) for i in range(passages)}):
+        text = ids[:, at : at + length]
+        again = torch.cat([text, text[:, :passage]], 1)
+        nats = torch.zeros(again.shape[1], dtype=torch.float64)
+
+        def tell(first: int, found: Tensor, nats: Tensor = nats) -> None:
+            nats[first : first + len(found)] = found
+
+        perplexity.read(model, again, "on", perplexity.RESET, tell)
+        yield {
+            "lag": lag,
+            "at": at,
+            "first": float(nats[1:passage].mean()),
+            "second": float(nats[length + 1 :].mean()),
+        }
