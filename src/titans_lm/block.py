@@ -149,6 +149,8 @@ def _memory(config: TitansConfig) -> NeuralMemory:
         alpha_bias=config.memory_alpha_bias,
         conv_size=config.memory_conv_size,
         init=config.memory_init,
+        start=config.memory_start,
+        lags=config.memory_lags,
         threshold=config.surprise_threshold,
         threshold_on=config.surprise_threshold_on,
     )

@@ -83,6 +83,11 @@ class TitansConfig(PreTrainedConfig):
     memory_chunk_size: int = 16
     """Tokens whose gradients are taken at the same weights; 1 is the paper to the letter."""
     memory_init: Literal["learned", "zero"] = "learned"
+    memory_start: Literal["auto", "associative", "random"] = "auto"
+    """Where its projections and convolutions begin before training. associative: as a memory of what followed what;
+    auto: that, where there are convolutions."""
+    memory_lags: int = 4
+    """Tokens that a key of an associative start looks at; at most memory_conv_size - 1."""
     memory_form: Literal["residual", "plain"] = "residual"
     """residual: M(k) = k + norm(MLP(k)), stable; plain: the paper's MLP."""
     memory_activation: Literal["silu", "gelu"] = "silu"
@@ -187,7 +192,7 @@ TitansConfig.__init__ = _plain_errors(TitansConfig.__init__)  # type: ignore[met
 _COUNTS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size",
     "window_size", "segment_size", "max_position_embeddings", "num_memory_heads", "memory_head_dim", "memory_layers",
-    "memory_dim", "memory_chunk_size", "memory_conv_size",
+    "memory_dim", "memory_chunk_size", "memory_conv_size", "memory_lags",
 )  # fmt: skip
 _RANGES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
     (_COUNTS, lambda value: value >= 1, "at least 1"),

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from titans_lm.associative import start_associative
 from titans_lm.called import at_home, in_steps, is_plain
 from titans_lm.features import FirstWeights, ShortConvolution, features
+from titans_lm.memory_options import check_options
 from titans_lm.memory_state import NeuralMemoryState, gates_of_chunks, last_input
 from titans_lm.ops import (
     Activation,
@@ -69,6 +71,11 @@ class NeuralMemory(nn.Module):
             memory does after the length at which it settles was trained only if that is below a training sequence's.
         conv_size: width of the causal convolutions on q, k, v; 1: none.
         init: "learned": M_0 is a parameter. "zero": M_0(k) = 0, its last layer starts at 0.
+        start: where projections and convolutions begin: "associative", as a memory of what followed what, which learns
+            in context from its first step (`associative`); "random", each by itself, as linear layers and convolutions
+            usually do; "auto": associative where there are convolutions, which it needs.
+        lags: of an associative start, how many tokens a key looks at, each in a group of channels; at most
+            conv_size - 1 are.
         threshold: tokens whose surprise is not above it are not written (None: all are); a chunk in which none is takes
             less time, where no gradients are asked for.
         threshold_on: which surprise that is: the "reconstruction" loss || M(k) - v ||^2 of each head, or the error of a
@@ -98,8 +105,8 @@ class NeuralMemory(nn.Module):
         alpha_bias: float = -6.0,
         conv_size: int = 4,
         init: Literal["learned", "zero"] = "learned",
-        start: Literal["associative", "random"] = "associative",
-        lags: int | None = None,
+        start: Literal["auto", "associative", "random"] = "auto",
+        lags: int = 4,
         threshold: float | None = None,
         threshold_on: Literal["reconstruction", "prediction"] = "reconstruction",
         backend: Backend = "auto",
@@ -108,16 +115,17 @@ class NeuralMemory(nn.Module):
         head_dim = dim // max(heads, 1) if head_dim is None else head_dim
         hidden = 4 * head_dim if hidden is None else hidden
         counts = {"dim": dim, "heads": heads, "head_dim": head_dim, "depth": depth, "hidden": hidden,
-                  "chunk_size": chunk_size, "conv_size": conv_size}  # fmt: skip
+                  "chunk_size": chunk_size, "conv_size": conv_size, "lags": lags}  # fmt: skip
         steps = {"theta_max": theta_max, "theta_start": theta_start}
-        _check(counts, steps, {"form": form, "init": init, "threshold_on": threshold_on, "gates_of": gates_of})
+        words = {"form": form, "init": init, "start": start, "threshold_on": threshold_on, "gates_of": gates_of}
+        check_options(counts, steps, words)
         self.dim, self.heads, self.head_dim = dim, heads, head_dim
         self.chunk_size, self.clip, self.threshold = chunk_size, clip, threshold
         self.theta_max, self.theta_start = theta_max, theta_start
         self.activation, self.backend = activation, backend
         self.alpha_bias, self.gates_of = alpha_bias, gates_of
-        self.kept_bytes = KEPT_BYTES
         self.start, self.lags = start, lags
+        self.kept_bytes = KEPT_BYTES
         self.off = False  # see `memory_off`
         inner = heads * self.head_dim
         self.q_proj = nn.Linear(dim, inner, bias=False)
@@ -142,7 +150,8 @@ class NeuralMemory(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set what is the memory's own: M_0, where the gates begin, the norm.
+        """Set what is the memory's own: M_0, the convolutions, where the gates begin, the norm; projections for
+        an associative start.
 
         Each layer of M_0 keeps the scale of what goes through it. Keys have length 1, not 1 in each channel: the first
         of several layers makes them large enough to be bent by its activation, and so to differ.
@@ -158,33 +167,13 @@ class NeuralMemory(nn.Module):
         if self.norm_weight is not None and self.norm_bias is not None:
             nn.init.ones_(self.norm_weight)
             nn.init.zeros_(self.norm_bias)
-        if self.start == "associative" and self.convs is not None:
-            self._start_as_associative()
-
-    @torch.no_grad()
-    def _start_as_associative(self) -> None:
-        self.k_proj.weight.copy_(self.q_proj.weight)
-        size = self.tail_shape[0] + 1
-        import os
-        mode = os.environ.get("LAGS", "4")
-        groups = [min(int(g), size - 1) for g in mode.split(",")]
-        noise = float(os.environ.get("NOISE", "0.2"))
-        for conv in self.convs:
-            conv.weight.mul_(noise)
-        q, k, v = (conv.weight.view(self.heads, self.head_dim, size) for conv in self.convs)
-        for h in range(self.heads):
-            g = groups[h % len(groups)]
-            for c in range(self.head_dim):
-                lag = c * g // self.head_dim
-                q[h, c, size - 1 - lag] += 1
-                k[h, c, size - 2 - lag] += 1
-                v[h, c, size - 1] += 1
-        scale = float(os.environ.get("VSCALE", "1"))
-        self.v_proj.weight.mul_(scale)
-        self.q_proj.weight.mul_(float(os.environ.get("QSCALE", "1")))
-        self.k_proj.weight.mul_(float(os.environ.get("QSCALE", "1")))
-        if self.norm_weight is not None:
-            self.norm_weight.mul_(float(os.environ.get("NORMW", "1")))
+        convs = [] if self.convs is None else [conv for conv in self.convs if isinstance(conv, ShortConvolution)]
+        for conv in convs:
+            conv.reset_parameters()
+        if self.start != "random" and convs:
+            filters = [conv.weight for conv in convs]
+            projections = (self.q_proj, self.k_proj, self.v_proj)
+            start_associative(projections, filters, self.heads, self.lags, scale_values=self.norm_weight is not None)
 
     def initial_state(self, batch: int) -> NeuralMemoryState:
         """A memory that has read nothing, for `batch` rows; gradients flow back to the learned M_0."""
@@ -383,23 +372,3 @@ def memory_off(model: nn.Module) -> Iterator[None]:
 
 def _is_aligned(mask: Tensor) -> bool:
     return not bool((mask[:, 1:] & ~mask[:, :-1]).any())
-
-
-_WORDS = {
-    "form": ("residual", "plain"),
-    "gates_of": ("token", "chunk"),
-    "init": ("learned", "zero"),
-    "threshold_on": ("reconstruction", "prediction"),
-}
-
-
-def _check(counts: dict[str, int], steps: dict[str, float], words: dict[str, str]) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    for name, step in steps.items():
-        if not 0 < step <= 1:
-            raise ValueError(f"{name} must be in (0, 1], got {step}")
-    for name, word in words.items():
-        if word not in _WORDS[name]:
-            raise ValueError(f"{name} must be one of {', '.join(_WORDS[name])}, got {word!r}")

@@ -25,6 +25,8 @@ _IDENTITY_FREE = {
     "eos_token_id",
     "use_cache",
     "initializer_range",
+    "memory_start",
+    "memory_lags",
     "memory_loss_weight",
     "max_position_embeddings",
 }
