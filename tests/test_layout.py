@@ -11,8 +11,8 @@ SOURCE = Path(titans_lm.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 ORDER = [
-    ["ops", "recompute", "prediction", "called", "terminal", "text_file", "memory_lock"],
-    ["features", "memory_state"],
+    ["ops", "recompute", "prediction", "associative", "called", "terminal", "text_file", "memory_lock"],
+    ["features", "memory_state", "memory_options"],
     ["memory", "attention"],
     ["config", "reading"],
     ["block"],
