@@ -17,7 +17,7 @@ from conftest import tiny_config
 from titans_lm import TitansForCausalLM, cli
 from titans_lm.checkpoint import NAMES, SHIPPED, find, load, ship
 from titans_lm.data import byte_tokenizer
-from titans_lm.demo import Reading, chart, hide, read_through, stretches, summary, task_for
+from titans_lm.demo.needle import Reading, chart, hide, read_through, stretches, summary, task_for
 from titans_lm.reader import PIECE
 
 

@@ -17,6 +17,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,20 +62,32 @@ def read_stream(path: Path, tokenizer: PreTrainedTokenizerBase, most: int | None
 
     Raises ValueError for a file of fewer than two tokens, OSError for one that cannot be read.
     """
+    return read_streams([path], tokenizer, most)
+
+
+def read_streams(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, most: int | None) -> Stream:
+    """As `read_stream`, of files one after another."""
     if is_bytes(tokenizer):
-        try:
-            with path.open("rb") as file:
-                data = file.read(-1 if most is None else most)
-        except OSError as error:
-            raise OSError(f"{path} cannot be read: {error.strerror}") from error
+        data = _first_bytes(paths, most)
         ids = torch.from_numpy(np.frombuffer(data, np.uint8).astype(np.int64))[None]
         sizes = torch.ones(ids.shape[1], dtype=torch.float64)
     else:
-        ids, sizes = perplexity.stream([path], tokenizer, most)
-        data = path.read_bytes()[: int(sizes.sum())]
+        ids, sizes = perplexity.stream(paths, tokenizer, most)
+        data = b"".join(path.read_bytes() for path in paths)[: int(sizes.sum())]
     if ids.shape[1] < 2:
-        raise ValueError(f"{path} has {ids.shape[1]} tokens; give a file with at least 2")
-    return Stream(path.name, ids, sizes, data)
+        raise ValueError(f"{paths[0]} has {ids.shape[1]} tokens; give a file with at least 2")
+    return Stream(paths[0].name, ids, sizes, data)
+
+
+def _first_bytes(paths: Sequence[Path], most: int | None) -> bytes:
+    data = b""
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                data += file.read(-1 if most is None else most - len(data))
+        except OSError as error:
+            raise OSError(f"{path} cannot be read: {error.strerror}") from error
+    return data
 
 
 # ------------------------------------------------------------------------------------------------ one predictor
@@ -84,7 +97,7 @@ def code_lengths(model: TitansForCausalLM, stream: Stream, predictor: str, optio
     """The bits that `predictor` spends on a stream: `bits_per_byte` of all, of the `first_half` and of the `last_half`,
     and by `buckets`, each `[from, to, bits per byte]` in tokens. `options`: bucket, reset_every."""
     length = stream.ids.shape[1]
-    edges = _edges(length, options["bucket"])
+    edges = bucket_edges(length, options["bucket"])
     nats = np.zeros(length)
 
     def tell(first: int, found: Tensor) -> None:
@@ -116,7 +129,7 @@ def code_lengths(model: TitansForCausalLM, stream: Stream, predictor: str, optio
     return {**per_byte, "buckets": buckets}
 
 
-def _edges(length: int, bucket: int) -> list[int]:
+def bucket_edges(length: int, bucket: int) -> list[int]:
     """0, `bucket`, twice that, and so on to the stream's end."""
     edges = [0]
     while edges[-1] < length:
@@ -221,12 +234,12 @@ def _work(
         for predictor in predictors:
             key: dict[str, Any] = {"stream": stream.name, "predictor": predictor}
             if lines.find(**key) is None:
-                yield key, stream.ids.shape[1], lambda s=stream, p=predictor: code_lengths(model, s, p, options)
+                yield key, stream.ids.shape[1], partial(code_lengths, model, stream, predictor, options)
         for lag in lags:
             key = {"stream": stream.name, "lag": lag}
             if lines.find(**key) is None and stream.ids.shape[1] >= options["passage"] + lag:
                 tokens = (2 * options["passage"] + lag) * options["passages"]
-                yield key, tokens, lambda s=stream, n=lag: _rereading(model, s, n, options)
+                yield key, tokens, partial(_rereading, model, stream, lag, options)
 
 
 def _rereading(model: TitansForCausalLM, stream: Stream, lag: int, options: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""`titans demo`: a model that is shipped reads a haystack of any length, once, and is asked for the needle in it.
+"""The demo's first part: a shipped model reads a haystack of any length, once, and is asked for the needle in it.
 
 While it reads, what it carries stays of one size; its surprise is drawn along the text. Another needle for each seed.
 """
 
-import argparse
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,16 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from titans_lm.bench.measure import resident
-from titans_lm.checkpoint import MODEL_HELP, RUN, find, load
+from titans_lm.checkpoint import RUN, load
 from titans_lm.evaluate.needle import begins
 from titans_lm.model import TitansForCausalLM
 from titans_lm.reader import go_on, read
-from titans_lm.record import command_line, provenance, write_json
 from titans_lm.state import TitansState, identity
-from titans_lm.tasks import at_least
 from titans_lm.tasks.haystack import encoder
 from titans_lm.tasks.needle import Needle
-from titans_lm.terminal import PlainConsole
 
 COLUMNS = 60
 """Of the chart in the terminal."""
@@ -63,37 +59,20 @@ class Reading:
     seconds: float = 0.0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, default=100_000, help="of the haystack, question and answer included")
-    parser.add_argument("--haystack", default="words", help="words: random ones; noise: a line repeated; text")
-    parser.add_argument("--depth", type=float, default=30.0, help="of the needle, in percent; 0 is the beginning")
-    parser.add_argument("--seed", type=int, default=0, help="another key, value and haystack for each")
-    parser.add_argument("--model", type=Path, default=Path("needle"), help=MODEL_HELP)
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for the picture and the figures")
-
-
-def run(arguments: argparse.Namespace) -> None:
-    at_least(0, **{"--seed": arguments.seed})
-    folder, console = find(arguments.model), PlainConsole()
-    task = task_for(folder, arguments.tokens, arguments.haystack, arguments.depth)
+def show(folder: Path, task: Needle, seed: int, console: Console) -> tuple[Hidden, Reading, dict[str, Any]]:
+    """Hide a needle, read, ask and tell. -> what was hidden, what was seen, and what came of it"""
     model, tokenizer = load(folder)
     if model.config.variant == "attention":
-        raise ValueError(f"--model {arguments.model} has no memory to show")
-    hidden = hide(task, arguments.seed)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+        raise ValueError(f"--model {folder} has no memory to show")
+    hidden = hide(task, seed)
     console.print(
-        f"A needle, {hidden.key}{hidden.value}, is hidden after {hidden.start:,} of {arguments.tokens:,} tokens. "
+        f"A needle, {hidden.key}{hidden.value}, is hidden after {hidden.start:,} of {task.length:,} tokens. "
         f"The value is asked for at the end.",
     )
     reading, state = read_through(model, hidden.ids[:, :-1], console)
-    said = ask(model, tokenizer, state, hidden)
-    found = summary(hidden, reading, said)
+    found = summary(hidden, reading, ask(model, tokenizer, state, hidden))
     tell(hidden, reading, found, console)
-    picture(hidden, reading, arguments.output / "demo.png")
-    write_json(
-        arguments.output / "demo.json", {**provenance(command_line("demo", arguments)), **identity(model), **found}
-    )
-    console.print(f"The picture is {arguments.output}/demo.png, the figures are in {arguments.output}/demo.json.")
+    return hidden, reading, {**identity(model), **found}
 
 
 # ------------------------------------------------------------------------------------------------ the haystack
