@@ -1,19 +1,27 @@
-"""`titans read`: texts into a memory file."""
+"""`titans read`: texts into a memory file, and which of their lines were new."""
 
 import argparse
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from transformers import PreTrainedTokenizerBase
 
+from titans_lm.answer import PIECE
 from titans_lm.checkpoint import MODEL_HELP, load
+from titans_lm.memory_file import Source
 from titans_lm.reader import Mode, Progress, Reader
+from titans_lm.surprising import SurprisingLines
 from titans_lm.terminal import PlainConsole, shown
 from titans_lm.text_file import Errors, examine
+from titans_lm.token_bits import LOGITS, by_bytes
 
 ERRORS_HELP = "replace: what is not UTF-8 in a file is read as U+FFFD; strict: such a file is refused"
 
@@ -23,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "texts", type=Path, nargs="+", metavar="FILE", help="text files, read in this order; -: standard input"
     )
     parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
-    parser.add_argument("--memory", type=Path, required=True, help="the file to go on from, if it exists, and to write")
+    parser.add_argument("--memory", type=Path, help="the file to go on from, if it exists, and to write")
+    listed = "list the N lines that took most bits per byte: with a memory of earlier texts, what is new since then"
+    parser.add_argument("--surprising", type=int, metavar="N", help=listed)
     parser.add_argument("--mode", choices=get_args(Mode), default="learning", help="reset: forget before each text")
     parser.add_argument("--save-seconds", type=float, default=30.0, help="at most so much is lost at a kill")
     parser.add_argument("--errors", choices=get_args(Errors), default="strict", help=ERRORS_HELP)
@@ -31,22 +41,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if not arguments.memory.absolute().parent.is_dir():
+    if arguments.memory is None and arguments.surprising is None:
+        raise ValueError("nothing would be left of this reading: give --memory FILE, or --surprising N, or both")
+    lines = None if arguments.surprising is None else SurprisingLines(arguments.surprising)
+    if arguments.memory is not None and not arguments.memory.absolute().parent.is_dir():
         raise ValueError(f"--memory {arguments.memory}: its folder does not exist")
     for text in arguments.texts:
         examine(text, arguments.errors)  # before the model is loaded
     console = PlainConsole(stderr=True)
     model, tokenizer = load(arguments.model)
+    piece = PIECE if lines is None else max(1, min(PIECE, LOGITS // model.config.vocab_size))
     reader = Reader(
         model, tokenizer, memory=arguments.memory, mode=arguments.mode, save_seconds=arguments.save_seconds,
-        errors=arguments.errors,
+        errors=arguments.errors, piece=piece, on_tokens=None if lines is None else partial(_watch, tokenizer, lines),
     )  # fmt: skip
     if arguments.abandon:
         reader.abandon()
         reader.save()
-    show(reader, arguments.texts, console)
+    try:
+        show(reader, arguments.texts, console)
+    finally:  # what was found before an interruption too
+        if lines is not None:
+            _tell(lines, several=len(arguments.texts) > 1)
     state = reader.state
-    console.print(f"{int(state.position[0]):,} tokens read; {arguments.memory} holds {state.nbytes / 2**20:.1f} MiB")
+    holds = "" if arguments.memory is None else f"; {arguments.memory} holds {state.nbytes / 2**20:.1f} MiB"
+    console.print(f"{int(state.position[0]):,} tokens read{holds}")
+
+
+def _watch(
+    tokenizer: PreTrainedTokenizerBase,
+    lines: SurprisingLines,
+    source: Source,
+    ids: NDArray[np.int64],
+    bits: NDArray[np.float64],
+) -> None:
+    """A reading that goes on does not know how many lines came before: they count from there, and it is said."""
+    before = source.tokens - len(ids)
+    if before == 0:
+        lines.begin(source.name)
+    elif not lines.source:
+        lines.begin(f"{source.name}, from token {before:,}")
+    lines.add(*by_bytes(tokenizer, ids, bits))
+
+
+def _tell(lines: SurprisingLines, several: bool) -> None:
+    """Bits per byte, the line's number, with several texts whose, and the line: one a line, on standard output."""
+    lines.end()
+    for line in lines.most():
+        place = f"{shown(line.source)}:{line.number}" if several or ", from token " in line.source else line.number
+        print(f"{line.bits_per_byte:.2f}\t{place}\t{shown(line.text)}")
 
 
 def show(reader: Reader, texts: list[Path], console: Console) -> None:

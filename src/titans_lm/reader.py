@@ -6,7 +6,7 @@ reading that was interrupted, by whatever, and resumed ends in the same memory t
 
 import hashlib
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -29,6 +29,7 @@ from titans_lm.memory_lock import MemoryLock
 from titans_lm.model import TitansForCausalLM
 from titans_lm.state import TitansState
 from titans_lm.text_file import Errors, decoded, examine, is_standard_input, name_of
+from titans_lm.token_bits import TokenBits
 
 Mode = Literal["learning", "frozen", "reset"]
 Tokens = Tensor | NDArray[np.integer[Any]] | Sequence[int]
@@ -68,6 +69,8 @@ class Reader:
         mode: "learning" writes what is read. "frozen" reads without writing. "reset" forgets before each text.
         save_seconds: so much work is lost at most when the process is killed.
         piece: tokens of one call of the model. Not a limit of anything.
+        on_tokens: called after each piece with the text's record, the piece's tokens `[T]` and the bits that each took,
+            given all before it: how a text is watched while it is read. None: these bits are not computed.
         errors: "strict" refuses files that are not UTF-8; "replace" reads them with U+FFFD in place of what is not.
 
     Raises ValueError for a memory file of another model or a damaged one, and for values that make no sense. While it
@@ -84,6 +87,7 @@ class Reader:
         save_seconds: float = 30.0,
         piece: int = PIECE,
         errors: Errors = "strict",
+        on_tokens: Callable[[Source, NDArray[np.int64], NDArray[np.float64]], None] | None = None,
     ):
         if mode not in get_args(Mode):
             raise ValueError(f"mode={mode!r} is not one of: {', '.join(get_args(Mode))}")
@@ -94,6 +98,7 @@ class Reader:
         self.model, self.tokenizer, self.mode, self.piece = model.eval(), tokenizer, mode, piece
         self.memory = None if memory is None else Path(memory)
         self.save_seconds, self.errors = save_seconds, errors
+        self.on_tokens, self._bits = on_tokens, TokenBits()
         self._lock: MemoryLock | None = None
         self._found = self._on_disk()
         if self.memory is not None and self._found is None:
@@ -119,6 +124,7 @@ class Reader:
                 raise ValueError("standard input can be read once only; give - once")
             before = self.state.sources
             plan, first = self._plan([self._source(text) for text in texts])
+            self._bits = TokenBits()
             clock, saved, changed = _Clock(plan), time.monotonic(), not texts
             try:
                 for i, text in enumerate(texts):
@@ -310,16 +316,20 @@ class Reader:
             sources = state.sources
             state.reset()
             state.sources = sources
+            self._bits = TokenBits()
         if len(ids):
             state.frozen = self.mode == "frozen"
             tokens = torch.from_numpy(ids)[None].to(self.model.device)
             told = self.model.config.surprise_threshold is None  # else what is not written need not be computed
-            out = self.model(tokens, past_key_values=state, logits_to_keep=1, output_surprise=told)
+            kept = 1 if self.on_tokens is None else 0
+            out = self.model(tokens, past_key_values=state, logits_to_keep=kept, output_surprise=told)
             state.frozen = False
             if out.surprise:
                 surprise = torch.stack([s.loss.mean() for s in out.surprise]).mean()
         state.sources[record] = replace(source, when=datetime.now(UTC).isoformat(timespec="seconds"))
         self.state = state  # nothing above changed it
+        if self.on_tokens is not None and len(ids):
+            self.on_tokens(source, ids, self._bits.of(ids, out.logits[0]))
         return surprise
 
 
