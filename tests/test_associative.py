@@ -28,7 +28,7 @@ def text(length):
 def predicted(layer, x):
     """How well what each of the last tokens reads tells the value of the next: mean cosine similarity."""
     (_, _, v), _ = layer._features(x, layer.initial_state(1).tails, None)
-    y, *_ = layer.write(x, layer.initial_state(1), None, False)
+    y, *_ = layer(x, layer.initial_state(1), None, False, step="write")
     return F.cosine_similarity(y[:, -40:-1], v[:, -39:], dim=-1).mean().item()
 
 

@@ -12,11 +12,14 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from conftest import tiny_config
 from titans_lm import TitansForCausalLM, cli
 from titans_lm.checkpoint import NAMES, SHIPPED, find, load, ship
-from titans_lm.data import byte_tokenizer
+from titans_lm.data import byte_tokenizer, load_tokenizer
+from titans_lm.demo.learning import read_text
 from titans_lm.demo.needle import Reading, chart, hide, read_through, stretches, summary, task_for
 from titans_lm.reader import PIECE
 
@@ -24,7 +27,7 @@ from titans_lm.reader import PIECE
 @pytest.mark.usefixtures("unchecked")
 def test_it_reads_asks_and_tells(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the shipped model is found from anywhere
-    command = ["demo", "--tokens", "9000", "--depth", "50", "--output", "out", "--seed", "3"]
+    command = ["demo", "--tokens", "9000", "--depth", "50", "--output", "out", "--seed", "3", "--text-tokens", "0"]
     assert cli.main(command) == 0
     said = capsys.readouterr().out
     found = json.loads(Path("out/demo.json").read_text())
@@ -44,7 +47,10 @@ def test_it_reads_asks_and_tells(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_model_that_finds_nothing_is_said_to_be_wrong(folder, tmp_path, capsys):
-    assert cli.main(["demo", "--tokens", "500", "--model", str(folder), "--output", str(tmp_path)]) == 0
+    assert (
+        cli.main(["demo", "--tokens", "500", "--model", str(folder), "--output", str(tmp_path), "--text-tokens", "0"])
+        == 0
+    )
     found = json.loads((tmp_path / "demo.json").read_text())
     assert found["said"] != found["value"]
     assert found["right"] is False
@@ -137,7 +143,7 @@ def test_the_needle_is_where_it_is_said_to_be():
 
 def test_shipped_models_go_by_name_unless_a_folder_has_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert NAMES == ["books", "needle"]
+    assert NAMES == ["books", "needle", "streams"]
     assert find(Path("needle")) == SHIPPED / "needle"
     model, tokenizer = load(Path("needle"))
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -188,3 +194,35 @@ def test_what_is_wrong_is_one_line(arguments, words, capsys, monkeypatch, tmp_pa
     assert words in error
     assert error.count("\n") == 1
     assert not Path("demo").exists()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_it_reads_a_text_of_the_user_s_and_learns_it(tmp_path, capsys, monkeypatch):
+    """A log of a made-up service: memory on beats frozen, and the line that is like no other surprises most."""
+    monkeypatch.chdir(tmp_path)
+    lines = [f"unit-{n % 7} | state=ready | tick {1000 + 3 * n}" for n in range(400)]
+    lines[350] = "!!! ~~ Quixotic vermilion anomaly ~~ !!!"
+    Path("own.log").write_text("\n".join(lines))
+    assert cli.main(["demo", "own.log", "--tokens", "2000", "--output", "out"]) == 0
+    found = json.loads(Path("out/learning.json").read_text())
+    assert found["text"] == "own.log"
+    assert found["bytes"] == len("\n".join(lines))
+    assert found["bits_per_byte"]["on"] < found["bits_per_byte"]["frozen"]
+    assert found["buckets"][-1]["on"] < 0.8 * found["buckets"][0]["on"]
+    late = [line for line in found["surprising"] if line["number"] > 20]
+    assert late[0]["number"] == 351
+    assert "Quixotic" in capsys.readouterr().out
+    assert Path("out/learning.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_text_of_the_demo_needs_a_model_of_bytes(folder, tmp_path):
+    model, _ = load(folder)
+    with pytest.raises(ValueError, match="needs a model whose tokens are bytes"):
+        read_text(model, load_tokenizer(str(words(tmp_path))), [], 100, Console(quiet=True))
+
+
+def words(path: Path) -> Path:
+    """A tokenizer whose tokens are not bytes."""
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(path)
+    return path

@@ -8,7 +8,7 @@ from pathlib import Path
 import titans_lm
 
 SOURCE = Path(titans_lm.__file__).parent
-FILES = sorted(SOURCE.rglob("*.py"))
+FILES = sorted(file for file in SOURCE.rglob("*.py") if "shipped" not in file.parts)  # these are models' own
 
 ORDER = [
     ["ops", "recompute", "prediction", "associative", "called", "terminal", "text_file", "memory_lock"],
@@ -22,7 +22,7 @@ ORDER = [
     ["arguments"],
     ["generation"],
     ["model"],
-    ["data", "record", "surprising"],
+    ["data", "record", "surprising", "yaml_values"],
     ["checkpoint"],
     ["tasks", "baselines"],
     ["settings", "run_folder"],

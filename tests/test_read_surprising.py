@@ -1,4 +1,4 @@
-"""`titans read --surprising`: the lines that took most bits, of files and of what comes in; with a memory what is new."""
+"""`titans read --surprising`: the lines that took most bits, of files and streams; with a memory what is new."""
 
 import io
 import math

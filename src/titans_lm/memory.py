@@ -117,7 +117,13 @@ class NeuralMemory(nn.Module):
         counts = {"dim": dim, "heads": heads, "head_dim": head_dim, "depth": depth, "hidden": hidden,
                   "chunk_size": chunk_size, "conv_size": conv_size, "lags": lags}  # fmt: skip
         steps = {"theta_max": theta_max, "theta_start": theta_start}
-        words = {"form": form, "init": init, "start": start, "threshold_on": threshold_on, "gates_of": gates_of}
+        words: dict[str, str] = {
+            "form": form,
+            "init": init,
+            "start": start,
+            "threshold_on": threshold_on,
+            "gates_of": gates_of,
+        }
         check_options(counts, steps, words)
         self.dim, self.heads, self.head_dim = dim, heads, head_dim
         self.chunk_size, self.clip, self.threshold = chunk_size, clip, threshold

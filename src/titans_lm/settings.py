@@ -1,11 +1,8 @@
 """What a training run is told, from a YAML file and `--set`: strict, every error with the key's full name."""
 
-import contextlib
 import dataclasses
 import logging
 import math
-import re
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +16,7 @@ from titans_lm.baselines import BASELINES, MAMBA2, NAMES, mamba2_config
 from titans_lm.checkpoint import RUN
 from titans_lm.config import SIZES, TitansConfig, fitted, known_keys, preset, unknown_key
 from titans_lm.tasks import StreamTask, make_task, with_length
+from titans_lm.yaml_values import Dumper, parse_yaml, read_yaml, typed
 
 
 @dataclass
@@ -191,7 +189,7 @@ def _typed_field(key: str, value: Any) -> Any:
     options = set(typing.get_args(hint) or [hint]) - {type(None)}
     if options not in ({int}, {float}):
         return value
-    number = _typed(value, hint, f"model.{key}")
+    number = typed(value, hint, f"model.{key}")
     if number is not None and (math.isinf(number) or (key == "parameters" and number < 1)):
         least = " of at least 1" if key == "parameters" else ""
         raise ValueError(f"model.{key} must be a finite number{least}, got {value}")
@@ -216,40 +214,6 @@ def _config(fields: dict[str, Any]) -> PreTrainedConfig:
     return TitansConfig(**fields) if size is None else preset(size, **fields)
 
 
-class _Loader(yaml.SafeLoader):
-    """1e-3 is a number, as in YAML 1.2; PyYAML follows 1.1, where it is a text."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Puts a text such as "1e-3" in quotes, so that `_Loader` reads a text."""
-
-
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z"), list("-+.0123456789")
-    )
-
-
-def parse_yaml(text: str) -> Any:
-    """What a YAML text says. Raises yaml.YAMLError."""
-    try:
-        return yaml.load(text, _Loader)
-    except RecursionError:
-        raise yaml.YAMLError("it is nested too deeply") from None
-    except ValueError as error:  # a date that does not exist
-        raise yaml.YAMLError(str(error)) from None
-
-
-def read_yaml(path: Path, example: str) -> Any:
-    """What a YAML file says. Raises ValueError naming it, and an `example` where it does not exist."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist or is not a file; give a YAML file such as {example}")
-    try:
-        return parse_yaml(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-
-
 def load_settings(path: Path, changes: list[str]) -> Settings:
     """A YAML file, with `section.key=value` changes on top. Raises ValueError naming the file and the key."""
     tree = read_yaml(path, "configs/titans.yaml")
@@ -265,7 +229,7 @@ def load_settings(path: Path, changes: list[str]) -> Settings:
 
 def save_settings(settings: Settings, folder: Path) -> None:
     """As `run.yaml`, which `load_settings` reads."""
-    (folder / RUN).write_text(yaml.dump(dataclasses.asdict(settings), Dumper=_Dumper, sort_keys=False))
+    (folder / RUN).write_text(yaml.dump(dataclasses.asdict(settings), Dumper=Dumper, sort_keys=False))
 
 
 def check_same(folder: Path, settings: Settings) -> None:
@@ -363,42 +327,8 @@ def _build(kind: type[Any], section: dict[str, Any], where: str) -> Any:
     for key, value in section.items():
         if key not in hints:
             raise ValueError(unknown_key(str(key), list(hints), where))
-        values[key] = _typed(value, hints[key], f"{where}.{key}")
+        values[key] = typed(value, hints[key], f"{where}.{key}")
     return kind(**values)
-
-
-def _typed(value: Any, hint: Any, name: str) -> Any:
-    """`value` if it is of the type, where a whole number or a text such as 1e-3 is a number as well."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    wanted = next(o for o in options if o is not type(None))
-    if wanted is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, OverflowError):
-            if not math.isnan(number := float(value)):
-                return number
-    elif typing.get_origin(wanted) is dict:
-        if isinstance(value, dict) and all(isinstance(v, str) for v in value):
-            return value
-    elif typing.get_origin(wanted) is list:
-        (kind,) = typing.get_args(wanted)
-        values = value if isinstance(value, list) else [value]
-        if all(type(v) is kind for v in values):
-            return values
-    elif isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
-        return value
-    raise ValueError(f"{name} must be {_NAMES.get(wanted) or _NAMES[typing.get_origin(wanted)]}, got {value!r}")
-
-
-_NAMES: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    bool: "true or false",
-    list[str]: "a list of texts",
-    list[int]: "a whole number, or a list of them",
-    dict: "keys and values, such as {name: mqar}",
-}
 
 
 def _at_least(name: str, value: int | float, least: int) -> None:

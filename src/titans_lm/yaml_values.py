@@ -1,0 +1,79 @@
+"""YAML read safely, and its values as the types that settings have."""
+
+import contextlib
+import math
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class Loader(yaml.SafeLoader):
+    """1e-3 is a number, as in YAML 1.2; PyYAML follows 1.1, where it is a text."""
+
+
+class Dumper(yaml.SafeDumper):
+    """Puts a text such as "1e-3" in quotes, so that `Loader` reads a text."""
+
+
+for _kind in (Loader, Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z"), list("-+.0123456789")
+    )
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says. Raises yaml.YAMLError."""
+    try:
+        return yaml.load(text, Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except ValueError as error:  # a date that does not exist
+        raise yaml.YAMLError(str(error)) from None
+
+
+def read_yaml(path: Path, example: str) -> Any:
+    """What a YAML file says. Raises ValueError naming it, and an `example` where it does not exist."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist or is not a file; give a YAML file such as {example}")
+    try:
+        return parse_yaml(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+
+
+def typed(value: Any, hint: Any, name: str) -> Any:
+    """`value` if it is of the type, where a whole number or a text such as 1e-3 is a number as well."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    wanted = next(o for o in options if o is not type(None))
+    if wanted is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            if not math.isnan(number := float(value)):
+                return number
+    elif typing.get_origin(wanted) is dict:
+        if isinstance(value, dict) and all(isinstance(v, str) for v in value):
+            return value
+    elif typing.get_origin(wanted) is list:
+        (kind,) = typing.get_args(wanted)
+        values = value if isinstance(value, list) else [value]
+        if all(type(v) is kind for v in values):
+            return values
+    elif isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{name} must be {_NAMES.get(wanted) or _NAMES[typing.get_origin(wanted)]}, got {value!r}")
+
+
+_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    list[str]: "a list of texts",
+    list[int]: "a whole number, or a list of them",
+    dict: "keys and values, such as {name: mqar}",
+}
