@@ -132,8 +132,13 @@ def stdlib_files() -> list[Path]:
 def stdlib_held_out() -> list[Path]:
     """Those of `stdlib_files` that tasks do not train on, about one in ten: which they are hangs on their names alone,
     so that they are held out on every machine and in every version of Python."""
+    return [path for path in stdlib_files() if is_held_out(path)]
+
+
+def is_held_out(path: Path) -> bool:
+    """Whether a file of the standard library is one of `stdlib_held_out`."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    return [p for p in stdlib_files() if zlib.crc32(p.relative_to(root).as_posix().encode()) % 10 == 0]
+    return zlib.crc32(path.relative_to(root).as_posix().encode()) % 10 == 0
 
 
 def _is_text(path: Path) -> bool:

@@ -4,7 +4,7 @@ A stream is of one source, or changes now and then from one to another. It may b
 carries its memory then reads it over many batches.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from titans_lm.data import STDLIB, load_tokenizer
-from titans_lm.tasks import Batch, at_least
-from titans_lm.tasks.streams import chains, disguises, logs, tables
+from titans_lm.tasks import Batch, Task, at_least, make_task
+from titans_lm.tasks.streams import chains, disguises, languages, logs, tables
 from titans_lm.tasks.streams.parts import Given, Part, Source
 from titans_lm.tasks.streams.texts import Bytes, Files, Texts, load_texts
 
@@ -21,6 +21,7 @@ SOURCES: dict[str, Source] = {
     "text": disguises.text,
     "cipher": disguises.cipher,
     "alphabets": disguises.alphabets,
+    "language": languages.language,
     "logs": logs.logs,
     "tables": tables.tables,
     "markov": chains.markov,
@@ -30,8 +31,8 @@ SOURCES: dict[str, Source] = {
     "repeat": disguises.repeat,
 }
 WEIGHTS = {
-    "text": 4.0, "cipher": 2.0, "alphabets": 1.5, "logs": 4.0, "tables": 1.0, "markov": 1.0, "automata": 0.5,
-    "letters": 0.7, "noise": 0.3, "repeat": 2.0,
+    "text": 4.0, "cipher": 2.0, "alphabets": 1.0, "language": 1.0, "logs": 4.0, "tables": 1.0, "markov": 1.0,
+    "automata": 0.5, "letters": 0.7, "noise": 0.3, "repeat": 2.0,
 }  # fmt: skip
 """How often a stream is of each source, where nothing else is said."""
 RETURN = 1 / 3
@@ -57,6 +58,9 @@ class Streams:
     held_out: int = 0
     """So many files of each folder and archive, the last in the order of their names, are not read. Of the standard
     library a fixed share is never read (`data.stdlib_held_out`)."""
+    tasks: Any = ()
+    """Examples of other tasks, one after another, as sources too: the options of each, with a `weight` beside those of
+    the sources, such as {name: needle, length: 4096, weight: 1}. Their tokens must be bytes."""
     switch: int = 0
     """Bytes, on average, after which a stream changes to another source, or back to an earlier one. 0: never."""
 
@@ -72,6 +76,7 @@ class Streams:
             if name not in SOURCES:
                 raise ValueError(f"sources: {name!r} is not one of: {', '.join(SOURCES)}")
         object.__setattr__(self, "files", _weights("files", self.files))
+        _ = self._tasks
         self._texts()  # a file that cannot be read is told now
 
     @property
@@ -111,21 +116,47 @@ class Streams:
         name = list(shares)[int(at)]
         (own,) = rng.spawn(1)
         given = Given(own, self._texts, length, lambda rng: self._begin(rng, self._others, length))
-        return Part(name, SOURCES[name](given))
+        task = self._tasks.get(name)
+        return Part(name, SOURCES[name](given) if task is None else _examples(task[0], own))
 
     @cached_property
     def _shares(self) -> dict[str, float]:
-        return _cumulative(self.sources)
+        return _cumulative(self._all)
+
+    @property
+    def _all(self) -> dict[str, float]:
+        """Sources and tasks, and their weights."""
+        return {**self.sources, **{name: weight for name, (_, weight) in self._tasks.items()}}
+
+    @cached_property
+    def _tasks(self) -> dict[str, tuple[Task, float]]:
+        """ "tasks[0]" and so on -> the task, its weight."""
+        if isinstance(self.tasks, str | Mapping) or not all(isinstance(options, Mapping) for options in self.tasks):
+            raise ValueError(f"tasks must be a list such as [{{name: needle, weight: 1}}], got {self.tasks!r}")
+        made = {}
+        for i, options in enumerate(self.tasks):
+            name = f"tasks[{i}]"
+            weights = _weights("tasks", {name: options.get("weight", 1.0)})
+            task = make_task({key: value for key, value in options.items() if key != "weight"})
+            if getattr(task, "tokenizer", None) != self.tokenizer:
+                raise ValueError(f"tasks: {options['name']} has tokens that are not bytes")
+            made[name] = task, weights[name]
+        return made
 
     @cached_property
     def _others(self) -> dict[str, float]:
         """Of what repeats: the other sources of the streams, or, where there are none, all others."""
-        others = {name: weight for name, weight in self.sources.items() if name != "repeat"}
+        others = {name: weight for name, weight in self._all.items() if name != "repeat"}
         return _cumulative(others or {name: weight for name, weight in WEIGHTS.items() if name != "repeat"})
 
     def _texts(self) -> Texts:
         files = tuple(Files(path, weight) for path, weight in self.files.items())
         return load_texts(files, self.suffixes, self.held_out)
+
+
+def _examples(task: Task, rng: np.random.Generator) -> Iterator[Bytes]:
+    while True:
+        yield task.batch(rng, 1).input_ids[0].astype(np.uint8)
 
 
 def _weights(name: str, given: Any) -> dict[str, float]:

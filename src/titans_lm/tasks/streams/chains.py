@@ -10,6 +10,8 @@ from titans_lm.tasks.streams.parts import Given, log_uniform, symbols
 from titans_lm.tasks.streams.texts import Bytes
 
 BLOCK = 1024
+_LEAST = 1e-300
+"""So that no sum is 0."""
 
 
 class Chain:
@@ -18,7 +20,7 @@ class Chain:
 
     def __init__(self, rng: np.random.Generator, order: int, count: int, concentration: float):
         self.rng, self.count, self.contexts = rng, count, count**order
-        self.alpha = np.full(count, concentration)
+        self.concentration, self._drawn = concentration, list[list[float]]()
         self.follows: dict[int, list[float]] = {}
         """Context -> the cumulative probabilities of what follows; the last symbol is its lowest digit."""
         self.context = int(rng.integers(self.contexts))
@@ -28,12 +30,18 @@ class Chain:
         found, follows, context = [], self.follows, self.context
         for u in self.rng.random(length).tolist():
             if context not in follows:
-                follows[context] = np.cumsum(self.rng.dirichlet(self.alpha)).tolist()
+                follows[context] = self._distribution()
             symbol = min(bisect(follows[context], u), self.count - 1)  # a sum may end below 1
             found.append(symbol)
             context = (context * self.count + symbol) % self.contexts
         self.context = context
         return np.array(found, np.int64)
+
+    def _distribution(self) -> list[float]:
+        if not self._drawn:  # many at once take the time of a few
+            shares = self.rng.standard_gamma(self.concentration, (min(64, self.contexts), self.count)) + _LEAST
+            self._drawn = np.cumsum(shares / shares.sum(1, keepdims=True), 1).tolist()
+        return self._drawn.pop()
 
 
 def markov(given: Given) -> Iterator[Bytes]:

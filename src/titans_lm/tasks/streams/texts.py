@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from titans_lm.data import STDLIB, read_text, stdlib_held_out, text_files
+from titans_lm.data import STDLIB, is_held_out, read_text, stdlib_files, stdlib_held_out, text_files
 
 Bytes = NDArray[np.uint8]
 PIECE = 4096
@@ -78,8 +78,7 @@ def held_out_texts(path: str, suffixes: Sequence[str] = (".txt",), held_out: int
 
 def _kept(path: str, suffixes: tuple[str, ...], held_out: int) -> list[tuple[str, str]]:
     if path == STDLIB:
-        out = set(stdlib_held_out())
-        return [(str(file), read_text(file)) for file in text_files([path], suffixes) if file not in out]
+        return [(str(file), read_text(file)) for file in stdlib_files() if not is_held_out(file)]
     found = _all(path, suffixes)
     if not held_out or not (Path(path).is_dir() or _is_archive(path)):
         return found
