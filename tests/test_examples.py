@@ -1,21 +1,27 @@
 """The examples do what they say."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.fixture
-def stream():
-    spec = importlib.util.spec_from_file_location("stream", EXAMPLES / "stream.py")
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def stream():
+    return example("stream")
 
 
 def test_a_stream_read_online_is_the_stream_read_at_once(stream):
@@ -40,3 +46,21 @@ def test_the_example_trains_and_reads_a_table(stream, tmp_path, monkeypatch, cap
     table.write_text("date,a\n2020,x")
     with pytest.raises(ValueError, match="is not a table"):
         stream.read_csv(table)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_lines_that_are_new_in_a_log_are_found(folder, tmp_path, monkeypatch, capsys):
+    log = tmp_path / "labelled.log"
+    lines = [f"- unit {n} is up" for n in range(30)]
+    lines[20] = "FATAL machine check, processor halted"
+    log.write_text("\n".join(lines))
+    monkeypatch.setattr(sys, "argv", ["new_in_a_log.py", str(log), "--model", str(folder)])
+    module = example("new_in_a_log")
+    module.main()
+    found = json.loads(capsys.readouterr().out)
+    assert (found["alerts"], found["of_lines"]) == (1, 30)
+    assert found["new_template"] == {"lines": 2, "precision": 0.5, "recall": 1.0}
+    assert found["model_as_many_as_the_rule"]["lines"] == 2
+    bits = module.bits_per_byte(str(folder), module.labelled_lines(log))
+    assert (bits > 0).all()
+    assert module.highest(np.array([1.0, 3.0, 2.0]), 2).tolist() == [False, True, True]
