@@ -80,9 +80,12 @@ def test_packed_rows_of_any_borders_and_padding_go_on_from_a_state(kind):
     frozen = model(before, use_cache=True).past_key_values
     frozen.frozen = True
     model(ids, attention_mask=mask, seq_idx=index, past_key_values=frozen)
+    first = model.initial_state(2)
+    first.frozen = True
+    model(ids, past_key_values=first)  # begins with the first memory, and does not write to it
     for name, tensor in state_tensors(frozen).items():
         if ".memory.memory." in name or ".retrieval.weights" in name:
-            assert_close(tensor, state_tensors(model.initial_state(2))[name], name)
+            assert_close(tensor, state_tensors(first)[name], name)
 
 
 @each_titan
