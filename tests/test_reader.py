@@ -183,6 +183,9 @@ def test_pieces_of_any_size_leave_the_same_memory_after_a_hundred_thousand_token
 def test_frozen_learning_and_reset(model, books):
     learning, frozen, reset = (reader(model, mode=mode).read(*books).state for mode in ("learning", "frozen", "reset"))
     begin = model.initial_state(1)
+    begin.frozen = True
+    with torch.no_grad():
+        model(torch.tensor([[1]]), past_key_values=begin)  # begins with the first memory, and does not write to it
     for layer in range(2):
         first = begin.memories[layer].memory.memory.weights
         assert all(map(torch.equal, frozen.memories[layer].memory.memory.weights, first))
