@@ -261,7 +261,7 @@ def test_learning_goes_on_where_it_was_interrupted(text, tmp_path, capsys, monke
 
     logged = TitansTrainer.log
     monkeypatch.setattr(learn, "_settings", settings)
-    command = ["learn", "--minutes", "99", "--bytes", str(10 * PIECE), "--output"]
+    command = ["learn", "--minutes", "1000000", "--bytes", str(10 * PIECE), "--output"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch:
         patch.setattr(TitansTrainer, "log", interrupted)
