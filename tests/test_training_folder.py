@@ -261,12 +261,10 @@ def test_a_folder_with_anything_else_in_it_is_not_begun(trained, tmp_path, capsy
 # ------------------------------------------------------------------------------------------------ not finite
 
 
-@pytest.mark.parametrize(
-    "training", [{"max_steps": 1, "learning_rate": 1e30}, {"max_steps": 2}, {"logging_steps": 100}], ids=str
-)
+@pytest.mark.parametrize("training", [{"max_steps": 2}, {"logging_steps": 100}], ids=str)
 def test_a_run_that_diverges_saves_nothing(tmp_path, training):
     with pytest.raises(NotFinite, match="the loss is not a number at step"):
-        train(parse_settings(tree(tmp_path, **{"learning_rate": 1e20, "warmup": 0.0, **training})))
+        train(parse_settings(tree(tmp_path, learning_rate=1e20, warmup=0.0, **training)))
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
