@@ -11,18 +11,19 @@ SOURCE = Path(titans_lm.__file__).parent
 FILES = sorted(file for file in SOURCE.rglob("*.py") if "shipped" not in file.parts)  # these are models' own
 
 ORDER = [
+    ["_registration", "model_files"],
     ["ops", "recompute", "prediction", "associative", "called", "terminal", "text_file", "memory_lock"],
     ["features", "memory_state", "memory_options"],
     ["memory", "attention"],
     ["config", "reading"],
     ["block"],
-    ["memory_file", "model_files"],
+    ["memory_file"],
     ["state"],
     ["packing"],
     ["arguments"],
     ["generation"],
     ["model"],
-    ["data", "record", "surprising", "yaml_values"],
+    ["data", "flags", "record", "surprising", "yaml_values"],
     ["checkpoint"],
     ["tasks", "baselines"],
     ["settings", "run_folder"],

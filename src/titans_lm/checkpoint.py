@@ -12,14 +12,13 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from titans_lm.config import TitansConfig
 from titans_lm.data import plain_reason
 from titans_lm.model import TitansForCausalLM
-from titans_lm.model_files import NAMES, SHIPPED, add_digests, check_digests, find
+from titans_lm.model_files import MODEL_HELP, NAMES, SHIPPED, add_digests, check_digests, find
 
 __all__ = ["MODEL_HELP", "NAMES", "RUN", "SHIPPED", "find", "load", "save", "ship"]
 
 RUN = "run.yaml"
 """In a model's folder: the settings that it was trained with."""
 _AS_DATA: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-MODEL_HELP = f"a folder that titans train wrote, or the name of a shipped model: {', '.join(NAMES)}"
 
 
 def load(model: str | Path) -> tuple[TitansForCausalLM, PreTrainedTokenizerBase]:

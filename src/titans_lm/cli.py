@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from types import ModuleType
 
 from titans_lm.terminal import shown
 
@@ -21,9 +22,12 @@ VERBS = {
     "demo": "find a needle in a haystack of any length with a model that is shipped",
     "learn": "train a small model, read a long text, see what memory adds",
 }
-"""Each is a module of this package with `add_arguments(parser)` and `run(arguments)`, which may return a status."""
+"""Each is a module of this package with `run(arguments)`, which may return a status, and `add_arguments(parser)`, where
+`flags` has no function of its name."""
 _MODULES = {"memory": "memories"}
 """Where they are not of the verb's name."""
+_OF_KINDS = ("evaluate", "bench")
+"""Verbs that load only the kind that is asked for."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,14 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
-    from titans_lm.record import Stopped, keep_freed_memory, on_stop, stop  # imports torch: not for `titans --help`
+    from titans_lm.record import Stopped, keep_freed_memory, on_stop, stop
 
-    module = importlib.import_module(f"titans_lm.{_MODULES.get(verb, verb)}")
-    parser = argparse.ArgumentParser(f"titans {verb}", description=VERBS[verb])
-    module.add_arguments(parser)
+    parsed = _parsed(verb, arguments)  # help and errors end here, before torch is loaded
+    module = _module(verb)
     _no_more_threads_than_cores()
     keep_freed_memory()
-    parsed = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], int | None] = module.run
     try:
         with on_stop(stop):
@@ -69,6 +71,19 @@ def _run(verb: str, arguments: list[str]) -> int:
         print(shown(f"titans {verb}: {' '.join(str(error).split()) or 'out of memory'}"), file=sys.stderr)
         _drop_output()
         return 2
+
+
+def _module(verb: str) -> ModuleType:
+    return importlib.import_module(f"titans_lm.{_MODULES.get(verb, verb)}")
+
+
+def _parsed(verb: str, arguments: list[str]) -> argparse.Namespace:
+    from titans_lm import flags
+
+    parser = argparse.ArgumentParser(f"titans {verb}", description=VERBS[verb])
+    add: Callable[..., None] = getattr(flags, verb, None) or _module(verb).add_arguments
+    add(parser, *(arguments[:1] if verb in _OF_KINDS else []))
+    return parser.parse_args(arguments)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

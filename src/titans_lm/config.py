@@ -9,20 +9,12 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+
+from titans_lm.model_files import AUTO_MAP
 
 VARIANTS = ("mac", "mag", "mal", "lmm", "attention")
 Variant = Literal["mac", "mag", "mal", "lmm", "attention"]
-
-
-AUTO_CODE = "modeling_titans"
-"""The module beside saved weights that opens them in a process that has not imported this package."""
-AUTO_MAP = {
-    "AutoConfig": f"{AUTO_CODE}.TitansConfig",
-    "AutoModel": f"{AUTO_CODE}.TitansModel",
-    "AutoModelForCausalLM": f"{AUTO_CODE}.TitansForCausalLM",
-}
-"""Which of its classes an Auto class takes."""
 
 
 @strict
@@ -124,6 +116,12 @@ class TitansConfig(PreTrainedConfig):
         if self.num_memory_heads is None:
             self.num_memory_heads = max(1, self.hidden_size // max(self.memory_head_dim, 1))
         super().__post_init__(**kwargs)
+        _register_models()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a configuration that is unpickled, which `__post_init__` is not called for."""
+        self.__dict__.update(state)
+        _register_models()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -286,6 +284,11 @@ def fitted(parameters: float, **fields: Any) -> TitansConfig:
     return TitansConfig(**fields, intermediate_size=width)
 
 
+def _register_models() -> None:
+    """An Auto class finds the model of each configuration there is; this module itself does not import torch."""
+    import titans_lm.model  # noqa: F401 - registers
+
+
 def count_parameters(config: TitansConfig) -> int:
     """The parameters of `TitansForCausalLM(config)`, without building it (a meta-device model is built and counted)."""
     import torch
@@ -309,3 +312,5 @@ VARIANT_CONFIGS: dict[str, dict[str, Any]] = {
     "attention": {"variant": "attention", "window_size": None, "num_persistent_tokens": 0},
 }
 """What makes each variant; `TitansConfig(**VARIANT_CONFIGS["mac"])`."""
+
+AutoConfig.register(TitansConfig.model_type, TitansConfig, exist_ok=True)

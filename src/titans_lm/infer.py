@@ -6,45 +6,24 @@ import math
 import re
 import sys
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from titans_lm.answer import answer
-from titans_lm.checkpoint import MODEL_HELP, load
+from titans_lm.checkpoint import load
 from titans_lm.memory_file import check_target
 from titans_lm.memory_lock import MemoryLock
 from titans_lm.model import TitansForCausalLM
-from titans_lm.read import ERRORS_HELP, show
+from titans_lm.read import show
 from titans_lm.reader import Reader
 from titans_lm.state import TitansState
 from titans_lm.terminal import PlainConsole
-from titans_lm.text_file import Errors, examine, is_standard_input
+from titans_lm.text_file import examine, is_standard_input
 
 HELP = "/save FILE writes the memory, /reset goes back to where this conversation began, /quit or Ctrl-D ends it"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
-    parser.add_argument("--context", type=Path, nargs="+", default=[], help="texts to read first; -: standard input")
-    parser.add_argument("--prompt", nargs="+", help="text to go on from; of several each has a fork of the memory")
-    parser.add_argument("--interactive", action="store_true", help="converse: a prompt a line, all in one memory")
-    parser.add_argument("--load-memory", type=Path, help="go on from this memory file")
-    parser.add_argument("--save-memory", type=Path, help="write what was learned from the context to this file")
-    parser.add_argument("--frozen", action="store_true", help="prompts are read without writing to the memory")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument(
-        "--stop",
-        nargs="+",
-        metavar="TEXT",
-        help=r"an answer ends with one of these; \n, \t, \r and \\ are as in Python",
-    )
-    parser.add_argument("--errors", choices=get_args(Errors), default="strict", help=ERRORS_HELP)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--seed", type=int, default=0)
 
 
 def run(arguments: argparse.Namespace) -> None:

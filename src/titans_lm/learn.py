@@ -25,7 +25,6 @@ from titans_lm.state import TitansState
 from titans_lm.terminal import PlainConsole
 from titans_lm.train import earlier, train
 
-TEXT_BYTES = 1_000_000
 PIECE = 4096
 """Bytes after which the third reading forgets, and over which bits are averaged."""
 ROWS = 4
@@ -39,14 +38,6 @@ class Reading:
     bits: Tensor  # [N], bits per byte of each piece
     surprise: Tensor | None  # [N], mean reconstruction loss of each piece
     state: TitansState | None  # what is remembered at the end
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output", type=Path, default=Path("learn"), help="folder for the model, the memory, the picture"
-    )
-    parser.add_argument("--minutes", type=float, default=2.0, help="time to train")
-    parser.add_argument("--bytes", type=int, default=TEXT_BYTES, help="length of the text that is read")
 
 
 def run(arguments: argparse.Namespace) -> None:

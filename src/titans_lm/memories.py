@@ -9,23 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from titans_lm.checkpoint import MODEL_HELP, load
+from titans_lm.checkpoint import load
 from titans_lm.memory_file import Card, read, write
 from titans_lm.state import TitansState
 from titans_lm.terminal import PlainConsole, shown
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(dest="command", required=True, metavar="show|verify|fork|diff")
-    show = commands.add_parser("show", help="what a file remembers: model, texts, sizes")
-    verify = commands.add_parser("verify", help="whether a file is whole, finite, and belongs to a model")
-    verify.add_argument("--model", type=Path, help=MODEL_HELP)
-    fork = commands.add_parser("fork", help="a copy to go on from, which says where it came from")
-    diff = commands.add_parser("diff", help="where two files differ; exit status 1 if they do")
-    for command in (show, verify, fork, diff):
-        command.add_argument("file", type=Path)
-    fork.add_argument("to", type=Path, help="the file to write; it must not exist")
-    diff.add_argument("other", type=Path)
 
 
 def run(arguments: argparse.Namespace) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
@@ -17,7 +17,7 @@ from titans_lm.arguments import check_arguments, check_finite, check_state, embe
 from titans_lm.attention import Attention, Rotation, rotation
 from titans_lm.block import BLOCKS, TitansBlock
 from titans_lm.called import at_home
-from titans_lm.config import AUTO_MAP, TitansConfig
+from titans_lm.config import TitansConfig
 from titans_lm.features import ShortConvolution
 from titans_lm.generation import TitansGeneration
 from titans_lm.memory import NeuralMemory
@@ -88,7 +88,7 @@ class TitansPreTrainedModel(PreTrainedModel):
         """As transformers has it, and beside it code that finds this package, and the digests of what was written, by
         which `titans` knows a damaged folder."""
         ours = model_files.is_ours(type(self))  # else a class that was registered adds itself to the map
-        saved_map = dict(AUTO_MAP) if ours else {"AutoConfig": AUTO_MAP["AutoConfig"]}
+        saved_map = dict(model_files.AUTO_MAP) if ours else {"AutoConfig": model_files.AUTO_MAP["AutoConfig"]}
         self.config.auto_map = saved_map  # type: ignore[misc]  # of this configuration alone
         super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
         if is_main_process:
@@ -377,6 +377,5 @@ def _counted(labels: Tensor, shift_labels: Tensor | None = None, ignore_index: i
     return ((labels[:, 1:] if shift_labels is None else shift_labels) != ignore_index).sum(1)
 
 
-AutoConfig.register("titans", TitansConfig, exist_ok=True)
 AutoModel.register(TitansConfig, TitansModel, exist_ok=True)
 AutoModelForCausalLM.register(TitansConfig, TitansForCausalLM, exist_ok=True)

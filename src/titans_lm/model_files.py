@@ -5,11 +5,18 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from titans_lm.config import AUTO_CODE, AUTO_MAP
-
+AUTO_CODE = "modeling_titans"
+"""The module beside saved weights that opens them in a process that has not imported this package."""
+AUTO_MAP = {
+    "AutoConfig": f"{AUTO_CODE}.TitansConfig",
+    "AutoModel": f"{AUTO_CODE}.TitansModel",
+    "AutoModelForCausalLM": f"{AUTO_CODE}.TitansForCausalLM",
+}
+"""Which of its classes an Auto class takes."""
 SHIPPED = Path(__file__).parent / "shipped"
 """A folder for each model that is shipped with the package."""
 NAMES = sorted(folder.name for folder in SHIPPED.iterdir())
+MODEL_HELP = f"a folder that titans train wrote, or the name of a shipped model: {', '.join(NAMES)}"
 DIGESTS = "digests.json"
 """In a saved model's folder: the SHA-256 of its files."""
 _WEIGHTS = ("config.json", "model*.safetensors*", f"{AUTO_CODE}.py")

@@ -5,7 +5,6 @@ import time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,29 +14,13 @@ from rich.progress import Progress as Bars
 from transformers import PreTrainedTokenizerBase
 
 from titans_lm.answer import PIECE
-from titans_lm.checkpoint import MODEL_HELP, load
+from titans_lm.checkpoint import load
 from titans_lm.memory_file import Source
-from titans_lm.reader import Mode, Progress, Reader
+from titans_lm.reader import Progress, Reader
 from titans_lm.surprising import SurprisingLines
 from titans_lm.terminal import PlainConsole, shown
-from titans_lm.text_file import Errors, examine
+from titans_lm.text_file import examine
 from titans_lm.token_bits import LOGITS, by_bytes
-
-ERRORS_HELP = "replace: what is not UTF-8 in a file is read as U+FFFD; strict: such a file is refused"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "texts", type=Path, nargs="+", metavar="FILE", help="text files, read in this order; -: standard input"
-    )
-    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
-    parser.add_argument("--memory", type=Path, help="the file to go on from, if it exists, and to write")
-    listed = "list the N lines that took most bits per byte: with a memory of earlier texts, what is new since then"
-    parser.add_argument("--surprising", type=int, metavar="N", help=listed)
-    parser.add_argument("--mode", choices=get_args(Mode), default="learning", help="reset: forget before each text")
-    parser.add_argument("--save-seconds", type=float, default=30.0, help="at most so much is lost at a kill")
-    parser.add_argument("--errors", choices=get_args(Errors), default="strict", help=ERRORS_HELP)
-    parser.add_argument("--abandon", action="store_true", help="do not go on with what was interrupted")
 
 
 def run(arguments: argparse.Namespace) -> None:

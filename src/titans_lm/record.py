@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def provenance(command: str) -> dict[str, str]:
     """The command, the day, the commit, the machine and the torch that made a result."""
+    import torch  # what else is here, the command line needs before a verb's torch
+
     return {
         "command": command,
         "date": time.strftime("%Y-%m-%d"),

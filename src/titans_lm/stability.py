@@ -9,11 +9,9 @@ import itertools
 import json
 import math
 import multiprocessing
-import os
 import signal
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,15 +120,6 @@ def long_runs(steps: int) -> list[Run]:
     """The default at depth 2 and 4, chunk 16, in both precisions."""
     shapes = itertools.product((2, 4), ("float32", "bfloat16"))
     return [({"memory_layers": depth, "memory_chunk_size": 16}, steps, 100_000, dtype) for depth, dtype in shapes]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=5000, help="training steps of each run")
-    parser.add_argument("--sweep", action="store_true", help="all forms, steps, depths and chunks")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs side by side, one thread each")
-    parser.add_argument(
-        "--output", type=Path, required=True, help="the JSON file, written after each run; continued if it exists"
-    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -44,12 +44,6 @@ EVALUATION_SEED = 2_000_003
 """Where a search compares trials on examples of a task, they are made from this seed."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="a YAML file, such as configs/titans.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
-                        help="change one value, such as training.max_steps=100; may be repeated")  # fmt: skip
-
-
 def run(arguments: argparse.Namespace) -> None:
     settings = load_settings(arguments.config, arguments.changes)
     model = train(settings)

@@ -30,12 +30,14 @@ WIDTH = 150
 RUNS = {"op": 7, "model": 3, "decode": 5, "write": 2}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, chosen: str | None = None) -> None:
+    """Flags of each kind, or of the `chosen` one alone: its module loads torch."""
     what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     for name, text in WHAT.items():
         one = what.add_parser(name, help=text, description=text)
-        _add_common(one, name)
-        importlib.import_module(f"titans_lm.bench.{name}").add_arguments(one)
+        if chosen in (None, name):
+            _add_common(one, name)
+            importlib.import_module(f"titans_lm.bench.{name}").add_arguments(one)
 
 
 def _add_common(parser: argparse.ArgumentParser, name: str) -> None:

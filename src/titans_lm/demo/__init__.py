@@ -3,12 +3,12 @@
 import argparse
 from pathlib import Path
 
-from titans_lm.checkpoint import MODEL_HELP, find, load
-from titans_lm.demo import learning, needle
+from titans_lm.model_files import MODEL_HELP, find
 from titans_lm.record import command_line, provenance, write_json
-from titans_lm.state import identity
-from titans_lm.tasks import at_least
 from titans_lm.terminal import PlainConsole
+
+TEXT_TOKENS = 65_536
+"""Of the texts that are read."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,11 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="another key, value and haystack for each")
     parser.add_argument("--model", type=Path, default=Path("needle"), help=f"of the haystack: {MODEL_HELP}")
     parser.add_argument("--text-model", type=Path, default=Path("streams"), help="of the texts")
-    parser.add_argument("--text-tokens", type=int, default=learning.TOKENS, help="read at most so many; 0: no text")
+    parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS, help="read at most so many; 0: no text")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for the pictures and the figures")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from titans_lm.checkpoint import load
+    from titans_lm.demo import learning, needle
+    from titans_lm.state import identity
+    from titans_lm.tasks import at_least
+
     at_least(0, **{"--seed": arguments.seed, "--text-tokens": arguments.text_tokens})
     folder, console = find(arguments.model), PlainConsole()
     task = needle.task_for(folder, arguments.tokens, arguments.haystack, arguments.depth)

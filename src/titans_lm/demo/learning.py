@@ -24,7 +24,6 @@ from titans_lm.model import TitansForCausalLM
 from titans_lm.surprising import Line, SurprisingLines
 
 MODES = ("on", "frozen")
-TOKENS = 65_536
 BUCKET, BIN = 1024, 1024
 """Tokens of the table's first row, and of a point of the picture."""
 LINES = 3

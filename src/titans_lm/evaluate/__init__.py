@@ -18,11 +18,13 @@ WHAT = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, chosen: str | None = None) -> None:
+    """Flags of each kind, or of the `chosen` one alone: its module loads torch."""
     what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     for name, text in WHAT.items():
         one = what.add_parser(name, help=text, description=text)
-        importlib.import_module(f"titans_lm.evaluate.{name}").add_arguments(one)
+        if chosen in (None, name):
+            importlib.import_module(f"titans_lm.evaluate.{name}").add_arguments(one)
 
 
 def run(arguments: argparse.Namespace) -> int | None:

@@ -19,9 +19,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from titans_lm.checkpoint import MODEL_HELP, load
+from titans_lm.model_files import MODEL_HELP
 from titans_lm.serve.limits import Limits
-from titans_lm.state import TitansState
 
 KEY = "TITANS_API_KEY"
 """The environment variable that may hold the key: the command line is shown to every user of a machine."""
@@ -55,6 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.request_seconds, arguments.shutdown_seconds,
     )  # fmt: skip
     api_key = _api_key(arguments.api_key)
+    from titans_lm.checkpoint import load
+    from titans_lm.state import TitansState
+
     model, tokenizer = load(arguments.model)
     memory = TitansState.load(arguments.memory, model) if arguments.memory else None
     from titans_lm.serve.app import Server, Service
