@@ -17,6 +17,7 @@ def count(config) -> int:
         return sum(p.numel() for p in build(config).parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["tiny", "small", "170m", "400m"])
 def test_all_have_a_size_s_parameters_within_three_percent(size):
     configs = [preset(size, variant) for variant in TITANS] + [preset(size, **fields) for fields in BASELINES.values()]

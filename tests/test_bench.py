@@ -46,6 +46,7 @@ def check_measured(row, actions):
 # ------------------------------------------------------------------------------------------ the four, end to end
 
 
+@pytest.mark.slow
 def test_op(tmp_path):
     shapes = ["--tokens", "40", "--hidden", "16", "--chunk", "8", "--forms", "residual", "--depth", "2", "3"]
     result = bench("op", *shapes, "--runs", "2", out=tmp_path / "op.json")
@@ -58,6 +59,7 @@ def test_op(tmp_path):
     assert [row["operations"] for row in result["rows"]] == [240 * two, 240 * (two + 12 * 16 * 16 + 4 * 8 * 16)]
 
 
+@pytest.mark.slow
 def test_model(tmp_path):
     arguments = ["--lengths", "64", "32", "--variants", "mac", "--runs", "1"]
     result = bench("model", *arguments, out=tmp_path / "model.json")
@@ -68,6 +70,7 @@ def test_model(tmp_path):
     assert (growth["from"], growth["to"]) == (32, 64)
 
 
+@pytest.mark.slow
 def test_decode(tmp_path):
     arguments = ["--positions", "5000000", "--read-up-to", "30", "--tokens", "2", "--variants", "mag"]
     result = bench("decode", *arguments, "--size", "tiny", "--runs", "1", out=tmp_path / "decode.json")
@@ -104,6 +107,7 @@ def test_mamba2_goes_on_from_what_it_has_read():
 READ = ["read", "--tokens", "90", "--stretches", "3", "--piece", "20"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "more"), [("mag", []), ("operation", ["--operation"])])
 def test_read(name, more, tmp_path):
     result = bench(*READ, *more, out=tmp_path / "read.json")
@@ -118,6 +122,7 @@ def test_read(name, more, tmp_path):
     assert (tmp_path / "read.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_write(tmp_path):
     for on, tau in (("reconstruction", 14.0), ("prediction", 110.0)):
         torch.manual_seed(0)
@@ -145,6 +150,7 @@ def test_write(tmp_path):
     assert all(len(make(5000)) == 5000 for make in write.TEXTS.values())
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_what_was_measured(tmp_path, monkeypatch, capsys):
     turn, turns = race.Lane.turn, []
 
@@ -197,6 +203,7 @@ def test_without_the_peers_package_it_says_how_to_get_it(tmp_path, monkeypatch, 
     assert "pip install 'titans-lm[peers]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_contender_that_dies_is_a_row_and_the_others_go_on():
     large = {**SMALL_OP, "tokens": 10**13}
     entrants = [Entrant(str(o["tokens"]), "op", "ours", op.ACTIONS, o) for o in (large, SMALL_OP)]

@@ -228,6 +228,7 @@ def test_an_output_that_takes_nothing_is_one_line(verb, output, status, folder, 
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_it_reads_without_a_home_a_terminal_and_a_compiler(folder, tmp_path):
     """In a process of its own, as `env -i` starts it."""
     memory = tmp_path / "çok uzun ad.memory"

@@ -51,6 +51,7 @@ def test_reading_in_two_calls_through_a_file_is_reading_in_one(folder, text, tmp
     assert said(capsys)[0] != whole
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_seed(folder, capsys):
     texts = []
     for seed in (1, 1, 2):
@@ -241,6 +242,7 @@ def test_the_command_names_its_verbs(capsys):
     assert all(verb in out for verb in ("train", "infer", "demo", "learn", "stability"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")  # go_on gives what generate does
 def test_learning_goes_on_where_it_was_interrupted(text, tmp_path, capsys, monkeypatch):
     from titans_lm import learn
@@ -298,6 +300,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_an_interrupted_stability_goes_on(tmp_path, capsys):
     out = tmp_path / "x.json"
     command = [sys.executable, "-c", FEW_RUNS, "stability", "--steps", "20", "--processes", "1", "--output", str(out)]

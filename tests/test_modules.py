@@ -233,6 +233,7 @@ def sharded(rank: int, kinds: list[str], folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_sharded_by_layer_all_is_as_on_one_device(tmp_path):
     kinds = list(KINDS)
     torch.multiprocessing.spawn(sharded, (kinds, tmp_path), nprocs=2)

@@ -83,6 +83,7 @@ def test_a_reading_that_failed_anywhere_resumes_to_the_last_bit(model, books, wh
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_killed_at_fifty_random_moments_no_file_is_ever_broken(model, books, whole, tmp_path):
     begun = time.monotonic()

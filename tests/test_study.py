@@ -67,6 +67,7 @@ def figures(rows: list[dict[str, Any]]) -> list[Any]:
 # ------------------------------------------------------------------------------------------------ the whole command
 
 
+@pytest.mark.slow
 def test_a_study_is_made_once_goes_on_and_tells(write, capsys):
     study = write()
     assert cli.main(["study", study, "--processes", "2"]) == 0
@@ -101,6 +102,7 @@ def test_a_study_is_made_once_goes_on_and_tells(write, capsys):
     assert "| lmm |" in Path("results/small.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_a_result(write):
     models = {
         "wild": {"model.variant": "lmm", "training.learning_rate": 1e30},
@@ -126,6 +128,7 @@ def die(cell: Any, runs: Path, command: str) -> dict[str, Any]:  # noqa: ARG001 
     return {"status": "ok", "error": None, "scores": [], "loss": 1.0, "large": "x" * 10**6}
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_takes_no_other_with_it(write, tmp_path):
     import argparse
 
@@ -138,6 +141,7 @@ def test_a_process_that_dies_takes_no_other_with_it(write, tmp_path):
     assert "killed" in made.rows[0]["error"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on_to_the_same_results(write):
     training = {**STUDY["shared"]["training"], "max_steps": 60, "save_steps": 5}
     study = write(shared={**STUDY["shared"], "training": training}, seeds=[0], models={"lmm": {"model.variant": "lmm"}})
@@ -180,6 +184,7 @@ def test_what_a_run_of_other_settings_left_is_not_taken_for_this_one_s(write, ca
     assert not Path("results/small.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_kept_model_is_taken_and_one_with_a_broken_run_yaml_is_named(write, capsys):
     study = write(seeds=[0], models={"lmm": {"model.variant": "lmm"}})
     assert cli.main(["study", study, "--keep"]) == 0
@@ -220,6 +225,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_study_began_ends_with_it(write):
     write(seeds=[0])
     Path("main.py").write_text(LINGER)
@@ -237,6 +243,7 @@ def test_what_a_killed_study_began_ends_with_it(write):
     assert not child.exists()
 
 
+@pytest.mark.slow
 def test_a_search_finds_each_model_s_values(write):
     space = {"training.learning_rate": [1e-4, 1e-1, "log"], "model.memory_lr": {"choices": [0.1, 0.5]}}
     study = write(search=space, seeds=[0], models={"lmm": {"model.variant": "lmm"}})

@@ -77,6 +77,7 @@ def test_a_run_leaves_a_model_that_loads_and_says_how_it_was_made(texts, tmp_pat
     assert list((tmp_path / "out").rglob("events.out.tfevents*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("carried", [1, 3, [2, 5]])
 def test_an_interrupted_run_goes_on_to_the_same_losses(texts, tmp_path, carried):
     """Ctrl-C in the middle, in a process of its own; then on, with the memory where it was."""
