@@ -32,11 +32,11 @@ class _AfterTransformers(MetaPathFinder):
     transformers without importing it, as `importlib.util.find_spec` does, changes nothing.
     """
 
-    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if name != "transformers":
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != "transformers":
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
-        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
+        spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
         if spec is not None and spec.loader is not None and hasattr(spec.loader, "exec_module"):
             self._follow(spec.loader)
         return spec

@@ -31,6 +31,7 @@ def serve(orders: TextIO, answers: TextIO) -> None:
     try:
         order = json.loads(orders.readline())
         setting = Setting(**order["setting"])
+        importlib.import_module(f"titans_lm.bench.{order['module']}")  # what libraries take is not the contender's
         _prepare(setting)
         contender = build(order, setting)
         contender.small()
