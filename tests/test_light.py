@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 import titans_lm
-from titans_lm import flags
+from titans_lm import TitansForCausalLM, flags
 from titans_lm.reader import Mode
 
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "huggingface_hub", "safetensors", "numpy")
@@ -91,3 +91,13 @@ def test_help_and_errors_of_a_command_load_nothing_heavy(command: list[str]):
 
 def test_flags_know_the_modes_of_a_reader():
     assert get_args(Mode) == flags.READ_MODES
+
+
+def test_a_memory_file_is_shown_without_transformers(model: TitansForCausalLM, tmp_path: Path):
+    """Its tensors are torch's."""
+    model.initial_state(1).save(tmp_path / "own.memory")
+    code = (
+        "import sys\nfrom titans_lm.cli import main\nassert main(sys.argv[1:]) == 0\n"
+        "assert not {*sys.modules} & {'transformers', 'datasets', 'matplotlib', 'huggingface_hub'}"
+    )
+    assert "tokens read" in run(code, "memory", "show", str(tmp_path / "own.memory"))

@@ -9,9 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from titans_lm.checkpoint import load
 from titans_lm.memory_file import Card, read, write
-from titans_lm.state import TitansState
 from titans_lm.terminal import PlainConsole, shown
 
 
@@ -62,6 +60,9 @@ def _verify(path: Path, tensors: dict[str, Tensor], model: Path | None) -> None:
         if t.is_floating_point() and not bool(torch.isfinite(t).all()):
             raise ValueError(f"{path}: {name} has numbers that are not finite")
     if model is not None:
+        from titans_lm.checkpoint import load  # imports transformers, which the file alone does not need
+        from titans_lm.state import TitansState
+
         TitansState.load(path, load(model)[0])
 
 
