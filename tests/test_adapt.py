@@ -26,7 +26,7 @@ OPTIONS = {"bucket": 16, "reset_every": 32}
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("texts") / "a service.log"
+    path = tmp_path_factory.mktemp("texts") / "a [bold]service.log"
     path.write_bytes(LOG)
     return path
 
@@ -143,7 +143,8 @@ def command(file, folder, out, *more):
 
 @pytest.mark.usefixtures("unchecked")
 def test_the_command_writes_rows_a_figure_and_goes_on(file, folder, tmp_path, capsys):
-    out = tmp_path / "adapt.jsonl"
+    (tmp_path / "[").mkdir()
+    out = tmp_path / "[" / "x] adapt.jsonl"  # as rich ends a style
     assert command(file, folder, out) == 0
     head, *rows = map(json.loads, out.read_text().splitlines())
     assert head["command"].startswith("titans evaluate adapt")
@@ -151,7 +152,10 @@ def test_the_command_writes_rows_a_figure_and_goes_on(file, folder, tmp_path, ca
         "on", "reset", "dynamic 0.1", *installed(), 0, 20,
     ]  # fmt: skip
     assert out.with_suffix(".png").stat().st_size > 1000
-    assert "second reading / first" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "second reading / first" in said
+    assert "[bold]" in said
+    assert "[/x]" in said
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:2] + lines[3:]))  # as if it had been interrupted before "reset"
     assert command(file, folder, out) == 0

@@ -140,6 +140,21 @@ def test_the_command_line_imports_only_what_a_verb_needs():
     run_without(["transformers", "datasets", "matplotlib"], "from titans_lm import cli\nassert cli.VERBS\n")
 
 
+def test_names_are_printed_as_they_are():
+    """Of files, and what models say: rich would take parts of them for styles, or end in a traceback."""
+    for file in SOURCE.rglob("*.py"):
+        if module_of(file) == "terminal":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+                continue
+            assert node.func.id != "Console", f"{file}: PlainConsole"
+            if node.func.id == "TextColumn" and (
+                "task.fields" in ast.unparse(node) or "description" in ast.unparse(node)
+            ):
+                assert "markup=False" in ast.unparse(node), file
+
+
 def test_public_names_exist():
     assert all(hasattr(titans_lm, name) for name in titans_lm.__all__)
 

@@ -15,7 +15,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch import Tensor
 from titans_lm.config import TitansConfig
 from titans_lm.model import TitansForCausalLM
 from titans_lm.record import provenance, write_json
+from titans_lm.terminal import PlainConsole
 
 VOCABULARY, TOKENS, BATCH, LONGEST_PHRASE = 32, 128, 4, 24
 LEARNING_RATE = 2e-3
@@ -136,7 +136,7 @@ def run(arguments: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         done = f"{len(record['runs'])} of {len(runs)} runs are in {arguments.output}"
         raise KeyboardInterrupt(f"{done}; the same again goes on") from None
-    Console().print(_table(record["runs"]))
+    PlainConsole().print(_table(record["runs"]))
 
 
 def _record(arguments: argparse.Namespace) -> dict[str, Any]:

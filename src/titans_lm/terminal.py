@@ -19,6 +19,11 @@ def shown(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
+def red(text: str) -> Text:
+    """`text` as `shown` gives it, in red: for what went wrong, within a table."""
+    return Text(shown(text, _KEPT), "red")
+
+
 class PlainConsole(Console):
     """A console that prints each string as `shown` gives it: no markup, no emoji codes, no highlighting.
 

@@ -39,7 +39,7 @@ class _Clock(TrainerCallback, ExportableState):
 
     def __init__(self, max_steps: int, max_minutes: float | None):
         self.max_steps, self.limit, self.begun = max_steps, (max_minutes or math.inf) * 60, time.monotonic()
-        self.bar = Progress(*Progress.get_default_columns(), TextColumn("{task.fields[found]}"))
+        self.bar = Progress(*Progress.get_default_columns(), TextColumn("{task.fields[found]}", markup=False))
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"seconds": self.elapsed()}}

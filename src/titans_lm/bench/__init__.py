@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from rich.console import Console
-
 WHAT = {
     "op": "the memory operation, beside a large matmul; peers: titans-pytorch",
     "model": "training step and prefill at several lengths; peers: attention, Mamba2",
@@ -62,12 +60,13 @@ def run(arguments: argparse.Namespace) -> None:
     from titans_lm.bench.measure import told
     from titans_lm.bench.race import race
     from titans_lm.record import command_line, provenance, write_json
+    from titans_lm.terminal import PlainConsole
 
     command = importlib.import_module(f"titans_lm.bench.{arguments.what}")
     _check(arguments)
     command.check(arguments)
     setting = _setting(arguments)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = PlainConsole(width=None if sys.stdout.isatty() else WIDTH)
     rows: list[dict[str, Any]] = []
     with _kept_until_told() as interruption:
         race(command.heats(arguments, setting), setting, rows, console)

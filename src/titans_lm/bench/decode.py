@@ -20,6 +20,7 @@ from titans_lm.bench.race import Entrant, Heat
 from titans_lm.config import SIZES
 from titans_lm.model import TitansForCausalLM
 from titans_lm.state import TitansState
+from titans_lm.terminal import red
 
 PIECE = 4096
 Decode = Callable[[nn.Module, Tensor, Any], Any]
@@ -137,7 +138,7 @@ def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
     made = Table("model", "position", "of it read", "ms a token", "least - most", "CPU ms", "over window", "state MiB")
     for row in rows:
         if row["error"]:
-            made.add_row(row["kind"], f"{row['position']:,}", f"[red]{row['error']}")
+            made.add_row(row["kind"], f"{row['position']:,}", red(row["error"]))
             continue
         m = row["actions"]["decode"]
         ms, least, most, cpu = (1e3 * m[key] / row["tokens"] for key in ("seconds", "least", "most", "cpu_seconds"))

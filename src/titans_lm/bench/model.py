@@ -16,6 +16,7 @@ from titans_lm.bench.measure import Action, Contender, Setting
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.config import SIZES
 from titans_lm.memory import memory_off
+from titans_lm.terminal import red
 
 
 def trained(options: dict[str, Any], setting: Setting) -> Contender:
@@ -171,7 +172,7 @@ def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
                 f"{cpu:,.1f}", peak, str(m["runs"]),
             )  # fmt: skip
         if row["error"]:
-            made.add_row(row["name"], "", f"[red]{row['error']}")
+            made.add_row(row["name"], "", red(row["error"]))
     return [made, _ratios(results)]
 
 

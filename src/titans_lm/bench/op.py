@@ -18,6 +18,7 @@ from torch import Tensor
 from titans_lm.bench.measure import MATMUL_OPERATIONS, Action, Contender, Setting, matmul
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.ops import Call, MemoryForm, MemoryState, Tokens, initial_state, memory_scan, resolve_backend
+from titans_lm.terminal import red
 
 HEADS, WIDTH = 6, 64
 CLIP = 1.0
@@ -303,7 +304,7 @@ def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
             if action in row["actions"]:
                 made.add_row(*_cells(row, action))
         if row["error"]:
-            made.add_row(row["heat"], row["name"], f"[red]{row['error']}")
+            made.add_row(row["heat"], row["name"], red(row["error"]))
     profiles = Table("shape", "contender", "share of the time of forward and backward")
     for row in rows:
         for shares in [r["shares"] for r in row["repetitions"].get("profile", [])[-1:]]:

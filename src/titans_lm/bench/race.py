@@ -140,7 +140,12 @@ class Lane:
 
 def race(heats: list[Heat], setting: Setting, rows: list[dict[str, Any]], console: Console) -> None:
     """Run heat after heat; `rows` gets each entrant's result, also of a heat that Ctrl-C ends."""
-    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"), TimeElapsedColumn()]
+    columns = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[left]}", markup=False),
+        TimeElapsedColumn(),
+    ]
     with Progress(*columns, console=console) as progress:
         total = sum(len(heat.entrants) * (heat.runs + heat.warm_up) for heat in heats)
         bar = progress.add_task("", total=total, left="")

@@ -23,6 +23,7 @@ from titans_lm.data import encode, load_tokenizer, read_text, stdlib_files
 from titans_lm.model import TitansForCausalLM
 from titans_lm.ops import initial_state, memory_scan
 from titans_lm.state import TitansState
+from titans_lm.terminal import red
 
 
 class Reader:
@@ -200,7 +201,7 @@ def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
     made = Table("model", "tokens", "tokens/s", "last/first rate", "resident grew, MiB", "largest |W|, |S|", "finite")
     for row in rows:
         if row["error"]:
-            made.add_row(row["name"], f"[red]{row['error']}")
+            made.add_row(row["name"], red(row["error"]))
         if row["name"] in results:
             found = results[row["name"]]
             grew = found["resident_growth_bytes"]
@@ -208,7 +209,7 @@ def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
             made.add_row(
                 row["name"], f"{found['tokens']:,}", f"{found['tokens_per_second']:,.0f}",
                 f"{found['last_rate_over_first']:.2f}", "-" if grew is None else f"{grew / 2**20:,.1f}", norms or "-",
-                "yes" if found["finite"] else "[red]NO",
+                "yes" if found["finite"] else red("NO"),
             )  # fmt: skip
     return [made]
 

@@ -23,6 +23,7 @@ from titans_lm.data import encode, read_text, stdlib_files
 from titans_lm.memory import memories, memory_off
 from titans_lm.model import TitansForCausalLM
 from titans_lm.tasks.haystack import NOISE
+from titans_lm.terminal import red
 
 PIECE = 4096
 
@@ -173,5 +174,5 @@ def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
             made.add_row(text, name, share, f"{r['bits_per_byte']:.3f}", f"{r['tokens_per_second']:,.0f}", over)
     for row in rows:
         if row["error"]:
-            made.add_row(row["heat"], row["name"], f"[red]{row['error']}")
+            made.add_row(row["heat"], row["name"], red(row["error"]))
     return [made]

@@ -119,8 +119,8 @@ def read_through(model: TitansForCausalLM, ids: Tensor, console: Console) -> tup
     """Read ids `[1, T]`, piece by piece, with rate and time left. -> what was seen, and what is remembered"""
     state, done = model.initial_state(1), 0
     reading = Reading(np.zeros(ids.shape[1], np.float32))
-    columns = [TextColumn("reading"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[told]}"),
-               TimeRemainingColumn()]  # fmt: skip
+    columns = [TextColumn("reading"), BarColumn(), TaskProgressColumn(),
+               TextColumn("{task.fields[told]}", markup=False), TimeRemainingColumn()]  # fmt: skip
     with Progress(*columns, console=console) as bars:
         bar = bars.add_task("", total=ids.shape[1], told="")
         for part, out in read(model, ids, state):

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
@@ -39,6 +38,7 @@ from titans_lm.model import TitansForCausalLM
 from titans_lm.record import Lines, command_line
 from titans_lm.state import identity
 from titans_lm.tasks import at_least
+from titans_lm.terminal import PlainConsole
 
 RATES = (0.01, 0.1)
 """Of dynamic evaluation: what is best differs from stream to stream, so each is told."""
@@ -185,7 +185,7 @@ def run(arguments: argparse.Namespace) -> None:
     lines = Lines(arguments.out, settings, command_line("evaluate adapt", arguments, ["files"]))
     _measure(model, streams, predictors, arguments.lags, lines)
     picture(lines.rows, arguments.out.with_suffix(".png"))
-    console = Console()
+    console = PlainConsole()
     for made in (code_table(lines.rows), reading_table(lines.rows)):
         if made.row_count:
             console.print(made)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -26,6 +25,7 @@ from titans_lm.record import Lines, check_output, command_line
 from titans_lm.state import identity
 from titans_lm.tasks import at_least
 from titans_lm.tasks.babilong import Babilong, Example, Tokens, members
+from titans_lm.terminal import PlainConsole
 
 SCORES = ("babilong", "substring", "exact")
 TOKENS = 32
@@ -152,7 +152,7 @@ def run(arguments: argparse.Namespace) -> None:
             asked = answers(model, task, arguments.samples, arguments.seed, arguments.batch)
             given = list(track(asked, f"{name}, {length:,} tokens", total=arguments.samples))
             lines.add({"task": name, "length": length, **summary(task, given)})
-    console = Console()
+    console = PlainConsole()
     console.print(table(lines, list(cells)))
     console.print(f"Scores and answers are in {arguments.out}.")
 

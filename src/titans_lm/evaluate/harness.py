@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from titans_lm.checkpoint import MODEL_HELP, load
 from titans_lm.record import Lines, check_output, command_line
 from titans_lm.state import identity
+from titans_lm.terminal import PlainConsole
 
 SHORTHANDS = {
     "paper": [
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
             tasks = {name: _load(name, manager, options) for name in missing}
         lm = TitansLM(model, tokenizer, batch_size=arguments.batch, device=_device(arguments))
         _evaluate(lm, tasks, lines, {**options, "task_manager": manager})
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(
+    PlainConsole(width=None if sys.stdout.isatty() else WIDTH).print(
         _table([row for name in names if (row := lines.find(task=name))])
     )
 
@@ -91,9 +91,9 @@ def _evaluate(lm: Any, tasks: dict[str, list[Any]], lines: Lines, options: dict[
     """Task by task, each kept when it is done. `options` are those of lm-eval's `simple_evaluate`."""
     from lm_eval import simple_evaluate
 
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     for number, (name, task) in enumerate(tasks.items(), 1):
-        console.print(f"{name} ({number} of {len(tasks)})", markup=False, highlight=False)
+        console.print(f"{name} ({number} of {len(tasks)})")
         begun = time.monotonic()
         try:
             found = simple_evaluate(lm, tasks=task, bootstrap_iters=DRAWS, log_samples=False, **options)

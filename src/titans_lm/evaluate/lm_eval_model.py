@@ -18,7 +18,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
@@ -28,6 +27,7 @@ from titans_lm.data import encode
 from titans_lm.evaluate.likelihood import Request, read_rows, scores
 from titans_lm.model import TitansForCausalLM
 from titans_lm.reader import PIECE
+from titans_lm.terminal import PlainConsole
 
 Item = TypeVar("Item")
 
@@ -181,7 +181,7 @@ class TitansLM(TemplateLM):
     @staticmethod
     def _shown(found: Iterator[Item], wanted: Sequence[Any], what: str, hidden: bool) -> Iterable[Item]:
         """With time left."""
-        return track(found, what, total=len(wanted), console=Console(stderr=True), disable=hidden)
+        return track(found, what, total=len(wanted), console=PlainConsole(stderr=True), disable=hidden)
 
 
 class _Said(StoppingCriteria):

@@ -27,6 +27,7 @@ from titans_lm.record import Lines, check_output, command_line
 from titans_lm.tasks import at_least
 from titans_lm.tasks.haystack import PROSE
 from titans_lm.tasks.needle import Kind, Needle
+from titans_lm.terminal import PlainConsole
 
 _ENDS = 300
 """Letters of a prompt's beginning and of its end that are shown."""
@@ -97,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
-    cells, console = _cells(arguments), Console(stderr=True)
+    cells, console = _cells(arguments), PlainConsole(stderr=True)
     lines = Lines(arguments.out, _settings(arguments), command_line("evaluate needle", arguments))
     model, _ = load(arguments.model)
     if arguments.show:
@@ -166,7 +167,7 @@ def _fill(
 ) -> None:
     """The cells that are not there yet."""
     left = [cell for cell in cells if lines.find(**_place(cell)) is None]
-    columns = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"),
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TextColumn("left"),
                TimeRemainingColumn()]  # fmt: skip
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=sum(cell.length for cell in left))
@@ -181,8 +182,8 @@ def _show(model: PreTrainedModel, task: Needle, seed: int, console: Console) -> 
     prompt, value, said = next(answers(model, task, 1, seed))
     console.rule(f"{task.kind}, {task.length:,} tokens")
     cut = prompt if len(prompt) <= 2 * _ENDS else f"{prompt[:_ENDS]}\n[...]\n{prompt[-_ENDS:]}"
-    console.print(cut, markup=False, highlight=False)
-    console.print(f"wanted: {value!r}\nsaid:   {said!r}", markup=False, highlight=False)
+    console.print(cut)
+    console.print(f"wanted: {value!r}\nsaid:   {said!r}")
 
 
 def _grid(rows: list[dict[str, Any]]) -> tuple[list[int], list[float], np.ndarray]:

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
@@ -40,6 +39,7 @@ from titans_lm.reader import PIECE
 from titans_lm.record import check_output, command_line, provenance, write_json
 from titans_lm.state import identity
 from titans_lm.tasks import at_least
+from titans_lm.terminal import PlainConsole
 
 MODES = ("on", "frozen", "reset", "off")
 BUCKET, RESET = 1024, 4096
@@ -254,7 +254,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     rows = _measure(model, (ids, sizes), modes, record, arguments.out)
     picture(rows, arguments.out.with_suffix(".png"))
-    console = Console()
+    console = PlainConsole()
     console.print(table(rows))
     console.print(f"Figures are in {arguments.out}, the picture is {arguments.out.with_suffix('.png')}.")
 

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from titans_lm.ops import MemoryForm, initial_state, memory_scan, retrieve
 from titans_lm.record import check_output, provenance, write_json
+from titans_lm.terminal import PlainConsole
 
 THETAS = (0.003, 0.01, 0.018, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)
 SHOWN = 0.018
@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     width, heads, tokens, out = arguments.width, arguments.heads, arguments.tokens, arguments.out
     pairs = [int(n * width) for n in PAIRS_PER_WIDTH]
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = PlainConsole(width=None if sys.stdout.isatty() else 120)
     cells = list(itertools.product(STREAM_DEPTHS, CHUNKS))
     streams = [stream(*cell, width, heads, tokens) for cell in track(cells, "a nonlinear stream", console=console)]
     grid = list(itertools.product(CAPACITY_DEPTHS, CORRELATIONS, pairs))

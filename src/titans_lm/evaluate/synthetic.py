@@ -51,12 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from titans_lm.evaluate.cell import check_tests, run_cell
     from titans_lm.record import check_output, command_line, write_json
     from titans_lm.settings import parse_settings
+    from titans_lm.terminal import PlainConsole
 
     out = arguments.out or Path(f"results/{arguments.task}_{arguments.model}.json")
     check_output(out)
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     table = Table("length", "right", "rows without a mistake", title=f"{arguments.model} on {arguments.task}")
     for score in row["scores"]:
         table.add_row(str(score["length"]), f"{score['score']:.3f}", f"{score['whole']:.3f}")
-    console = Console()
+    console = PlainConsole()
     console.print(table)
     console.print(f"{row['parameters']:,} parameters, {row['steps']} steps, {row['seconds']:.0f} s; {out}")
 

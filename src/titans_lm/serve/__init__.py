@@ -17,10 +17,9 @@ import os
 import socket
 from pathlib import Path
 
-from rich.console import Console
-
 from titans_lm.model_files import MODEL_HELP
 from titans_lm.serve.limits import Limits
+from titans_lm.terminal import PlainConsole
 
 KEY = "TITANS_API_KEY"
 """The environment variable that may hold the key: the command line is shown to every user of a machine."""
@@ -63,13 +62,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     listening = listen(arguments.host, arguments.port)
     host, port = listening.getsockname()[:2]
-    console = Console(stderr=True, soft_wrap=True)
+    console = PlainConsole(stderr=True, soft_wrap=True)
     known = f"with {arguments.memory}" if arguments.memory else "with an empty memory"
-    console.print(
-        f"{arguments.model} {known} at http://{host}:{port}/v1; Ctrl-C ends it", markup=False, highlight=False
-    )
+    console.print(f"{arguments.model} {known} at http://{host}:{port}/v1; Ctrl-C ends it")
     if api_key is None and not ipaddress.ip_address(host.split("%")[0]).is_loopback:
-        console.print(f"anyone who reaches {host} may ask: no key is set ({KEY})", style="yellow", markup=False)
+        console.print(f"anyone who reaches {host} may ask: no key is set ({KEY})", style="yellow")
     Server(Service(model, tokenizer, memory, limits, api_key)).run(sockets=[listening])
 
 

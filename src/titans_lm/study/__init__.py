@@ -7,9 +7,8 @@ model or seed only makes what is missing. A run that fails is a line as well.
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from titans_lm.record import cores
+from titans_lm.terminal import PlainConsole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_output(lines.path, picture=study.figure is not None, ours=False)
     for cell in missing:
         earlier(cell.settings(arguments.runs / study.name))
-    console = Console()
+    console = PlainConsole()
     console.print(f"{study.name}: {len(study.cells)} runs, {len(missing)} to do, {arguments.processes} side by side")
     try:
         run_cells(missing, train_and_test, arguments, command, lines, console)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from titans_lm.record import write_text
 from titans_lm.study.grid import Study
+from titans_lm.terminal import PlainConsole
 
 FIGURES = ("score", "bits_per_byte")
 """The figure of a test that is told: the first of these that it has."""
@@ -88,7 +89,7 @@ def tables(task: str, scores: Scores, rows: list[dict[str, Any]], width: int) ->
     models, *columns = zip(head, *lines, strict=True)
     parts = [[models]]
     for column in columns:
-        needed = Console(width=10**6).measure(_table(task, [*parts[-1], column])).maximum
+        needed = PlainConsole(width=10**6).measure(_table(task, [*parts[-1], column])).maximum
         if needed > width and len(parts[-1]) > 1:
             parts.append([models])
         parts[-1].append(column)

@@ -63,7 +63,7 @@ def run_cells(
                     lines.add({**one.cell.about(), **row})
                     seconds.append(time.monotonic() - one.begun)
                     bar.advance(task)
-                    bar.console.print(f"{one.cell.name}: {_told(row)}", highlight=False, markup=False)
+                    bar.console.print(f"{one.cell.name}: {_told(row)}")
         except KeyboardInterrupt:
             for one in running:  # each saves a checkpoint; Ctrl-C has told them already, other signals have not
                 one.process.terminate()
@@ -74,8 +74,8 @@ def run_cells(
 
 def _bar(console: Console) -> Progress:
     return Progress(
-        BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[left]}"),
-        TimeElapsedColumn(), TextColumn("{task.description}"), console=console,
+        BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[left]}", markup=False),
+        TimeElapsedColumn(), TextColumn("{task.description}", markup=False), console=console,
     )  # fmt: skip
 
 

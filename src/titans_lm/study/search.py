@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from titans_lm.record import Lines, provenance
 from titans_lm.settings import Settings
 from titans_lm.study.grid import SECTIONS, Cell, Study
 from titans_lm.study.scheduler import run_cells
+from titans_lm.terminal import PlainConsole
 from titans_lm.train import model_for, trainer_for
 from titans_lm.trainer import NotFinite
 
@@ -31,13 +31,13 @@ def search(study: Study, arguments: argparse.Namespace, command: str) -> None:
     command = f"{command} --search {trials}"
     lines = Lines(arguments.results / f"{study.name}_search.jsonl", {"search": space, "trials": trials}, command)
     missing = [cell for cell in cells if lines.find(**cell.about()) is None]
-    console = Console()
+    console = PlainConsole()
     job = functools.partial(search_cell, space=space, trials=trials)
     run_cells(missing, job, arguments, command, lines, console)
     for cell in cells:
         row = lines.find(**cell.about())
         if row is not None and row["status"] == "ok":
-            console.print(f"{cell.name}: loss {row['loss']:.4f} with {row['best']}", highlight=False, markup=False)
+            console.print(f"{cell.name}: loss {row['loss']:.4f} with {row['best']}")
 
 
 def search_cell(cell: Cell, runs: Path, command: str, space: dict[str, Any], trials: int) -> dict[str, Any]:
