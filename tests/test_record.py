@@ -2,10 +2,11 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 
-from titans_lm.record import Lines, command_line, provenance
+from titans_lm.record import RESULTS, Lines, check_output, command_line, provenance, write_json
 
 
 def test_lines_are_there_when_they_are_added_and_found_again(tmp_path):
@@ -24,6 +25,28 @@ def test_lines_are_there_when_they_are_added_and_found_again(tmp_path):
     again.add({"length": 32})
     assert len(path.read_text().splitlines()) == 4
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_folder_of_results_is_made_and_no_other(tmp_path, monkeypatch):
+    """Commands are run outside a clone too, where there is no `results` yet."""
+    monkeypatch.chdir(tmp_path)
+    check_output(RESULTS / "a.json", picture=True)
+    assert not RESULTS.exists()  # nothing is made before there is a result
+    Lines(RESULTS / "a.jsonl", {}, "titans x").add({"length": 8})
+    write_json(RESULTS / "a.json", {"command": "titans x"})
+    assert {path.name for path in RESULTS.iterdir()} == {"a.jsonl", "a.json"}
+    with pytest.raises(ValueError, match="the folder nowhere does not exist"):
+        check_output(Path("nowhere/a.json"))
+
+
+def test_names_of_any_length_and_modes_are_kept(tmp_path):
+    path = tmp_path / ("a" * 250 + ".json")
+    write_json(path, {"command": "titans x"})
+    path.chmod(0o600)
+    write_json(path, {"command": "titans y"})
+    assert json.loads(path.read_text())["command"] == "titans y"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_results_of_other_settings_are_left_alone(tmp_path):

@@ -1,5 +1,6 @@
 """A study's grid, its scheduler, its report and its search; what a cell makes of failure."""
 
+import argparse
 import io
 import json
 import math
@@ -18,10 +19,12 @@ from rich.console import Console
 
 from titans_lm import cli
 from titans_lm.evaluate.cell import run_test
+from titans_lm.record import Lines
 from titans_lm.study.grid import load_study
 from titans_lm.study.report import collect, markdown, mean_and_spread, tables, words
 from titans_lm.study.scheduler import run_cells
 from titans_lm.study.search import search_cell
+from titans_lm.terminal import PlainConsole
 
 ROOT = Path(__file__).parents[1]
 STUDY: dict[str, Any] = {
@@ -130,13 +133,9 @@ def die(cell: Any, runs: Path, command: str) -> dict[str, Any]:  # noqa: ARG001 
 
 @pytest.mark.slow
 def test_a_process_that_dies_takes_no_other_with_it(write, tmp_path):
-    import argparse
-
-    from titans_lm.record import Lines
-
     study = load_study(Path(write(seeds=[0])), [])
     made = Lines(tmp_path / "lines.jsonl", {}, "")
-    run_cells(study.cells, die, argparse.Namespace(processes=1, runs=tmp_path, keep=False), "", made, Console())
+    run_cells(study.cells, die, argparse.Namespace(processes=1, runs=tmp_path, keep=False), "", made, PlainConsole())
     assert {row["model"]: row["status"] for row in made.rows} == {"lmm": "failed", "window": "ok"}
     assert "killed" in made.rows[0]["error"]
 

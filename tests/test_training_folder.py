@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from titans_lm.cli import main
-from titans_lm.run_folder import RunLock
+from titans_lm.run_folder import RunLock, remove_run
 from titans_lm.settings import load_settings, parse_settings
 from titans_lm.train import train
 from titans_lm.trainer import NotFinite
@@ -208,6 +208,29 @@ def test_folders_of_the_user_stay_and_are_no_checkpoints(run):
     assert (output / "notes.txt").read_text() == "mine"
     assert {p.name for p in output.glob("checkpoint-*")} >= {"checkpoint-4", "checkpoint-5"}
     assert not (output / "checkpoint-2").exists()
+
+
+def test_a_study_removes_of_a_run_what_the_run_wrote(tmp_path):
+    ours = ("checkpoint-3/trainer_state.json", "checkpoint-3/optimizer.pt", "runs/events.out.tfevents.1", "run.yaml",
+            "model.safetensors", "run-0/checkpoint-1/trainer_state.json")  # fmt: skip
+    theirs = (
+        "checkpoint-best/trainer_state.json",
+        "checkpoint-9/notes.txt",
+        "notes.txt",
+        "run-notes/model.safetensors",
+    )
+    for name in (*ours, *theirs):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).touch()
+    (tmp_path / "else").mkdir()
+    remove_run(tmp_path / "out", model=False)
+    kept = {"run.yaml", "model.safetensors", *theirs}
+    assert {str(path) for path in content(tmp_path / "out")} == kept
+    remove_run(tmp_path / "out")
+    assert {str(path) for path in content(tmp_path / "out")} == set(theirs)
+    (tmp_path / "else" / "model.safetensors").touch()
+    remove_run(tmp_path / "else")
+    assert not (tmp_path / "else").exists()
 
 
 def test_a_folder_in_the_way_of_a_checkpoint_is_not_overwritten(run):

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -15,6 +16,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from titans_lm.memory_lock import beside
 
 
 def provenance(command: str) -> dict[str, str]:
@@ -139,16 +142,18 @@ def _is_result(path: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Beside, then renamed. A link stays, and what it leads to is written."""
+    """Beside, then renamed. A link stays, and what it leads to is written; a file that was there keeps its mode."""
     path = Path(os.path.realpath(path))
     if path.parent == RESULTS.absolute():
         path.parent.mkdir(exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
+    part = beside(path, "part")
     try:
-        beside.write_text(text)
-        os.replace(beside, path)
+        part.write_text(text)
+        if path.exists():
+            shutil.copymode(path, part)
+        os.replace(part, path)
     finally:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 class Lines:
