@@ -229,6 +229,11 @@ def test_a_study_removes_of_a_run_what_the_run_wrote(tmp_path):
     remove_run(tmp_path / "out")
     assert {str(path) for path in content(tmp_path / "out")} == set(theirs)
     (tmp_path / "else" / "model.safetensors").touch()
+    (tmp_path / "else" / "runs").mkdir()
+    (tmp_path / "else" / "runs" / "notes.txt").touch()
+    remove_run(tmp_path / "else")
+    assert list(content(tmp_path / "else")) == [Path("runs/notes.txt")]
+    (tmp_path / "else" / "runs" / "notes.txt").unlink()
     remove_run(tmp_path / "else")
     assert not (tmp_path / "else").exists()
 
