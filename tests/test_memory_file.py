@@ -197,7 +197,7 @@ def test_verify_knows_whole_files_their_model_and_numbers_that_are_not(file, fol
     assert "whole and finite, of this model" in said(capsys)
     other = tmp_path / "other"
     torch.manual_seed(1)
-    TitansForCausalLM(tiny_config("mag", vocab_size=260)).save_pretrained(other)
+    TitansForCausalLM(tiny_config("mag", vocab_size=260, memory_lr=0.1)).save_pretrained(other)
     byte_tokenizer().save_pretrained(other)
     assert main(["memory", "verify", str(file), "--model", str(other)]) == 2
     assert "belongs to another model: its weights" in said(capsys)
