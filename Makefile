@@ -1,9 +1,9 @@
-# `make test`, `make demo` and `make learn` set up everything from nothing: virtual environment, pinned PyTorch, package, extras.
+# `make test`, `make docs`, `make demo` and `make learn` set up everything from nothing: virtual environment, pinned PyTorch, package, extras.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: test test-fast lint demo learn clean
+.PHONY: test test-fast lint docs demo learn clean
 
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -17,6 +17,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror src/titans_lm/ops/cpp/*
+
+# The documentation's site, into site/: open site/index.html. NO_MKDOCS_2_WARNING silences a notice about another program.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 demo: $(READY)
 	$(BIN)/titans demo

@@ -64,13 +64,6 @@ def read_csv(path: Path) -> Tensor:
         raise ValueError(f"{path} is not a table of a date and numbers: {error}") from None
 
 
-def detached(state: NeuralMemoryState) -> NeuralMemoryState:
-    """The same memory, without its history of gradients."""
-    anchor, weights, momentum = (tuple(w.detach() for w in part) for part in state.memory[:3])
-    memory = state.memory._replace(anchor=anchor, weights=weights, momentum=momentum)
-    return NeuralMemoryState(memory, tuple(tail.detach() for tail in state.tails))
-
-
 def train(model: Forecaster, x: Tensor, steps: int, batch: int = 16, carried: int = 10) -> None:
     """Windows that follow one another, `carried` of them with one memory, so that it learns to last."""
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
@@ -85,7 +78,7 @@ def train(model: Forecaster, x: Tensor, steps: int, batch: int = 16, carried: in
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        state = detached(state)
+        state = state.detach()  # the memory goes on, its gradients do not
         if step % 50 == 0:
             print(f"step {step:4}  mean squared error {loss.item():.4f}")
 

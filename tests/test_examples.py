@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+import titans_lm
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -64,3 +67,62 @@ def test_the_lines_that_are_new_in_a_log_are_found(folder, tmp_path, monkeypatch
     bits = module.bits_per_byte(str(folder), module.labelled_lines(log))
     assert (bits > 0).all()
     assert module.highest(np.array([1.0, 3.0, 2.0]), 2).tolist() == [False, True, True]
+
+
+def test_the_layer_learns_to_recall_and_an_lstm_is_trained_beside_it(monkeypatch, capsys):
+    layer = example("layer")
+    batch = layer.make_batch(3, 4, torch.Generator().manual_seed(0))
+    first, again = batch.x[:, :8].unflatten(1, (4, 2)), batch.x[:, 8:].unflatten(1, (4, 2))
+    for row in range(3):  # the same pairs, key and value together
+        assert {tuple(pair) for pair in first[row].flatten(1).tolist()} == {
+            tuple(pair) for pair in again[row].flatten(1).tolist()
+        }
+    assert torch.equal(batch.targets[batch.asked], again[:, :, 1].flatten(0, 1))
+    torch.manual_seed(0)
+    model = layer.Recall(titans_lm.NeuralMemory(64, heads=2, chunk_size=2, theta_max=1.0))
+    test = layer.make_batch(64, 2, torch.Generator().manual_seed(1))
+    before = layer.accuracy(model, test)
+    layer.train(model, steps=15, pairs=2)
+    assert layer.accuracy(model, test) > before + 0.05
+    monkeypatch.setattr(sys, "argv", ["layer.py", "--steps", "1", "--pairs", "2"])
+    layer.main()
+    assert capsys.readouterr().out.count("right: 0.") == 2
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_fine_tuning_lowers_the_bits_of_what_was_held_out(tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer.\n" for n in range(60)))
+    options = [str(text), "--steps", "4", "--carried", "2", "--output", str(tmp_path / "tuned")]
+    finetune = example("finetune")
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *options])
+    finetune.main()
+    before, after = map(float, re.findall(r"([\d.]+)(?: bits per token)? (?:before|after)", capsys.readouterr().out))
+    assert after < before
+    model, _ = titans_lm.load(tmp_path / "tuned")
+    original, _ = titans_lm.load("streams")
+    changed = [not torch.equal(a, b) for a, b in zip(model.parameters(), original.parameters(), strict=True)]
+    assert all(changed)
+    text.write_text("too short")
+    with pytest.raises(SystemExit):
+        finetune.main()
+    assert "at least 513 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_memory_is_asked_by_a_later_process(tmp_path, monkeypatch, capsys):
+    text, memory = tmp_path / "text.txt", tmp_path / "text.memory"
+    text.write_text("".join(f"door {n} is locked; " for n in range(40)))
+    ask = example("ask")
+
+    def said(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["ask.py", *map(str, arguments)])
+        ask.main()
+        return capsys.readouterr().out
+
+    assert f"{len(text.read_text())} tokens read" in said("learn", memory, text)
+    written = memory.read_bytes()
+    assert said("ask", memory, "door 40 is").startswith("door 40 is")
+    known, unknown = map(float, re.findall(r"([\d.]+) with", said("compare", memory, text)))
+    assert known < 0.9 * unknown
+    assert memory.read_bytes() == written
