@@ -16,7 +16,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror src/titans_lm/ops/cpp/*
+	$(BIN)/clang-format --dry-run --Werror src/titans_lm/ops/cpu/csrc/*
 
 # The documentation's site, into site/: open site/index.html. NO_MKDOCS_2_WARNING silences a notice about another program.
 docs: $(READY)

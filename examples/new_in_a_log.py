@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 import titans_lm
-from titans_lm.reader import Reader
-from titans_lm.surprising import SurprisingLines
-from titans_lm.token_bits import by_bytes
+from titans_lm.inference.reader import Reader
+from titans_lm.inference.surprising import SurprisingLines
+from titans_lm.inference.token_bits import by_bytes
 
 
 class LabelledLine(NamedTuple):

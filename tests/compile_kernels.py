@@ -20,8 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from titans_lm.ops.kernels import back, read
-from titans_lm.ops.triton import Plan
+from titans_lm.ops.triton.fused import Plan
+from titans_lm.ops.triton.kernels import back, read
 from titans_lm.ops.types import MemoryForm
 
 KERNELS = {"read": read, "again": read, "back": back}  # `again` fills the slots that `back` starts from

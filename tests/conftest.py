@@ -20,12 +20,16 @@ from torch.utils._pytree import tree_leaves
 SOURCE = Path(importlib.util.find_spec("titans_lm").origin).parent
 # Before anything imports the package. Not the configuration, whose initialiser takes keys that no signature has.
 hook = install_import_hook(
-    [f"titans_lm.{path.stem}" for path in SOURCE.iterdir() if path.stem not in ("__init__", "config")],
+    [
+        f"titans_lm.{path.relative_to(SOURCE).with_suffix('').as_posix().replace('/', '.')}"
+        for path in [*SOURCE.glob("*.py"), *SOURCE.glob("*/*")]
+        if path.stem not in ("__init__", "_moved", "configuration", "shipped")
+    ],
     "beartype.beartype",
 )
 
 from titans_lm import TitansConfig, TitansForCausalLM, TitansState  # noqa: E402
-from titans_lm.data import byte_tokenizer  # noqa: E402
+from titans_lm.models.tokenizer import byte_tokenizer  # noqa: E402
 from tolerance import assert_close  # noqa: E402
 
 torch.set_num_threads(1)

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 
 from conftest import tiny_model
 from titans_lm.cli import main
-from titans_lm.data import byte_tokenizer
 from titans_lm.evaluate import perplexity
 from titans_lm.evaluate.adapt import code_lengths, read_stream
 from titans_lm.evaluate.compressors import compressed_bits, installed
 from titans_lm.evaluate.dynamic import read_dynamically
 from titans_lm.evaluate.rereading import reread
-from titans_lm.memory import memory_off
+from titans_lm.layers.neural_memory import memory_off
+from titans_lm.models.tokenizer import byte_tokenizer
 
 LOG = b"".join(b"%03d service started, id=%d\n" % (n, n * n % 97) for n in range(12))
 OPTIONS = {"bucket": 16, "reset_every": 32}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from conftest import Made, tiny_model, tokens
 from definition import attend, window_mask, windowed
-from titans_lm.attention import SegmentAttention, WindowAttention, rotation
+from titans_lm.layers.attention import SegmentAttention, WindowAttention, rotation
 from tolerance import assert_close
 
 D, HEADS, WIDTH, BASE = 12, 2, 4, 10000.0

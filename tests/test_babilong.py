@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from conftest import tiny_config, tiny_model
 from titans_lm import TitansForCausalLM
 from titans_lm.cli import main
-from titans_lm.data import byte_tokenizer, load_tokenizer
 from titans_lm.evaluate.babilong import TOKENS, babilong, exact, score, substring
+from titans_lm.models.tokenizer import byte_tokenizer, load_tokenizer
 from titans_lm.tasks import IGNORED, Task, make_task
 from titans_lm.tasks.babilong import Babilong, Example, parse, sentences
 

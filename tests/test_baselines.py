@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from conftest import TITANS
-from titans_lm.baselines import BASELINES, MAMBA2, NAMES, build, mamba2_config
-from titans_lm.config import PARAMETERS, SIZES, TitansConfig, count_parameters, fitted, preset
-from titans_lm.memory import NeuralMemory
-from titans_lm.settings import parse_settings
-from titans_lm.train import train
+from titans_lm.layers.neural_memory import NeuralMemory
+from titans_lm.models.baselines import BASELINES, MAMBA2, NAMES, build, mamba2_config
+from titans_lm.models.configuration import PARAMETERS, SIZES, TitansConfig, count_parameters, fitted, preset
+from titans_lm.training.config import parse_settings
+from titans_lm.training.train import train
 from tolerance import assert_close
 
 

@@ -16,8 +16,8 @@ from titans_lm.bench import decode, measure, model, op, race, write
 from titans_lm.bench.measure import Action, Contender, Meter, Setting
 from titans_lm.bench.race import Dead, Entrant, Heat, Worker
 from titans_lm.cli import main
-from titans_lm.data import byte_tokenizer
-from titans_lm.memory import memories, memory_off
+from titans_lm.layers.neural_memory import memories, memory_off
+from titans_lm.models.tokenizer import byte_tokenizer
 from titans_lm.ops import initial_state, memory_scan
 
 SMALL_OP = {"rows": 1, "tokens": 32, "hidden": 16, "chunk": 8, "form": "plain"}

@@ -20,9 +20,9 @@ import torch
 
 from conftest import tiny_config
 from titans_lm import Reader, TitansForCausalLM, TitansState
-from titans_lm.checkpoint import load
 from titans_lm.cli import main
-from titans_lm.data import byte_tokenizer
+from titans_lm.models.hub import load
+from titans_lm.models.tokenizer import byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # as for a user: no type is checked for the package
 TEXT = "It was a dark and stormy night; the rain fell in torrents.\n" * 4

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import each_kind, tiny_config, tokens
 from titans_lm import DEFAULT_CONFIG, VARIANT_CONFIGS, TitansConfig, TitansForCausalLM, preset
-from titans_lm.config import SIZES, VARIANTS, count_parameters, known_keys
-from titans_lm.settings import parse_settings
+from titans_lm.models.configuration import SIZES, VARIANTS, count_parameters, known_keys
+from titans_lm.training.config import parse_settings
 
 
 @pytest.mark.parametrize(

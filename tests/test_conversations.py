@@ -10,7 +10,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from conftest import VOCABULARY, assert_has_read, each_kind, tiny_model, tokens
 from test_generate import generate, left_padded
 from titans_lm import TitansForCausalLM, TitansState
-from titans_lm.data import byte_tokenizer
+from titans_lm.models.tokenizer import byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 

@@ -9,20 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from titans_lm.data import (
-    Blocks,
-    CarriedOrder,
-    StreamedBlocks,
-    byte_tokenizer,
-    encode,
-    is_bytes,
-    read_text,
-    split_held_out,
-    stdlib_files,
-    streamed,
-    text_files,
-    text_pieces,
-)
+from titans_lm.models.tokenizer import byte_tokenizer, encode, is_bytes
+from titans_lm.training.data import Blocks, CarriedOrder, StreamedBlocks, streamed
+from titans_lm.utils.corpora import split_held_out, stdlib_files, text_files
+from titans_lm.utils.text_file import read_text, text_pieces
 
 TOKENIZER = byte_tokenizer()
 

@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import tiny_config
 from titans_lm import TitansForCausalLM, cli
-from titans_lm.checkpoint import NAMES, SHIPPED, find, load, ship
-from titans_lm.data import byte_tokenizer, load_tokenizer
-from titans_lm.demo.learning import read_text
-from titans_lm.demo.needle import Reading, chart, hide, read_through, stretches, summary, task_for
-from titans_lm.reader import PIECE
+from titans_lm.cli.demo.learning import read_text
+from titans_lm.cli.demo.needle import Reading, chart, hide, read_through, stretches, summary, task_for
+from titans_lm.inference.answer import PIECE
+from titans_lm.models.hub import load, ship
+from titans_lm.models.model_files import NAMES, SHIPPED, find
+from titans_lm.models.tokenizer import byte_tokenizer, load_tokenizer
 
 
 @pytest.mark.usefixtures("unchecked")

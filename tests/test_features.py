@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import titans_lm.features as features_module
-from titans_lm.features import _Features, convolved, features, in_eager
-from titans_lm.ops import compiled
-from titans_lm.ops.build import SOURCES
+import titans_lm.layers.features as features_module
+from titans_lm.layers.features import _Features, convolved, features, in_eager
+from titans_lm.ops.cpu import compiled
+from titans_lm.ops.cpu.build import SOURCES
 from tolerance import assert_close
 
 HEADS, TOKENS = 3, 11

@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 import titans_lm
 from conftest import tiny_config, tiny_model, tokens
 from titans_lm import TitansConfig, TitansForCausalLM
-from titans_lm.checkpoint import SHIPPED, find, load, save
-from titans_lm.config import AUTO_MAP
-from titans_lm.data import byte_tokenizer, load_tokenizer
-from titans_lm.model_files import DIGESTS, check_digests
+from titans_lm.models.configuration import AUTO_MAP
+from titans_lm.models.hub import load, save
+from titans_lm.models.model_files import DIGESTS, SHIPPED, check_digests, find
+from titans_lm.models.tokenizer import byte_tokenizer, load_tokenizer
 
 
 def digests(folder: Path) -> set[str]:

@@ -14,11 +14,11 @@ import torch
 
 from conftest import tiny_config
 from titans_lm import TitansForCausalLM, TitansState
-from titans_lm.checkpoint import load
 from titans_lm.cli import main
-from titans_lm.data import byte_tokenizer, encode
-from titans_lm.learn import PIECE, read_three_ways, tenths
-from titans_lm.reader import go_on, read
+from titans_lm.cli.learn import PIECE, read_three_ways, tenths
+from titans_lm.inference.answer import go_on, read
+from titans_lm.models.hub import load
+from titans_lm.models.tokenizer import byte_tokenizer, encode
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,7 +109,7 @@ def test_a_conversation_survives_a_byte_that_is_no_text(folder, monkeypatch, cap
 
 
 def test_stop_takes_a_newline_as_people_type_it(folder, capsys):
-    from titans_lm.infer import _unescaped
+    from titans_lm.cli.infer import _unescaped
 
     assert _unescaped(r"a\nb\tc\\n\x é") == "a\nb\tc\\n\\x é"
     options = ["--temperature", 3, "--max-new-tokens", 400]
@@ -249,9 +249,9 @@ def test_the_command_names_its_verbs(capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")  # go_on gives what generate does
 def test_learning_goes_on_where_it_was_interrupted(text, tmp_path, capsys, monkeypatch):
-    from titans_lm import learn
-    from titans_lm.settings import parse_settings
-    from titans_lm.trainer import TitansTrainer
+    from titans_lm.cli import learn
+    from titans_lm.training.config import parse_settings
+    from titans_lm.training.trainer import TitansTrainer
 
     def settings(output, minutes, _):
         model = {"size": "tiny", "variant": "lmm", "num_hidden_layers": 1, "parameters": 400_000}
@@ -280,7 +280,7 @@ def test_learning_goes_on_where_it_was_interrupted(text, tmp_path, capsys, monke
 
 
 def test_stability_writes_what_it_found(tmp_path, capsys):
-    from titans_lm.stability import phrases, train_on_phrases
+    from titans_lm.cli.stability import phrases, train_on_phrases
 
     ids, known = phrases(3, 60, torch.Generator().manual_seed(0))
     for row, mask in zip(ids, known, strict=True):

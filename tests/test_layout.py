@@ -10,98 +10,86 @@ import titans_lm
 SOURCE = Path(titans_lm.__file__).parent
 FILES = sorted(file for file in SOURCE.rglob("*.py") if "shipped" not in file.parts)  # these are models' own
 
-ORDER = [
-    ["_registration", "model_files"],
-    ["ops", "recompute", "prediction", "associative", "called", "terminal", "text_file", "memory_lock"],
-    ["features", "memory_state", "memory_options"],
-    ["memory", "attention"],
-    ["config", "reading"],
-    ["block"],
-    ["memory_file"],
-    ["state"],
-    ["packing"],
-    ["arguments"],
-    ["generation"],
-    ["model"],
-    ["data", "flags", "record", "surprising", "yaml_values"],
-    ["checkpoint"],
-    ["tasks", "baselines"],
-    ["settings", "run_folder"],
-    ["answer", "token_bits"],
-    ["trainer", "reader", "memories"],
-    ["train", "read"],
-    ["infer", "serve"],
-    ["evaluate", "analyze", "bench", "stability"],
-    ["study", "demo", "learn"],
+STOREYS = [
+    ["_moved", "utils"],
+    ["ops"],
+    ["layers"],
+    ["models"],
+    ["tasks"],
+    ["training", "inference"],
+    ["evaluate"],
+    ["bench", "study"],
     ["cli"],
 ]
-"""A module imports from modules before its own line, and none of its own line."""
+"""What is in a storey imports from its own and from those before it; two of one line do not know each other."""
+CIRCLES = {"models.configuration", "models.cache", "bench.op"}
+"""Modules that still import from ones that import them."""
 WITHIN_OPS = [
-    ["types", "ragged", "decays", "build"],
-    ["naive", "mlp", "compiled"],
-    ["chunk"],
-    ["group"],
-    ["chunked"],
-    ["step", "linear"],
-    ["native"],
-    ["kernel_mlp"],
-    ["kernels"],
-    ["triton"],
-    ["__init__"],
+    ["types", "ragged", "decays", "cpu.build"],
+    ["reference", "mlp", "cpu.compiled"],
+    ["chunked.chunk"],
+    ["chunked.group"],
+    ["chunked.scan"],
+    ["decode", "delta_rule"],
+    ["cpu.native"],
+    ["triton.kernel_mlp"],
+    ["triton.kernels"],
+    ["triton.fused"],
+    ["api"],
+    [""],
 ]
+"""From the definition outwards: a module imports from those before its own line, and none of its own line."""
 
 
-def module_of(file: Path) -> str:
-    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
+def name_of(file: Path) -> str:
+    """`ops.api` for ops/api.py, `ops` for ops/__init__.py, "" for the package's own."""
+    parts = [part for part in file.relative_to(SOURCE).with_suffix("").parts if part != "__init__"]
+    return ".".join(parts)
 
 
-def imported(file: Path, *, for_types: bool = False) -> set[str]:
-    """The package's modules that a file names, wherever in it; those that only type checkers read on request."""
-    tree = ast.parse(file.read_text())
-    ignored = {
-        node
-        for test in ast.walk(tree)
-        if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.unparse(test.test) and not for_types
-        for statement in test.body
-        for node in ast.walk(statement)
-    }
+MODULES = {name_of(file): file for file in FILES}
+
+
+def imported(file: Path) -> set[str]:
+    """The package's modules that a file imports, wherever in it, also those that only type checkers read."""
     names = set()
-    for node in ast.walk(tree):
-        if node in ignored:
-            continue
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    return {name for name in names if name.split(".")[0] == "titans_lm"}
+    ours = (name.split(".")[1:] for name in names if name.split(".")[0] == "titans_lm")
+    return {next(n for k in range(len(p), -1, -1) if (n := ".".join(p[:k])) in MODULES) for p in ours}
 
 
-def test_every_module_has_a_place_in_the_order():
-    placed = {name for line in ORDER for name in line}
-    assert {module_of(file) for file in FILES} - {"__init__", "__main__"} <= placed
+def test_every_module_has_a_storey():
+    assert {name.split(".")[0] for name in MODULES} - {""} == {name for line in STOREYS for name in line}
 
 
-def test_imports_go_only_along_the_data_flow():
-    place = {name: number for number, line in enumerate(ORDER) for name in line}
-    allowed = {("config", "model")}  # `count_parameters` builds a model, when called
-    for file in FILES:
-        own = module_of(file)
-        if own in ("__init__", "__main__"):
-            continue
-        for name in imported(file):
-            other = name.split(".")[1] if name.split(".")[1] in place else None
-            if other in (None, own) or (own, other) in allowed:
-                continue
-            assert place[other] < place[own], f"{own} imports {name}"
+def test_imports_go_only_downwards():
+    storey = {name: number for number, line in enumerate(STOREYS) for name in line}
+    for name, file in MODULES.items():
+        own = name.split(".")[0]
+        for other in imported(file) if name else ():
+            below = other.split(".")[0]
+            assert below == own or storey[below] < storey[own], f"{name} imports {other}"
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    left = {name: imported(file) - {name} for name, file in MODULES.items() if name}
+    while free := {name for name, others in left.items() if not others & left.keys() or name in CIRCLES}:
+        left = {name: others for name, others in left.items() if name not in free}
+    assert not left, {name: others & left.keys() for name, others in left.items()}
 
 
 def test_the_operation_s_files_go_from_the_definition_outwards():
-    place = {name: number for number, line in enumerate(WITHIN_OPS) for name in line}
-    for file in (SOURCE / "ops").glob("*.py"):
-        for name in imported(file):
-            assert name.startswith("titans_lm.ops."), f"ops/{file.name} imports {name}"
-            other = name.split(".")[2]
-            assert place.get(other, -1) < place[file.stem], f"ops/{file.name} imports {name}"
+    place = {f"ops.{name}".rstrip("."): number for number, line in enumerate(WITHIN_OPS) for name in line}
+    packages = {name_of(file) for file in (SOURCE / "ops").glob("*/__init__.py")}
+    files = {name: file for name, file in MODULES.items() if name.split(".")[0] == "ops" and name not in packages}
+    assert files.keys() == place.keys()
+    for name, file in files.items():
+        for other in imported(file):
+            assert place[other] < place[name], f"{name} imports {other}"
 
 
 def test_imports_are_absolute():
@@ -143,7 +131,7 @@ def test_the_command_line_imports_only_what_a_verb_needs():
 def test_names_are_printed_as_they_are():
     """Of files, and what models say: rich would take parts of them for styles, or end in a traceback."""
     for file in SOURCE.rglob("*.py"):
-        if module_of(file) == "terminal":
+        if file.stem == "terminal":
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):

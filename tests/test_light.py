@@ -8,11 +8,12 @@ from typing import get_args
 import pytest
 
 import titans_lm
-from titans_lm import TitansForCausalLM, flags
-from titans_lm.reader import Mode
+from titans_lm import TitansForCausalLM
+from titans_lm.cli import flags
+from titans_lm.inference.reader import Mode
 
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "huggingface_hub", "safetensors", "numpy")
-FOLDER = Path(titans_lm.__file__).parent / "shipped" / "needle"
+FOLDER = Path(titans_lm.__file__).parent / "models" / "shipped" / "needle"
 
 
 def run(code: str, *arguments: str) -> str:
@@ -33,7 +34,7 @@ def test_every_public_name_says_where_it_is_defined():
 
 
 def test_modules_are_attributes_and_others_are_not():
-    assert titans_lm.text_file.PIECE_BYTES > 0
+    assert titans_lm.utils.text_file.PIECE_BYTES > 0
     with pytest.raises(AttributeError, match="no attribute 'TitansForCausaLM'"):
         titans_lm.TitansForCausaLM  # noqa: B018
 
@@ -47,26 +48,26 @@ def test_auto_classes_know_the_models_where_transformers_is_imported_later():
         "import importlib.util, sys, titans_lm\n"
         "assert importlib.util.find_spec('transformers') is not None and 'transformers' not in sys.modules\n"
         f"from transformers import AutoModelForCausalLM\n{OPENED}\n"
-        "assert not [f for f in sys.meta_path if type(f).__module__ == 'titans_lm._registration']"
+        "assert not [f for f in sys.meta_path if type(f).__module__ == 'titans_lm.models.registration']"
     )
-    assert run(code, str(FOLDER)).split() == ["titans_lm.model"]
+    assert run(code, str(FOLDER)).split() == ["titans_lm.models.modeling"]
 
 
 def test_auto_classes_know_the_models_where_one_of_our_modules_imports_transformers():
     """It is half imported then, and the model needs it whole."""
-    code = f"import sys, titans_lm.generation\nfrom transformers import AutoModelForCausalLM\n{OPENED}\n"
-    assert run(code, str(FOLDER)).split() == ["titans_lm.model"]
+    code = f"import sys, titans_lm.models.generation\nfrom transformers import AutoModelForCausalLM\n{OPENED}\n"
+    assert run(code, str(FOLDER)).split() == ["titans_lm.models.modeling"]
 
 
 def test_a_configuration_from_another_process_has_its_models_registered():
     """It is unpickled there, not made."""
     code = (
-        "import pickle, sys, titans_lm.config as config\n"
+        "import pickle, sys, titans_lm.models.configuration as config\n"
         "made = config.TitansConfig.__new__(config.TitansConfig)\n"
         "made.__dict__['use_cache'] = True\n"
-        "assert 'titans_lm.model' not in sys.modules\n"
+        "assert 'titans_lm.models.modeling' not in sys.modules\n"
         "pickle.loads(pickle.dumps(made))\n"
-        "assert 'titans_lm.model' in sys.modules"
+        "assert 'titans_lm.models.modeling' in sys.modules"
     )
     run(code)
 

@@ -24,7 +24,7 @@ from test_ops import (
 )
 from titans_lm.ops import resolve_backend
 
-BLOCK = importlib.import_module("titans_lm.ops.linear").BLOCK  # its name in the package is the function's
+BLOCK = importlib.import_module("titans_lm.ops.delta_rule").BLOCK  # its name in the package is the function's
 LINEAR_CASES = covering_cases(
     Case,
     OPTIONS

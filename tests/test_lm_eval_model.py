@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from conftest import tiny_model
 from test_likelihood import greedily, plainly
 from titans_lm import TitansForCausalLM
-from titans_lm.data import byte_tokenizer
 from titans_lm.evaluate.likelihood import Request
 from titans_lm.evaluate.lm_eval_model import TitansLM
+from titans_lm.models.tokenizer import byte_tokenizer
 
 TEXT = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals. "
 pytestmark = pytest.mark.usefixtures("unchecked")  # shapes are checked where these parts are tested

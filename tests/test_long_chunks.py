@@ -26,7 +26,7 @@ from test_ops import (
     watched_groups,
 )
 
-ops_chunked = importlib.import_module("titans_lm.ops.chunked")  # its name in the package is the function's
+ops_chunked = importlib.import_module("titans_lm.ops.chunked.scan")  # its name in the package is the function's
 LONG_CASES = covering_cases(
     Case, OPTIONS | {"depth": (1, 2, 3), "chunk": (11, 16, 2**30), "tokens": (37,), "activation": ("silu",)}
 )

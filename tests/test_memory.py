@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from definition import Memory
-from titans_lm.memory import NeuralMemory, NeuralMemoryState
+from titans_lm.layers.neural_memory import NeuralMemory, NeuralMemoryState
 from titans_lm.ops import MemoryForm, initial_state, memory_scan, retrieve
 from tolerance import assert_close, relative_error
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from conftest import assert_bitwise, tiny_config
-from titans_lm import Reader, TitansForCausalLM, TitansState, memory_file
-from titans_lm.checkpoint import load
+from titans_lm import Reader, TitansForCausalLM, TitansState
 from titans_lm.cli import main
-from titans_lm.data import byte_tokenizer
-from titans_lm.memory_file import Source
-from titans_lm.memory_lock import MemoryLock
+from titans_lm.models import cache_file as memory_file
+from titans_lm.models.cache_file import Source
+from titans_lm.models.hub import load
+from titans_lm.models.tokenizer import byte_tokenizer
+from titans_lm.utils.memory_lock import MemoryLock
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-import titans_lm.block
-import titans_lm.memory
+import titans_lm.layers.neural_memory
+import titans_lm.models.blocks
 from conftest import (
     SEGMENT,
     VOCABULARY,
@@ -237,7 +237,7 @@ def test_a_long_text_is_read_in_pieces_to_the_same_numbers(kind, ragged, monkeyp
     if ragged:
         options["attention_mask"] = (torch.arange(23) < torch.tensor([[23], [9], [0]])).long()
     whole = model(ids, **options)
-    monkeypatch.setattr(titans_lm.block, "PIECE", 5)
+    monkeypatch.setattr(titans_lm.models.blocks, "PIECE", 5)
     read, branch = [], type(model.model.layers[0]).branch
     monkeypatch.setattr(
         type(model.model.layers[0]),
@@ -257,9 +257,9 @@ def test_a_long_text_is_read_in_pieces_to_the_same_numbers(kind, ragged, monkeyp
 
 @each_titan
 def test_surprise_is_computed_only_where_it_is_asked_for(kind, monkeypatch):
-    asked, scan = [], titans_lm.memory.memory_scan
+    asked, scan = [], titans_lm.layers.neural_memory.memory_scan
     monkeypatch.setattr(
-        titans_lm.memory, "memory_scan", lambda *a, **k: [asked.append(k["surprise"]), scan(*a, **k)][1]
+        titans_lm.layers.neural_memory, "memory_scan", lambda *a, **k: [asked.append(k["surprise"]), scan(*a, **k)][1]
     )
     model, ids = tiny_model(kind, num_persistent_tokens=0), tokens(1, SEGMENT)
     with torch.no_grad():

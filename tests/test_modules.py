@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from conftest import KINDS, SEGMENT, each_kind, each_titan, tiny_model, tokens
 from titans_lm import NeuralMemory, TitansForCausalLM
-from titans_lm.called import is_plain
+from titans_lm.layers.called import is_plain
 from tolerance import assert_close
 
 PREDICTED = {"surprise_threshold": 0.1, "surprise_threshold_on": "prediction"}

@@ -20,10 +20,11 @@ from test_ops import (
     outputs_and_gradients,
     scan,
 )
-from titans_lm.ops import compiled, memory_scan, resolve_backend
-from titans_lm.ops.build import SOURCES
+from titans_lm.ops import memory_scan, resolve_backend
+from titans_lm.ops.cpu import compiled
+from titans_lm.ops.cpu.build import SOURCES
 
-native = importlib.import_module("titans_lm.ops.native")  # its name in the package is the function's
+native = importlib.import_module("titans_lm.ops.cpu.native")  # its name in the package is the function's
 
 WIDE = [
     Case(depth=2, chunk=64, tokens=130, width=20, hidden=37, clip=0.7, mask="random", start="ragged"),

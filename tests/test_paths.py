@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import titans_lm.block
+import titans_lm.models.blocks
 from conftest import (
     KINDS,
     SEGMENT,
@@ -383,11 +383,11 @@ def in_inference_mode(model: TitansForCausalLM, draw: Draw) -> Read:
 @path
 def in_pieces(model: TitansForCausalLM, draw: Draw) -> Read:
     """As long texts are, inside a block."""
-    piece, titans_lm.block.PIECE = titans_lm.block.PIECE, draw(st.integers(1, 6))
+    piece, titans_lm.models.blocks.PIECE = titans_lm.models.blocks.PIECE, draw(st.integers(1, 6))
     try:
         return one_call(model, draw)
     finally:
-        titans_lm.block.PIECE = piece
+        titans_lm.models.blocks.PIECE = piece
 
 
 @learning

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import KINDS, TITANS, each_titan, tiny_model, tokens
 from titans_lm.cli import main
-from titans_lm.data import byte_tokenizer
 from titans_lm.evaluate import perplexity as evaluation
 from titans_lm.evaluate.perplexity import MODES, Sums, perplexity, possible_modes, token_sizes, whole
-from titans_lm.memory import NeuralMemory, memory_off
-from titans_lm.model import TitansForCausalLM
+from titans_lm.layers.neural_memory import NeuralMemory, memory_off
+from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.models.tokenizer import byte_tokenizer
 from tolerance import assert_close, relative_error
 
 BOOK = "It was a dark and stormy night; the rain fell in torrents. " * 8

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from titans_lm.cli import main
-from titans_lm.data import byte_tokenizer
-from titans_lm.reader import Reader
-from titans_lm.token_bits import by_bytes
+from titans_lm.inference.reader import Reader
+from titans_lm.inference.token_bits import by_bytes
+from titans_lm.models.tokenizer import byte_tokenizer
 
 TEXT = "".join(f"{n:03d} all is well\n" for n in range(30)) + "Zq#@! what is this\n" + "031 all is well\n"
 

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import VOCABULARY, assert_bitwise, state_tensors, tiny_config
 from titans_lm import Reader, TitansForCausalLM, TitansState
 from titans_lm.cli import main
-from titans_lm.data import byte_tokenizer
-from titans_lm.memory import memories
+from titans_lm.layers.neural_memory import memories
+from titans_lm.models.tokenizer import byte_tokenizer
 from tolerance import assert_close, relative_error
 
 BOOK = "It was a dark and stormy night; the rain fell in torrents. " * 12

@@ -10,8 +10,8 @@ import yaml
 from conftest import tiny_config
 from titans_lm import TitansForCausalLM
 from titans_lm.cli import VERBS, main
-from titans_lm.data import byte_tokenizer
-from titans_lm.settings import load_settings
+from titans_lm.models.tokenizer import byte_tokenizer
+from titans_lm.training.config import load_settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -44,8 +44,13 @@ def test_the_commands_are_there_and_their_settings_hold():
 def test_every_file_that_it_names_is_there_and_every_module_is_named():
     for name in re.findall(r"\]\((?!https)([^)]+)\)", README):
         assert (ROOT / name).exists(), name
-    modules = {p.name for p in (ROOT / "src/titans_lm").glob("*.py")} - {"__init__.py", "cli.py", "record.py"}
-    assert not {m for m in modules if f"`{m}`" not in README}
+    source = ROOT / "src/titans_lm"
+    storeys = {p.parent for p in source.glob("*/__init__.py")}
+    assert not {f"{s.name}/" for s in storeys if f"`{s.name}/`" not in README}
+    for storey in ("ops", "layers", "models", "training", "inference"):
+        files = {p.name for p in (source / storey).glob("*.py")} - {"__init__.py"}
+        folders = {f"{p.name}/" for p in (source / storey).iterdir() if p.is_dir() and p.name != "__pycache__"}
+        assert not {name for name in files | folders if f"`{name}`" not in README}, storey
 
 
 def test_a_run_as_it_is_described(tmp_path):

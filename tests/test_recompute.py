@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from conftest import Made, tiny_model, tokens
-from titans_lm.recompute import made_again, recomputed
+from titans_lm.layers.checkpointing import made_again, recomputed
 from tolerance import assert_close
 
 each_way = pytest.mark.parametrize("way", [made_again, recomputed])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from titans_lm.record import RESULTS, Lines, check_output, command_line, provenance, write_json
+from titans_lm.utils.record import RESULTS, Lines, check_output, command_line, provenance, write_json
 
 
 def test_lines_are_there_when_they_are_added_and_found_again(tmp_path):

@@ -25,16 +25,16 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 
-import titans_lm.serve.answer as answer_module
+import titans_lm.inference.serve.answer as answer_module
 from conftest import Made, assert_bitwise, tiny_config
 from titans_lm import Reader, TitansForCausalLM
 from titans_lm.cli import main
-from titans_lm.data import byte_tokenizer
-from titans_lm.serve import KEY, listen
-from titans_lm.serve.answer import PIECE, Answer, Decoder, Sampling, Stops
-from titans_lm.serve.app import Server, Service
-from titans_lm.serve.limits import Limits
-from titans_lm.serve.worker import Worker
+from titans_lm.cli.serve import KEY, listen
+from titans_lm.inference.serve.answer import PIECE, Answer, Decoder, Sampling, Stops
+from titans_lm.inference.serve.app import Server, Service
+from titans_lm.inference.serve.limits import Limits
+from titans_lm.inference.serve.worker import Worker
+from titans_lm.models.tokenizer import byte_tokenizer
 
 SECRETS = [f"my number is {n}{n}{n}; " * 6 for n in range(8)]
 ENDLESS = 10**6

@@ -67,7 +67,7 @@ chunk_one = pytest.mark.parametrize("backend", ["linear", "chunked", "native"])
 @pytest.mark.parametrize("chunk", [T, 2**30])
 @pytest.mark.parametrize("decays", [False, True])
 def test_linear_attention(decays: bool, chunk: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(importlib.import_module("titans_lm.ops.chunked"), "LONGEST", 16)
+    monkeypatch.setattr(importlib.import_module("titans_lm.ops.chunked.scan"), "LONGEST", 16)
     q, k, v, theta = tokens(K), tokens(K), tokens(V), gates(0.5)
     alpha = gates(0.3) if decays else torch.zeros(B, T, H).double()
     y, _, _ = read(q, k, v, [torch.zeros(H, K, V).double()], chunk=chunk, theta=theta, alpha=alpha)

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conftest import SEGMENT, assert_bitwise, each_kind, each_titan, state_tensors, tiny_config, tiny_model, tokens
-from titans_lm import TitansForCausalLM, TitansState, memory_file
-from titans_lm.state import _IDENTITY_FREE, identity
+from titans_lm import TitansForCausalLM, TitansState
+from titans_lm.models import cache_file as memory_file
+from titans_lm.models.cache import _IDENTITY_FREE, identity
 from tolerance import assert_close
 
 READ = 2 * SEGMENT + 3

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from titans_lm.data import stdlib_files, stdlib_held_out
-from titans_lm.settings import parse_settings
 from titans_lm.tasks import CarriedRows, make_task
 from titans_lm.tasks.streams import SOURCES, Streams
-from titans_lm.train import train
+from titans_lm.training.config import parse_settings
+from titans_lm.training.train import train
+from titans_lm.utils.corpora import stdlib_files, stdlib_held_out
 
 TEXT = "the quick brown fox jumps over a lazy dog while Seven Wizards QUIETLY box 40 jugs of 1918 liquor; (no: 'ten')"
 WORDS = re.split(" ", TEXT)

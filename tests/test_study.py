@@ -19,12 +19,12 @@ from rich.console import Console
 
 from titans_lm import cli
 from titans_lm.evaluate.cell import run_test
-from titans_lm.record import Lines
 from titans_lm.study.grid import load_study
 from titans_lm.study.report import collect, markdown, mean_and_spread, tables, words
 from titans_lm.study.scheduler import run_cells
 from titans_lm.study.search import search_cell
-from titans_lm.terminal import PlainConsole
+from titans_lm.utils.record import Lines
+from titans_lm.utils.terminal import PlainConsole
 
 ROOT = Path(__file__).parents[1]
 STUDY: dict[str, Any] = {
@@ -164,7 +164,7 @@ def test_an_interrupted_study_goes_on_to_the_same_results(write):
 
 @pytest.mark.parametrize("ended", [True, False])
 def test_what_a_run_of_other_settings_left_is_not_taken_for_this_one_s(write, capsys, ended):
-    from titans_lm.train import train
+    from titans_lm.training.train import train
 
     study = write(seeds=[0], models={"lmm": {"model.variant": "lmm"}})
     folder = Path("runs/small/lmm-0")
@@ -213,7 +213,7 @@ LINGER = """
 import argparse, sys
 from pathlib import Path
 from rich.console import Console
-from titans_lm.record import Lines
+from titans_lm.utils.record import Lines
 from titans_lm.study.grid import load_study
 from titans_lm.study.scheduler import run_cells
 from test_study import linger
@@ -411,7 +411,7 @@ def test_every_figure_is_read_on_screen(name, width):
 
 
 def test_a_test_s_lists_are_tried_one_by_one(write):
-    from titans_lm.train import model_for
+    from titans_lm.training.train import model_for
 
     settings = load_study(Path(write()), []).cells[0].settings(Path("runs"))
     rows = run_test(model_for(settings), settings, {"name": "modular", "modulus": [2], "length": [4, 6], "samples": 4})
@@ -420,7 +420,7 @@ def test_a_test_s_lists_are_tried_one_by_one(write):
 
 def test_a_test_that_is_called_something_tells_that_and_its_lists(write):
     """Of another task than the one trained, whose options do not apply."""
-    from titans_lm.train import model_for
+    from titans_lm.training.train import model_for
 
     data = {"task": {"name": "mqar", "length": 12, "pairs": 2, "vocab_size": 16}}
     settings = load_study(Path(write(shared={**STUDY["shared"], "data": data})), []).cells[0].settings(Path("runs"))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titans_lm.surprising import SHOWN, SurprisingLines
+from titans_lm.inference.surprising import SHOWN, SurprisingLines
 
 
 def most(data, bits, count, cuts=()):

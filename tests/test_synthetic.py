@@ -9,13 +9,13 @@ import torch
 import yaml
 
 from titans_lm import cli
-from titans_lm.baselines import NAMES
-from titans_lm.config import VARIANTS
 from titans_lm.evaluate.cell import accuracy
 from titans_lm.evaluate.synthetic import TASKS, run_of
-from titans_lm.settings import load_settings, parse_settings
+from titans_lm.models.baselines import NAMES
+from titans_lm.models.configuration import VARIANTS
 from titans_lm.tasks import IGNORED, Rows, make_task
-from titans_lm.train import model_for
+from titans_lm.training.config import load_settings, parse_settings
+from titans_lm.training.train import model_for
 
 SMALL = ["--set", "training.max_steps=3", "--set", "training.batch_size=4"]
 

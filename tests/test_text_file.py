@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from titans_lm.data import text_files
-from titans_lm.text_file import PIECE_BYTES, decoded, examine, read_text
+from titans_lm.utils.corpora import text_files
+from titans_lm.utils.text_file import PIECE_BYTES, decoded, examine, read_text
 
 
 def file(place: Path, content: bytes) -> Path:

@@ -15,11 +15,11 @@ import yaml
 from safetensors.torch import load_file
 
 from titans_lm import TitansState
-from titans_lm.checkpoint import load
 from titans_lm.cli import main
-from titans_lm.settings import load_settings, parse_settings
-from titans_lm.train import model_for, train
-from titans_lm.trainer import TitansTrainer
+from titans_lm.models.hub import load
+from titans_lm.training.config import load_settings, parse_settings
+from titans_lm.training.train import model_for, train
+from titans_lm.training.trainer import TitansTrainer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -129,7 +129,9 @@ def test_carried_batches_know_what_came_before_and_begin_anew_after(texts, tmp_p
     carried = 3 if spans == [3, 3] else spans
     settings = parse_settings(tree(texts, tmp_path / "a", max_steps=6, carried_steps=carried, learning_rate=1e-12))
     model = train(settings).eval()
-    from titans_lm.data import Blocks, CarriedOrder, byte_tokenizer, read_text
+    from titans_lm.models.tokenizer import byte_tokenizer
+    from titans_lm.training.data import Blocks, CarriedOrder
+    from titans_lm.utils.text_file import read_text
 
     files = sorted(texts.iterdir())[:-1]
     blocks = Blocks([read_text(f) for f in files], byte_tokenizer(), 32)
@@ -224,7 +226,8 @@ def test_a_time_limit_is_that_of_all_parts_of_a_run(texts, tmp_path):
 
 def test_only_linear_maps_decay(texts, tmp_path):
     from titans_lm import TitansForCausalLM
-    from titans_lm.data import Blocks, byte_tokenizer
+    from titans_lm.models.tokenizer import byte_tokenizer
+    from titans_lm.training.data import Blocks
 
     settings = parse_settings(tree(texts, tmp_path / "out"))
     model = TitansForCausalLM(settings.config())

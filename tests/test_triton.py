@@ -36,7 +36,7 @@ from test_ops import (
 from titans_lm.ops import memory_scan, resolve_backend
 from tolerance import assert_close
 
-ops_triton = importlib.import_module("titans_lm.ops.triton")
+ops_triton = importlib.import_module("titans_lm.ops.triton.fused")
 
 
 class Case(test_ops.Case):

@@ -9,16 +9,17 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
-from titans_lm._registration import register_with_transformers
+from titans_lm._moved import OldNames
+from titans_lm.models.registration import register_with_transformers
 
 if TYPE_CHECKING:
-    from titans_lm.checkpoint import load
-    from titans_lm.config import DEFAULT_CONFIG, VARIANT_CONFIGS, TitansConfig, preset
-    from titans_lm.memory import NeuralMemory, NeuralMemoryState
-    from titans_lm.model import TitansForCausalLM, TitansModel
+    from titans_lm.inference.reader import Reader
+    from titans_lm.layers.neural_memory import NeuralMemory, NeuralMemoryState
+    from titans_lm.models.cache import TitansState
+    from titans_lm.models.configuration import DEFAULT_CONFIG, VARIANT_CONFIGS, TitansConfig, preset
+    from titans_lm.models.hub import load
+    from titans_lm.models.modeling import TitansForCausalLM, TitansModel
     from titans_lm.ops import MemoryState, Surprise, memory_scan
-    from titans_lm.reader import Reader
-    from titans_lm.state import TitansState
 
 __all__ = [
     "DEFAULT_CONFIG",
@@ -39,20 +40,20 @@ __all__ = [
 __version__ = "0.2.0"
 
 _MODULES = {
-    "DEFAULT_CONFIG": "config",
-    "VARIANT_CONFIGS": "config",
+    "DEFAULT_CONFIG": "models.configuration",
+    "VARIANT_CONFIGS": "models.configuration",
     "MemoryState": "ops",
-    "NeuralMemory": "memory",
-    "NeuralMemoryState": "memory",
-    "Reader": "reader",
+    "NeuralMemory": "layers.neural_memory",
+    "NeuralMemoryState": "layers.neural_memory",
+    "Reader": "inference.reader",
     "Surprise": "ops",
-    "TitansConfig": "config",
-    "TitansForCausalLM": "model",
-    "TitansModel": "model",
-    "TitansState": "state",
-    "load": "checkpoint",
+    "TitansConfig": "models.configuration",
+    "TitansForCausalLM": "models.modeling",
+    "TitansModel": "models.modeling",
+    "TitansState": "models.cache",
+    "load": "models.hub",
     "memory_scan": "ops",
-    "preset": "config",
+    "preset": "models.configuration",
 }
 """The module that defines each public name; the operation and the layer need torch alone."""
 
@@ -72,4 +73,5 @@ if not TYPE_CHECKING:  # a type checker knows the names above, and reports any o
         return sorted({*globals(), *__all__})
 
 
+sys.meta_path.append(OldNames())
 register_with_transformers(sys.meta_path)

@@ -13,14 +13,14 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from titans_lm.attention import KeyValues
 from titans_lm.bench import lm
 from titans_lm.bench.measure import Action, Contender, Setting
 from titans_lm.bench.race import Entrant, Heat
-from titans_lm.config import SIZES
-from titans_lm.model import TitansForCausalLM
-from titans_lm.state import TitansState
-from titans_lm.terminal import red
+from titans_lm.layers.attention import KeyValues
+from titans_lm.models.cache import TitansState
+from titans_lm.models.configuration import SIZES
+from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.utils.terminal import red
 
 PIECE = 4096
 Decode = Callable[[nn.Module, Tensor, Any], Any]

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titans_lm import baselines
 from titans_lm.bench.measure import Setting
-from titans_lm.config import SIZES, preset
-from titans_lm.memory import memories
+from titans_lm.layers.neural_memory import memories
+from titans_lm.models import baselines
+from titans_lm.models.configuration import SIZES, preset
 
 TITANS = ("mag", "mac", "mal", "lmm")
 WINDOW, FULL, MAMBA2 = "sliding window", "full attention", "mamba2"

@@ -14,9 +14,9 @@ from torch import nn
 from titans_lm.bench import lm
 from titans_lm.bench.measure import Action, Contender, Setting
 from titans_lm.bench.race import Entrant, Heat
-from titans_lm.config import SIZES
-from titans_lm.memory import memory_off
-from titans_lm.terminal import red
+from titans_lm.layers.neural_memory import memory_off
+from titans_lm.models.configuration import SIZES
+from titans_lm.utils.terminal import red
 
 
 def trained(options: dict[str, Any], setting: Setting) -> Contender:

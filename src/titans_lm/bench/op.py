@@ -18,7 +18,7 @@ from torch import Tensor
 from titans_lm.bench.measure import MATMUL_OPERATIONS, Action, Contender, Setting, matmul
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.ops import Call, MemoryForm, MemoryState, Tokens, initial_state, memory_scan, resolve_backend
-from titans_lm.terminal import red
+from titans_lm.utils.terminal import red
 
 HEADS, WIDTH = 6, 64
 CLIP = 1.0

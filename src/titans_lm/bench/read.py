@@ -17,13 +17,16 @@ from titans_lm.bench import lm
 from titans_lm.bench.measure import Action, Contender, Setting, resident
 from titans_lm.bench.op import HEADS, WIDTH, Shape, form, inputs
 from titans_lm.bench.race import Entrant, Heat
-from titans_lm.checkpoint import MODEL_HELP, find, load
-from titans_lm.config import SIZES
-from titans_lm.data import encode, load_tokenizer, read_text, stdlib_files
-from titans_lm.model import TitansForCausalLM
+from titans_lm.models.cache import TitansState
+from titans_lm.models.configuration import SIZES
+from titans_lm.models.hub import load
+from titans_lm.models.model_files import MODEL_HELP, find
+from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.models.tokenizer import encode, load_tokenizer
 from titans_lm.ops import initial_state, memory_scan
-from titans_lm.state import TitansState
-from titans_lm.terminal import red
+from titans_lm.utils.corpora import stdlib_files
+from titans_lm.utils.terminal import red
+from titans_lm.utils.text_file import read_text
 
 
 class Reader:

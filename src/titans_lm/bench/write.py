@@ -18,12 +18,15 @@ from torch import Tensor
 
 from titans_lm.bench.measure import Action, Contender, Setting
 from titans_lm.bench.race import Entrant, Heat
-from titans_lm.checkpoint import MODEL_HELP, find, load
-from titans_lm.data import encode, read_text, stdlib_files
-from titans_lm.memory import memories, memory_off
-from titans_lm.model import TitansForCausalLM
+from titans_lm.layers.neural_memory import memories, memory_off
+from titans_lm.models.hub import load
+from titans_lm.models.model_files import MODEL_HELP, find
+from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.models.tokenizer import encode
 from titans_lm.tasks.haystack import NOISE
-from titans_lm.terminal import red
+from titans_lm.utils.corpora import stdlib_files
+from titans_lm.utils.terminal import red
+from titans_lm.utils.text_file import read_text
 
 PIECE = 4096
 

@@ -28,17 +28,19 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from titans_lm.checkpoint import MODEL_HELP, load
-from titans_lm.data import is_bytes, text_files
 from titans_lm.evaluate import perplexity
 from titans_lm.evaluate.compressors import compressed_bits, installed
 from titans_lm.evaluate.dynamic import read_dynamically
 from titans_lm.evaluate.rereading import LAGS, PASSAGE, PASSAGES, reread
-from titans_lm.model import TitansForCausalLM
-from titans_lm.record import Lines, command_line
-from titans_lm.state import identity
+from titans_lm.models.cache import identity
+from titans_lm.models.hub import load
+from titans_lm.models.model_files import MODEL_HELP
+from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.models.tokenizer import is_bytes
 from titans_lm.tasks import at_least
-from titans_lm.terminal import PlainConsole
+from titans_lm.utils.corpora import text_files
+from titans_lm.utils.record import Lines, command_line
+from titans_lm.utils.terminal import PlainConsole
 
 RATES = (0.01, 0.1)
 """Of dynamic evaluation: what is best differs from stream to stream, so each is told."""

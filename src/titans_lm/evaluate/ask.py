@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from titans_lm.model import TitansForCausalLM
-from titans_lm.reader import PIECE
+from titans_lm.inference.answer import PIECE
+from titans_lm.models.modeling import TitansForCausalLM
 
 
 @torch.no_grad()

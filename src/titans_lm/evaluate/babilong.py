@@ -18,14 +18,16 @@ from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from titans_lm.checkpoint import MODEL_HELP, find, load
-from titans_lm.data import STDLIB, load_tokenizer
 from titans_lm.evaluate.ask import follow
-from titans_lm.record import Lines, check_output, command_line
-from titans_lm.state import identity
+from titans_lm.models.cache import identity
+from titans_lm.models.hub import load
+from titans_lm.models.model_files import MODEL_HELP, find
+from titans_lm.models.tokenizer import load_tokenizer
 from titans_lm.tasks import at_least
 from titans_lm.tasks.babilong import Babilong, Example, Tokens, members
-from titans_lm.terminal import PlainConsole
+from titans_lm.utils.corpora import STDLIB
+from titans_lm.utils.record import Lines, check_output, command_line
+from titans_lm.utils.terminal import PlainConsole
 
 SCORES = ("babilong", "substring", "exact")
 TOKENS = 32

@@ -11,16 +11,17 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from titans_lm.data import load_tokenizer, split_held_out, text_files
 from titans_lm.evaluate import babilong, needle, perplexity
-from titans_lm.model import TitansForCausalLM
-from titans_lm.record import provenance
-from titans_lm.settings import Settings
+from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.models.tokenizer import load_tokenizer
 from titans_lm.tasks import IGNORED, Task, at_least, make_task
 from titans_lm.tasks.babilong import Babilong
 from titans_lm.tasks.needle import Needle
-from titans_lm.train import earlier, train
-from titans_lm.trainer import NotFinite
+from titans_lm.training.config import Settings
+from titans_lm.training.train import earlier, train
+from titans_lm.training.trainer import NotFinite
+from titans_lm.utils.corpora import split_held_out, text_files
+from titans_lm.utils.record import provenance
 
 SAMPLES, ROWS = 256, 32
 """Examples of a test and rows read at once, where a test does not say."""

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_lm.memory import memory_off
-from titans_lm.model import TitansForCausalLM
+from titans_lm.layers.neural_memory import memory_off
+from titans_lm.models.modeling import TitansForCausalLM
 
 
 def read_dynamically(

@@ -26,10 +26,11 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from titans_lm.checkpoint import MODEL_HELP, load
-from titans_lm.record import Lines, check_output, command_line
-from titans_lm.state import identity
-from titans_lm.terminal import PlainConsole
+from titans_lm.models.cache import identity
+from titans_lm.models.hub import load
+from titans_lm.models.model_files import MODEL_HELP
+from titans_lm.utils.record import Lines, check_output, command_line
+from titans_lm.utils.terminal import PlainConsole
 
 SHORTHANDS = {
     "paper": [

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans_lm.model import TitansForCausalLM
-from titans_lm.reader import PIECE
-from titans_lm.state import TitansState
+from titans_lm.inference.answer import PIECE
+from titans_lm.models.cache import TitansState
+from titans_lm.models.modeling import TitansForCausalLM
 
 LOGITS = 2**24
 """Logits at a time: 64 MiB of float32, and some times that on the way to probabilities."""

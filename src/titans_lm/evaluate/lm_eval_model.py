@@ -22,12 +22,12 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
-from titans_lm.checkpoint import load
-from titans_lm.data import encode
 from titans_lm.evaluate.likelihood import Request, read_rows, scores
-from titans_lm.model import TitansForCausalLM
-from titans_lm.reader import PIECE
-from titans_lm.terminal import PlainConsole
+from titans_lm.inference.answer import PIECE
+from titans_lm.models.hub import load
+from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.models.tokenizer import encode
+from titans_lm.utils.terminal import PlainConsole
 
 Item = TypeVar("Item")
 

@@ -20,14 +20,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from titans_lm.checkpoint import MODEL_HELP, find, load
-from titans_lm.data import STDLIB
 from titans_lm.evaluate.ask import follow
-from titans_lm.record import Lines, check_output, command_line
+from titans_lm.models.hub import load
+from titans_lm.models.model_files import MODEL_HELP, find
 from titans_lm.tasks import at_least
 from titans_lm.tasks.haystack import PROSE
 from titans_lm.tasks.needle import Kind, Needle
-from titans_lm.terminal import PlainConsole
+from titans_lm.utils.corpora import STDLIB
+from titans_lm.utils.record import Lines, check_output, command_line
+from titans_lm.utils.terminal import PlainConsole
 
 _ENDS = 300
 """Letters of a prompt's beginning and of its end that are shown."""

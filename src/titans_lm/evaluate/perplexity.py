@@ -31,15 +31,18 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from titans_lm.checkpoint import MODEL_HELP, load
-from titans_lm.data import encode, is_bytes, text_files, text_pieces
-from titans_lm.memory import memories, memory_off
-from titans_lm.model import TitansForCausalLM
-from titans_lm.reader import PIECE
-from titans_lm.record import check_output, command_line, provenance, write_json
-from titans_lm.state import identity
+from titans_lm.inference.answer import PIECE
+from titans_lm.layers.neural_memory import memories, memory_off
+from titans_lm.models.cache import identity
+from titans_lm.models.hub import load
+from titans_lm.models.model_files import MODEL_HELP
+from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.models.tokenizer import encode, is_bytes
 from titans_lm.tasks import at_least
-from titans_lm.terminal import PlainConsole
+from titans_lm.utils.corpora import text_files
+from titans_lm.utils.record import check_output, command_line, provenance, write_json
+from titans_lm.utils.terminal import PlainConsole
+from titans_lm.utils.text_file import text_pieces
 
 MODES = ("on", "frozen", "reset", "off")
 BUCKET, RESET = 1024, 4096

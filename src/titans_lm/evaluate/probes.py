@@ -26,8 +26,8 @@ from rich.table import Table
 from torch import Tensor
 
 from titans_lm.ops import MemoryForm, initial_state, memory_scan, retrieve
-from titans_lm.record import check_output, provenance, write_json
-from titans_lm.terminal import PlainConsole
+from titans_lm.utils.record import check_output, provenance, write_json
+from titans_lm.utils.terminal import PlainConsole
 
 THETAS = (0.003, 0.01, 0.018, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)
 SHOWN = 0.018

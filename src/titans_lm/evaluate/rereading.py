@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from titans_lm.evaluate import perplexity
-from titans_lm.model import TitansForCausalLM
+from titans_lm.models.modeling import TitansForCausalLM
 
 LAGS = (0, 1 << 10, 1 << 14, 1 << 18, 1 << 20)
 """Other tokens between the two readings."""

@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from titans_lm.baselines import NAMES
-from titans_lm.config import VARIANTS
+from titans_lm.models.baselines import NAMES
+from titans_lm.models.configuration import VARIANTS
 
 _MODEL: dict[str, Any] = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "window_size": 16,
@@ -54,9 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.table import Table
 
     from titans_lm.evaluate.cell import check_tests, run_cell
-    from titans_lm.record import check_output, command_line, write_json
-    from titans_lm.settings import parse_settings
-    from titans_lm.terminal import PlainConsole
+    from titans_lm.training.config import parse_settings
+    from titans_lm.utils.record import check_output, command_line, write_json
+    from titans_lm.utils.terminal import PlainConsole
 
     out = arguments.out or Path(f"results/{arguments.task}_{arguments.model}.json")
     check_output(out)
@@ -82,8 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def run_of(task: str, model: str, changes: list[str]) -> dict[str, dict[str, Any]]:
     """The sections of the run, with `section.key=value` changes; those of `data.task` add to the task's own options."""
-    from titans_lm.settings import change_tree
     from titans_lm.tasks import make_task
+    from titans_lm.training.config import change_tree
 
     own = TASKS[task]
     named = {"variant": model} if model in VARIANTS else {"baseline": model}

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from titans_lm.config import unknown_key
 from titans_lm.evaluate.cell import check_tests
-from titans_lm.settings import Settings, change_tree, parse_settings
-from titans_lm.yaml_values import read_yaml
+from titans_lm.models.configuration import unknown_key
+from titans_lm.training.config import Settings, change_tree, parse_settings
+from titans_lm.utils.yaml_values import read_yaml
 
 KEYS = ("name", "about", "shared", "models", "tasks", "seeds", "tests", "figure", "search")
 SECTIONS = ("model", "data", "training")

@@ -9,9 +9,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from titans_lm.record import write_text
 from titans_lm.study.grid import Study
-from titans_lm.terminal import PlainConsole
+from titans_lm.utils.record import write_text
+from titans_lm.utils.terminal import PlainConsole
 
 FIGURES = ("score", "bits_per_byte")
 """The figure of a test that is told: the first of these that it has."""

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from titans_lm.evaluate.cell import run_cell
-from titans_lm.record import Lines, provenance
-from titans_lm.run_folder import remove_run
 from titans_lm.study.grid import Cell
+from titans_lm.training.run_folder import remove_run
+from titans_lm.utils.record import Lines, provenance
 
 LOG = "log.txt"
 """Ends the name of the file, beside a run's folder, that has what the run printed."""
@@ -115,7 +115,7 @@ def _work(cell: Cell, job: Job, runs: Path, command: str, answer: Connection) ->
     """In the cell's process: a thread of its own, its words in a file, its result through the pipe."""
     import torch
 
-    from titans_lm.record import keep_freed_memory, on_stop, stop
+    from titans_lm.utils.record import keep_freed_memory, on_stop, stop
 
     torch.set_num_threads(1)
     keep_freed_memory()

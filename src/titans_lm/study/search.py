@@ -10,13 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from titans_lm.record import Lines, provenance
-from titans_lm.settings import Settings
 from titans_lm.study.grid import SECTIONS, Cell, Study
 from titans_lm.study.scheduler import run_cells
-from titans_lm.terminal import PlainConsole
-from titans_lm.train import model_for, trainer_for
-from titans_lm.trainer import NotFinite
+from titans_lm.training.config import Settings
+from titans_lm.training.train import model_for, trainer_for
+from titans_lm.training.trainer import NotFinite
+from titans_lm.utils.record import Lines, provenance
+from titans_lm.utils.terminal import PlainConsole
 
 TRAINING_KEYS = ("learning_rate", "weight_decay", "max_grad_norm")
 """Of `training`: those that are TrainingArguments of one trial; of `model` every key can be searched."""

@@ -17,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from titans_lm.data import STDLIB, encode, load_tokenizer, read_text, text_files
+from titans_lm.models.tokenizer import encode, load_tokenizer
 from titans_lm.tasks import IGNORED, Batch, at_least
+from titans_lm.utils.corpora import STDLIB, text_files
+from titans_lm.utils.text_file import read_text
 
 Split = Literal["train", "test"]
 FOLDERS = ("en-10k", "en")

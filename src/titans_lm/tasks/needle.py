@@ -15,10 +15,10 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from titans_lm.data import STDLIB
 from titans_lm.tasks import IGNORED, Batch, at_least
 from titans_lm.tasks.haystack import PROSE, Encoder, Haystack, Window, encoder, haystack
 from titans_lm.tasks.words import ADJECTIVES, NOUNS
+from titans_lm.utils.corpora import STDLIB
 
 Tokens = NDArray[np.int64]
 Kind = Literal["passkey", "number", "uuid"]

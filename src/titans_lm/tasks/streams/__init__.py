@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from titans_lm.data import STDLIB, load_tokenizer
+from titans_lm.models.tokenizer import load_tokenizer
 from titans_lm.tasks import Batch, Task, at_least, make_task
 from titans_lm.tasks.streams import chains, disguises, languages, logs, tables
 from titans_lm.tasks.streams.parts import Given, Part, Source
 from titans_lm.tasks.streams.texts import Bytes, Files, Texts, load_texts
+from titans_lm.utils.corpora import STDLIB
 
 SOURCES: dict[str, Source] = {
     "text": disguises.text,

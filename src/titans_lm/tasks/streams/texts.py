@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from titans_lm.data import STDLIB, is_held_out, read_text, stdlib_files, stdlib_held_out, text_files
+from titans_lm.utils.corpora import STDLIB, is_held_out, stdlib_files, stdlib_held_out, text_files
+from titans_lm.utils.text_file import read_text
 
 Bytes = NDArray[np.uint8]
 PIECE = 4096

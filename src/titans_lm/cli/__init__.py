@@ -1,0 +1,118 @@
+"""`titans <verb>`: finds the verb, imports only what it needs, and turns what a user did wrong into one line."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+from titans_lm.utils.terminal import shown
+
+VERBS = {
+    "train": "train a model from a YAML file",
+    "infer": "read a text of any length, remember it, answer or go on",
+    "read": "read texts into a memory file; go on after an interruption",
+    "memory": "show, verify, fork and compare memory files",
+    "serve": "an OpenAI-compatible server whose clients begin with one memory",
+    "evaluate": "needle, BABILong, perplexity, harness tasks, recall and state tracking",
+    "study": "a grid of models, seeds and tests from a YAML file, resumable",
+    "stability": "which forms of the memory stay finite on text that repeats",
+    "bench": "measure time and memory: the operation, models, decoding, long texts, peers",
+    "demo": "find a needle in a haystack of any length with a model that is shipped",
+    "learn": "train a small model, read a long text, see what memory adds",
+}
+"""Each is a module of this package with `run(arguments)`, which may return a status, and `add_arguments(parser)`, where
+`flags` has no function of its name."""
+_OF_KINDS = ("evaluate", "bench")
+"""Verbs that load only the kind that is asked for."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `titans` with `arguments` (default: the process's).
+
+    -> 0, 2 for a user's error, 130 for Ctrl-C, 143 and 129 for SIGTERM and SIGHUP.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser("titans", description="Language models that keep learning while they read.")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for verb, help_text in VERBS.items():
+        verbs.add_parser(verb, help=help_text, add_help=False)
+    if not arguments or arguments[0] not in VERBS:
+        parser.parse_args(arguments)  # prints help or the error, and exits
+        return 2
+    return _run(arguments[0], arguments[1:])
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    from titans_lm.utils.record import Stopped, keep_freed_memory, on_stop, stop
+
+    parsed = _parsed(verb, arguments)  # help and errors end here, before torch is loaded
+    module = _module(verb)
+    _no_more_threads_than_cores()
+    keep_freed_memory()
+    run: Callable[[argparse.Namespace], int | None] = module.run
+    try:
+        with on_stop(stop):
+            status = run(parsed) or 0
+            sys.stdout.flush()  # a full disk is told here, not when the process ends
+            return status
+    except BrokenPipeError:  # `titans ... | head`: nobody reads on
+        _drop_output()
+        return 128 + 13  # SIGPIPE, as a shell has it
+    except KeyboardInterrupt as interruption:
+        print(": ".join([f"titans {verb}: interrupted", *map(str, interruption.args)]), file=sys.stderr)
+        return Stopped.status(interruption)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _out_of_memory(error):
+            raise
+        print(shown(f"titans {verb}: {' '.join(str(error).split()) or 'out of memory'}"), file=sys.stderr)
+        _drop_output()
+        return 2
+
+
+def _module(verb: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{verb}")
+
+
+def _parsed(verb: str, arguments: list[str]) -> argparse.Namespace:
+    from titans_lm.cli import flags
+
+    parser = argparse.ArgumentParser(f"titans {verb}", description=VERBS[verb])
+    add: Callable[..., None] = getattr(flags, verb, None) or _module(verb).add_arguments
+    add(parser, *(arguments[:1] if verb in _OF_KINDS else []))
+    return parser.parse_args(arguments)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """torch has a class for a GPU's memory, and only words for a CPU's."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _drop_output() -> None:
+    """What cannot be written to standard output would be tried again, and told with a traceback, at the end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _no_more_threads_than_cores() -> None:
+    """More threads than the cores this process may use slow small matmuls a hundredfold."""
+    import torch
+
+    from titans_lm.utils.record import cores
+
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
+
+
+def train() -> int:
+    """`titans-train`"""
+    return _run("train", sys.argv[1:])
+
+
+def infer() -> int:
+    """`titans-infer`"""
+    return _run("infer", sys.argv[1:])

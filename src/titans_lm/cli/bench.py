@@ -1,0 +1,128 @@
+"""`titans bench op | model | decode | write | read`: time and memory, ours and, with `--peers`, that of others.
+
+Every contender has a process of its own. They are measured in turns, after a warm-up; told are medians, least and most,
+CPU seconds beside seconds, and the peak of memory above what the process takes before it begins. One thread by default:
+the memory's matmuls are small, and more threads than cores slow them a hundredfold (they wait for one another by
+spinning), so more than the cores of this process are refused.
+"""
+
+import argparse
+import contextlib
+import importlib
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+WHAT = {
+    "op": "the memory operation, beside a large matmul; peers: titans-pytorch",
+    "model": "training step and prefill at several lengths; peers: attention, Mamba2",
+    "decode": "a token's time after having read much; peers: full attention, Mamba2",
+    "write": "share of tokens written, quality and speed, by threshold, of a trained model",
+    "read": "a long text through the carried state, in bounded memory; peers: sliding window, Mamba2",
+}
+"""Each is a module of this package: `add_arguments`, `check`, `heats`, `summary`, `table`, and `BUILD` for workers."""
+WIDTH = 150
+"""Of tables that go to a file."""
+RUNS = {"op": 7, "model": 3, "decode": 5, "write": 2}
+
+
+def add_arguments(parser: argparse.ArgumentParser, chosen: str | None = None) -> None:
+    """Flags of each kind, or of the `chosen` one alone: its module loads torch."""
+    what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    for name, text in WHAT.items():
+        one = what.add_parser(name, help=text, description=text)
+        if chosen in (None, name):
+            _add_common(one, name)
+            importlib.import_module(f"titans_lm.bench.{name}").add_arguments(one)
+
+
+def _add_common(parser: argparse.ArgumentParser, name: str) -> None:
+    from titans_lm.ops import Backend
+
+    parser.add_argument("--peers", action="store_true", help="measure other implementations and architectures too")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--backend", choices=get_args(Backend), default="auto", help="form of the memory operation")
+    parser.add_argument("--threads", type=int, default=1, help="of each contender, on a CPU; never more than cores")
+    if name != "read":  # a text is read once
+        parser.add_argument("--runs", type=int, default=RUNS[name], help="repetitions after the warm-up")
+    parser.add_argument(
+        "--memory-limit", type=float, help="GiB a contender may take on a CPU (default: 0.8 of what is free)"
+    )
+    parser.add_argument("--out", type=Path, default=Path(f"results/bench_{name}.json"), help="the JSON file to write")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from titans_lm.bench.measure import told
+    from titans_lm.bench.race import race
+    from titans_lm.utils.record import command_line, provenance, write_json
+    from titans_lm.utils.terminal import PlainConsole
+
+    command = importlib.import_module(f"titans_lm.bench.{arguments.what}")
+    _check(arguments)
+    command.check(arguments)
+    setting = _setting(arguments)
+    console = PlainConsole(width=None if sys.stdout.isatty() else WIDTH)
+    rows: list[dict[str, Any]] = []
+    with _kept_until_told() as interruption:
+        race(command.heats(arguments, setting), setting, rows, console)
+    results = command.summary(rows)
+    record = {
+        **provenance(command_line(f"bench {arguments.what}", arguments)),
+        "threads": str(setting.threads),
+        "setting": told(setting),
+    }
+    if setting.device == "cuda":
+        record["device"] = torch.cuda.get_device_name()
+    write_json(arguments.out, {**record, "complete": not interruption, "summary": results, "rows": rows})
+    for table in command.table(rows, results):
+        console.print(table)
+    if hasattr(command, "figure") and rows:
+        command.figure(rows, arguments.out.with_suffix(".png"))
+    _end(rows, arguments.out, bool(interruption))
+
+
+@contextlib.contextmanager
+def _kept_until_told() -> Iterator[list[KeyboardInterrupt]]:
+    """Holds Ctrl-C back until what was measured is written."""
+    held: list[KeyboardInterrupt] = []
+    try:
+        yield held
+    except KeyboardInterrupt as interruption:
+        held.append(interruption)
+
+
+def _end(rows: list[dict[str, Any]], out: Path, interrupted: bool) -> None:
+    if interrupted:
+        raise KeyboardInterrupt(f"what was measured before is in {out}")
+    wrong = [row for row in rows if (row["error"] or "").startswith("NotTheSame")]
+    if wrong:
+        raise ValueError(f"{wrong[0]['heat']}, {wrong[0]['name']}: {wrong[0]['error']}")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from titans_lm.utils.record import check_output, cores
+
+    if getattr(arguments, "runs", 1) < 1:
+        raise ValueError(f"--runs must be at least 1, got {arguments.runs}")
+    if not 1 <= arguments.threads <= cores():
+        raise ValueError(f"--threads must be from 1 to {cores()}, the cores of this process, got {arguments.threads}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no GPU that PyTorch can use")
+    limit = arguments.memory_limit
+    if limit is not None and not 0 <= limit < math.inf:
+        raise ValueError(f"--memory-limit must be a number of GiB, 0 for no limit, got {limit}")
+    check_output(arguments.out, picture=arguments.what == "read")
+
+
+def _setting(arguments: argparse.Namespace) -> Any:
+    from titans_lm.bench.measure import Setting, available_memory
+
+    limit = round(0.8 * available_memory(), 1) if arguments.memory_limit is None else arguments.memory_limit
+    return Setting(arguments.device, arguments.dtype, arguments.backend, arguments.threads, limit)

@@ -1,0 +1,50 @@
+"""`titans demo`: shipped models find a needle in a haystack of any length, and learn a text while they read it."""
+
+import argparse
+from pathlib import Path
+
+from titans_lm.models.model_files import MODEL_HELP, find
+from titans_lm.utils.record import command_line, provenance, write_json
+from titans_lm.utils.terminal import PlainConsole
+
+TEXT_TOKENS = 65_536
+"""Of the texts that are read."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    default = "source files of Python's own library that the model was not trained on"
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=f"texts to read then (default: {default})")
+    parser.add_argument("--tokens", type=int, default=100_000, help="of the haystack, question and answer included")
+    parser.add_argument("--haystack", default="words", help="words: random ones; noise: a line repeated; text")
+    parser.add_argument("--depth", type=float, default=30.0, help="of the needle, in percent; 0 is the beginning")
+    parser.add_argument("--seed", type=int, default=0, help="another key, value and haystack for each")
+    parser.add_argument("--model", type=Path, default=Path("needle"), help=f"of the haystack: {MODEL_HELP}")
+    parser.add_argument("--text-model", type=Path, default=Path("streams"), help="of the texts")
+    parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS, help="read at most so many; 0: no text")
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for the pictures and the figures")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from titans_lm.cli.demo import learning, needle
+    from titans_lm.models.cache import identity
+    from titans_lm.models.hub import load
+    from titans_lm.tasks import at_least
+
+    at_least(0, **{"--seed": arguments.seed, "--text-tokens": arguments.text_tokens})
+    folder, console = find(arguments.model), PlainConsole()
+    task = needle.task_for(folder, arguments.tokens, arguments.haystack, arguments.depth)
+    model, tokenizer = load(find(arguments.text_model))
+    output, told = arguments.output, provenance(command_line("demo", arguments, ["files"]))
+    hidden, reading, found = needle.show(folder, task, arguments.seed, console)
+    output.mkdir(parents=True, exist_ok=True)
+    needle.picture(hidden, reading, output / "demo.png")
+    write_json(output / "demo.json", {**told, **found})
+    written = "demo.png and demo.json"
+    if arguments.text_tokens:
+        curves = learning.read_text(model, tokenizer, arguments.files, arguments.text_tokens, console)
+        learning.picture(curves, output / "learning.png")
+        read = learning.summary(curves)
+        learning.tell(read, console)
+        write_json(output / "learning.json", {**told, **identity(model), **read})
+        written += ", learning.png and learning.json"
+    console.print(f"In {output}: {written}.")

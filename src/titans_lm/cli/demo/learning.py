@@ -1,0 +1,136 @@
+"""The demo's second part: a model reads a text that it has never seen, and the bits that each byte takes fall.
+
+Memory on against memory frozen, with the same weights, and zlib (what gzip is made of) beside them.
+"""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from titans_lm.evaluate import perplexity
+from titans_lm.evaluate.adapt import Stream, bucket_edges, read_streams
+from titans_lm.evaluate.compressors import compressed_bits
+from titans_lm.inference.surprising import Line, SurprisingLines
+from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.models.tokenizer import is_bytes
+from titans_lm.utils.corpora import STDLIB, stdlib_held_out
+
+MODES = ("on", "frozen")
+BUCKET, BIN = 1024, 1024
+"""Tokens of the table's first row, and of a point of the picture."""
+LINES = 3
+"""Surprising lines that are shown."""
+
+
+class Curves(NamedTuple):
+    """Bits of each token of a text, `[T]`, by what read it."""
+
+    stream: Stream
+    bits: dict[str, NDArray[np.float64]]
+    lines: list[Line]
+    """The most surprising, with the memory on."""
+
+
+def text_files_of(files: Sequence[Path]) -> list[Path]:
+    """The files that a user named; else those of the standard library that the model was not trained on."""
+    return list(files) or stdlib_held_out()
+
+
+def read_text(
+    model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, files: Sequence[Path], tokens: int, console: Console
+) -> Curves:
+    """Read the first `tokens` tokens of the files, one after another, in each mode.
+
+    Raises ValueError for a model whose tokens are not bytes, and for files that cannot be read.
+    """
+    if not is_bytes(tokenizer):
+        raise ValueError("the demo shows bits per byte as they are read: it needs a model whose tokens are bytes")
+    name = ", ".join(path.name for path in files) if files else STDLIB
+    stream = read_streams(text_files_of(files), tokenizer, tokens)._replace(name=name)
+    bits = {mode: np.zeros(len(stream.data)) for mode in MODES}
+    with Progress(console=console) as bars:
+        bar = bars.add_task("", total=len(MODES) * (len(stream.data) - 1))
+        for mode in MODES:
+            bars.update(bar, description=f"reading, memory {mode}")
+
+            def tell(first: int, nats: Tensor, mode: str = mode) -> None:
+                bits[mode][first : first + len(nats)] = nats.numpy() / np.log(2)
+                bars.advance(bar, len(nats))
+
+            perplexity.read(model, stream.ids, mode, perplexity.RESET, tell)
+    lines = SurprisingLines(LINES)
+    lines.add(stream.data, bits["on"])
+    lines.end()
+    return Curves(stream, bits, lines.most())
+
+
+def summary(curves: Curves) -> dict[str, Any]:
+    """Bits per byte by buckets whose ends double, and of the whole; the most surprising lines."""
+    data, edges = curves.stream.data, bucket_edges(len(curves.stream.data), BUCKET)
+    zlib = compressed_bits("zlib", data, edges[1:])
+    rows = [
+        {"from": first, "to": end, **{mode: float(bits[first:end].mean()) for mode, bits in curves.bits.items()},
+         "zlib": spent / (end - first)}
+        for first, end, spent in zip(edges, edges[1:], zlib, strict=False)
+    ]  # fmt: skip
+    whole = {mode: float(bits.mean()) for mode, bits in curves.bits.items()}
+    return {
+        "text": curves.stream.name,
+        "bytes": len(data),
+        "bits_per_byte": {**whole, "zlib": sum(zlib) / len(data)},
+        "buckets": rows,
+        "surprising": [line._asdict() for line in curves.lines],
+    }
+
+
+def tell(found: dict[str, Any], console: Console) -> None:
+    """The table, and what surprised most."""
+    columns = {"on": "memory on", "frozen": "memory frozen", "zlib": "gzip"}
+    table = Table("bytes read", *columns.values(), title=f"bits per byte of {found['bytes']:,} bytes never seen before")
+    for row in found["buckets"]:
+        table.add_row(f"{row['from']:,} to {row['to']:,}", *(f"{row[key]:.2f}" for key in columns))
+    table.add_section()
+    table.add_row("all", *(f"{found['bits_per_byte'][key]:.2f}" for key in columns))
+    console.print(table)
+    console.print("What surprised most (bits per byte, line):")
+    for line in found["surprising"]:
+        console.print(f"  {line['bits_per_byte']:5.2f}  {line['number']:6,}  {line['text'][:90]}")
+
+
+def picture(curves: Curves, path: Path) -> None:
+    """Bits per byte along the text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    data = curves.stream.data
+    edges = [*range(0, max(len(data) - BIN // 2, 1), BIN), len(data)]
+    figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    for name, bits in curves.bits.items():
+        axis.stairs(
+            [bits[a:b].mean() for a, b in itertools.pairwise(edges)],
+            edges,
+            baseline=None,
+            label=f"memory {name}",
+        )
+    spent = np.array(compressed_bits("zlib", data, edges[1:])) / np.diff(edges)
+    axis.stairs(spent, edges, baseline=None, color="0.6", label="gzip")
+    axis.set_ylim(0, None)
+    axis.set_xlabel("bytes read")
+    axis.set_ylabel("bits per byte")
+    axis.set_title("A text that the model has never seen, as it reads it")
+    axis.legend(frameon=False, ncols=3)
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, format="png", dpi=130)
+    beside.replace(path)
+    plt.close(figure)

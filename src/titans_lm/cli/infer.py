@@ -1,0 +1,169 @@
+"""`titans infer`: answer prompts, or converse, with a memory of what was read before."""
+
+import argparse
+import io
+import math
+import re
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from titans_lm.cli.read import show
+from titans_lm.inference.answer import answer
+from titans_lm.inference.reader import Reader
+from titans_lm.models.cache import TitansState
+from titans_lm.models.cache_file import check_target
+from titans_lm.models.hub import load
+from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.utils.memory_lock import MemoryLock
+from titans_lm.utils.terminal import PlainConsole
+from titans_lm.utils.text_file import examine, is_standard_input
+
+HELP = "/save FILE writes the memory, /reset goes back to where this conversation began, /quit or Ctrl-D ends it"
+
+
+def run(arguments: argparse.Namespace) -> None:
+    _check(arguments)
+    console = PlainConsole(stderr=True)
+    for path in arguments.context:
+        examine(path, arguments.errors)  # all can be read, before the work begins
+    model, tokenizer = load(arguments.model)
+    with MemoryLock(arguments.save_memory) if arguments.save_memory else nullcontext() as lock:
+        state = _remember(arguments, model, tokenizer, console, lock)
+    torch.manual_seed(arguments.seed)
+    state.frozen = arguments.frozen
+    if arguments.prompt:
+        _answer(model, tokenizer, state.select([0] * len(arguments.prompt)), arguments.prompt, _options(arguments))
+    if arguments.interactive:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape" if arguments.errors == "strict" else "replace")
+        _converse(model, tokenizer, state, console, _options(arguments))
+
+
+def _remember(
+    arguments: argparse.Namespace,
+    model: TitansForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+    lock: MemoryLock | None,
+) -> TitansState:
+    """The memory that is loaded, with what the context adds; saved, if it is to be, when interrupted too."""
+    reader = Reader(model, tokenizer, errors=arguments.errors)
+    if arguments.load_memory:
+        reader.state = TitansState.load(arguments.load_memory, model)
+    try:
+        if arguments.context:
+            show(reader, arguments.context, console)
+    except KeyboardInterrupt:
+        if not arguments.save_memory:
+            raise
+        reader.state.save(arguments.save_memory, lock)
+        raise KeyboardInterrupt(f"what was read is in {arguments.save_memory}; --load-memory goes on with it") from None
+    state = reader.state
+    console.print(f"{int(state.position[0]):,} tokens read; the memory takes {state.nbytes / 2**20:.1f} MiB")
+    if arguments.save_memory:
+        state.save(arguments.save_memory, lock)
+        console.print(f"memory saved to {arguments.save_memory}")
+    return state
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    if not 0 <= arguments.temperature < math.inf:
+        raise ValueError(f"--temperature must not be negative, nor without an end, got {arguments.temperature}")
+    if not (arguments.prompt or arguments.interactive or (arguments.context and arguments.save_memory)):
+        raise ValueError(
+            "nothing to do: give --prompt TEXT or --interactive, or --context FILE with --save-memory FILE"
+        )
+    if arguments.prompt and not all(arguments.prompt):
+        raise ValueError("--prompt is empty: give at least one character to go on from")
+    if arguments.stop and not all(arguments.stop):
+        raise ValueError("--stop is empty: give at least one character to stop at")
+    if arguments.interactive and any(map(is_standard_input, arguments.context)):
+        raise ValueError("--context - and --interactive would both read standard input: give the context as a file")
+    if arguments.save_memory:
+        check_target(arguments.save_memory)
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of `generate`."""
+    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {}
+    stop = {"stop_strings": [_unescaped(text) for text in arguments.stop]} if arguments.stop else {}
+    return {"max_new_tokens": arguments.max_new_tokens, **sampling, **stop}
+
+
+def _unescaped(text: str) -> str:
+    """A shell passes `\n` between quotes as a backslash and an n. What is no escape sequence stays as it is."""
+    meant = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return re.sub(r"\\([ntr\\])", lambda match: meant[match[1]], text)
+
+
+def _answer(
+    model: TitansForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    state: TitansState,
+    prompts: list[str],
+    options: dict[str, Any],
+) -> TitansState:
+    """Prompt and answer on the screen, as they come where there is one. -> the memory after them"""
+    if len(prompts) == 1:
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+        _, state = answer(model, tokenizer, state, prompts, streamer=streamer, **options)
+        sys.stdout.flush()
+        return state
+    answers, state = answer(model, tokenizer, state, prompts, **options)
+    for prompt, text in zip(prompts, answers, strict=True):
+        print(prompt + text)
+    return state
+
+
+def _converse(
+    model: TitansForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    begin: TitansState,
+    console: Console,
+    options: dict[str, Any],
+) -> None:
+    """Prompts from standard input, one a line, until it ends."""
+    state = begin
+    console.print(HELP)
+    while line := _line(console):
+        command, _, file = line.strip().partition(" ")
+        if command == "/quit":
+            return
+        if command == "/reset":
+            state = begin
+        elif command == "/save":
+            _save(state, file.strip(), console)
+        else:
+            state = _answer(model, tokenizer, state, [line], options)
+
+
+def _line(console: Console) -> str | None:
+    """The next line with something on it; None at the end."""
+    while True:
+        if sys.stdin.isatty():
+            console.print("> ", end="")
+        line = sys.stdin.readline()
+        if not line:
+            return None
+        if any("\udc80" <= c <= "\udcff" for c in line):  # bytes that cannot be decoded, by surrogateescape
+            console.print("this line is not text and was not read: it is not UTF-8 (--errors replace reads it)")
+        elif line.strip():
+            return line
+
+
+def _save(state: TitansState, file: str, console: Console) -> None:
+    """What is wrong does not end the conversation."""
+    try:
+        if not file:
+            raise ValueError("/save needs the name of a file")
+        state.save(file)
+        console.print(f"memory saved to {file}")
+    except (ValueError, OSError) as error:
+        console.print(str(error), style="red")

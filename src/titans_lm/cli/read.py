@@ -1,0 +1,97 @@
+"""`titans read`: texts into a memory file, and which of their lines were new."""
+
+import argparse
+import time
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from transformers import PreTrainedTokenizerBase
+
+from titans_lm.inference.answer import PIECE
+from titans_lm.inference.reader import Progress, Reader
+from titans_lm.inference.surprising import SurprisingLines
+from titans_lm.inference.token_bits import LOGITS, by_bytes
+from titans_lm.models.cache_file import Source
+from titans_lm.models.hub import load
+from titans_lm.utils.terminal import PlainConsole, shown
+from titans_lm.utils.text_file import examine
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.memory is None and arguments.surprising is None:
+        raise ValueError("nothing would be left of this reading: give --memory FILE, or --surprising N, or both")
+    lines = None if arguments.surprising is None else SurprisingLines(arguments.surprising)
+    if arguments.memory is not None and not arguments.memory.absolute().parent.is_dir():
+        raise ValueError(f"--memory {arguments.memory}: its folder does not exist")
+    for text in arguments.texts:
+        examine(text, arguments.errors)  # before the model is loaded
+    console = PlainConsole(stderr=True)
+    model, tokenizer = load(arguments.model)
+    piece = PIECE if lines is None else max(1, min(PIECE, LOGITS // model.config.vocab_size))
+    reader = Reader(
+        model, tokenizer, memory=arguments.memory, mode=arguments.mode, save_seconds=arguments.save_seconds,
+        errors=arguments.errors, piece=piece, on_tokens=None if lines is None else partial(_watch, tokenizer, lines),
+    )  # fmt: skip
+    if arguments.abandon:
+        reader.abandon()
+        reader.save()
+    try:
+        show(reader, arguments.texts, console)
+    finally:  # what was found before an interruption too
+        if lines is not None:
+            _tell(lines, several=len(arguments.texts) > 1)
+    state = reader.state
+    holds = "" if arguments.memory is None else f"; {arguments.memory} holds {state.nbytes / 2**20:.1f} MiB"
+    console.print(f"{int(state.position[0]):,} tokens read{holds}")
+
+
+def _watch(
+    tokenizer: PreTrainedTokenizerBase,
+    lines: SurprisingLines,
+    source: Source,
+    ids: NDArray[np.int64],
+    bits: NDArray[np.float64],
+) -> None:
+    """A reading that goes on does not know how many lines came before: they count from there, and it is said."""
+    before = source.tokens - len(ids)
+    if before == 0:
+        lines.begin(source.name)
+    elif not lines.source:
+        lines.begin(f"{source.name}, from token {before:,}")
+    lines.add(*by_bytes(tokenizer, ids, bits))
+
+
+def _tell(lines: SurprisingLines, several: bool) -> None:
+    """Bits per byte, the line's number, with several texts whose, and the line: one a line, on standard output."""
+    lines.end()
+    for line in lines.most():
+        place = f"{shown(line.source)}:{line.number}" if several or ", from token " in line.source else line.number
+        print(f"{line.bits_per_byte:.2f}\t{place}\t{shown(line.text)}")
+
+
+def show(reader: Reader, texts: list[Path], console: Console) -> None:
+    """Read, with rate, surprise and, where no text is a stream, time left."""
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
+               TextColumn("{task.fields[told]}", markup=False), TimeElapsedColumn()]  # fmt: skip
+    with Bars(*columns, console=console) as bars:
+        bar = bars.add_task("reading", total=None, told="")
+        with closing(reader.reading(*texts)) as reading:  # saves first, whatever becomes of the screen
+            for progress in reading:
+                _update(bars, bar, progress)
+
+
+def _update(bars: Bars, bar: TaskID, progress: Progress) -> None:
+    told = f"{progress.tokens:,} tokens, {progress.rate:,.0f} a second"
+    if progress.left is not None:
+        told += f", {progress.left:,.0f} s left"
+        spent = time.monotonic() - (bars.tasks[0].start_time or 0)
+        bars.update(bar, total=1.0, completed=spent / max(spent + progress.left, 1e-9))
+    if progress.surprise is not None:
+        told += f", surprise {progress.surprise:.3f}"
+    bars.update(bar, description=shown(progress.source.name), told=told)

@@ -1,0 +1,87 @@
+"""`titans serve`: an OpenAI-compatible server, each request a fork of one memory.
+
+    titans serve --model runs/titans --memory book.memory
+    curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
+        -d '{"model": "titans", "prompt": "Who did it?", "max_tokens": 50}'
+
+The server is `titans_lm.inference.serve`.
+"""
+
+import argparse
+import importlib.util
+import ipaddress
+import os
+import socket
+from pathlib import Path
+
+from titans_lm.inference.serve.limits import Limits
+from titans_lm.models.model_files import MODEL_HELP
+from titans_lm.utils.terminal import PlainConsole
+
+KEY = "TITANS_API_KEY"
+"""The environment variable that may hold the key: the command line is shown to every user of a machine."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
+    parser.add_argument("--memory", type=Path, help="what every client's stream begins with")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reached from other machines; set a key then")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    parser.add_argument("--api-key", help=f"clients must send it; default: the environment variable {KEY}, else none")
+    limits = parser.add_argument_group("limits")
+    default = Limits()
+    limits.add_argument("--max-tokens", type=int, default=default.max_tokens, help="of one answer")
+    limits.add_argument("--max-prompt-bytes", type=int, default=default.prompt_bytes)
+    limits.add_argument("--max-stops", type=int, default=default.stops, help="stop strings of one request")
+    limits.add_argument("--max-requests", type=int, default=default.requests, help="at once; one more is answered 429")
+    limits.add_argument("--request-seconds", type=float, default=default.seconds, help="then a request is ended")
+    limits.add_argument(
+        "--shutdown-seconds", type=float, default=default.shutdown_seconds, help="for requests to end, after SIGTERM"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if not all(map(importlib.util.find_spec, ("fastapi", "uvicorn"))):
+        raise ValueError("the server's libraries are not installed: pip install 'titans-lm[serve]'")
+    if not 0 <= arguments.port < 2**16:
+        raise ValueError(f"--port must be 0 to 65535, got {arguments.port}")
+    limits = Limits(
+        arguments.max_tokens, arguments.max_prompt_bytes, arguments.max_stops, arguments.max_requests,
+        arguments.request_seconds, arguments.shutdown_seconds,
+    )  # fmt: skip
+    api_key = _api_key(arguments.api_key)
+    from titans_lm.models.cache import TitansState
+    from titans_lm.models.hub import load
+
+    model, tokenizer = load(arguments.model)
+    memory = TitansState.load(arguments.memory, model) if arguments.memory else None
+    from titans_lm.inference.serve.app import Server, Service
+
+    listening = listen(arguments.host, arguments.port)
+    host, port = listening.getsockname()[:2]
+    console = PlainConsole(stderr=True, soft_wrap=True)
+    known = f"with {arguments.memory}" if arguments.memory else "with an empty memory"
+    console.print(f"{arguments.model} {known} at http://{host}:{port}/v1; Ctrl-C ends it")
+    if api_key is None and not ipaddress.ip_address(host.split("%")[0]).is_loopback:
+        console.print(f"anyone who reaches {host} may ask: no key is set ({KEY})", style="yellow")
+    Server(Service(model, tokenizer, memory, limits, api_key)).run(sockets=[listening])
+
+
+def _api_key(given: str | None) -> str | None:
+    """Raises ValueError for a key that no client could send."""
+    name, key = ("--api-key", given) if given is not None else (KEY, os.environ.get(KEY))
+    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError(f"{name} must be one word of ASCII characters, and not empty")
+    return key
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address. Raises OSError for one that cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        return listening
+    except OSError as error:
+        raise OSError(f"cannot listen at {host}:{port}: {error.strerror or error}") from error

@@ -1,0 +1,54 @@
+"""`titans study STUDY.yaml`: models x tasks x seeds, each trained and tested by itself; a table and a figure of them.
+
+A result is a line of `results/NAME.jsonl`, and is never made twice: an interrupted study goes on, one with another
+model or seed only makes what is missing. A run that fails is a line as well.
+"""
+
+import argparse
+from pathlib import Path
+
+from titans_lm.utils.record import cores
+from titans_lm.utils.terminal import PlainConsole
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", type=Path, help="a YAML file, such as studies/parity.yaml")
+    change = "change a value for all runs, such as training.max_steps=100; may be repeated"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help=change)
+    parser.add_argument("--processes", type=int, default=cores(), help="runs side by side")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder for lines, table, figure")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for models in training")
+    parser.add_argument("--keep", action="store_true", help="keep the trained models")
+    parser.add_argument("--search", type=int, metavar="TRIALS", help="instead: look for each model's best values")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from titans_lm.study.grid import load_study
+    from titans_lm.study.report import write_report
+    from titans_lm.study.scheduler import run_cells, train_and_test
+    from titans_lm.training.train import earlier
+    from titans_lm.utils.record import RESULTS, Lines, check_output, command_line
+
+    study = load_study(arguments.study, arguments.changes)
+    if arguments.processes < 1:
+        raise ValueError(f"--processes must be at least 1, got {arguments.processes}")
+    if not arguments.results.is_dir() and (arguments.results != RESULTS or RESULTS.exists()):
+        raise ValueError(f"--results {arguments.results}: this folder does not exist")
+    command = command_line("study", argparse.Namespace(study=arguments.study, changes=arguments.changes), ["study"])
+    if arguments.search is not None:
+        from titans_lm.study.search import search
+
+        return search(study, arguments, command)
+    lines = Lines(arguments.results / f"{study.name}.jsonl", {"study": study.name}, command)
+    missing = [cell for cell in study.cells if lines.find(**cell.about()) is None]
+    check_output(lines.path, picture=study.figure is not None, ours=False)
+    for cell in missing:
+        earlier(cell.settings(arguments.runs / study.name))
+    console = PlainConsole()
+    console.print(f"{study.name}: {len(study.cells)} runs, {len(missing)} to do, {arguments.processes} side by side")
+    try:
+        run_cells(missing, train_and_test, arguments, command, lines, console)
+    finally:
+        rows = [row for cell in study.cells if (row := lines.find(**cell.about())) is not None]
+        if rows:
+            write_report(study, rows, arguments.results, console)

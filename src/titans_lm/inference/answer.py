@@ -1,0 +1,85 @@
+"""Tokens and prompts to a model that remembers: read on from a state, go on from it, answer."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from titans_lm.models.cache import TitansState
+from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.models.tokenizer import encode
+
+PIECE = 4096
+"""Tokens of one call: enough to keep the processor busy; memory use does not depend on the text's length."""
+_GIVEN = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "past_key_values")
+"""Options of `generate` that prompts and memory stand for."""
+_MORE_THAN_TEXT = (
+    "return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states",
+)  # fmt: skip
+"""Options of `generate` by which it returns what texts have no place for."""
+
+
+@torch.no_grad()
+def read(model: TitansForCausalLM, ids: Tensor, state: TitansState, piece: int = PIECE) -> Iterator[tuple[Tensor, Any]]:
+    """Read ids `[B, T]` on from `state`, which is updated, `piece` tokens a call; yields (ids, output) of each call.
+
+    Outputs have all logits and the surprise of each layer.
+    """
+    for part in ids.split(piece, 1):
+        yield part, model(part, past_key_values=state, output_surprise=True)
+
+
+def go_on(
+    model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, state: TitansState, prompt: Tensor, **options: Any
+) -> Tensor:
+    """Generate after `prompt` `[1, T]`, T >= 1, which the state has not read; returns prompt and continuation.
+
+    `options` are those of transformers' `generate`. The state itself is left as it is.
+    """
+    return model.generate(prompt, past_key_values=state.continuation(), pad_token_id=tokenizer.pad_token_id, **options)
+
+
+def answer(
+    model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, state: TitansState, prompts: list[str], **options: Any
+) -> tuple[list[str], TitansState]:
+    """What the model says after each prompt, row by row of `state` (as many as prompts), which reads them.
+
+    `options` are those of transformers' `generate`; greedy unless they say otherwise. -> the texts, as many for each
+    prompt as `num_return_sequences` says, one after another; and the memory after prompts and answers, a row for each
+    text. Raises ValueError for a prompt without tokens, and for options that change what is read or returned.
+    """
+    _check_options(options)
+    ids = [encode(tokenizer, prompt) for prompt in prompts]
+    if not all(len(row) for row in ids):
+        raise ValueError("a prompt is empty: give at least one character to go on from")
+    width = max(map(len, ids))
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+    padded = torch.stack(
+        [torch.cat([torch.zeros(width - len(row), dtype=torch.long), torch.as_tensor(row)]) for row in ids]
+    )
+    state = state.continuation()
+    if options.get("stop_strings"):
+        options["tokenizer"] = tokenizer
+    out = model.generate(
+        padded.to(model.device), attention_mask=mask.to(model.device), past_key_values=state,
+        **{"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options},
+    )  # fmt: skip
+    with torch.no_grad():
+        model.read_pending(state)
+    return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), state
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for name in _GIVEN:
+        if name in options:
+            raise ValueError(f"{name} cannot be passed: prompts and memory stand for it; use model.generate")
+    for name in _MORE_THAN_TEXT:
+        if options.get(name):
+            raise ValueError(
+                f"{name}={options[name]!r}: answers are texts; "
+                f"for more call model.generate(..., past_key_values=state.continuation())"
+            )
+    if options.get("use_cache") is False:
+        raise ValueError("use_cache=False: answers are given from the memory, which is the cache; leave it out")

@@ -1,0 +1,374 @@
+"""`Reader`, and `titans read`: texts of any length into a memory, once, in bounded space; stopped and resumed anywhere.
+
+Where a text is cut into pieces depends on the text alone, and what is saved is the memory between two pieces. So a
+reading that was interrupted, by whatever, and resumed ends in the same memory to the last bit.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeGuard, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from titans_lm.inference.answer import PIECE, answer
+from titans_lm.inference.answer import go_on as go_on  # also had from here
+from titans_lm.inference.answer import read as read
+from titans_lm.inference.token_bits import TokenBits
+from titans_lm.models.cache import TitansState
+from titans_lm.models.cache_file import NAME_LENGTH, Source, check_target
+from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.models.tokenizer import encode
+from titans_lm.utils.memory_lock import MemoryLock
+from titans_lm.utils.text_file import Errors, decoded, examine, is_standard_input, name_of
+
+Mode = Literal["learning", "frozen", "reset"]
+Tokens = Tensor | NDArray[np.integer[Any]] | Sequence[int]
+Text = Path | str | Tokens | Iterable[str] | Iterable[Tokens]
+"""A file (a pipe or a FIFO too; `Path("-")` is standard input); a text; tokens `[T]`; or a stream of texts or of
+tokens, each encoded by itself."""
+
+
+class Progress(NamedTuple):
+    """How far a reading is, after a piece."""
+
+    source: Source
+    """The text that is being read, and how many of its tokens were."""
+    tokens: int
+    """Read since the reading began or was resumed."""
+    rate: float
+    """Tokens a second, since then."""
+    left: float | None
+    """Seconds, for all texts; None where one is a stream, whose end is not known."""
+    surprise: float | None
+    """Mean reconstruction loss of what was read since then; None without a memory that learns, and with a threshold,
+    where it is not computed for what is not written."""
+
+
+class Reader:
+    """Reads texts with a model, on and on, and keeps what was learned.
+
+        reader = Reader(model, tokenizer, memory="book.memory")
+        reader.read(Path("book.txt"))          # Ctrl-C, kill -9: the same again goes on where it was
+        print(reader.ask("Who did it?"))       # is not remembered
+
+    Args:
+        model: a Titans model, on any device.
+        tokenizer: what makes tokens of texts; None: only tokens can be read.
+        memory: a file to begin with, if it exists, and to save to: every `save_seconds`, at the end, and at an
+            interruption. None: what was learned is in `state` alone.
+        mode: "learning" writes what is read. "frozen" reads without writing. "reset" forgets before each text.
+        save_seconds: so much work is lost at most when the process is killed.
+        piece: tokens of one call of the model. Not a limit of anything.
+        on_tokens: called after each piece with the text's record, the piece's tokens `[T]` and the bits that each took,
+            given all before it: how a text is watched while it is read. None: these bits are not computed.
+        errors: "strict" refuses files that are not UTF-8; "replace" reads them with U+FFFD in place of what is not.
+
+    Raises ValueError for a memory file of another model or a damaged one, and for values that make no sense. While it
+    reads, a reader holds a lock on the memory file.
+    """
+
+    def __init__(
+        self,
+        model: TitansForCausalLM,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        memory: str | Path | None = None,
+        mode: Mode = "learning",
+        save_seconds: float = 30.0,
+        piece: int = PIECE,
+        errors: Errors = "strict",
+        on_tokens: Callable[[Source, NDArray[np.int64], NDArray[np.float64]], None] | None = None,
+    ):
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode={mode!r} is not one of: {', '.join(get_args(Mode))}")
+        if errors not in get_args(Errors):
+            raise ValueError(f"errors={errors!r} is not one of: {', '.join(get_args(Errors))}")
+        if piece < 1 or not save_seconds >= 0:  # NaN is not
+            raise ValueError(f"piece must be at least 1, and save_seconds at least 0: {piece}, {save_seconds}")
+        self.model, self.tokenizer, self.mode, self.piece = model.eval(), tokenizer, mode, piece
+        self.memory = None if memory is None else Path(memory)
+        self.save_seconds, self.errors = save_seconds, errors
+        self.on_tokens, self._bits = on_tokens, TokenBits()
+        self._lock: MemoryLock | None = None
+        self._found = self._on_disk()
+        if self.memory is not None and self._found is None:
+            check_target(self.memory)
+        with torch.no_grad():
+            self.state = TitansState.load(self.memory, model) if self.memory and self._found else model.initial_state(1)
+
+    def read(self, *texts: Text) -> "Reader":
+        """Read these to their end. Raises as `reading` does."""
+        for _ in self.reading(*texts):
+            pass
+        return self
+
+    def reading(self, *texts: Text) -> Generator[Progress, None, None]:
+        """Read these, piece by piece. If the memory holds a reading of the same that was interrupted, it goes on.
+
+        Raises ValueError for a text that is empty, or cannot be read, before anything is read (a stream when its turn
+        comes); where another reader holds the memory file; and where the memory holds an interrupted reading of
+        something else (`abandon` forgets that there was one). A text that fails when some of it was read is abandoned.
+        """
+        with self._locked():
+            if sum(isinstance(text, Path) and is_standard_input(text) for text in texts) > 1:
+                raise ValueError("standard input can be read once only; give - once")
+            before = self.state.sources
+            plan, first = self._plan([self._source(text) for text in texts])
+            self._bits = TokenBits()
+            clock, saved, changed = _Clock(plan), time.monotonic(), not texts
+            try:
+                for i, text in enumerate(texts):
+                    pieces = iter(()) if plan[i].done else self._pieces(text, plan[i])
+                    while True:
+                        with self._abandoning():
+                            if (piece := next(pieces, None)) is None:
+                                break
+                            ids, share, whole = piece
+                            surprise = self._read(ids, first + i, whole)
+                        changed = True
+                        yield clock.tick(self.state.sources[first + i], i, len(ids), share, surprise)
+                        if time.monotonic() - saved >= self.save_seconds:
+                            self.save()
+                            saved = time.monotonic()
+            finally:
+                if changed:
+                    self.save()
+                else:
+                    self.state.sources = before
+
+    def abandon(self) -> None:
+        """Forget that a reading was interrupted, not what was learned of it."""
+        self.state.sources = [replace(s, abandoned=not s.done) for s in self.state.sources if s.tokens]
+
+    def ask(self, *prompts: str, frozen: bool = False, remember: bool = False, **options: Any) -> list[str]:
+        """What the model says after each prompt, each to a fork of this memory. `options` are those of `generate`.
+
+        What a fork learns of its prompt is gone afterwards, unless there is one prompt and `remember`: then prompt and
+        answer were read, to the last token. `frozen`: it learns nothing of it in the first place. There are
+        `num_return_sequences` answers for each prompt, one after another. Raises ValueError without a tokenizer, for an
+        empty prompt, for several answers to remember, and for options that have no effect on texts.
+        """
+        if not prompts:
+            raise ValueError("there is no prompt to answer")
+        if remember and (frozen or len(prompts) != 1):
+            raise ValueError(f"one prompt can be remembered, and not frozen; got {len(prompts)}, frozen={frozen}")
+        if self.tokenizer is None:
+            raise ValueError("a reader without a tokenizer cannot be asked")
+        fork = self.state.select([0] * len(prompts))
+        fork.frozen = frozen
+        answers, fork = answer(self.model, self.tokenizer, fork, list(prompts), **options)
+        if remember and len(answers) != 1:
+            raise ValueError(f"one answer can be remembered, and num_return_sequences gave {len(answers)}")
+        if remember:
+            fork.columns = self.state.columns
+            self.state = fork
+        return answers
+
+    def save(self) -> None:
+        """Write the memory file, if there is one; whole or not at all. Raises ValueError where another process, or
+        reader, has written it since this one loaded it, and what that learned would be lost."""
+        if self.memory is None:
+            return
+        with self._locked():
+            self.state.save(self.memory, self._lock)
+            self._found = self._on_disk()
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The memory file is this reader's alone, and as it knows it."""
+        if self.memory is None or self._lock is not None:
+            yield
+            return
+        with MemoryLock(self.memory) as lock:
+            if self._on_disk() not in (None, self._found):
+                raise ValueError(
+                    f"{self.memory} was written by another since this reader loaded it: "
+                    f"make a new Reader to go on with what it holds"
+                )
+            self._lock = lock
+            try:
+                yield
+            finally:
+                self._lock = None
+
+    def _on_disk(self) -> tuple[int, ...] | None:
+        """Which file is there now: each writing makes another. None: there is none."""
+        if self.memory is None or not self.memory.exists():
+            return None
+        found = self.memory.stat()
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+    @contextmanager
+    def _abandoning(self) -> Iterator[None]:
+        """A text that fails does not keep the memory from reading another. An interruption is no failure."""
+        try:
+            yield
+        except (ValueError, TypeError, IndexError, OSError):
+            self.abandon()
+            raise
+
+    def _source(self, text: Text) -> Source:
+        """The record of a text before it is read; raises ValueError or OSError for one that cannot be."""
+        if self.tokenizer is None and isinstance(text, Path | str):
+            raise ValueError("a reader without a tokenizer reads tokens, not texts")
+        if isinstance(text, Path):
+            found = examine(text, self.errors)
+            return Source(name_of(text)[-NAME_LENGTH:], found.size, found.sha256, self.mode)
+        if isinstance(text, str):
+            content = text.encode()
+        elif _is_tokens(text):
+            content = self._tokens(text).tobytes()
+        else:
+            return Source("stream", -1, "", self.mode)
+        if not content:
+            raise ValueError("there is nothing to read: a text is empty")
+        name = "text" if isinstance(text, str) else "tokens"
+        return Source(name, len(content), hashlib.sha256(content).hexdigest(), self.mode)
+
+    def _plan(self, sources: list[Source]) -> tuple[list[Source], int]:
+        """How far each is, where a reading of them was interrupted, else not begun; and where their records begin."""
+        known = self.state.sources
+        open_ = next((i for i, s in enumerate(known) if not (s.done or s.abandoned)), None)
+        if open_ is None:
+            self.state.sources = [*known, *sources]
+            return sources, len(known)
+        for first in range(open_, -1, -1):
+            old = known[first:]
+            if len(old) == len(sources) and all(map(_same, old, sources)):
+                return old, first
+        missing = known[open_]
+        raise ValueError(
+            f"this memory is in the middle of {missing.name} ({missing.tokens:,} tokens read, mode {missing.mode}): "
+            f"give the same texts again to go on, or abandon that reading"
+        )
+
+    def _pieces(self, text: Text, source: Source) -> Iterator[tuple[NDArray[np.int64], float, Source]]:
+        """Tokens not read before, the share of the text that is read with them, and the record then."""
+        stream, digest, tokens, units, rest = source.size < 0, hashlib.sha256(), 0, 0, source.tokens
+        for content, ids in self._encoded(text, source.size):
+            digest.update(content)
+            for start in range(0, len(ids), self.piece):
+                part = ids[start : start + self.piece]
+                tokens += len(part)
+                skipped = min(rest, len(part))
+                rest -= skipped
+                if stream and tokens == source.tokens and digest.hexdigest() != source.sha256:
+                    raise ValueError(f"{source.name} is not the stream that this memory began to read")
+                if skipped < len(part):
+                    done = (units + len(content) * (start + len(part)) / len(ids)) / max(source.size, 1)
+                    known = digest.hexdigest() if stream else source.sha256
+                    yield part[skipped:], min(done, 1.0), replace(source, tokens=tokens, sha256=known)
+            units += len(content)
+        if tokens < source.tokens:
+            raise ValueError(f"{source.name} ends before the {source.tokens:,} tokens that this memory read of it")
+        nothing, found = np.zeros(0, np.int64), digest.hexdigest()
+        if not stream and (units, found) != (source.size, source.sha256):
+            yield nothing, 1.0, replace(source, tokens=tokens, size=units, sha256=found, abandoned=True)
+            raise ValueError(f"{source.name} changed while it was read: {tokens:,} tokens of it were read before")
+        yield nothing, 1.0, replace(source, tokens=tokens, done=True, sha256=found)
+
+    def _encoded(self, text: Text, size: int) -> Iterator[tuple[bytes, NDArray[np.int64]]]:
+        """Content and its tokens, bit by bit, the same bits each time; of a file `size` bytes, where that is known."""
+        parts: Iterable[object]
+        if isinstance(text, Path):
+            parts = decoded(text, errors=self.errors, limit=size if size >= 0 else None)
+        else:
+            parts = [text] if isinstance(text, str) or _is_tokens(text) else iter(text)
+        for part in parts:
+            content, words = part if isinstance(part, tuple) and isinstance(text, Path) else (None, part)
+            if not isinstance(words, str):
+                ids = self._tokens(words)
+            elif self.tokenizer is None:
+                raise ValueError("a reader without a tokenizer reads tokens, not texts")
+            else:
+                ids = self._tokens(encode(self.tokenizer, words))
+                content = words.encode() if content is None else content
+            yield ids.tobytes() if content is None else content, ids
+
+    def _tokens(self, ids: object) -> NDArray[np.int64]:
+        """Raises ValueError for what is not a row of tokens that the model knows."""
+        array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+        if array.ndim != 1 or (len(array) and not np.issubdtype(array.dtype, np.integer)):
+            raise ValueError(f"tokens must be whole numbers [T], got {array.dtype} {list(array.shape)}")
+        vocabulary = self.model.config.vocab_size
+        if len(array) and not (array.min() >= 0 and array.max() < vocabulary):
+            at = int(np.argmax((array < 0) | (array >= vocabulary)))
+            raise ValueError(f"token {array[at]} at {at} is not one of this model's, which are 0 to {vocabulary - 1}")
+        return np.ascontiguousarray(array, np.int64)
+
+    @torch.no_grad()
+    def _read(self, ids: NDArray[np.int64], record: int, source: Source) -> Tensor | None:
+        """One piece, and its record, together or not at all. -> the mean surprise"""
+        state, surprise = self.state.shared(), None
+        if self.mode == "reset" and not self.state.sources[record].tokens:
+            sources = state.sources
+            state.reset()
+            state.sources = sources
+            self._bits = TokenBits()
+        if len(ids):
+            state.frozen = self.mode == "frozen"
+            tokens = torch.from_numpy(ids)[None].to(self.model.device)
+            told = self.model.config.surprise_threshold is None  # else what is not written need not be computed
+            kept = 1 if self.on_tokens is None else 0
+            out = self.model(tokens, past_key_values=state, logits_to_keep=kept, output_surprise=told)
+            state.frozen = False
+            if out.surprise:
+                surprise = torch.stack([s.loss.mean() for s in out.surprise]).mean()
+        state.sources[record] = replace(source, when=datetime.now(UTC).isoformat(timespec="seconds"))
+        self.state = state  # nothing above changed it
+        if self.on_tokens is not None and len(ids):
+            self.on_tokens(source, ids, self._bits.of(ids, out.logits[0]))
+        return surprise
+
+
+class _Clock:
+    """Rate and what is left."""
+
+    def __init__(self, plan: list[Source]):
+        self.sizes = [0 if s.done else s.size for s in plan]
+        self.begun, self.tokens, self.first, self.total, self.count = time.monotonic(), 0, 0.0, 0.0, 0
+        self.started = False
+
+    def tick(self, source: Source, i: int, tokens: int, share: float, surprise: Tensor | None) -> Progress:
+        self.tokens += tokens
+        if surprise is not None and tokens:
+            self.total, self.count = self.total + float(surprise) * tokens, self.count + tokens
+        seconds = max(time.monotonic() - self.begun, 1e-9)
+        left = None
+        if min(self.sizes) >= 0:
+            read = sum(self.sizes[:i]) + self.sizes[i] * share
+            if not self.started:  # what an earlier process read is not this one's work
+                self.first, self.started = read - self.sizes[i] * share * min(1.0, tokens / max(source.tokens, 1)), True
+            left = seconds * (sum(self.sizes) - read) / max(read - self.first, 1e-9)
+        return Progress(
+            source, self.tokens, self.tokens / seconds, left, self.total / self.count if self.count else None
+        )
+
+
+# ------------------------------------------------------------------------------------------------ texts
+
+
+def _same(old: Source, new: Source) -> bool:
+    """Whether the record `old` is of the text `new`. A stream is compared when it is read."""
+    return (old.name, old.size, old.mode) == (new.name, new.size, new.mode) and (
+        new.size < 0 or old.sha256 == new.sha256
+    )
+
+
+def _is_tokens(text: object) -> TypeGuard[Tokens]:
+    """Nothing at all is no stream either."""
+    return isinstance(text, Tensor | np.ndarray) or (
+        isinstance(text, Sequence) and not isinstance(text, str) and (not text or isinstance(text[0], Integral))
+    )

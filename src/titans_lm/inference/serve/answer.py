@@ -1,0 +1,183 @@
+"""One request's answer, token by token: which tokens the model reads next, and what its logits become."""
+
+import secrets
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
+
+from titans_lm.models.cache import TitansState
+
+PIECE = 512
+"""Tokens of a prompt that are read in one call: others are served between two of them."""
+GREEDY = 1e-5
+"""A temperature below this takes the likeliest token: dividing logits by less would overflow."""
+
+
+class Sampling(NamedTuple):
+    """How an answer is drawn, and where it ends."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+
+
+class Answer:
+    """The answer to one prompt. Its memory, random numbers and text are its own: other answers do not change it.
+
+        while answer.finish_reason is None:
+            text += answer.take(model(answer.next_ids()[None], past_key_values=answer.state).logits[0, -1])
+
+    Args:
+        ids: the prompt `[T]`, T >= 1.
+        state: of one row; the model's call advances it.
+        ends: tokens after which the answer is over.
+    """
+
+    def __init__(
+        self,
+        ids: Int[Tensor, " T"],
+        state: TitansState,
+        sampling: Sampling,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: frozenset[int] = frozenset(),
+    ):
+        self.ids, self.state, self.sampling, self.ends = ids, state, sampling, ends
+        self.finish_reason: str | None = None
+        """ "stop" or "length", when it is over."""
+        self.read, self.count = 0, 0
+        """Tokens of the prompt that were read; tokens of the answer."""
+        self._last = 0
+        self._decoder, self._stops = Decoder(tokenizer), Stops(sampling.stop)
+        self._warpers = LogitsProcessorList()
+        if sampling.temperature >= GREEDY:
+            self._warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+            self._warpers.append(TopPLogitsWarper(float(sampling.top_p)))
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def is_reading(self) -> bool:
+        """Some of the prompt was not read yet."""
+        return self.read < len(self.ids)
+
+    def next_ids(self) -> Int[Tensor, " T"]:
+        """What the model is to read next: a piece of the prompt, or the last token of the answer."""
+        return self.ids[self.read : self.read + PIECE] if self.is_reading else torch.tensor([self._last])
+
+    def take(self, logits: Float[Tensor, " V"]) -> str:
+        """The text that is certain now that the model read `next_ids()`, and gave these logits after the last of them.
+
+        Raises ValueError for logits that are not finite.
+        """
+        if self.is_reading:
+            self.read += len(self.next_ids())
+            if self.is_reading:
+                return ""
+        self._last = self._draw(logits)
+        self.count += 1
+        text = self._decoder.push(self._last)
+        if self._last in self.ends:
+            self.finish_reason = "stop"
+        elif self.count == self.sampling.max_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason is not None:
+            text += self._decoder.flush()
+        text = self._stops.push(text)
+        if self._stops.found:
+            self.finish_reason = "stop"
+        return text if self.finish_reason is None else text + self._stops.flush()
+
+    def _draw(self, logits: Float[Tensor, " V"]) -> int:
+        if not bool(logits.isfinite().all()):
+            raise ValueError("the model's logits are not finite")
+        if not self._warpers:
+            return int(logits.argmax())
+        scores = self._warpers(torch.empty(1, 0, dtype=torch.long), logits.float().cpu()[None])
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+
+
+class Decoder:
+    """Tokens to text, as soon as it is whole characters: several byte tokens may be one."""
+
+    WINDOW, HELD = 32, 64
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.window: list[int] = []
+        """The last tokens: some tokenizers write a token otherwise at the beginning of a text."""
+        self.done = 0
+        """Characters of the window's text that were given out."""
+
+    def push(self, token: int) -> str:
+        """The characters that no later token changes."""
+        self.window.append(token)
+        text = self._text()
+        certain = self._certain(text)
+        new = certain[self.done :]
+        self.done += len(new)
+        if len(self.window) >= self.WINDOW and certain == text:
+            self._shorten()
+        return new
+
+    def flush(self) -> str:
+        """What is left: part of a character, as U+FFFD."""
+        new = self._text()[self.done :]
+        self.done += len(new)
+        return new
+
+    def _text(self) -> str:
+        return self.tokenizer.decode(self.window, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _certain(self, text: str) -> str:
+        """Bytes that begin a character become U+FFFD at the end, in some tokenizers with all bytes before them, for as
+        long as the rest is not there. It may never come: so many are no beginning."""
+        kept = text.rstrip("\ufffd")
+        return kept if len(text) - len(kept) <= self.HELD else text[:-3]
+
+    def _shorten(self) -> None:
+        """To the last whole characters."""
+        whole = self.window
+        for count in range(1, len(whole)):
+            self.window = whole[-count:]
+            text = self._text()
+            if text and "\ufffd" not in text:
+                self.done = len(text)
+                return
+        self.window = whole
+
+
+class Stops:
+    """Text up to the first of some strings. What may be the beginning of one is held back."""
+
+    def __init__(self, strings: Sequence[str]):
+        self.strings = strings
+        self.held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """The characters before which no stop string can begin."""
+        self.held += text
+        found = [at for s in self.strings if (at := self.held.find(s)) >= 0]
+        if found:
+            self.found = True
+            text, self.held = self.held[: min(found)], ""
+            return text
+        end = len(self.held) - self._begun()
+        text, self.held = self.held[:end], self.held[end:]
+        return text
+
+    def flush(self) -> str:
+        text, self.held = self.held, ""
+        return text
+
+    def _begun(self) -> int:
+        """How many of the last characters begin a stop string."""
+        longest = min(len(self.held), max(map(len, self.strings), default=1) - 1)
+        ends = (self.held[-n:] for n in range(longest, 0, -1))
+        return next((len(end) for end in ends if any(s.startswith(end) for s in self.strings)), 0)

@@ -1,0 +1,212 @@
+"""What clients ask, checked field by field, and what they are told: OpenAI's completions and chat completions.
+
+A field is obeyed or refused. Of fields that this server does not have, those that clients send with a value that asks
+for nothing are let pass with it.
+"""
+
+import time
+import uuid
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from titans_lm.inference.serve.answer import Sampling
+from titans_lm.inference.serve.limits import Limits, Refused
+
+NAME = "titans"
+"""What clients call the model."""
+COMPLETION_TOKENS = 16
+"""Of a completion that does not say `max_tokens`, as OpenAI has it. A chat's may be as long as the server allows."""
+STOP_LENGTH = 256
+
+
+def _is_unicode(text: str) -> str:
+    """Half of a surrogate pair, which JSON can say, is no character."""
+    text.encode()
+    return text
+
+
+def _strings(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _prompt(prompt: Any) -> str | list[int]:
+    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(type(id) is int for id in prompt)):
+        return prompt
+    raise ValueError("must be one text, or the tokens of one")
+
+
+def _content(content: Any) -> Any:
+    """Parts of text, as one."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not (isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"):
+            raise ValueError('must be a text, or a list of {"type": "text", "text": "..."}')
+        if not isinstance(part["text"], str):
+            raise ValueError("the text of a part must be a string")
+    return "".join(part["text"] for part in content)
+
+
+Text = Annotated[str, AfterValidator(_is_unicode)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+Empty = Annotated[list[Any], Field(max_length=0)]
+
+
+class Strict(BaseModel):
+    """Numbers are numbers, not texts of them, and a field that is not there is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[Text, BeforeValidator(_content)]
+
+
+class Question(Strict):
+    """What both kinds of request have. None is as if it were not there: some clients send it."""
+
+    model: Literal["titans"]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: (
+        Annotated[
+            list[Annotated[Text, Field(min_length=1, max_length=STOP_LENGTH)]],
+            BeforeValidator(_strings),
+        ]
+        | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None  # says who asks, and asks for nothing
+    n: Literal[1] | None = None
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+
+    def tokens(self) -> tuple[str, int | None]:
+        """The field that says how many tokens the answer may have, and what it says."""
+        return "max_tokens", self.max_tokens
+
+    def sampling(self, limits: Limits, tokens: int) -> Sampling:
+        """`tokens`: where the request does not say. Raises Refused for what is over the limits."""
+        field, asked = self.tokens()
+        if asked is not None and asked > limits.max_tokens:
+            raise Refused(400, f"{field}: must be at most {limits.max_tokens}, got {asked}", field)
+        if self.stop is not None and len(self.stop) > limits.stops:
+            raise Refused(400, f"stop: at most {limits.stops} strings, got {len(self.stop)}", "stop")
+        if self.stream_options is not None and not self.stream:
+            raise Refused(400, "stream_options: only with stream", "stream_options")
+        return Sampling(
+            asked or min(tokens, limits.max_tokens),
+            1.0 if self.temperature is None else self.temperature,
+            1.0 if self.top_p is None else self.top_p,
+            self.seed,
+            tuple(self.stop or ()),
+        )
+
+    def wants_usage(self) -> bool:
+        """At the end of a stream."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class CompletionQuestion(Question):
+    prompt: Annotated[Text | list[int], BeforeValidator(_prompt)]
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    logprobs: None = None
+    suffix: None = None
+
+
+class ChatQuestion(Question):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: Literal[False] | None = None
+    tools: Empty | None = None
+    tool_choice: Literal["none"] | None = None
+
+    def tokens(self) -> tuple[str, int | None]:
+        """The newer name of it comes first."""
+        if self.max_completion_tokens is None:
+            return super().tokens()
+        if self.max_tokens not in (None, self.max_completion_tokens):
+            raise Refused(
+                400, "max_completion_tokens and max_tokens are the same, and differ here", "max_completion_tokens"
+            )
+        return "max_completion_tokens", self.max_completion_tokens
+
+
+def describe(error: dict[str, Any]) -> tuple[str, str]:
+    """One of pydantic's errors -> the field, and a message that names it and what was found."""
+    places = [str(part)[:80] for part in error["loc"] if part != "body" and "[" not in str(part)]
+    field = ".".join(places).encode("ascii", "backslashreplace").decode() or "body"  # a client's own words
+    if error["type"] == "extra_forbidden":
+        return field, f"{field}: this server has no such field"
+    if error["type"] == "json_invalid":
+        return "body", f"body: not JSON: {error['ctx']['error']} at character {field}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return field, f"{field}: {message}"
+    found = repr(error["input"])
+    return field, f"{field}: {message}, got {found if len(found) <= 80 else found[:80] + '...'}"
+
+
+# ------------------------------------------------------------------------------------------------ answers
+
+
+def usage(prompt: int, answer: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+class CompletionReply:
+    """The bodies that answer one request."""
+
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self) -> None:
+        self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+
+    def _body(self, kind: str, choices: list[dict[str, Any]], used: dict[str, int] | None) -> dict[str, Any]:
+        body = {"id": self.id, "object": kind, "created": self.created, "model": NAME, "choices": choices}
+        return body if used is None else {**body, "usage": used}
+
+    def _choice(self, text: str, reason: str | None) -> dict[str, Any]:
+        return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+
+    def whole(self, text: str, reason: str | None, used: dict[str, int]) -> dict[str, Any]:
+        return self._body(self.whole_object, [self._choice(text, reason)], used)
+
+    def first(self) -> list[dict[str, Any]]:
+        """What a stream begins with."""
+        return []
+
+    def chunk(self, text: str, reason: str | None = None) -> dict[str, Any]:
+        return self._body(self.chunk_object, [self._choice(text, reason)], None)
+
+    def last(self, used: dict[str, int]) -> dict[str, Any]:
+        """What says at a stream's end how many tokens it was."""
+        return self._body(self.chunk_object, [], used)
+
+
+class ChatReply(CompletionReply):
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def _choice(self, text: str, reason: str | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text}
+        return {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
+
+    def first(self) -> list[dict[str, Any]]:
+        return [self._chunk({"role": "assistant", "content": ""}, None)]
+
+    def chunk(self, text: str, reason: str | None = None) -> dict[str, Any]:
+        return self._chunk({"content": text} if text else {}, reason)
+
+    def _chunk(self, delta: dict[str, str], reason: str | None) -> dict[str, Any]:
+        return self._body(self.chunk_object, [{"index": 0, "delta": delta, "finish_reason": reason}], None)

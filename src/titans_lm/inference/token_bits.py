@@ -1,0 +1,48 @@
+"""Bits that each token of a text takes, given all before it, while the text is read piece by piece."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from titans_lm.models.tokenizer import is_bytes
+
+LOGITS = 2**25
+"""Numbers that one call of a model may return: pieces of fewer tokens where there are many words."""
+
+
+class TokenBits:
+    """Takes the logits of one piece after another. Before the first, nothing is known of the next token."""
+
+    def __init__(self) -> None:
+        self._next: Tensor | None = None
+
+    def of(self, ids: NDArray[np.int64], logits: Tensor) -> NDArray[np.float64]:
+        """Bits `[T]` of the tokens `ids` `[T]` whose logits are `[T, V]`; 0 for one of which nothing is known."""
+        before = logits[:-1] if self._next is None else torch.cat([self._next, logits[:-1]])
+        self._next = logits[-1:].detach()
+        bits = np.zeros(len(ids))
+        if len(before):
+            wanted = torch.from_numpy(ids[-len(before) :]).to(before.device)
+            nats = F.cross_entropy(
+                before.to(torch.promote_types(before.dtype, torch.float32)), wanted, reduction="none"
+            )
+            bits[-len(before) :] = nats.double().cpu().numpy() / math.log(2)
+        return bits
+
+
+def by_bytes(
+    tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int64], bits: NDArray[np.float64]
+) -> tuple[bytes, NDArray[np.float64]]:
+    """The bytes that tokens stand for, and the bits of each byte: a token's are all counted for its first byte."""
+    if is_bytes(tokenizer):
+        return ids.astype(np.uint8).tobytes(), bits
+    parts = [tokenizer.decode([token]).encode() or b" " for token in ids.tolist()]
+    starts = np.cumsum([0, *map(len, parts)])
+    spread = np.zeros(starts[-1])
+    spread[starts[:-1]] = bits
+    return b"".join(parts), spread

@@ -1,0 +1,1 @@
+"""Language models: configuration, blocks, model, cache; saved, loaded, shipped."""

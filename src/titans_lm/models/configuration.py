@@ -1,0 +1,316 @@
+"""What a Titans model is made of: `TitansConfig`, presets, and strict validation with names in every error."""
+
+import dataclasses
+import difflib
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+
+from titans_lm.models.model_files import AUTO_MAP
+
+VARIANTS = ("mac", "mag", "mal", "lmm", "attention")
+Variant = Literal["mac", "mag", "mal", "lmm", "attention"]
+
+
+@strict
+class TitansConfig(PreTrainedConfig):
+    """Configuration of `TitansModel` and `TitansForCausalLM`.
+
+    Raises ValueError for an impossible value, with its name and what would be right, and for a keyword that does not
+    exist. A key of a `config.json` that does not exist is kept as an attribute, with one warning, as programs that
+    work with transformers models leave their own keys there.
+    """
+
+    model_type = "titans"
+    auto_map: ClassVar[dict[str, str]] = AUTO_MAP  # what a model of an older version, saved without one, has
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - as transformers declares it
+    attribute_map = {"hidden_dim": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}  # noqa: RUF012
+
+    variant: Variant = "mag"
+    """mac: memory as context; mag: as gate; mal: as layer; lmm: memory alone; attention: no memory, the baseline."""
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    head_dim: int | None = None
+    """Width of an attention head; default hidden_size / num_attention_heads."""
+    intermediate_size: int = 2816
+    """Width of the gated MLP (SwiGLU)."""
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int | None = None
+    """A limit on the tokens of a stream, if one is to be declared; None: none."""
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+
+    window_size: int | None = 512
+    """Tokens that a window sees, the current one included (mag, mal, attention). None: all of them (attention)."""
+    segment_size: int = 512
+    """Tokens of a segment (mac)."""
+    num_persistent_tokens: int = 16
+    """Learned tokens before the sequence, in every block (eq. 19)."""
+    gate: Literal["product", "convex"] = "product"
+    """How mac and mag join attention y and memory m: norm(y) * sigmoid(norm(m)), or g * y + (1 - g) * m, g learned."""
+
+    num_memory_heads: int | None = None
+    """Default: hidden_size / memory_head_dim."""
+    memory_head_dim: int = 64
+    memory_layers: int = 2
+    """Depth of the memory, 1 or more; 1 is a matrix."""
+    memory_dim: int | None = None
+    """Hidden width of each head's memory; default 4 * memory_head_dim."""
+    memory_lr: float = 0.1
+    """Upper bound of theta, the memory's step, in (0, 1]."""
+    memory_lr_start: float = 0.01
+    """Where theta begins, in (0, 1]; at most half of memory_lr."""
+    memory_chunk_size: int = 16
+    """Tokens whose gradients are taken at the same weights; 1 is the paper to the letter."""
+    memory_init: Literal["learned", "zero"] = "learned"
+    memory_start: Literal["auto", "associative", "random"] = "auto"
+    """Where its projections and convolutions begin before training. associative: as a memory of what followed what;
+    auto: that, where there are convolutions."""
+    memory_lags: int = 4
+    """Tokens that a key of an associative start looks at; at most memory_conv_size - 1."""
+    memory_form: Literal["residual", "plain"] = "residual"
+    """residual: M(k) = k + norm(MLP(k)), stable; plain: the paper's MLP."""
+    memory_activation: Literal["silu", "gelu"] = "silu"
+    memory_clip: float | None = 1.0
+    """Bound of each token's gradient at the memory's output; None: unbounded."""
+    memory_momentum: bool = True
+    memory_forgetting: bool = True
+    memory_gates_of: Literal["token", "chunk"] = "token"
+    """Step, momentum and forgetting of each token, or of each chunk: those of its first token."""
+    memory_alpha_bias: float = -6.0
+    """Where forgetting begins, before the sigmoid: -5 forgets over some 150 tokens, -8 over 3,000."""
+    memory_conv_size: int = 4
+    """Width of the causal convolutions on q, k, v; 1: none."""
+    memory_loss_weight: float = 0.0
+    """lambda: weight of the memory's own reconstruction loss in training."""
+    surprise_threshold: float | None = None
+    """A token whose surprise is not above this is not written; None: all are."""
+    surprise_threshold_on: Literal["reconstruction", "prediction"] = "reconstruction"
+    """Which surprise: the memory's reconstruction loss, or the error of a learned prediction of the layer's input."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for alias, key in self.attribute_map.items():
+            if alias in kwargs:
+                setattr(self, key, kwargs.pop(alias))
+        unknown = [key for key in kwargs if key not in _INHERITED]
+        if unknown and "model_type" not in kwargs:  # a saved configuration has one, nobody types it
+            raise ValueError(unknown_key(unknown[0], known_keys(), "TitansConfig"))
+        if unknown:
+            _warn_unknown(unknown)
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        if self.memory_dim is None:
+            self.memory_dim = 4 * self.memory_head_dim
+        if self.num_memory_heads is None:
+            self.num_memory_heads = max(1, self.hidden_size // max(self.memory_head_dim, 1))
+        super().__post_init__(**kwargs)
+        _register_models()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a configuration that is unpickled, which `__post_init__` is not called for."""
+        self.__dict__.update(state)
+        _register_models()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration that `to_dict` gave, or that a `config.json` holds; `kwargs` replace its values.
+
+        Warns of keys that do not exist. Raises ValueError for another model's configuration.
+        """
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(f"this is the configuration of a model of type {kind!r}, not {cls.model_type!r}")
+        return super().from_dict({**config_dict, "model_type": kind}, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """As transformers has it, for a class of your own. This one needs none of it: models are saved with `AUTO_MAP`
+        and without a copy of the package's code."""
+        if cls is not TitansConfig:
+            super().register_for_auto_class(auto_class)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As transformers has it."""
+        if self._auto_class is not None:  # transformers adds to the map, which must not be that of all configurations
+            self.auto_map = dict(self.auto_map)  # type: ignore[misc]  # of this configuration alone
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def validate_architecture(self) -> None:
+        """Every value possible, by itself and with the others."""
+        for key in _NUMBERS:
+            if getattr(self, key) != getattr(self, key):
+                raise ValueError(f"{key} must be a number, got nan")
+        for keys, fits, words in _RANGES:
+            for key in keys:
+                value = getattr(self, key)
+                if value is not None and not fits(value):
+                    raise ValueError(f"{key} must be {words}, got {value}")
+        if self.window_size is None and self.variant in ("mag", "mal"):
+            raise ValueError(f"window_size must be a number for variant {self.variant!r}; null is for 'attention'")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id must be below vocab_size={self.vocab_size}, got {self.pad_token_id}")
+
+    def own_fields(self) -> dict[str, Any]:
+        """This project's fields and their values, without those that every transformers model has."""
+        return {key: getattr(self, key) for key in DEFAULT_CONFIG}
+
+
+def _plain_errors(initialise: Callable[..., None]) -> Callable[..., None]:
+    """What `strict` raises, as a ValueError of one line that names the field."""
+
+    @functools.wraps(initialise)
+    def wrapped(self: TitansConfig, *args: Any, **kwargs: Any) -> None:
+        for key, value in kwargs.items():  # 1 is a number as 1.0 is
+            if key in _NUMBERS and type(value) is int:
+                kwargs[key] = float(value)
+        try:
+            initialise(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            cause = error.__cause__ or error
+            raise ValueError(" ".join(str(cause).split())) from None
+
+    return wrapped
+
+
+_NUMBERS = {f.name for f in dataclasses.fields(TitansConfig) if f.type in (float, float | None)}
+TitansConfig.__init__ = _plain_errors(TitansConfig.__init__)  # type: ignore[method-assign]
+
+_COUNTS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size",
+    "window_size", "segment_size", "max_position_embeddings", "num_memory_heads", "memory_head_dim", "memory_layers",
+    "memory_dim", "memory_chunk_size", "memory_conv_size", "memory_lags",
+)  # fmt: skip
+_RANGES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
+    (_COUNTS, lambda value: value >= 1, "at least 1"),
+    (("num_persistent_tokens", "memory_loss_weight", "initializer_range"), lambda value: value >= 0, "0 or more"),
+    (("rms_norm_eps", "rope_theta", "memory_clip"), lambda value: value > 0, "above 0"),
+    (("memory_lr", "memory_lr_start"), lambda value: 0 < value <= 1, "in (0, 1]"),
+    (("head_dim",), lambda value: value % 2 == 0, "even (rotary positions turn pairs)"),
+]
+_INHERITED = {f.name for f in dataclasses.fields(PreTrainedConfig)} | {
+    "dtype", "torch_dtype", "attn_implementation", "_attn_implementation", "_commit_hash", "model_type", "name_or_path",
+    "_name_or_path", "transformers_version", "architectures", "auto_map", "experts_implementation", "num_labels",
+    "output_attentions", "quantization_config", "per_layer_config", "transformers_weights",
+}  # fmt: skip
+"""Keys that transformers itself sets, reads and saves."""
+
+
+def known_keys() -> list[str]:
+    """The keys that a person sets: this project's fields, the special tokens and the aliases."""
+    own = [f.name for f in dataclasses.fields(TitansConfig) if not f.name.startswith("_")]
+    return own + list(TitansConfig.attribute_map)
+
+
+def unknown_key(key: str, known: list[str], where: str) -> str:
+    """One line: the key, where it was, and the nearest right one."""
+    near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+    return f"unknown key {key!r} in {where}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _warn_unknown(keys: list[str]) -> None:
+    """One warning for all of them: values that nothing here reads."""
+    told = "; ".join(unknown_key(key, known_keys(), "config.json") for key in keys)
+    warnings.warn(f"{told} (kept as attributes, without any effect)", stacklevel=2)
+
+
+# ------------------------------------------------------------------------------------------------ presets
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2, "vocab_size": 320, "window_size": 64,
+             "segment_size": 64, "num_persistent_tokens": 4},
+    "small": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 6, "vocab_size": 320,
+              "window_size": 256, "segment_size": 256, "num_persistent_tokens": 8},
+    "170m": {"num_hidden_layers": 12, "hidden_size": 768},
+    "340m": {"num_hidden_layers": 24, "hidden_size": 1024},
+    "400m": {"num_hidden_layers": 24, "hidden_size": 1088},
+    "760m": {"num_hidden_layers": 24, "hidden_size": 1536},
+}  # fmt: skip
+"""Layers and widths. The paper's (its 400M is given nowhere); 16 attention heads, memory heads of width 64."""
+
+PARAMETERS = {"tiny": 0.8e6, "small": 15e6, "170m": 170e6, "340m": 340e6, "400m": 400e6, "760m": 760e6}
+"""What the size's name says; for tiny and small, what was chosen."""
+
+
+def preset(size: str, variant: Variant = "mag", **changes: Any) -> TitansConfig:
+    """The configuration of a named size, with `changes` set on top, and the MLP as wide as the size's parameter count
+    asks for, so that variants of one size are a fair comparison.
+
+    Raises ValueError for a size or a key that does not exist.
+    """
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; it is one of {', '.join(SIZES)}")
+    fields = {**SIZES[size], "variant": variant, **changes}
+    if "intermediate_size" in changes:
+        return TitansConfig(**fields)
+    return fitted(size_target({"size": size, **fields}), **fields)
+
+
+def size_target(fields: dict[str, Any]) -> float:
+    """How many parameters the size in `fields` stands for, with the embedding of another vocabulary where it has one.
+    Raises ValueError without a size."""
+    if fields.get("size") not in SIZES:
+        raise ValueError(f"without a size (one of {', '.join(SIZES)}) parameters must be given")
+    usual = SIZES[fields["size"]].get("vocab_size", DEFAULT_CONFIG["vocab_size"])
+    more = fields.get("vocab_size", usual) - usual
+    return PARAMETERS[fields["size"]] + more * fields.get("hidden_size", SIZES[fields["size"]]["hidden_size"])
+
+
+def fitted(parameters: float, **fields: Any) -> TitansConfig:
+    """The configuration of `fields` whose MLP is as wide as brings the model to this many parameters, within 3 %.
+
+    Raises ValueError where it cannot be.
+    """
+    one, two = (count_parameters(TitansConfig(**fields, intermediate_size=n)) for n in (64, 128))
+    unit = 64 if parameters > 1e8 else 8
+    width = unit * max(1, round((64 + 64 * (parameters - one) / (two - one)) / unit))
+    found = one + (two - one) * (width - 64) / 64
+    if abs(found / parameters - 1) > 0.03:
+        raise ValueError(
+            f"no MLP brings this model to {parameters:,.0f} parameters within 3 %: one of width {width} makes "
+            f"them {found:,.0f}; give other parameters, or intermediate_size"
+        )
+    return TitansConfig(**fields, intermediate_size=width)
+
+
+def _register_models() -> None:
+    """An Auto class finds the model of each configuration there is; this module itself does not import torch."""
+    import titans_lm.models.modeling  # noqa: F401 - registers
+
+
+def count_parameters(config: TitansConfig) -> int:
+    """The parameters of `TitansForCausalLM(config)`, without building it (a meta-device model is built and counted)."""
+    import torch
+
+    from titans_lm.models.modeling import TitansForCausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in TitansForCausalLM(config).parameters())
+
+
+DEFAULT_CONFIG: dict[str, Any] = {
+    f.name: f.default for f in dataclasses.fields(TitansConfig) if f.name in TitansConfig.__annotations__
+}
+"""Every field of our own and its default."""
+
+VARIANT_CONFIGS: dict[str, dict[str, Any]] = {
+    "mac": {"variant": "mac"},
+    "mag": {"variant": "mag"},
+    "mal": {"variant": "mal"},
+    "lmm": {"variant": "lmm"},
+    "attention": {"variant": "attention", "window_size": None, "num_persistent_tokens": 0},
+}
+"""What makes each variant; `TitansConfig(**VARIANT_CONFIGS["mac"])`."""
+
+AutoConfig.register(TitansConfig.model_type, TitansConfig, exist_ok=True)

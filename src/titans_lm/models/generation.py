@@ -1,0 +1,191 @@
+"""What transformers' `generate` does with a memory: rows that ended leave no trace, and no token is lost."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationMode, LogitsProcessorList, StoppingCriteriaList
+
+from titans_lm.models.arguments import check_state
+from titans_lm.models.cache import TitansState
+
+_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
+"""Arguments that `generate` itself obeys, and passes on with those of the model."""
+
+
+class Ended(StoppingCriteriaList):
+    """The stopping criteria of one `generate`, which record where each row ended."""
+
+    def __init__(self, criteria: StoppingCriteriaList):
+        super().__init__(criteria)
+        self.ends: Tensor | None = None
+        """`[B]`: columns of each row up to its end; a large number where it has not ended. None: no row has."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
+        done: Tensor = super().__call__(input_ids, scores, **options)
+        if self.ends is not None or bool(done.any()):
+            running = torch.iinfo(torch.long).max
+            ends = torch.full_like(done, running, dtype=torch.long) if self.ends is None else self.ends
+            self.ends = torch.where(done & (ends == running), input_ids.shape[1], ends)
+        return done
+
+    def mask(self, attention_mask: Tensor | None, columns: int, end: int) -> Tensor | None:
+        """`attention_mask` of the last `columns` columns before column `end`, where ended rows have no token."""
+        if self.ends is None:
+            return attention_mask
+        column = torch.arange(end - columns, end, device=self.ends.device)
+        there = (column < self.ends[:, None]).long()
+        return there if attention_mask is None else attention_mask[:, -columns:] * there
+
+
+class Prompt:
+    """The state after the prompt of one `generate`."""
+
+    state: TitansState
+
+
+class TitansGeneration(GenerationMixin):
+    """`generate` with a `TitansState` as its cache.
+
+    Afterwards the state has read what was generated but the last token of each row, `state.pending`: see
+    `TitansState.pending`. A row that ended early has read its last token too, and none of the padding after it.
+    """
+
+    def read_pending(self, state: TitansState) -> None:
+        """Read the tokens that `generate` left unread in `state`, which is updated; nothing if there are none."""
+        if state.pending is None:
+            return
+        ids, there = state.take_pending()
+        self(ids, attention_mask=there, past_key_values=state, use_cache=True, logits_to_keep=1)
+
+    # ------------------------------------------------------------------------------------------ before it
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Refuse what a memory cannot do, before anything is read. Give each beam and sample a row, and a prompt that
+        is read in pieces a state, without which transformers refuses it."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: a Titans model has one cache, its "
+                f"own TitansState; leave cache_implementation out"
+            )
+        if generation_config.output_attentions:
+            raise ValueError("output_attentions=True: Titans models do not return attention weights")
+        state = model_kwargs.get("past_key_values")
+        if state is None and generation_config.prefill_chunk_size is not None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = state = self.initial_state(batch_size)
+        if state is not None:
+            if generation_config.use_cache is False:
+                raise ValueError("use_cache=False with past_key_values would read each token several times; drop one")
+            check_state(state)
+            rows = max(generation_config.num_beams, generation_config.num_return_sequences)
+            if rows > 1 and state.batch_size == batch_size:
+                state.batch_repeat_interleave(rows)
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        raise ValueError("continuous batching needs keys and values in pages, which a memory has not; use generate")
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
+
+    def _prepare_position_ids_for_generation(self, *_: Any, **__: Any) -> None:
+        """A stream counts its own tokens."""
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any], **options: Any
+    ) -> Any:
+        state, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        if state is not None and model_kwargs.get("inputs_embeds") is None:
+            columns = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+            if columns == input_ids.shape[1] <= state.columns:
+                raise ValueError(
+                    f"input_ids has {input_ids.shape[1]} columns, and past_key_values has read {state.columns}: pass "
+                    f"these and new ones, or new ones alone with past_key_values=state.continuation()"
+                )
+        outputs = super()._prefill(input_ids, generation_config, model_kwargs, **options)
+        if "prompt" in model_kwargs:
+            model_kwargs["prompt"].state = outputs.past_key_values.shared()
+        return outputs
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: TitansState | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        ended: Ended | None = None,
+        prompt: Prompt | None = None,  # noqa: ARG002 - `_prefill` fills it
+        **kwargs: Any,  # by this name transformers knows that every argument of `forward` may be passed to `generate`
+    ) -> dict[str, Any]:
+        kwargs = {key: value for key, value in kwargs.items() if key not in _OF_GENERATE}
+        if ended is not None:
+            columns = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
+            attention_mask = ended.mask(attention_mask, columns, input_ids.shape[1])
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    # ------------------------------------------------------------------------------------------ while and after it
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **options: Any,
+    ) -> Any:
+        ended = Ended(stopping_criteria)
+        out = super()._sample(input_ids, logits_processor, ended, generation_config, ended=ended, **options)
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        state = options.get("past_key_values") if isinstance(out, Tensor) else out.past_key_values
+        if state is not None:
+            running = True if ended.ends is None else ended.ends >= sequences.shape[1]
+            state.leave(sequences[:, -1], running)
+        return out
+
+    def _beam_search(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **options: Any,
+    ) -> Any:
+        """Where the state is kept, it reads the sequences that are returned: those of the beams are others."""
+        given = options.get("past_key_values")
+        if not generation_config.use_cache or (given is None and not generation_config.return_dict_in_generate):
+            return super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **options)
+        prompt, config = Prompt(), copy.copy(generation_config)
+        config.return_dict_in_generate = True
+        out = super()._beam_search(input_ids, logits_processor, stopping_criteria, config, prompt=prompt, **options)
+        row = torch.arange(len(out.sequences), device=out.sequences.device)
+        state = prompt.state.select(row // config.num_return_sequences * config.num_beams)
+        new = out.sequences[:, input_ids.shape[1] :].to(state.position.device)
+        length = (out.beam_indices >= 0).sum(1).to(new.device)
+        if new.shape[1] > 1:
+            there = torch.arange(new.shape[1] - 1, device=new.device) < length[:, None]
+            self(new[:, :-1], attention_mask=there.long(), past_key_values=state, logits_to_keep=1)
+        state.leave(new[:, -1], length == new.shape[1])
+        if given is not None:
+            given.become(state)
+        out.past_key_values = state if given is None else given
+        return out if generation_config.return_dict_in_generate else out.sequences

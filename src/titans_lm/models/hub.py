@@ -1,0 +1,73 @@
+"""Models with their tokenizers: loaded as data alone, and refused if they are damaged; saved; shipped."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from titans_lm.models.configuration import TitansConfig
+from titans_lm.models.model_files import MODEL_HELP, NAMES, SHIPPED, add_digests, check_digests, find
+from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.models.tokenizer import plain_reason
+
+__all__ = ["MODEL_HELP", "NAMES", "RUN", "SHIPPED", "find", "load", "save", "ship"]
+
+RUN = "run.yaml"
+"""In a model's folder: the settings that it was trained with."""
+_AS_DATA: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+def load(model: str | Path) -> tuple[TitansForCausalLM, PreTrainedTokenizerBase]:
+    """The model and tokenizer of a folder that `titans train` or `save_pretrained` wrote, or of a shipped name, such as
+    "books". No code of the folder is run.
+
+    Raises ValueError for a folder that is not a Titans checkpoint, whose files are damaged, or whose weights are not
+    finite.
+    """
+    folder = find(model)
+    check_digests(folder)
+    try:
+        kind = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
+        if kind != TitansConfig.model_type:
+            raise ValueError(f"its config.json is of a model of type {kind!r}")
+        loaded, report = TitansForCausalLM.from_pretrained(folder, output_loading_info=True, **_AS_DATA)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_AS_DATA)
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{folder} cannot be loaded as a Titans model: {plain_reason(error)}") from error
+    foreign = sorted(report["missing_keys"] | report["unexpected_keys"])
+    if foreign:
+        raise ValueError(
+            f"{folder} does not hold the weights of this model: {foreign[0]!r} does not match its config.json"
+        )
+    broken = next((name for name, weight in loaded.named_parameters() if not bool(weight.isfinite().all())), None)
+    if broken is not None:
+        raise ValueError(f"{folder} cannot be used: its weight {broken!r} has numbers that are not finite")
+    return loaded.eval(), tokenizer
+
+
+def save(model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a model and its tokenizer to a folder that `load` reads, all their files under digests."""
+    model.save_pretrained(folder)
+    add_digests(folder, tokenizer.save_pretrained(folder))
+
+
+def ship(source: Path, target: Path, surprise_threshold: float | None = None) -> None:
+    """Make of a training run `source` what is shipped: `ship(Path("runs/books"), SHIPPED / "books")`.
+
+    Weights are stored in bfloat16, half the size, and loaded as the type that they had. `surprise_threshold` is a key
+    of the configuration that may be chosen after training. What else `target` has, such as its README.md, stays. Raises
+    ValueError as `load` does, and for a run that does not say how it was trained.
+    """
+    model, tokenizer = load(source)
+    if surprise_threshold is not None:
+        model.config.surprise_threshold = surprise_threshold
+    if not (find(source) / RUN).is_file():
+        raise ValueError(f"{source} has no {RUN}, which says how it was trained")
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    model.save_pretrained(target, state_dict=half.state_dict())
+    add_digests(target, tokenizer.save_pretrained(target))
+    shutil.copyfile(find(source) / RUN, target / RUN)

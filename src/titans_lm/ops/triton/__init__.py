@@ -1,0 +1,1 @@
+"""The fast form as Triton kernels. Importing this package does not import triton."""

@@ -1,0 +1,1 @@
+"""Training: its configuration, its data, and the run, on transformers' `Trainer`."""

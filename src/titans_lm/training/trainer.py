@@ -1,0 +1,314 @@
+"""`TitansTrainer`: transformers' `Trainer` with our schedule, weight decay, carried memory and clock."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress, TextColumn
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.trainer_callback import ExportableState, PrinterCallback
+
+from titans_lm.layers.neural_memory import memory_off
+from titans_lm.models.cache import TitansState
+from titans_lm.models.model_files import DIGESTS, add_digests
+from titans_lm.models.tokenizer import is_bytes
+from titans_lm.tasks import StreamTask, make_task
+from titans_lm.training.config import Settings, save_settings
+from titans_lm.training.data import Blocks, CarriedOrder
+from titans_lm.training.run_folder import step_of, unfinished
+
+CARRIED = "memory.safetensors"
+"""In a checkpoint: the memory that goes on, with `carried_steps`."""
+
+
+class _Clock(TrainerCallback, ExportableState):
+    """Stops when the time is over; says, and where there is a time limit shows, how much of the run is done. The time
+    is that of all parts of an interrupted run: checkpoints have it."""
+
+    def __init__(self, max_steps: int, max_minutes: float | None):
+        self.max_steps, self.limit, self.begun = max_steps, (max_minutes or math.inf) * 60, time.monotonic()
+        self.bar = Progress(*Progress.get_default_columns(), TextColumn("{task.fields[found]}", markup=False))
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.elapsed()}}
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.begun
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        state.compute_steps(args, state.max_steps)  # a checkpoint brings the intervals of the run that wrote it
+        before = state.stateful_callbacks.setdefault("_Clock", self.state())["attributes"]["seconds"]
+        self.begun = time.monotonic() - (before if state.global_step else 0)
+        if self.limit < math.inf:
+            self.bar.start()
+            self.bar.add_task("training", total=self.limit, found="")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if self.elapsed() > self.limit:
+            control.should_training_stop = True
+        for task in self.bar.task_ids:
+            self.bar.update(task, completed=min(self.elapsed(), self.limit))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
+        if logs and "loss" in logs:
+            words = f"step {state.global_step}, loss {logs['loss']:.3f}, {logs['tokens_per_second']:,} tokens/s"
+            for task in self.bar.task_ids:
+                self.bar.update(task, found=words)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self.bar.stop()
+
+    def progress(self, step: int) -> float:
+        return min(1.0, max(step / self.max_steps, self.elapsed() / self.limit))
+
+
+class NotFinite(ValueError):
+    """The loss is not a number."""
+
+    def __init__(self, step: int, kept: str = ""):
+        self.step = step
+        super().__init__(
+            f"the loss is not a number at step {step}: lower training.learning_rate, or model.memory_lr, or keep "
+            f"model.memory_clip and the residual form{kept}"
+        )
+
+    def after(self, checkpoint: Path | None) -> "NotFinite":
+        """The same, which names the last good checkpoint, if there is one."""
+        return NotFinite(self.step, "" if checkpoint is None else f"; {checkpoint} is from before, and good")
+
+
+class TitansTrainer(Trainer):
+    """`Trainer` with our schedule, our weight decay, memory carried across pieces, and rates in the log.
+
+    `model` may be a function that makes one for a trial, as of `Trainer.hyperparameter_search`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | Callable[[Any], PreTrainedModel],
+        settings: Settings,
+        training_set: Any,
+        evaluation_set: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ):
+        self.run, self.settings = settings, settings.training
+        self.clock = _Clock(self.settings.max_steps, self.settings.max_minutes)
+        self.bytes = tokenizer is not None and is_bytes(tokenizer) and not _asks_some(settings)
+        self.tokens = 0  # read in training
+        self.logged = (0, time.monotonic())
+        self.batches = 0  # read so far
+        self.writing: Path | None = None  # where the checkpoint is that is being written
+        self.last_batch: Any = None
+        self.carried: TitansState | None = None  # the memory after the last of them
+        whole = isinstance(model, nn.Module)
+        super().__init__(
+            model if whole else None,
+            _arguments(settings, evaluation_set is not None),
+            train_dataset=training_set,
+            eval_dataset=evaluation_set,
+            processing_class=tokenizer,
+            data_collator=default_data_collator,
+            callbacks=[self.clock],
+            model_init=None if whole else model,
+        )
+        self.remove_callback(PrinterCallback)  # where the clock shows the progress
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002
+        """Linear warm-up, then a cosine, over the steps or the minutes, whichever end first."""
+        if getattr(self, "lr_scheduler", None) is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: self._rate(step),  # a plain function is not put into checkpoints
+            )
+        return self.lr_scheduler
+
+    def _rate(self, step: int) -> float:
+        s, done = self.settings, self.clock.progress(step)
+        rise = min(1.0, max(done, (step + 1) / s.max_steps) / s.warmup) if s.warmup else 1.0
+        return rise * (s.final_rate + (1 - s.final_rate) * (1 + math.cos(math.pi * done)) / 2)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The weights of linear maps; not norms, biases, embeddings, convolutions, persistent tokens, nor M_0."""
+        tied = model.get_input_embeddings().weight  # type: ignore[operator]
+        return [
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module.weight is not tied
+        ]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:  # noqa: ARG002 - as Trainer calls it
+        if not isinstance(self.train_dataset, Blocks):
+            return None
+        s = self.settings
+        return CarriedOrder(len(self.train_dataset), s.batch_size, max(s.carried_steps), s.seed)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._stage():
+            loss: Tensor = super().training_step(*args, **kwargs)
+        return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._stage():
+            return super().prediction_step(*args, **kwargs)
+
+    def _stage(self) -> AbstractContextManager[None]:
+        """Of two, where there are `core_steps`."""
+        return memory_off(self.model) if self.state.global_step < self.settings.core_steps else nullcontext()
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`'s; with `carried_steps` the memory goes on from the batch before, without its gradients."""
+        if model.training:
+            self.tokens += inputs["input_ids"].numel()
+            self.last_batch = inputs
+        if max(self.settings.carried_steps) == 1 or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self._begin_rows()
+        self.batches += 1
+        kwargs["return_outputs"] = True
+        loss, out = super().compute_loss(
+            model, {**inputs, "past_key_values": self.carried, "use_cache": True}, *args, **kwargs
+        )
+        self.carried = out.past_key_values.detach()
+        return loss
+
+    def _begin_rows(self) -> None:
+        """Rows whose batches are over forget; their texts go on until those of the longest are over."""
+        spans = self.settings.carried_steps
+        done = self.batches % max(spans)
+        if done == 0:
+            self.carried = None
+            return
+        assert self.carried is not None
+        over = [row for row in range(self.carried.batch_size) if done % spans[row % len(spans)] == 0]
+        if over:  # else the state would be copied at every step
+            self.carried.reset(over)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer`'s, with the tokenizer's files under the digests too."""
+        super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.processing_class is not None and (folder / DIGESTS).is_file():  # a baseline of others has none
+            add_digests(folder, self.processing_class.save_pretrained(folder))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)
+        return folder if self.writing is None else str(self.writing)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.check_finite()
+        with unfinished(Path(self._get_output_dir(trial))) as self.writing:
+            folder = self.writing / f"checkpoint-{self.state.global_step}"
+            folder.mkdir()
+            save_settings(self.run, folder)
+            if self.carried is not None:
+                self.carried.save(folder / CARRIED)
+            super()._save_checkpoint(model, trial)
+        self.writing = None
+
+    @torch.no_grad()
+    def check_finite(self) -> None:
+        """Raises NotFinite where weights or the loss are not numbers: also the loss that the weights give now, which no
+        step has seen yet. So what is saved is good."""
+        finite = all(bool(t.isfinite().all()) for t in self.model.state_dict().values() if t.is_floating_point())
+        if finite and self.last_batch is not None:
+            self.model.eval()
+            with self._stage(), self.compute_loss_context_manager():
+                loss = self.model(**self._prepare_inputs(self.last_batch)).loss
+            finite = bool((loss + self._tr_loss).isfinite())
+        if not finite:
+            raise NotFinite(self.state.global_step)
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        try:
+            super()._load_from_checkpoint(checkpoint, model)
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise ValueError(f"{checkpoint} cannot be loaded: {error}") from error
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._obey_settings(decays)
+        if max(self.settings.carried_steps) > 1:
+            self.batches = self._batches_of(step_of(Path(checkpoint)))
+            self.carried = TitansState.load(Path(checkpoint) / CARRIED, self.model)
+
+    def _obey_settings(self, decays: list[float]) -> None:
+        """Learning rate and weight decay are those of this run, not of the run that wrote the checkpoint."""
+        rate, limited = self.settings.learning_rate, self.settings.max_minutes is not None
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            of_start = group["lr"] / group["initial_lr"] if limited else self._rate(self.lr_scheduler.last_epoch)
+            group["lr"], group["initial_lr"], group["weight_decay"] = rate * of_start, rate, decay
+        self.lr_scheduler.base_lrs = [rate] * len(decays)
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the log shows
+
+    def _batches_of(self, steps: int) -> int:
+        """Batches of the first `steps` updates: the last of an epoch has those that are left. A task has no epochs."""
+        accumulation, sampler = self.settings.accumulation, self._get_train_sampler()
+        if sampler is None:
+            return steps * accumulation
+        epoch = len(sampler) // self.settings.batch_size
+        epochs, rest = divmod(steps, math.ceil(epoch / accumulation))
+        return epochs * epoch + rest * accumulation
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds tokens per second, and bits per byte where tokens are bytes."""
+        for name in ("loss", "eval_loss"):
+            if self.bytes and name in logs:
+                logs[name.replace("loss", "bits_per_byte")] = round(logs[name] / math.log(2), 4)
+        if "loss" in logs:
+            (tokens, then), now = self.logged, time.monotonic()
+            logs["tokens_per_second"] = round((self.tokens - tokens) / (now - then))
+            self.logged = (self.tokens, now)
+            if skipped := getattr(self.train_dataset, "skipped", 0):
+                logs["rows_without_text"] = skipped
+        if not all(math.isfinite(logs[name]) for name in ("loss", "eval_loss") if name in logs):
+            raise NotFinite(self.state.global_step)
+        super().log(logs, start_time)
+
+
+def _asks_some(settings: Settings) -> bool:
+    """Whether the loss is that of some tokens only, as of most tasks."""
+    return bool(settings.data.task) and not isinstance(make_task(settings.data.task), StreamTask)
+
+
+def _arguments(settings: Settings, evaluate: bool) -> TrainingArguments:
+    s = settings.training
+    return TrainingArguments(
+        output_dir=s.output_dir,
+        max_steps=s.max_steps,
+        per_device_train_batch_size=s.batch_size,
+        per_device_eval_batch_size=s.batch_size,
+        gradient_accumulation_steps=s.accumulation,
+        learning_rate=s.learning_rate,
+        weight_decay=s.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=s.max_grad_norm,
+        bf16=s.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        activation_checkpointing=s.activation_checkpointing,
+        logging_steps=s.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # what is not a number is to be seen
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=s.eval_steps,
+        save_steps=s.save_steps,
+        seed=s.seed,
+        disable_tqdm=s.max_minutes is not None,
+        report_to="tensorboard",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,1 @@
+"""What knows nothing of models: files, locks, records of runs, a terminal."""
