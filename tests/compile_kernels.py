@@ -20,23 +20,27 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from titans_lm.ops.triton.fused import Plan
-from titans_lm.ops.triton.kernels import back, read
+from titans_lm.ops.triton.fused import KernelPlan
+from titans_lm.ops.triton.kernels import backward_kernel, forward_kernel
 from titans_lm.ops.types import MemoryForm
 
-KERNELS = {"read": read, "again": read, "back": back}  # `again` fills the slots that `back` starts from
+KERNELS = {
+    "forward": forward_kernel,
+    "states": forward_kernel,
+    "backward": backward_kernel,
+}  # "states": the state of every chunk
 NARROW = {"q", "k"}  # in the tokens' dtype; all else is float32
-WHOLE = {"last": "*i32", "chunks": "i32", "rows": "i32"}
-FIRST_LAYER = {"anchor1", "w1", "s1", "by_anchor1", "by_w1", "by_s1"}
+WHOLE = {"last_chunk": "*i32", "chunks": "i32", "rows": "i32"}
+FIRST_LAYER = {"anchor1", "w1", "s1", "grad_anchor1", "grad_w1", "grad_s1"}
 
 
-def compiled(name: str, plan: Plan, arch: int, *, norm: bool, surprise: bool) -> Any:
-    constants = plan.constants(norm or None) | {"EACH": name == "again", "SURPRISE": surprise}
+def compiled(name: str, plan: KernelPlan, arch: int, *, norm: bool, surprise: bool) -> Any:
+    constants = plan.constants(norm or None) | {"ALL_STATES": name == "states", "SURPRISE": surprise}
     options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
     kernel = KERNELS[name]
-    absent = (FIRST_LAYER if plan.depth == 1 else set()) | (set() if norm else {"gain", "by_gain"})
-    absent |= set() if surprise else {"loss", "norm", "by_loss"}
-    absent |= {"y", "loss", "norm"} if name == "again" else set()
+    absent = (FIRST_LAYER if plan.depth == 1 else set()) | (set() if norm else {"norm_weight", "grad_norm_weight"})
+    absent |= set() if surprise else {"loss", "gradient_norm", "grad_loss"}
+    absent |= {"y", "loss", "gradient_norm"} if name == "states" else set()
     signature, values, attributes = {}, {}, {}
     for position, argument in enumerate(kernel.arg_names):
         if argument in constants or argument in absent:
@@ -50,7 +54,7 @@ def compiled(name: str, plan: Plan, arch: int, *, norm: bool, surprise: bool) ->
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def facts(name: str, plan: Plan, arch: int, **asked: bool) -> dict[str, Any]:
+def facts(name: str, plan: KernelPlan, arch: int, **asked: bool) -> dict[str, Any]:
     began = time.perf_counter()
     binary = compiled(name, plan, arch, **asked)
     registers, stack, stores, loads = assembled(binary.asm["ptx"], arch)
@@ -89,7 +93,7 @@ def main() -> None:
     ):
         parser.add_argument(f"--{option}", type=int, nargs="+", default=default)
     parser.add_argument("--precision", nargs="+", default=["bf16", "tf32x3"])
-    parser.add_argument("--kernel", nargs="+", default=["read", "back"])
+    parser.add_argument("--kernel", nargs="+", default=["forward", "backward"])
     parser.add_argument("--block", type=int, default=None)
     parser.add_argument("--mid-chunk", action="store_true", help="what completes a chunk that an earlier call began")
     parser.add_argument("--plain", action="store_true", help="neither the residual form nor clip, threshold, surprise")
@@ -100,7 +104,7 @@ def main() -> None:
     form = MemoryForm() if options.plain else MemoryForm(clip=1.0)
     for arch, name, depth, head, hidden, chunk, precision in grid:
         units = hidden if depth == 2 else head
-        plan = Plan.made(depth, head, units, chunk, form, not options.mid_chunk, precision)
+        plan = KernelPlan.with_block(depth, head, units, chunk, form, not options.mid_chunk, precision)
         if options.block:
             plan = plan._replace(block=options.block)
         try:

@@ -21,7 +21,7 @@ SOURCE = 'extern "C" {\n' + "".join(f"long {name}(const void*) {{ return {ANSWER
 
 
 def forget() -> None:
-    for known in (compiled.library, compiled._missing):
+    for known in (compiled.library, compiled._build_failure):
         known.cache_clear()
 
 
@@ -55,7 +55,7 @@ def copied(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def answer() -> int:
     """What the library says, loaded as a call of the memory loads it."""
     forget()
-    return compiled.library(torch.float32).titans_read(ctypes.c_void_p())
+    return compiled.library(torch.float32).titans_forward(ctypes.c_void_p())
 
 
 WITHOUT = {
@@ -134,7 +134,7 @@ def test_no_flipped_bit_is_loaded(copied: Path):
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
 def test_a_folder_that_others_may_write_to_is_refused(mode: int, copied: Path, caplog: pytest.LogCaptureFixture):
     copied.parent.chmod(mode)
-    with pytest.raises(compiled.NotBuilt, match="another user owns it or may write to it"):
+    with pytest.raises(compiled.NativeBuildError, match="another user owns it or may write to it"):
         answer()
     assert str(copied.parent) in caplog.text  # said, where "auto" goes on without
     assert resolve_backend("auto", make_call(Case(tokens=5))) == "chunked"
@@ -143,7 +143,7 @@ def test_a_folder_that_others_may_write_to_is_refused(mode: int, copied: Path, c
 @pytest.mark.usefixtures("copied")
 def test_a_folder_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    with pytest.raises(compiled.NotBuilt, match="another user owns it"):
+    with pytest.raises(compiled.NativeBuildError, match="another user owns it"):
         answer()
 
 
@@ -151,7 +151,7 @@ def test_a_folder_that_anyone_could_exchange_is_refused(copied: Path):
     copied.parents[1].chmod(0o1777)  # as /tmp: only its owner renames a folder in it
     assert answer() == ANSWER
     copied.parents[1].chmod(0o777)
-    with pytest.raises(compiled.NotBuilt, match=f"anyone may write to {copied.parents[1]}"):
+    with pytest.raises(compiled.NativeBuildError, match=f"anyone may write to {copied.parents[1]}"):
         answer()
 
 
@@ -173,5 +173,5 @@ def test_no_place_for_it_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file = tmp_path / "file"
     file.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-    with pytest.raises(compiled.NotBuilt, match=f"could not build or load compiled code: .*{file}"):
+    with pytest.raises(compiled.NativeBuildError, match=f"could not build or load compiled code: .*{file}"):
         answer()

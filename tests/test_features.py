@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import titans_lm.layers.features as features_module
-from titans_lm.layers.features import _Features, convolved, features, in_eager
+from titans_lm.layers.features import _FeatureArgs, convolved, features, in_eager
 from titans_lm.ops.cpu import compiled
 from titans_lm.ops.cpu.build import SOURCES
 from tolerance import assert_close
@@ -90,7 +90,7 @@ def test_eager_where_compiled_code_is_not_wanted_or_cannot_run(why: str, monkeyp
     if why == "filters of another dtype":
         filters = filters.double()
     if why == "no compiler":
-        monkeypatch.setattr(features_module, "reason_against", lambda *_: "no compiler")
+        monkeypatch.setattr(features_module, "unsupported_tensor_reason", lambda *_: "no compiler")
     monkeypatch.setattr(features_module, "_Compiled", None)
     made = features(past, filters, HEADS, 5, compiled=why != "asked")
     assert all(x.dtype == past.dtype for x in made)
@@ -104,7 +104,7 @@ def test_outputs_are_where_the_projections_are():
 
 
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(compiled, "SMALL", 0)
+    monkeypatch.setattr(compiled, "SINGLE_THREAD_WORK", 0)
     past, filters = inputs(3, 4, 16)
     one = with_gradients(features(past, filters, HEADS, 16, compiled=True), past, filters)
     torch.set_num_threads(3)
@@ -116,7 +116,7 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_structure_is_the_same_in_both_languages():
-    text = (SOURCES / "token_features.h").read_text().split("struct Features {")[1].split("};")[0]
+    text = (SOURCES / "token_features.h").read_text().split("struct FeatureArgs {")[1].split("};")[0]
     declared = " ".join(line.split("//")[0] for line in text.splitlines())
     names = re.findall(r"(\w+)\s*[,;]", declared)
-    assert names == [name for name, _ in _Features._fields_]
+    assert names == [name for name, _ in _FeatureArgs._fields_]

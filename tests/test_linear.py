@@ -3,7 +3,6 @@
 The laws of every form are in test_ops.py, the published recurrences in test_special_cases.py.
 """
 
-import importlib
 import itertools
 
 import pytest
@@ -23,13 +22,13 @@ from test_ops import (
     scan,
 )
 from titans_lm.ops import resolve_backend
+from titans_lm.ops.delta_rule import BLOCK_SIZE
 
-BLOCK = importlib.import_module("titans_lm.ops.delta_rule").BLOCK  # its name in the package is the function's
 LINEAR_CASES = covering_cases(
     Case,
     OPTIONS
     | {name: (value,) for name, value in LINEAR.items()}
-    | {"tokens": (5, BLOCK, 2 * BLOCK + 13), "activation": ("silu",)},
+    | {"tokens": (5, BLOCK_SIZE, 2 * BLOCK_SIZE + 13), "activation": ("silu",)},
 )
 
 
@@ -44,7 +43,7 @@ def test_linear_is_naive_in_outputs_and_all_gradients(case: Case):
 
 @pytest.mark.parametrize("width", [4, 64])
 def test_linear_in_float32_is_near_naive_in_float64(width: int):
-    case = Case(**LINEAR, tokens=2 * BLOCK + 5, gates="all", mask="random", width=width)
+    case = Case(**LINEAR, tokens=2 * BLOCK_SIZE + 5, gates="all", mask="random", width=width)
     x = make_inputs(case, torch.float32)
     wide = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
     assert_all_close(outputs_and_gradients(x, case, "linear"), outputs_and_gradients(wide, case, "naive"))
@@ -52,7 +51,7 @@ def test_linear_in_float32_is_near_naive_in_float64(width: int):
 
 @pytest.mark.parametrize("name", ["theta", "eta", "alpha"])
 def test_a_gate_is_0_or_1_at_every_token(name: str):
-    case = Case(**LINEAR, tokens=BLOCK + 9)
+    case = Case(**LINEAR, tokens=BLOCK_SIZE + 9)
     x = make_inputs(case)
     x[name] = torch.randint(0, 2, x[name].shape).double()
     if name == "theta":
@@ -89,7 +88,7 @@ def test_auto_reads_a_linear_memory_with_chunk_one_by_linear():
 # ------------------------------------------------------------------------------------------------ memory
 
 
-def bytes_left(case: Case, kept_bytes: int) -> int:
+def bytes_left(case: Case, max_saved_bytes: int) -> int:
     """What `linear` leaves for its backward pass."""
     x = {
         name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case, torch.float32).items()
@@ -101,13 +100,13 @@ def bytes_left(case: Case, kept_bytes: int) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        scan(x, case, backend="linear", kept_bytes=kept_bytes)
+        scan(x, case, backend="linear", max_saved_bytes=max_saved_bytes)
     return sum(storage.nbytes() for storage in saved.values())
 
 
 @pytest.mark.parametrize("width", [16, 64])
 def test_what_linear_leaves_for_its_backward_pass_is_what_it_counts(width: int):
-    case = Case(**LINEAR, tokens=8 * BLOCK, width=width)
+    case = Case(**LINEAR, tokens=8 * BLOCK_SIZE, width=width)
     kept = bytes_left(case, 2**40)
     count = next(2**n for n in itertools.count() if bytes_left(case, 2**n) == kept)  # of sizes that keep all, the least
     assert count / 2.2 < kept < 1.1 * count

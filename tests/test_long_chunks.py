@@ -1,7 +1,6 @@
 """Chunks longer than what is read at once: the same numbers, in time and memory linear in the number of tokens."""
 
 import gc
-import importlib
 import itertools
 
 import pytest
@@ -25,8 +24,8 @@ from test_ops import (
     small_cases,
     watched_groups,
 )
+from titans_lm.ops.chunked import scan as scan_module
 
-ops_chunked = importlib.import_module("titans_lm.ops.chunked.scan")  # its name in the package is the function's
 LONG_CASES = covering_cases(
     Case, OPTIONS | {"depth": (1, 2, 3), "chunk": (11, 16, 2**30), "tokens": (37,), "activation": ("silu",)}
 )
@@ -39,7 +38,7 @@ SHORT = 5
 def test_a_chunk_read_in_parts_is_naive_in_outputs_and_all_gradients(
     case: Case, backend: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(ops_chunked, "LONGEST", SHORT)
+    monkeypatch.setattr(scan_module, "MAX_CHUNK", SHORT)
     x = make_inputs(case)
     assert_all_close(outputs_and_gradients(x, case, backend), outputs_and_gradients(x, case, "naive"))
 
@@ -58,24 +57,24 @@ def test_cut_a_long_chunk_anywhere(backend: str, case: Case, chunk: int, longest
     x = make_inputs(case, seed=seed)
     whole = named(*scan(x, case, backend=backend))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops_chunked, "LONGEST", longest)
+        patch.setattr(scan_module, "MAX_CHUNK", longest)
         assert_all_close(scan_in_pieces(x, case, cuts, backend), whole)
 
 
-def groups_kept(tokens: int, chunk: int, kept_bytes: int, monkeypatch: pytest.MonkeyPatch) -> int:
+def groups_kept(tokens: int, chunk: int, max_saved_bytes: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many groups wait for their backward pass."""
     with monkeypatch.context() as patch:
         groups = watched_groups(patch)
         case = Case(tokens=tokens, chunk=chunk)
         x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
-        out = scan(x, case, backend="chunked", kept_bytes=kept_bytes)
+        out = scan(x, case, backend="chunked", max_saved_bytes=max_saved_bytes)
         gc.collect()
         assert out[0].requires_grad
         return len(groups)
 
 
 def test_the_parts_of_long_chunks_keep_no_more_together_than_a_call_may(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ops_chunked, "LONGEST", SHORT)
+    monkeypatch.setattr(scan_module, "MAX_CHUNK", SHORT)
     enough = next(4**n for n in itertools.count(5) if groups_kept(10, 10, 4**n, monkeypatch))
     assert enough > 4**5
     assert groups_kept(80, 10, enough, monkeypatch) == 0
@@ -94,6 +93,6 @@ def test_a_chunk_longer_than_the_text_costs_as_much_for_each_token_of_any_number
             y.sum().backward()
         return counter.get_total_flops()
 
-    few = operations(8 * ops_chunked.LONGEST)
+    few = operations(8 * scan_module.MAX_CHUNK)
     assert few > 0
-    assert operations(16 * ops_chunked.LONGEST) / few == pytest.approx(2, abs=0.3)
+    assert operations(16 * scan_module.MAX_CHUNK) / few == pytest.approx(2, abs=0.3)

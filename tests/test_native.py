@@ -20,11 +20,9 @@ from test_ops import (
     outputs_and_gradients,
     scan,
 )
-from titans_lm.ops import memory_scan, resolve_backend
-from titans_lm.ops.cpu import compiled
+from titans_lm.ops import grouping, memory_scan, resolve_backend
+from titans_lm.ops.cpu import compiled, native
 from titans_lm.ops.cpu.build import SOURCES
-
-native = importlib.import_module("titans_lm.ops.cpu.native")  # its name in the package is the function's
 
 WIDE = [
     Case(depth=2, chunk=64, tokens=130, width=20, hidden=37, clip=0.7, mask="random", start="ragged"),
@@ -35,11 +33,11 @@ WIDE = [
 """More columns than a vector has numbers, more rows than a tile: whole ones, and what is left over."""
 
 
-@pytest.mark.parametrize("kept_bytes", [0, 2**28])
+@pytest.mark.parametrize("max_saved_bytes", [0, 2**28])
 @pytest.mark.parametrize("case", WIDE)
-def test_wide_matrices_are_naive_in_outputs_and_all_gradients(case: Case, kept_bytes: int, monkeypatch):
+def test_wide_matrices_are_naive_in_outputs_and_all_gradients(case: Case, max_saved_bytes: int, monkeypatch):
     def kept(x: dict[str, Tensor], case: Case, **options):
-        return scan(x, case, kept_bytes=kept_bytes, **options)
+        return scan(x, case, max_saved_bytes=max_saved_bytes, **options)
 
     monkeypatch.setattr(importlib.import_module("test_ops"), "scan", kept)
     x = make_inputs(case)
@@ -91,7 +89,7 @@ def test_keys_that_nothing_is_written_by_are_not_looked_at(why: str):
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_threads_change_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(compiled, "SMALL", 0)
+    monkeypatch.setattr(compiled, "SINGLE_THREAD_WORK", 0)
     case = Case(tokens=tokens, mask="random", start="ragged", residual=True)
     x = make_inputs(case)
     one = outputs_and_gradients(x, case, "native"), named(*scan(x, case, backend="native"))
@@ -109,12 +107,12 @@ def test_what_is_kept_may_lie_in_pieces(block_bytes: int, monkeypatch: pytest.Mo
     case = Case(tokens=4 * 9 + 1, mask="random", start="ragged", residual=True)
     x = make_inputs(case)
     whole = outputs_and_gradients(x, case, "native")
-    monkeypatch.setattr(native, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(native, "SAVED_BLOCK_BYTES", block_bytes)
     pieces = outputs_and_gradients(x, case, "native")
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
 
 
-def saved_bytes(case: Case, kept_bytes: int) -> int:
+def saved_bytes(case: Case, max_saved_bytes: int) -> int:
     x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
     saved: dict[int, int] = {}
 
@@ -123,20 +121,20 @@ def saved_bytes(case: Case, kept_bytes: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        scan(x, case, backend="native", kept_bytes=kept_bytes)
+        scan(x, case, backend="native", max_saved_bytes=max_saved_bytes)
     return sum(saved.values())
 
 
 def test_groups_are_as_large_as_a_cache_but_their_starts_are_few():
-    near, far = native.CACHED_BYTES, native.GROUP_BYTES
-    assert native.group_size(10**6, near // 20, far // 10**5) == 20  # all starts find room
-    assert native.group_size(10**6, near // 20, far) == 1000  # one would: then the root
-    assert native.group_size(5, near // 20, far) == 20
+    near, far = grouping.CACHE_BYTES, grouping.GROUP_BYTES
+    assert grouping.group_size_in_cache(10**6, near // 20, far // 10**5) == 20  # all starts find room
+    assert grouping.group_size_in_cache(10**6, near // 20, far) == 1000  # one would: then the root
+    assert grouping.group_size_in_cache(5, near // 20, far) == 20
 
 
 def test_training_keeps_no_more_than_it_may_and_then_grows_with_the_root_of_the_chunks(monkeypatch):
-    for name in ("GROUP_BYTES", "CACHED_BYTES"):
-        monkeypatch.setattr(native, name, 0)
+    for name in ("GROUP_BYTES", "CACHE_BYTES"):
+        monkeypatch.setattr(grouping, name, 0)
     case = Case(depth=2, chunk=1, width=16, hidden=32)
     tokens = [saved_bytes(case._replace(tokens=n), 0) for n in (16**2, 64**2)]
     inputs = 8 * (3 * 16 + 1 + 3) * 2 * 2  # of a token: q, k, v of two rows and heads, gates
@@ -147,10 +145,10 @@ def test_training_keeps_no_more_than_it_may_and_then_grows_with_the_root_of_the_
 
 
 def test_the_structure_is_the_same_in_both_languages():
-    text = (SOURCES / "call.h").read_text().split("struct Call {")[1].split("};")[0]
+    text = (SOURCES / "scan_args.h").read_text().split("struct ScanArgs {")[1].split("};")[0]
     declared = " ".join(line.split("//")[0] for line in text.splitlines())
     names = re.findall(r"(\w+)\s*[,;]", declared)
-    assert names == [name for name, _ in native._Call._fields_]
+    assert names == [name for name, _ in native._ScanArgs._fields_]
 
 
 def test_other_devices_are_not_for_it():

@@ -20,25 +20,26 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from titans_lm.ops import (
-    Call,
     MemoryForm,
     MemoryState,
+    ScanInputs,
     Tokens,
+    api,
+    delta_rule,
+    gather_tokens,
+    grouping,
     initial_state,
     lay_out,
     left_align,
     memory_scan,
     resolve_backend,
-    restore,
     retrieve,
-    take,
+    undo_left_align,
 )
-from titans_lm.ops.decays import Decays, back_decays, decays
+from titans_lm.ops.chunked import scan as scan_module
+from titans_lm.ops.decays import Decays, chunk_decays, decays_backward
 from tolerance import assert_close
 
-ops = importlib.import_module("titans_lm.ops")
-ops_chunked = importlib.import_module("titans_lm.ops.chunked.scan")  # its name in the package is the function's
-ops_linear = importlib.import_module("titans_lm.ops.delta_rule")
 B, H, K, HIDDEN = 2, 2, 4, 6
 law = settings(deadline=None, max_examples=25, derandomize=True)
 
@@ -475,38 +476,38 @@ def test_layout_puts_every_token_at_its_place_in_a_chunk(
     layout = lay_out(mask, position, tokens, chunk)
     there = torch.ones(3, tokens, dtype=torch.bool) if mask is None else mask
     number = torch.arange(1, tokens + 1).expand(3, -1) * there
-    assert torch.equal(layout.restore(layout.arrange(number)), number)
+    assert torch.equal(layout.from_slots(layout.to_slots(number)), number)
     assert torch.equal(layout.length, there.sum(1))
-    edges = [0, *itertools.chain.from_iterable((start, end) for start, end, _ in layout.spans()), layout.size]
+    edges = [0, *itertools.chain.from_iterable((start, end) for start, end, _ in layout.runs()), layout.slots]
     assert edges[::2] == edges[1::2], "spans follow one another"
-    assert all((end - start) % width == 0 for start, end, width in layout.spans())
+    assert all((end - start) % width == 0 for start, end, width in layout.runs())
 
-    present = torch.ones(3, layout.size, dtype=torch.bool) if layout.present is None else layout.present
+    present = torch.ones(3, layout.slots, dtype=torch.bool) if layout.valid is None else layout.valid
     for row in range(3):
         used = present[row].nonzero()[:, 0]
-        assert torch.equal(layout.arrange(number)[row, used], number[row, there[row]]), "in order"
-        assert layout.size <= 2 * tokens, "a chunk that no row fills is not laid out"
+        assert torch.equal(layout.to_slots(number)[row, used], number[row, there[row]]), "in order"
+        assert layout.slots <= 2 * tokens, "a chunk that no row fills is not laid out"
         place = (position[row] + torch.arange(len(used))) % chunk
-        after = used >= layout.head
-        assert torch.equal(place[after], (used[after] - layout.head) % chunk), "on the grid from `head` on"
+        after = used >= layout.lead
+        assert torch.equal(place[after], (used[after] - layout.lead) % chunk), "on the grid from `head` on"
         assert (place[~after].diff() > 0).all(), "no chunk ends inside the head"
 
 
 @pytest.mark.parametrize("start", [0, 3, 7])
 def test_rows_that_agree_need_no_layout(start: int):
     layout = lay_out(None, torch.full((3,), start), 10, 4)
-    assert layout.source is None
-    assert layout.head == -start % 4
+    assert layout.token_of_slot is None
+    assert layout.lead == -start % 4
 
 
 def test_left_aligned_tokens_are_restored():
     torch.manual_seed(0)
     mask, x = torch.rand(3, 9) < 0.5, torch.randn(3, 9, 2)
     order, length = left_align(mask)
-    aligned = take(x, order)
+    aligned = gather_tokens(x, order)
     for row in range(3):
         assert torch.equal(aligned[row, : length[row]], x[row, mask[row]])
-    assert torch.equal(restore(aligned, mask), x * mask[..., None])
+    assert torch.equal(undo_left_align(aligned, mask), x * mask[..., None])
 
 
 # ------------------------------------------------------------------------------------------------ causality
@@ -572,17 +573,17 @@ def test_the_gradients_of_decays_are_those_of_small_changes(masked: bool):
     present = torch.tensor(
         [[True, False, True, True, False, True, False], [False, True, True, False, True, True, True]]
     )
-    left, saved = decays(*gates, present if masked else None)
+    left, saved = chunk_decays(*gates, present if masked else None)
     by = Decays(*(torch.randn_like(x) for x in left))
     expected, step = torch.zeros_like(gates), 1e-6
     for place in range(gates.numel()):
         above, below = gates.clone(), gates.clone()
         above.view(-1)[place] += step
         below.view(-1)[place] -= step
-        up, down = (decays(*g, present if masked else None)[0] for g in (above, below))
+        up, down = (chunk_decays(*g, present if masked else None)[0] for g in (above, below))
         change = sum(((u - d) * b).sum() for u, d, b in zip(up, down, by, strict=True))
         expected.view(-1)[place] = change / (2 * step)
-    assert torch.allclose(torch.stack(back_decays(by, saved)), expected, atol=1e-8)
+    assert torch.allclose(torch.stack(decays_backward(by, saved)), expected, atol=1e-8)
 
 
 def read_only(x: dict[str, Tensor], case: Case, backend: str) -> tuple[dict[str, Tensor], int]:
@@ -646,17 +647,17 @@ def test_the_clip_bounds_the_gradient_and_keeps_its_direction():
     assert_close(clipped[1].weights[0] - had, (plain[1].weights[0] - had) * 0.1 / (length + 0.1))
 
 
-def make_call(case: Case) -> Call:
+def make_call(case: Case) -> ScanInputs:
     x = make_inputs(case)
     tokens = Tokens(*(x[name] for name in TOKENS))
-    return Call(tokens, make_state(x, case), case.chunk, make_form(x, case), x.get("mask"), False, 0)
+    return ScanInputs(tokens, make_state(x, case), case.chunk, make_form(x, case), x.get("mask"), False, 0)
 
 
 def test_auto_reads_by_compiled_code_and_without_it_one_token_by_step_and_more_by_chunks(monkeypatch):
     calls = [make_call(Case(tokens=tokens)) for tokens in (0, 1, 2)]
     assert [resolve_backend("auto", call) for call in calls] == ["native"] * 3
     assert resolve_backend("naive", calls[1]) == "naive"
-    monkeypatch.setattr(ops, "not_native", lambda call: "is not there")  # noqa: ARG005
+    monkeypatch.setattr(api, "native_unsupported_reason", lambda inputs: "is not there")  # noqa: ARG005
     assert [resolve_backend("auto", call) for call in calls] == ["chunked", "step", "chunked"]
 
 
@@ -745,7 +746,7 @@ def test_a_call_leaves_its_inputs_and_the_given_state_alone():
 
 
 def test_training_keeps_no_weights_per_chunk(monkeypatch):
-    monkeypatch.setattr(ops_chunked, "GROUP_BYTES", 0)
+    monkeypatch.setattr(grouping, "GROUP_BYTES", 0)
 
     def saved_weights(tokens: int) -> int:
         case = Case(tokens=tokens)
@@ -759,7 +760,7 @@ def test_training_keeps_no_weights_per_chunk(monkeypatch):
             return saved
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-            scan(leaves, case, backend="chunked", kept_bytes=0)
+            scan(leaves, case, backend="chunked", max_saved_bytes=0)
         return count
 
     few, many = saved_weights(4 * 16), saved_weights(4 * 64)  # chunks x4, groups x2
@@ -771,12 +772,12 @@ def test_training_keeps_no_weights_per_chunk(monkeypatch):
 def test_kept_and_computed_again_are_the_same(mask: str, backend: str, monkeypatch):
     case = able(Case(tokens=4 * 9 + 1, mask=mask, start="ragged", residual=True, clip=0.7), backend)
     x = make_inputs(case)
-    monkeypatch.setattr(ops_linear, "BLOCK", 4)
+    monkeypatch.setattr(delta_rule, "BLOCK_SIZE", 4)
     kept = outputs_and_gradients(x, case, backend)
     leaves = {name: v.clone().requires_grad_() if v.is_floating_point() else v for name, v in x.items()}
     for size in (0, 10**9):  # groups of sqrt(N), and one that is computed again
-        monkeypatch.setattr(ops_chunked, "GROUP_BYTES", size)
-        out = named(*scan(leaves, case, backend=backend, kept_bytes=0))
+        monkeypatch.setattr(grouping, "GROUP_BYTES", size)
+        out = named(*scan(leaves, case, backend=backend, max_saved_bytes=0))
         assert_all_close(out | gradients(out, leaves), kept)
 
 
@@ -784,12 +785,12 @@ def watched_groups(patch: pytest.MonkeyPatch) -> weakref.WeakSet:
     """The groups of chunks that are there, from now on."""
     groups = weakref.WeakSet()
 
-    class Watched(ops_chunked.Group):
+    class Watched(scan_module.ChunkGroup):
         def __init__(self, *arguments: Any, **named: Any):
             super().__init__(*arguments, **named)
             groups.add(self)
 
-    patch.setattr(ops_chunked, "Group", Watched)
+    patch.setattr(scan_module, "ChunkGroup", Watched)
     return groups
 
 
@@ -848,8 +849,8 @@ def test_what_is_elsewhere_or_of_another_kind_is_named():
     x = make_inputs(case)
     for wrong, message in (
         (x | {"momentum1": x["momentum1"].float()}, "momentum must be as its weights, .* in torch.float64, got .*"),
-        (x | {"eta": x["eta"].to("meta")}, "q is on cpu, but .* one is on meta"),
-        (x | {"weights1": x["weights1"].to("meta")}, "q is on cpu, but .* one is on meta"),
+        (x | {"eta": x["eta"].to("meta")}, "one device: q is on cpu, another is on meta"),
+        (x | {"weights1": x["weights1"].to("meta")}, "one device: q is on cpu, another is on meta"),
     ):
         with pytest.raises(ValueError, match=message):
             scan(wrong, case)
@@ -876,6 +877,45 @@ def test_a_wrong_option_is_named(message: str, options: dict):
     x = make_inputs(case)
     with pytest.raises(ValueError, match=message):
         memory_scan(*(x[name] for name in TOKENS), make_state(x, case), **{"chunk_size": 4} | options)
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("", "Call", "ScanInputs"),
+        ("", "cleared", "masked_zero"),
+        ("", "restore", "undo_left_align"),
+        ("", "take", "gather_tokens"),
+        (".ragged", "take", "gather_tokens"),
+        (".reference", "naive", "naive_scan"),
+        (".decode", "step", "step_scan"),
+        (".delta_rule", "linear", "linear_scan"),
+        (".delta_rule", "BLOCK", "BLOCK_SIZE"),
+        (".chunked.scan", "chunked", "chunked_scan"),
+        (".cpu.native", "native", "native_scan"),
+        (".cpu.build", "NotBuilt", "NativeBuildError"),
+    ],
+)
+def test_an_old_name_gives_the_new_one_and_warns(module: str, old: str, new: str):
+    place = importlib.import_module(f"titans_lm.ops{module}")
+    with pytest.warns(DeprecationWarning, match=rf"\.{old} was renamed: use titans_lm\.ops{module}\.{new}$"):
+        assert getattr(place, old) is getattr(place, new)
+    assert not hasattr(place, "never_there")
+
+
+def test_kept_bytes_is_max_saved_bytes_and_warns():
+    case = Case(tokens=4 * 9)
+    x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
+
+    def saved_bytes(**options: int) -> int:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: [sizes.append(t.nbytes), t][1], lambda t: t):
+            scan(x, case, backend="native", **options)
+        return sum(sizes)
+
+    with pytest.warns(DeprecationWarning, match="use max_saved_bytes"):
+        few = saved_bytes(kept_bytes=0)
+    assert few == saved_bytes(max_saved_bytes=0) < saved_bytes()
 
 
 # ------------------------------------------------------------------------------------------------ the map

@@ -3,8 +3,6 @@
 What the interpreter cannot show (races, speed, bfloat16 products) is not tested: kernels were not measured on a GPU.
 """
 
-import importlib
-import importlib.util
 import itertools
 import json
 import math
@@ -34,9 +32,9 @@ from test_ops import (
     scan,
 )
 from titans_lm.ops import memory_scan, resolve_backend
+from titans_lm.ops.grouping import group_size_sqrt
+from titans_lm.ops.triton import fused
 from tolerance import assert_close
-
-ops_triton = importlib.import_module("titans_lm.ops.triton.fused")
 
 
 class Case(test_ops.Case):
@@ -113,7 +111,7 @@ def test_kernels_write_what_is_above_the_threshold_alone(residual: bool):
 
 def test_groups_of_chunks_follow_one_another():
     case = SMALL._replace(chunk=1, tokens=6, hidden=16, residual=True, mask="random", start="ragged")
-    assert ops_triton.group_size(case.tokens) < case.tokens / 2
+    assert group_size_sqrt(case.tokens) < case.tokens / 2
     near_naive(case)
 
 
@@ -292,16 +290,16 @@ def test_auto_is_never_triton():
 
 
 def test_products_are_bfloat16_where_tokens_are_and_kernels_are_not_interpreted(monkeypatch: pytest.MonkeyPatch):
-    assert ops_triton.precision_of(torch.bfloat16) == "tf32x3", "the interpreter's products of bfloat16 are wrong"
+    assert fused.product_precision(torch.bfloat16) == "tf32x3", "the interpreter's products of bfloat16 are wrong"
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert ops_triton.precision_of(torch.bfloat16) == "bf16"
-    assert ops_triton.precision_of(torch.float32) == "tf32x3"
+    assert fused.product_precision(torch.bfloat16) == "bf16"
+    assert fused.product_precision(torch.float32) == "tf32x3"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32x3"])
 @pytest.mark.parametrize(("k", "units"), [(16, 16), (64, 48), (64, 256), (128, 128), (128, 16)])
 def test_a_block_divides_the_units(k: int, units: int, precision: str):
-    block = ops_triton.block_of(k, units, precision)
+    block = fused.unit_block_size(k, units, precision)
     assert units % block == 0
     assert block >= 16
     assert math.log2(block).is_integer()
@@ -313,9 +311,9 @@ def test_kernels_compile_for_gpus(plan: str, tmp_path: Path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, str(script), "--head", "32", "--hidden", "32", "--chunk", "16", "--precision", "bf16"]
-    command += ["--kernel", "read", "again", "back"]
+    command += ["--kernel", "forward", "states", "backward"]
     done = subprocess.run([*command, *plan.split()], capture_output=True, text=True, check=True, env=environment)
     facts = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [fact["kernel"] for fact in facts] == ["read", "again", "back"]
+    assert [fact["kernel"] for fact in facts] == ["forward", "states", "backward"]
     for fact in facts:
         assert fact["shared_bytes"] <= 99 * 1024, "what a block may have on every GPU from sm_80 on"

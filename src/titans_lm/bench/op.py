@@ -17,7 +17,7 @@ from torch import Tensor
 
 from titans_lm.bench.measure import MATMUL_OPERATIONS, Action, Contender, Setting, matmul
 from titans_lm.bench.race import Entrant, Heat
-from titans_lm.ops import Call, MemoryForm, MemoryState, Tokens, initial_state, memory_scan, resolve_backend
+from titans_lm.ops import MemoryForm, MemoryState, ScanInputs, Tokens, initial_state, memory_scan, resolve_backend
 from titans_lm.utils.terminal import red
 
 HEADS, WIDTH = 6, 64
@@ -154,7 +154,7 @@ def ours(options: dict[str, Any], setting: Setting, scan: Callable[..., Any] = m
 def backend(shape: Shape, setting: Setting, x: Inputs) -> str:
     """What the setting's backend is for this: "auto" chooses."""
     state, memory = initial_state(x.first, shape.rows), form(shape.form, setting.device)
-    call = Call(Tokens(*x[:6]), state, shape.chunk, memory, None, False, 0)
+    call = ScanInputs(Tokens(*x[:6]), state, shape.chunk, memory, None, False, 0)
     return resolve_backend(setting.backend, call)  # type: ignore[arg-type]
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from titans_lm.ops import take
+from titans_lm.ops import gather_tokens
 
 
 class KeyValues(NamedTuple):
@@ -121,7 +121,9 @@ class WindowAttention(Attention):
         end = keys.shape[2] - tokens + present.sum(1, keepdim=True)
         slot = end - size + torch.arange(size, device=keys.device)  # [B, S]
         there = (slot >= first[:, None])[:, None, :, None]
-        keys, values = (take(x.transpose(1, 2), slot.clamp(min=0)).transpose(1, 2) * there for x in (keys, values))
+        keys, values = (
+            gather_tokens(x.transpose(1, 2), slot.clamp(min=0)).transpose(1, 2) * there for x in (keys, values)
+        )
         return KeyValues((keys,), (values,))
 
 

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from titans_lm.layers.checkpointing import made_again
-from titans_lm.ops.cpu.compiled import Handed, fields, reason_against, solid, solid_like, threads_for
+from titans_lm.ops.cpu.compiled import (
+    NativeArgs,
+    as_contiguous,
+    empty_contiguous,
+    fields,
+    thread_count,
+    unsupported_tensor_reason,
+)
 
 Filters = Float[Tensor, "I size"]
 
@@ -52,7 +59,7 @@ def features(
     before. `compiled`: by compiled code where that can run.
     """
     alike = filters is None or (filters.dtype, filters.device) == (past.dtype, past.device)
-    if compiled and alike and reason_against(past, past.dtype) is None:
+    if compiled and alike and unsupported_tensor_reason(past, past.dtype) is None:
         filters = past.new_ones(past.shape[2], 1) if filters is None else filters
         make = _Compiled.apply if torch.is_grad_enabled() else _make
         return make(past, filters, heads, head_dim)
@@ -88,37 +95,37 @@ def _unit(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ compiled
 
 
-class _Features(ctypes.Structure):
-    """`Features` of ops/cpu/csrc/token_features.h."""
+class _FeatureArgs(ctypes.Structure):
+    """`FeatureArgs` of ops/cpu/csrc/token_features.h."""
 
     _fields_ = (
         *fields(ctypes.c_long, "batch tokens size parts heads width threads"),
-        *fields(ctypes.c_void_p, "past filters made by_made by_past by_filters"),
+        *fields(ctypes.c_void_p, "past filters outputs grad_outputs grad_past grad_filters"),
     )
 
 
-class _Made(Handed):
-    structure = _Features
+class FeatureArgs(NativeArgs):
+    structure = _FeatureArgs
 
     @classmethod
-    def of(cls, past: Tensor, filters: Tensor, heads: int, head_dim: int) -> "_Made":
+    def of(cls, past: Tensor, filters: Tensor, heads: int, head_dim: int) -> "FeatureArgs":
         (batch, slots, channels), size = past.shape, filters.shape[1]
-        handed = cls(
+        args = cls(
             past.dtype, batch=batch, tokens=slots - size + 1, size=size, parts=channels // (heads * head_dim),
-            heads=heads, width=head_dim, threads=threads_for(batch * slots * channels * size),
+            heads=heads, width=head_dim, threads=thread_count(batch * slots * channels * size),
         )  # fmt: skip
-        handed.give(past=solid(past, past.dtype), filters=solid(filters, past.dtype))
-        return handed
+        args.set_tensors(past=as_contiguous(past, past.dtype), filters=as_contiguous(filters, past.dtype))
+        return args
 
 
 def _make(past: Tensor, filters: Tensor, heads: int, head_dim: int) -> tuple[Tensor, ...]:
-    handed = _Made.of(past, filters, heads, head_dim)
+    args = FeatureArgs.of(past, filters, heads, head_dim)
     batch, slots, channels = past.shape
     shape = (batch, slots - filters.shape[1] + 1, heads, head_dim)
-    made = tuple(past.new_empty(shape) for _ in range(channels // (heads * head_dim)))
-    handed.give(made=made)
-    handed.run("titans_make")
-    return made
+    outputs = tuple(past.new_empty(shape) for _ in range(channels // (heads * head_dim)))
+    args.set_tensors(outputs=outputs)
+    args.run("titans_features_forward")
+    return outputs
 
 
 class _Compiled(torch.autograd.Function):
@@ -132,10 +139,14 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *by_made: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         past, filters = ctx.saved_tensors
-        handed = _Made.of(past, filters, *ctx.heads)
-        by_past, by_filters = (solid_like(x, past.dtype) for x in (past, filters))
-        handed.give(by_made=[solid(x, past.dtype) for x in by_made], by_past=by_past, by_filters=by_filters)
-        handed.run("titans_back_make")
-        return by_past, by_filters, None, None
+        args = FeatureArgs.of(past, filters, *ctx.heads)
+        grad_past, grad_filters = (empty_contiguous(x, past.dtype) for x in (past, filters))
+        args.set_tensors(
+            grad_outputs=[as_contiguous(x, past.dtype) for x in grad_outputs],
+            grad_past=grad_past,
+            grad_filters=grad_filters,
+        )
+        args.run("titans_features_backward")
+        return grad_past, grad_filters, None, None

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from titans_lm.ops import MemoryState, take
+from titans_lm.ops import MemoryState, gather_tokens
 
 
 class NeuralMemoryState(NamedTuple):
@@ -32,7 +32,7 @@ def last_input(x: Tensor, last: Tensor | None, present: Tensor | None) -> Tensor
         return last
     if present is None:
         return x[:, -1].detach()
-    return take(torch.cat([last[:, None].to(x.dtype), x.detach()], 1), present.sum(1)[:, None])[:, 0]
+    return gather_tokens(torch.cat([last[:, None].to(x.dtype), x.detach()], 1), present.sum(1)[:, None])[:, 0]
 
 
 def gates_of_chunks(
@@ -43,6 +43,6 @@ def gates_of_chunks(
     own = torch.cat([held[:, None], torch.stack(gates, -1)], 1)  # [B, 1 + T, H, 3]
     token = torch.arange(gates[0].shape[1], device=position.device)
     first = token - (position[:, None] + token) % size  # [B, T], below 0 where it was read before
-    of_chunks = torch.cat([held[:, None], take(own, (first + 1).clamp(min=0))], 1)
+    of_chunks = torch.cat([held[:, None], gather_tokens(own, (first + 1).clamp(min=0))], 1)
     read = torch.full_like(position, len(token)) if present is None else present.sum(1)
-    return of_chunks[:, 1:].unbind(-1), take(of_chunks, read[:, None])[:, 0]
+    return of_chunks[:, 1:].unbind(-1), gather_tokens(of_chunks, read[:, None])[:, 0]

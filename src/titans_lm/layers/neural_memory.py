@@ -24,13 +24,13 @@ from titans_lm.ops import (
     MemoryForm,
     MemoryState,
     Surprise,
-    cleared,
+    gather_tokens,
     initial_state,
     left_align,
+    masked_zero,
     memory_scan,
-    restore,
     retrieve,
-    take,
+    undo_left_align,
 )
 
 KEPT_BYTES = 128 * 2**20
@@ -223,18 +223,18 @@ class NeuralMemory(nn.Module):
         if mask is not None:
             if mask.shape != x.shape[:2]:
                 raise ValueError(f"mask must be [B, T] = {list(x.shape[:2])}, got {list(mask.shape)}")
-            x = cleared(x, mask)
+            x = masked_zero(x, mask)
         if mask is not None and not _is_aligned(mask):
             order, length = left_align(mask)
             aligned = torch.arange(x.shape[1], device=x.device) < length[:, None]
-            x = take(x, order)
+            x = gather_tokens(x, order)
             y, state, *seen = self._write(x, state, aligned, surprise)
-            y = restore(self._output(x, y), mask)
-            seen = [Surprise(*(restore(part, mask) for part in s)) for s in seen]
+            y = undo_left_align(self._output(x, y), mask)
+            seen = [Surprise(*(undo_left_align(part, mask) for part in s)) for s in seen]
         else:
             y, state, *seen = self._write(x, state, mask, surprise)
             y = self._output(x, y)
-            y = y if mask is None else cleared(y, mask)
+            y = y if mask is None else masked_zero(y, mask)
         return (y, state, *seen)
 
     def retrieve(self, x: Float[Tensor, "B T D"], state: NeuralMemoryState) -> Float[Tensor, "B T D"]:
@@ -245,7 +245,7 @@ class NeuralMemory(nn.Module):
         self, x: Float[Tensor, "B T D"], state: NeuralMemoryState, present: Bool[Tensor, "B T"] | None
     ) -> tuple[Float[Tensor, "B T D"], NeuralMemoryState]:
         """As `forward`, but the memory is only read: the stream goes on, and leaves no trace in the weights."""
-        x = x if present is None else cleared(x, present)
+        x = x if present is None else masked_zero(x, present)
         return self(x, state, present, frozen=True, surprise=False, step="remember")[:2]
 
     # ------------------------------------ steps (see `called`): blocks take a forward pass apart, or into many segments
@@ -301,7 +301,7 @@ class NeuralMemory(nn.Module):
         y, memory, *seen = memory_scan(
             q, k, v, theta, eta, alpha, state.memory,
             chunk_size=self.chunk_size, form=self._form(), mask=present, surprise=surprise, backend=self.backend,
-            kept_bytes=self.kept_bytes,
+            max_saved_bytes=self.kept_bytes,
         )  # fmt: skip
         if error is not None and y.requires_grad:
             there = error if present is None else error * present
@@ -337,7 +337,7 @@ class NeuralMemory(nn.Module):
         if present is None:
             after = past[:, length:] if length == 1 else past[:, length:].clone()  # else a view of all of past
         else:
-            after = take(past, present.sum(1)[:, None] + torch.arange(self.tail_shape[0], device=x.device))
+            after = gather_tokens(past, present.sum(1)[:, None] + torch.arange(self.tail_shape[0], device=x.device))
         return made, after.chunk(count, -1)
 
     def _gates(self, x: Tensor) -> tuple[Tensor, ...]:

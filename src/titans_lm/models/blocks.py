@@ -304,11 +304,11 @@ class MACBlock(TitansBlock):
         x = self.norm(x)
         queries, tail = self.memory(x, state.retrieval.tail, reading.present, step="queries")
         layout = lay_out(reading.present, reading.position, x.shape[1], self.segment_size)
-        s, turn = layout.arrange(x), Rotation(*(layout.arrange(t.expand(len(x), -1, -1)) for t in reading.turn))
-        ahead = Ahead(s, Queries(*map(layout.arrange, queries)), self.attention.own(s, turn), layout.present)
+        s, turn = layout.to_slots(x), Rotation(*(layout.to_slots(t.expand(len(x), -1, -1)) for t in reading.turn))
+        ahead = Ahead(s, Queries(*map(layout.to_slots, queries)), self.attention.own(s, turn), layout.valid)
         persistent = self.attention.persistent(self.prefix(x), len(x))
         here, parts = reading.within(self.segment_size), []
-        for part in ahead.parts([width for start, end, width in layout.spans() for _ in range(start, end, width)]):
+        for part in ahead.parts([width for start, end, width in layout.runs() for _ in range(start, end, width)]):
             here = here._replace(present=part.present)
             *made, state = self._segment(part, persistent, state, here)
             parts.append(made)
@@ -319,10 +319,10 @@ class MACBlock(TitansBlock):
             return torch.zeros_like(x), state, None
         *whole, seen = zip(*parts, strict=True)
         y, written, m = (torch.cat(part, 1) for part in whole)
-        out = layout.restore(self.gate(y, self.memory(written, m, step="output")))
+        out = layout.from_slots(self.gate(y, self.memory(written, m, step="output")))
         if seen[0] is None:
             return out, state, None
-        return out, state, Surprise(*(layout.restore(torch.cat(part, 1)) for part in zip(*seen, strict=True)))
+        return out, state, Surprise(*(layout.from_slots(torch.cat(part, 1)) for part in zip(*seen, strict=True)))
 
     def _segment(
         self, part: "Ahead", persistent: tuple[Tensor, Tensor], state: LayerState, reading: Reading

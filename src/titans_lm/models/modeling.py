@@ -24,7 +24,7 @@ from titans_lm.models.configuration import TitansConfig
 from titans_lm.models.generation import TitansGeneration
 from titans_lm.models.packing import Asked, Read, document_starts, documents, read_documents
 from titans_lm.models.reading import LayerState, Reading, start_rows
-from titans_lm.ops import Surprise, cleared, left_align, restore, take
+from titans_lm.ops import Surprise, gather_tokens, left_align, masked_zero, undo_left_align
 
 OF_LOSS = ("num_items_in_batch", "ignore_index", "shift_labels")
 """Arguments of transformers' loss functions; `Trainer` passes the first without labels too, where it smooths them."""
@@ -231,7 +231,7 @@ class TitansModel(TitansPreTrainedModel):
         present, tokens = None, x.shape[1]
         if mask is not None:
             order, length = left_align(mask)
-            x = take(cleared(x, mask), order)
+            x = gather_tokens(masked_zero(x, mask), order)
             present = torch.arange(tokens, device=x.device) < length[:, None]
         self._check_length(position + length)
         time = position[:, None] + torch.arange(tokens, device=x.device)
@@ -254,8 +254,8 @@ class TitansModel(TitansPreTrainedModel):
                 seen.append(surprise)
         x = self.norm(x)
         if mask is not None:
-            x, *hidden = (restore(h, mask) for h in (x, *hidden))
-            seen = [Surprise(*(restore(part, mask) for part in s)) for s in seen]
+            x, *hidden = (undo_left_align(h, mask) for h in (x, *hidden))
+            seen = [Surprise(*(undo_left_align(part, mask) for part in s)) for s in seen]
         return Read(x, state.moved(after, position + length, tokens), hidden, seen)
 
     def _expected(self, state: TitansState) -> list[list[int]]:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from titans_lm.models.cache import TitansState
-from titans_lm.ops import Surprise, left_align, take
+from titans_lm.ops import Surprise, gather_tokens, left_align
 
 Starts = Bool[Tensor, "B T"]
 """True at the first token of each document but the first of the row."""
@@ -64,7 +64,7 @@ def _aligned(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         mask = torch.ones_like(x, dtype=torch.bool)
     order, length = left_align(mask)
     there = torch.arange(1, x.shape[1], device=x.device) < length[:, None]
-    return take(x, order), order, there
+    return gather_tokens(x, order), order, there
 
 
 def _at_columns(starts: Tensor, order: Tensor) -> Tensor:

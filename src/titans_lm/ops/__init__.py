@@ -1,4 +1,4 @@
-"""The memory operation, `memory_scan`, in several forms that compute the same numbers; and its state.
+"""The memory operation, `memory_scan`, its state, and tools for rows of different length.
 
 Dimensions, everywhere in this project: `B` rows, `T` tokens, `H` heads, `C` tokens of a chunk, `N` chunks, `K` key
 width, `V` value width, `P` persistent tokens, `W` window, `D` model width, `L` layers of the memory.
@@ -6,35 +6,42 @@ width, `V` value width, `P` persistent tokens, `W` window, `D` model width, `L` 
 
 from titans_lm.ops.api import Backend, memory_scan, resolve_backend
 from titans_lm.ops.mlp import retrieve
-from titans_lm.ops.ragged import Layout, cleared, lay_out, left_align, restore, take
+from titans_lm.ops.ragged import Layout, gather_tokens, lay_out, left_align, masked_zero, undo_left_align
 from titans_lm.ops.types import (
     Activation,
-    Call,
     MemoryForm,
     MemoryState,
+    ScanInputs,
+    ScanOutput,
     Surprise,
     Tokens,
     initial_state,
     where_rows,
 )
+from titans_lm.utils.deprecation import renamed
 
 __all__ = [
     "Activation",
     "Backend",
-    "Call",
     "Layout",
     "MemoryForm",
     "MemoryState",
+    "ScanInputs",
+    "ScanOutput",
     "Surprise",
     "Tokens",
-    "cleared",
+    "gather_tokens",
     "initial_state",
     "lay_out",
     "left_align",
+    "masked_zero",
     "memory_scan",
     "resolve_backend",
-    "restore",
     "retrieve",
-    "take",
+    "undo_left_align",
     "where_rows",
 ]
+__getattr__ = renamed(
+    __name__,
+    {"Call": "ScanInputs", "cleared": "masked_zero", "restore": "undo_left_align", "take": "gather_tokens"},
+)

@@ -1,61 +1,74 @@
-"""`memory_scan`: checks what it is given, and runs one of the forms of the operation."""
+"""`memory_scan`: checks its arguments, chooses a backend, and runs it."""
 
 import contextlib
+import warnings
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from titans_lm.ops.chunked.scan import KEPT_BYTES, chunked
-from titans_lm.ops.cpu.native import native
-from titans_lm.ops.cpu.native import obstacle as not_native
-from titans_lm.ops.decode import step
-from titans_lm.ops.delta_rule import linear
-from titans_lm.ops.delta_rule import obstacle as not_linear
-from titans_lm.ops.ragged import cleared
-from titans_lm.ops.reference import naive
-from titans_lm.ops.types import (
-    Answer,
-    Call,
-    MemoryForm,
-    MemoryState,
-    Surprise,
-    Tokens,
-)
+from titans_lm.ops.chunked.scan import chunked_scan
+from titans_lm.ops.cpu.native import native_scan
+from titans_lm.ops.cpu.native import unsupported_reason as native_unsupported_reason
+from titans_lm.ops.decode import step_scan
+from titans_lm.ops.delta_rule import linear_scan
+from titans_lm.ops.delta_rule import unsupported_reason as linear_unsupported_reason
+from titans_lm.ops.grouping import MAX_SAVED_BYTES
+from titans_lm.ops.ragged import masked_zero
+from titans_lm.ops.reference import naive_scan
+from titans_lm.ops.types import MemoryForm, MemoryState, ScanInputs, ScanOutput, Surprise, Tokens
 
 Backend = Literal["auto", "naive", "step", "linear", "chunked", "native", "triton"]
-_FORMS: dict[str, Callable[[Call], Answer]] = {
-    "naive": naive, "step": step, "linear": linear, "chunked": chunked, "native": native,
+_SCANS: dict[str, Callable[[ScanInputs], ScanOutput]] = {
+    "naive": naive_scan, "step": step_scan, "linear": linear_scan, "chunked": chunked_scan, "native": native_scan,
 }  # fmt: skip
 
 
-def resolve_backend(backend: Backend, call: Call) -> str:
-    """The form that `memory_scan` runs for `backend` on `call`: "auto" chooses, the others are what they say.
+def resolve_backend(backend: Backend, inputs: ScanInputs) -> str:
+    """The backend that `memory_scan` runs for `backend` on `inputs`: "auto" chooses, any other name is that backend.
 
-    "auto" is never "triton", whose kernels were not measured on a GPU: who wants them names them.
+    "auto" never chooses "triton", whose kernels were not measured on a GPU: opt in with `backend="triton"`.
 
-    Raises ValueError for a name that is not a backend, or one that cannot run this call.
+    Raises ValueError for an unknown name, and for a backend that cannot run these inputs.
     """
-    tokens, reason = call.tokens.q.shape[1], not_linear(call)
+    tokens, reason = inputs.tokens.q.shape[1], linear_unsupported_reason(inputs)
     if backend == "auto":
         if tokens > 1 and reason is None:
             return "linear"
-        if not_native(call) is None:
+        if native_unsupported_reason(inputs) is None:
             return "native"
         return "step" if tokens == 1 else "chunked"
-    if backend not in (*_FORMS, "triton"):
-        raise ValueError(f"backend={backend!r} is not one of: auto, {', '.join(_FORMS)}, triton")
+    if backend not in (*_SCANS, "triton"):
+        raise ValueError(f"backend={backend!r} is not one of: auto, {', '.join(_SCANS)}, triton")
     if backend == "step" and tokens != 1:
         raise ValueError(f'backend="step" decodes one token, got T={tokens}; use "chunked"')
     if backend == "linear" and reason is not None:
         raise ValueError(f'backend="linear" {reason}; use "chunked"')
-    if backend == "native" and (reason := not_native(call)) is not None:
+    if backend == "native" and (reason := native_unsupported_reason(inputs)) is not None:
         raise ValueError(f'backend="native" {reason}; use "chunked"')
     return backend
 
 
+@overload
+def memory_scan(
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, state: MemoryState, *,
+    chunk_size: int, form: MemoryForm = ..., mask: Tensor | None = ..., surprise: Literal[False] = ...,
+    backend: Backend = ..., max_saved_bytes: int = ..., kept_bytes: int | None = ...,
+) -> tuple[Tensor, MemoryState]: ...  # fmt: skip
+@overload
+def memory_scan(
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, state: MemoryState, *,
+    chunk_size: int, form: MemoryForm = ..., mask: Tensor | None = ..., surprise: Literal[True],
+    backend: Backend = ..., max_saved_bytes: int = ..., kept_bytes: int | None = ...,
+) -> tuple[Tensor, MemoryState, Surprise]: ...  # fmt: skip
+@overload
+def memory_scan(
+    q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, state: MemoryState, *,
+    chunk_size: int, form: MemoryForm = ..., mask: Tensor | None = ..., surprise: bool,
+    backend: Backend = ..., max_saved_bytes: int = ..., kept_bytes: int | None = ...,
+) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, Surprise]: ...  # fmt: skip
 def memory_scan(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
@@ -70,68 +83,81 @@ def memory_scan(
     mask: Bool[Tensor, "B T"] | None = None,
     surprise: bool = False,
     backend: Backend = "auto",
-    kept_bytes: int = KEPT_BYTES,
+    max_saved_bytes: int = MAX_SAVED_BYTES,
+    kept_bytes: int | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], MemoryState] | tuple[Float[Tensor, "B T H V"], MemoryState, Surprise]:
-    """Read T tokens with a memory that learns while it reads (arXiv:2501.00663, eqs. 10 to 15).
+    """Write T tokens to the memory and read it at each of them (arXiv:2501.00663, eqs. 10 to 15).
 
         S_t = eta_t S_{t-1} - theta_t grad || M(k_t) - v_t ||^2       M_t = (1 - alpha_t) M_{t-1} + S_t
         y_t = M_t(q_t)
 
-    The gradient is taken at the weights that held when the token's chunk of `chunk_size` tokens began (`chunk_size=1`
-    is the paper to the letter). Every token reads its own M_t. Gates lie in [0, 1]; exactly 0 and 1 work. Any T >= 0
-    may start at any position in a chunk: cutting a sequence into calls changes nothing but rounding.
+    The gradient is taken at the anchor: the weights at the start of the token's chunk of `chunk_size` tokens.
+    `chunk_size=1` is the paper to the letter. Each token reads its own M_t.
 
-    `mask` is False at padding, which is invisible: not written, no decay, no step in the chunk, output 0. With
-    `surprise=True` a `Surprise` is returned as well. Work is done in the state's dtype; y has v's dtype.
+    Args:
+        q, k: queries and keys `[B, T, H, K]`, T >= 0.
+        v: values `[B, T, H, V]`.
+        theta, eta, alpha: step size, momentum and forgetting `[B, T, H]`, in [0, 1]; exactly 0 and 1 work.
+        state: the memory before the first token, at any position of a chunk. Cutting a sequence into several calls
+            changes nothing but rounding.
+        chunk_size: tokens that take their gradient at the same weights, C >= 1.
+        form: the function M, its clip and its threshold.
+        mask: False at padding, which is not written, does not decay and does not count in the chunk. Its output is 0.
+        surprise: whether to return each token's loss and gradient norm too.
+        backend: "auto" chooses. "linear" is for depth 1 in the plain form with `chunk_size=1`. "native" is C++ for
+            CPUs, compiled at first use by `$CXX` or the compiler that is installed, and cached in
+            `$XDG_CACHE_HOME/titans_lm` (~/.cache). "triton" runs fused kernels on a CUDA device, for some depths and
+            widths (README.md beside this file). "naive", "step" and "chunked" are plain PyTorch.
+        max_saved_bytes: what "chunked", "native" and "linear" may save for the backward pass. A call that needs more
+            recomputes groups of chunks there: a third more time, bounded memory.
+        kept_bytes: the old name of `max_saved_bytes`, deprecated.
 
-    `kept_bytes`: a call by "chunked", "native" or "linear" that leaves no more for its backward pass than this keeps
-    it; one that leaves more computes it again, group by group, in a third more time and bounded space.
+    Returns:
+        y `[B, T, H, V]` in v's dtype, and the state after the last token; with `surprise=True` a `Surprise` too. The
+        state keeps its dtype, and computation runs in it.
 
-    `backend="linear"` is for a memory of depth 1 in the plain form with `chunk_size=1`, where "auto" takes it.
-
-    `backend="native"` is for CPUs, where "auto" takes it: C++, compiled when first used by the compiler that is there
-    or that `$CXX` names, and kept in `$XDG_CACHE_HOME/titans_lm` (~/.cache).
-
-    `backend="triton"` are fused kernels for a CUDA device, for some depths and widths (README.md beside this file).
-
-    Raises ValueError for shapes, sizes or names that do not fit, and for a backend that cannot run on what it is given.
+    Raises:
+        ValueError: for shapes, sizes or names that do not fit, and for a backend that cannot run these inputs.
     """
-    call = Call(Tokens(q, k, v, theta, eta, alpha), state, chunk_size, form, mask, surprise, kept_bytes)
-    _check(call)
+    if kept_bytes is not None:
+        warnings.warn("memory_scan(kept_bytes=) was renamed: use max_saved_bytes", DeprecationWarning, stacklevel=2)
+        max_saved_bytes = kept_bytes
+    inputs = ScanInputs(Tokens(q, k, v, theta, eta, alpha), state, chunk_size, form, mask, surprise, max_saved_bytes)
+    _check(inputs)
     if mask is not None:
-        call = call._replace(tokens=Tokens(*(cleared(x, mask) for x in call.tokens)))
-    name, dtype = resolve_backend(backend, call), state.weights[0].dtype
-    as_they_are = 3 if name in ("triton", "chunked", "native") else 0  # q, k, v in bfloat16 are kept in it
-    tokens = Tokens(*call.tokens[:as_they_are], *(x.to(dtype) for x in call.tokens[as_they_are:]))
+        inputs = inputs._replace(tokens=Tokens(*(masked_zero(x, mask) for x in inputs.tokens)))
+    name, dtype = resolve_backend(backend, inputs), state.weights[0].dtype
+    unchanged = 3 if name in ("triton", "chunked", "native") else 0  # these save bfloat16 q, k, v as they are
+    tokens = Tokens(*inputs.tokens[:unchanged], *(x.to(dtype) for x in inputs.tokens[unchanged:]))
     if form.norm is not None:
         form = form._replace(norm=(form.norm[0].to(dtype), form.norm[1].to(dtype)))
-    half = torch.is_autocast_enabled(q.device.type)  # state and decays are never rounded to half precision
-    with torch.autocast(q.device.type, enabled=False) if half else contextlib.nullcontext():
-        y, state, seen = _form(name)(call._replace(tokens=tokens, form=form))
+    autocast = torch.is_autocast_enabled(q.device.type)  # state and decays are never rounded to half precision
+    with torch.autocast(q.device.type, enabled=False) if autocast else contextlib.nullcontext():
+        y, state, per_token = _scan_of(name)(inputs._replace(tokens=tokens, form=form))
     y = y.to(v.dtype)
-    return (y, state) if seen is None else (y, state, seen)
+    return (y, state) if per_token is None else (y, state, per_token)
 
 
-def _form(name: str) -> Callable[[Call], Answer]:
+def _scan_of(name: str) -> Callable[[ScanInputs], ScanOutput]:
     if name == "triton":
-        from titans_lm.ops.triton.fused import fused  # imports triton: only here
+        from titans_lm.ops.triton.fused import triton_scan  # imports triton: only here
 
-        return fused
-    return _FORMS[name]
+        return triton_scan
+    return _SCANS[name]
 
 
-def _check(call: Call) -> None:
-    tokens, form, chunk_size = call.tokens, call.form, call.chunk_size
+def _check(inputs: ScanInputs) -> None:
+    tokens, form, chunk_size = inputs.tokens, inputs.form, inputs.chunk_size
     q, k, v = tokens[:3]
     if q.dim() != 4 or q.shape != k.shape or q.shape[:3] != v.shape[:3]:
         raise ValueError(f"q, k must be [B, T, H, K] and v [B, T, H, V], got {_shapes(q, k, v)}")
     for name, gate in zip(("theta", "eta", "alpha"), tokens[3:], strict=True):
         if gate.shape != q.shape[:3]:
             raise ValueError(f"{name} must be [B, T, H] = {list(q.shape[:3])}, got {list(gate.shape)}")
-    if call.mask is not None and call.mask.shape != q.shape[:2]:
-        raise ValueError(f"mask must be [B, T] = {list(q.shape[:2])}, got {list(call.mask.shape)}")
-    _check_weights(q, v, call.state)
-    _check_alike(call)
+    if inputs.mask is not None and inputs.mask.shape != q.shape[:2]:
+        raise ValueError(f"mask must be [B, T] = {list(q.shape[:2])}, got {list(inputs.mask.shape)}")
+    _check_weights(q, v, inputs.state)
+    _check_consistency(inputs)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if form.norm is not None and v.shape[3] != q.shape[3]:
@@ -155,9 +181,9 @@ def _check_weights(q: Tensor, v: Tensor, state: MemoryState) -> None:
         raise ValueError(f"the state's last layer gives width {width}, but v has {v.shape[3]}")
 
 
-def _check_alike(call: Call) -> None:
-    """What belongs together has one shape, or one device, and a state one dtype: compiled code reads addresses."""
-    tokens, state, form = call.tokens, call.state, call.form
+def _check_consistency(inputs: ScanInputs) -> None:
+    """Check that all tensors share a device, and the parts of the state shapes and a dtype: C++ reads addresses."""
+    tokens, state, form = inputs.tokens, inputs.state, inputs.form
     for name, part in (("anchor", state.anchor), ("momentum", state.momentum)):
         if [(w.shape, w.dtype) for w in part] != [(w.shape, w.dtype) for w in state.weights]:
             kinds = [f"{_shapes(*x)} in {', '.join(sorted({str(w.dtype) for w in x}))}" for x in (state.weights, part)]
@@ -170,7 +196,7 @@ def _check_alike(call: Call) -> None:
     for x in (*tokens, *state.weights, *state.anchor, *state.momentum, *(form.norm or ())):
         if x.device != tokens.q.device:
             raise ValueError(
-                f"q is on {tokens.q.device}, but not all of the tokens, state and norm: one is on {x.device}"
+                f"tokens, state and norm must be on one device: q is on {tokens.q.device}, another is on {x.device}"
             )
 
 

@@ -1,6 +1,6 @@
-"""The memory itself, M(x), an MLP whose weights are the state: its forward pass, its gradient, and theirs in turn.
+"""The memory M(x), an MLP whose weights are the state: forward, its inner gradient, and the backward pass of both.
 
-Rows everywhere: a leading `R` is a row and head, `[B * H]`, or the two dimensions `[B, H]`.
+A leading `R` is one row of the batch and one head, `[B * H]`, or the two dimensions `[B, H]`.
 """
 
 import math
@@ -13,6 +13,7 @@ from torch import Tensor
 from titans_lm.ops.types import NORM_EPS, MemoryForm
 
 TANH_SCALE, CUBE = math.sqrt(2 / math.pi), 0.044715
+"""Constants of GELU's tanh approximation."""
 
 
 def activate(z: Tensor, form: MemoryForm, out: Tensor | None = None) -> Tensor:
@@ -24,7 +25,7 @@ def activate(z: Tensor, form: MemoryForm, out: Tensor | None = None) -> Tensor:
     return torch.ops.aten.gelu.out(z, approximate="tanh", out=out)
 
 
-def times_slope(g: Tensor, z: Tensor, form: MemoryForm, out: Tensor | None = None) -> Tensor:
+def act_backward(g: Tensor, z: Tensor, form: MemoryForm, out: Tensor | None = None) -> Tensor:
     """g * act'(z), into `out` where given."""
     out = torch.empty_like(g) if out is None else out
     if form.activation == "silu":
@@ -32,20 +33,20 @@ def times_slope(g: Tensor, z: Tensor, form: MemoryForm, out: Tensor | None = Non
     return torch.ops.aten.gelu_backward.grad_input(g, z, approximate="tanh", grad_input=out)
 
 
-def curvature(z: Tensor, form: MemoryForm) -> Tensor:
+def act_second_derivative(z: Tensor, form: MemoryForm) -> Tensor:
     """act''(z)."""
     if form.activation == "silu":
         s = torch.sigmoid(z)
-        slope = torch.addcmul(s, s, s, value=-1)
-        return torch.addcmul(z, z, s, value=-2).add_(2).mul_(slope)
+        ds = torch.addcmul(s, s, s, value=-1)
+        return torch.addcmul(z, z, s, value=-2).add_(2).mul_(ds)
     square = z * z
     t = torch.tanh(TANH_SCALE * z * (1 + CUBE * square))
-    inner = TANH_SCALE * (1 + 3 * CUBE * square)  # the derivative of what tanh is of
+    inner = TANH_SCALE * (1 + 3 * CUBE * square)  # the derivative of tanh's argument
     return (1 - t * t) * (inner - z * t * inner.square() + 3 * TANH_SCALE * CUBE * square)
 
 
-def finish(x: Tensor, z: Tensor, form: MemoryForm) -> Tensor:
-    """M(x), given z = MLP(x), both `[..., H, C, V]`: plain z, or x + layer_norm(z)."""
+def residual_output(x: Tensor, z: Tensor, form: MemoryForm) -> Tensor:
+    """M(x) for z = MLP(x), both `[..., H, C, V]`: z in the plain form, x + layer_norm(z) in the residual form."""
     if form.norm is None:
         return z
     weight, bias = form.norm
@@ -53,7 +54,7 @@ def finish(x: Tensor, z: Tensor, form: MemoryForm) -> Tensor:
 
 
 def retrieve(q: Tensor, weights: tuple[Tensor, ...], form: MemoryForm) -> Tensor:
-    """Eq. 15 for q `[B, T, H, K]` at one set of weights `[B, H, in, out]`: reads, writes nothing. -> `[B, T, H, V]`"""
+    """Eq. 15, M(q), for q `[B, T, H, K]` and one set of weights `[B, H, in, out]` -> `[B, T, H, V]`. Writes nothing."""
     dtype = weights[0].dtype
     if form.norm is not None:
         form = form._replace(norm=(form.norm[0].to(dtype), form.norm[1].to(dtype)))
@@ -61,83 +62,91 @@ def retrieve(q: Tensor, weights: tuple[Tensor, ...], form: MemoryForm) -> Tensor
         x = h = q.to(dtype).transpose(1, 2)
         for layer, w in enumerate(weights):
             h = (activate(h, form) if layer > 0 else h) @ w
-        return finish(x, h, form).transpose(1, 2).to(q.dtype)
+        return residual_output(x, h, form).transpose(1, 2).to(q.dtype)
 
 
-# ------------------------------------------------------------------------------- the gradient at the MLP's output
+# ------------------------------------------------------------------------- the inner loss, from the MLP's output on
 
 
-class Output(NamedTuple):
-    """The top of a chunk's key pass, from Z_L to G_L; each `[R, C, V]` or `[R, C, 1]`. Residual form: n = norm(Z_L)."""
+class InnerLoss(NamedTuple):
+    """The inner loss || M(k) - v ||^2 of a chunk's tokens, and what `inner_loss_backward` needs.
+
+    Each is `[R, C, V]` or `[R, C, 1]`. The last three are None in the plain form.
+    """
 
     error: Tensor  # M(k) - v
     gradient: Tensor  # dloss/dZ_L before the clip
-    size: Tensor | None  # its length |.|, where there is a clip
-    n: Tensor | None
+    length: Tensor | None  # |gradient| of each token, where there is a clip
+    normed: Tensor | None  # n(Z_L), Z_L less its mean, over its standard deviation
     mean: Tensor | None
-    inverse: Tensor | None  # 1 / sqrt(var Z_L + eps)
+    rstd: Tensor | None  # 1 / sqrt(var Z_L + eps)
 
 
-def read_output(z: Tensor, shift: Tensor, weight: Tensor | None, clip: float | None) -> tuple[Output, Tensor]:
-    """Error, gradient of the loss at Z_L = `z`, and G_L, that gradient clipped.
+def inner_loss(z: Tensor, shift: Tensor, weight: Tensor | None, clip: float | None) -> tuple[InnerLoss, Tensor]:
+    """Compute the error and its gradient at Z_L = `z`. Returns them and G_L, the gradient after the clip.
 
-    `shift` is what M(k) adds to the MLP (or to w * n), less v: -v, or k + bias - v. `weight` w `[R, 1, V]`.
+    `shift` is M(k) - v less the MLP's part: -v in the plain form, k + bias - v in the residual form. `weight`
+    `[R, 1, V]` is the layer norm's, None in the plain form.
     """
-    n = mean = inverse = size = None
+    normed = mean = rstd = length = None
     if weight is None:
         error = z + shift
         gradient = 2 * error
     else:
-        n, mean, inverse = torch.native_layer_norm(z, z.shape[-1:], None, None, NORM_EPS)
-        error = torch.addcmul(shift, n, weight)
-        gradient = through_norm((2 * error).mul_(weight), z, mean, inverse)
+        normed, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], None, None, NORM_EPS)
+        error = torch.addcmul(shift, normed, weight)
+        gradient = layer_norm_backward((2 * error).mul_(weight), z, mean, rstd)
     clipped = gradient
     if clip is not None:
-        size = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
-        clipped = gradient * (clip / (size + clip))
-    return Output(error, gradient, size, n, mean, inverse), clipped
+        length = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
+        clipped = gradient * (clip / (length + clip))
+    return InnerLoss(error, gradient, length, normed, mean, rstd), clipped
 
 
-class OutputGradients(NamedTuple):
-    """Of the outer loss, by what `read_output` took: z, shift, and the norm's weight (summed over the chunk)."""
+class InnerLossGradients(NamedTuple):
+    """The outer loss's gradients by the inputs of `inner_loss`; that by the norm's weight is summed over the chunk."""
 
     z: Tensor
     shift: Tensor
     weight: Tensor | None
 
 
-def back_output(
-    g: Tensor, loss: Tensor | None, z: Tensor, at: Output, weight: Tensor | None, clip: float | None
-) -> OutputGradients:
-    """From the gradient `g` by G_L `[R, C, V]` and `loss` by the reconstruction loss `[R, C, 1]` (None: 0)."""
+def inner_loss_backward(
+    g: Tensor, loss: Tensor | None, z: Tensor, saved: InnerLoss, weight: Tensor | None, clip: float | None
+) -> InnerLossGradients:
+    """The backward pass of `inner_loss`: `g` is the gradient by G_L `[R, C, V]`, `loss` that by the loss `[R, C, 1]`
+    (None: 0)."""
     if clip is not None:
-        # G = gradient * s, s = clip / (size + clip); d size = gradient / size
-        assert at.size is not None
-        s = clip / (at.size + clip)
+        # G = gradient * s, s = clip / (length + clip); d length = gradient / length
+        assert saved.length is not None
+        s = clip / (saved.length + clip)
         tiny = torch.finfo(s.dtype).tiny
-        along = (g * at.gradient).sum(-1, keepdim=True).div_(at.size.clamp(min=tiny)).mul_(s * s / clip)
-        g = torch.addcmul(g * s, at.gradient, along, value=-1)
+        along = (g * saved.gradient).sum(-1, keepdim=True).div_(saved.length.clamp(min=tiny)).mul_(s * s / clip)
+        g = torch.addcmul(g * s, saved.gradient, along, value=-1)
     if weight is None:
-        error = 2 * g if loss is None else torch.addcmul(2 * g, at.error, loss, value=2)
-        return OutputGradients(error, error, None)
-    assert at.n is not None
-    assert at.mean is not None
-    assert at.inverse is not None
-    u = 2 * weight * at.error  # what went through the norm's backward pass, a function of u, n and 1 / std
-    du = through_norm(g, z, at.mean, at.inverse)
-    error = 2 * weight * du
+        grad_error = 2 * g if loss is None else torch.addcmul(2 * g, saved.error, loss, value=2)
+        return InnerLossGradients(grad_error, grad_error, None)
+    assert saved.normed is not None
+    assert saved.mean is not None
+    assert saved.rstd is not None
+    u = 2 * weight * saved.error  # the input of the layer norm's backward pass, a function of u, normed and rstd
+    grad_u = layer_norm_backward(g, z, saved.mean, saved.rstd)
+    grad_error = 2 * weight * grad_u
     if loss is not None:
-        error.addcmul_(at.error, loss, value=2)
-    along_u, along_g = (u * at.n).mean(-1, keepdim=True), (g * at.n).mean(-1, keepdim=True)
-    dn = weight * error - at.inverse * (along_u * g + along_g * u)
-    by_inverse = (g * at.gradient).sum(-1, keepdim=True) * at.inverse / g.shape[-1]
-    dz = torch.addcmul(through_norm(dn, z, at.mean, at.inverse), at.n, by_inverse, value=-1)
-    dweight = (2 * at.error * du + at.n * error).sum(-2, keepdim=True)
-    return OutputGradients(dz, error, dweight)
+        grad_error.addcmul_(saved.error, loss, value=2)
+    along_u = (u * saved.normed).mean(-1, keepdim=True)
+    along_g = (g * saved.normed).mean(-1, keepdim=True)
+    grad_normed = weight * grad_error - saved.rstd * (along_u * g + along_g * u)
+    grad_rstd = (g * saved.gradient).sum(-1, keepdim=True) * saved.rstd / g.shape[-1]
+    grad_z = torch.addcmul(
+        layer_norm_backward(grad_normed, z, saved.mean, saved.rstd), saved.normed, grad_rstd, value=-1
+    )
+    grad_weight = (2 * saved.error * grad_u + saved.normed * grad_error).sum(-2, keepdim=True)
+    return InnerLossGradients(grad_z, grad_error, grad_weight)
 
 
-def through_norm(gradient: Tensor, z: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
-    """The layer norm's backward pass: from the gradient by n(z) to that by z."""
+def layer_norm_backward(grad: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """The gradient by z, from that by n(z) = (z - mean) * rstd."""
     return torch.ops.aten.native_layer_norm_backward(
-        gradient, z, z.shape[-1:], mean, inverse, None, None, [True, False, False]
+        grad, z, z.shape[-1:], mean, rstd, None, None, [True, False, False]
     )[0]

@@ -1,4 +1,4 @@
-"""The values that go into the memory operation and come out of it: its state, its form, its surprise."""
+"""The inputs and outputs of the memory operation: tokens, state, form of the memory, surprise."""
 
 from typing import Literal, NamedTuple
 
@@ -10,55 +10,55 @@ Activation = Literal["silu", "gelu"]
 
 
 class MemoryState(NamedTuple):
-    """All that a memory knows, at any token, also in the middle of a chunk. Its size does not depend on what was read.
+    """The memory after any number of tokens, also in the middle of a chunk. Its size does not depend on that number.
 
-    Each tuple has one float32 (or float64) tensor `[B, H, in, out]` per layer of the memory.
+    Each tuple has one float32 or float64 tensor `[B, H, in, out]` for each layer of the memory.
     """
 
     anchor: tuple[Tensor, ...]
-    """Weights that held when the current chunk began: every gradient of the chunk is taken at them."""
+    """The weights at the start of the current chunk. Every gradient of the chunk is taken at them."""
     weights: tuple[Tensor, ...]
-    """M_t, the weights after the last token (equal to the anchor at a chunk start)."""
+    """M_t, the weights after the last token. At a chunk start they equal the anchor."""
     momentum: tuple[Tensor, ...]
-    """S_t, the decaying sum of past surprise."""
+    """S_t, the momentum: the decaying sum of past gradients."""
     position: Int[Tensor, " B"]
-    """Tokens into the current chunk, 0 <= position < chunk_size; rows whose padding differs differ here."""
+    """Tokens of the current chunk so far, 0 <= position < chunk_size. Rows with different padding differ here."""
 
     def detach(self) -> "MemoryState":
-        """The same memory without its history of gradients."""
+        """The same memory, cut off from the autograd graph."""
         anchor, weights, momentum = (tuple(w.detach() for w in part) for part in self[:3])
         return MemoryState(anchor, weights, momentum, self.position)
 
 
 class MemoryForm(NamedTuple):
-    """What M(k) is, apart from its weights, and which tokens it writes.
+    """The function M(k), apart from its weights, and the rule that selects the tokens to write.
 
-    `norm=None` is the paper's plain MLP. `norm=(weight, bias)`, each `[H, V]`, is the residual form
-    M(k) = k + layer_norm(MLP(k)) of TTT (arXiv:2407.04620, section 2.7); it needs V == K.
+    `norm=None` is the paper's plain MLP. `norm=(weight, bias)`, each `[H, V]`, is the residual form of TTT
+    (arXiv:2407.04620, section 2.7): M(k) = k + layer_norm(MLP(k)). It needs V == K.
     """
 
     activation: Activation = "silu"
-    """Between the layers; "gelu" is the tanh form."""
+    """The activation between the layers. "gelu" is its tanh approximation."""
     norm: tuple[Float[Tensor, "H V"], Float[Tensor, "H V"]] | None = None
     clip: float | None = None
-    """c > 0: each token's gradient G at the MLP's output becomes G c / (|G| + c), so that |G| < c. None: as it is."""
+    """c > 0 scales each token's gradient G at the MLP's output to G c / (|G| + c), so that |G| < c. None: no clip."""
     threshold: float | None = None
-    """A token whose reconstruction loss is not above this is not written (its theta is 0). None: all are."""
+    """A token is written only if its loss (eq. 12) is above this; else its theta is 0. None: all tokens are written."""
 
 
 class Tokens(NamedTuple):
-    """What is read: `[B, T, H, *]` of a call; within forms also `[N, R, C, *]`, R = B * H rows, contiguous."""
+    """Queries, keys, values and gates: `[B, T, H, *]`, or chunk by chunk `[N, R, C, *]` with R = B * H rows."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    theta: Tensor  # without the last dimension; and eta, alpha
-    eta: Tensor
-    alpha: Tensor
+    theta: Tensor  # step size; gates have no last dimension
+    eta: Tensor  # momentum
+    alpha: Tensor  # forgetting
 
 
-class Call(NamedTuple):
-    """What a form of the operation is asked to compute: the arguments of `memory_scan`, checked."""
+class ScanInputs(NamedTuple):
+    """The arguments of `memory_scan`, checked: what every backend is called with."""
 
     tokens: Tokens
     state: MemoryState
@@ -66,29 +66,36 @@ class Call(NamedTuple):
     form: MemoryForm
     mask: Bool[Tensor, "B T"] | None
     surprise: bool
-    kept_bytes: int
+    max_saved_bytes: int
 
 
 class Surprise(NamedTuple):
-    """How unexpected each token was, before it was written; 0 where masked."""
+    """How unexpected each token was before it was written; 0 where masked."""
 
     loss: Float[Tensor, "B T H"]
     """|| M(k) - v ||^2 at the anchor (eq. 12)."""
     gradient_norm: Float[Tensor, "B T H"]
-    """Frobenius norm of the gradient of that loss (after the clip) over all weights of the head's memory."""
+    """Frobenius norm of the gradient of that loss by all weights of the head's memory, after the clip."""
 
 
-Answer = tuple[Tensor, MemoryState, Surprise | None]
-"""What every form gives for a `Call`: y `[B, T, H, V]`, the state after, and the surprise if it was asked for."""
+class ScanOutput(NamedTuple):
+    """What every backend returns for `ScanInputs`."""
+
+    y: Float[Tensor, "B T H V"]
+    state: MemoryState
+    """The memory after the last token."""
+    surprise: Surprise | None
+    """None where it was not asked for."""
+
 
 NORM_EPS = 1e-6
-"""Added to the variance in the residual form's layer norm (TTT's value)."""
+"""The epsilon of the residual form's layer norm (TTT's value)."""
 
 
 def initial_state(weights: tuple[Float[Tensor, "H _i _o"], ...], batch: int) -> MemoryState:
-    """A memory that has read nothing: M_0 = `weights` in each of `batch` rows, S_0 = 0.
+    """The state before the first token: M_0 = `weights` in each of `batch` rows, S_0 = 0.
 
-    Gradients flow back to `weights`. Half precision is raised to float32.
+    Gradients flow back to `weights`. Half precision is cast to float32.
     """
     wide = tuple(w if w.dtype == torch.float64 else w.float() for w in weights)
     rows = tuple(w.expand(batch, *w.shape) for w in wide)
@@ -97,5 +104,5 @@ def initial_state(weights: tuple[Float[Tensor, "H _i _o"], ...], batch: int) -> 
 
 
 def where_rows(rows: Tensor, yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Per layer `[B, ...]`: `yes` in the rows `[B]` that are True, `no` in the others."""
+    """For each layer `[B, ...]`: `yes` in the rows where `rows` `[B]` is True, `no` in the others."""
     return tuple(torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(yes, no, strict=True))

@@ -1,12 +1,10 @@
-"""The matmul form: a chunk's keys run forward and back once, at its anchor; all its tokens are read at once.
+"""A call as chunks of matrix products: the keys of a chunk run forward and backward once, at its anchor.
 
-Derivation, and which line is which equation: README.md one folder up. One chunk is `chunk.py`; here chunks follow
-one another, in groups: for the backward pass a call keeps the state at the start of each group and computes what is
-inside again when the group's turn comes.
+Derivation, and which line is which equation: README.md one folder up. One chunk is `chunk.py`, a group of chunks
+`group.py`. Here a call becomes runs of chunks of one size, and a run becomes groups.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -15,179 +13,212 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from titans_lm.ops.chunked.chunk import Layers, Weights
-from titans_lm.ops.chunked.group import Group, Norm, Seen, Span, Trace, back_group, read_group, seen
+from titans_lm.ops import grouping
+from titans_lm.ops.chunked.chunk import Layers, WeightsAndMomentum
+from titans_lm.ops.chunked.group import (
+    ChunkGroup,
+    ChunkRun,
+    GroupOutput,
+    NormParams,
+    SavedActivations,
+    group_backward,
+    group_forward,
+    group_output,
+)
 from titans_lm.ops.ragged import Layout, lay_out
-from titans_lm.ops.types import Answer, Call, MemoryState, Surprise, Tokens, where_rows
+from titans_lm.ops.types import MemoryState, ScanInputs, ScanOutput, Surprise, Tokens, where_rows
+from titans_lm.utils.deprecation import renamed
 
-KEPT_BYTES = 256 * 2**20
-"""A call whose chunks leave no more than this for the backward pass keeps it all, and computes nothing twice."""
-GROUP_BYTES = 128 * 2**20
-"""Else they are computed again in groups that leave no more than this, or of sqrt(chunks) chunks if that is more."""
-LONGEST = 64
-"""Tokens of a chunk that are read at once: D and scores grow with their square. A longer chunk is read in parts."""
-CACHED_BYTES = 6 * 2**20
-"""Where nothing is kept, a group is as large as what is computed for all its chunks at once stays in a core's cache."""
+__getattr__ = renamed(__name__, {"chunked": "chunked_scan", "LONGEST": "MAX_CHUNK"})
+
+MAX_CHUNK = 64
+"""Slots of a chunk that are processed at once: D and the scores grow with their square. A longer chunk is cut."""
 
 
-# ------------------------------------------------------------------------------------------------ a span of chunks
+# ------------------------------------------------------------------------------------------------ a run of chunks
 
 
-class Inputs(NamedTuple):
-    """Of a span; the tensors that autograd knows."""
+class StateLayers(NamedTuple):
+    """The state of a run, `[R, in, out]` for each layer."""
+
+    anchor: Layers
+    w: Layers
+    s: Layers
+
+
+class RunInputs(NamedTuple):
+    """The tensors of a run that have gradients: tokens `[B, S, H, *]`, norm, anchor and state."""
 
     tokens: Tokens
-    norm: Norm | None
+    norm: NormParams | None
     anchor: Layers
-    state: Weights
+    state: WeightsAndMomentum
 
-    def flat(self) -> tuple[Tensor | None, ...]:
+    def flatten(self) -> tuple[Tensor | None, ...]:
+        """All of them in one tuple, as autograd takes them."""
         return *self.tokens, *(self.norm or (None, None)), *self.anchor, *self.state.w, *self.state.s
 
     @classmethod
-    def of(cls, flat: tuple[Any, ...]) -> "Inputs":
-        """Undo `flat`."""
-        anchor, w, s = thirds(flat[8:])
-        return cls(Tokens(*flat[:6]), None if flat[6] is None else (flat[6], flat[7]), anchor, Weights(w, s))
+    def unflatten(cls, flat: Sequence[Any]) -> "RunInputs":
+        """Undo `flatten`."""
+        anchor, w, s = split_state(flat[8:])
+        norm = None if flat[6] is None else (flat[6], flat[7])
+        return cls(Tokens(*flat[:6]), norm, anchor, WeightsAndMomentum(w, s))
+
+    def needs_grad(self) -> bool:
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.flatten())
 
     def slots(self) -> int:
         return self.tokens.q.shape[1]
 
-    def row_bytes(self) -> int:
-        """Of what is computed for all chunks at once, for one slot of all rows."""
+    def slot_bytes(self) -> int:
+        """Bytes, for one slot of all rows, of what a group computes for all its chunks at once."""
         return 8 * self.tokens.q[:, 0].numel() * self.anchor[0].element_size()
 
     def shapes(self) -> list[tuple[int, int]]:
         return [(w.shape[1], w.shape[2]) for w in self.anchor]
 
 
-def thirds(x: Sequence[Any]) -> tuple[Layers, Layers, Layers]:
-    layers = len(x) // 3
-    return list(x[:layers]), list(x[layers : 2 * layers]), list(x[2 * layers :])
+class RunOutput(NamedTuple):
+    output: GroupOutput
+    """y, loss and gradient norm, `[B, S, H, *]`."""
+    state: StateLayers
+    """The last anchor, and weights and momentum after the run."""
 
 
-class _ReadSpan(torch.autograd.Function):
-    """`read_span` with a backward pass. Kept for it are the inputs and the state at the start of each group."""
+def split_state(tensors: Sequence[Tensor]) -> StateLayers:
+    """Anchor, weights and momentum of all layers, one after another, as `StateLayers`."""
+    layers = len(tensors) // 3
+    parts = (tensors[:layers], tensors[layers : 2 * layers], tensors[2 * layers :])
+    return StateLayers(*(list(part) for part in parts))
+
+
+def split_outputs(tensors: Sequence[Any]) -> RunOutput:
+    """What an autograd function of a run returns, in one tuple, as `RunOutput`."""
+    y, loss, norm, *state = tensors
+    return RunOutput(GroupOutput(y, loss, norm), split_state(state))
+
+
+def grads_or_zeros(grads: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> StateLayers:
+    """The gradients that autograd gives for a run's last state, as buffers to be written: contiguous, 0 for None."""
+    return split_state([
+        torch.zeros_like(x, memory_format=torch.contiguous_format) if grad is None
+        else grad.clone(memory_format=torch.contiguous_format)
+        for x, grad in zip(tensors, grads, strict=True)
+    ])  # fmt: skip
+
+
+class _ScanRun(torch.autograd.Function):
+    """`scan_run` with a backward pass. It saves the inputs, and all activations or the state at each group's start."""
 
     @staticmethod
-    def forward(ctx: Any, span: Span, kept_bytes: int, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = Inputs.of(flat)
+    def forward(ctx: Any, run: ChunkRun, max_saved_bytes: int, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = RunInputs.unflatten(flat)
         ctx.set_materialize_grads(False)
-        size, keep = _group_size(inputs, span, kept_bytes)
-        ctx.span, ctx.size, ctx.count = span, size, len(flat)
-        out, starts, trace = _empty(inputs, span), [], Trace([], [], inputs.anchor, inputs.state)
-        for part in _parts(inputs, size):
-            anchor = trace.state.w if span.at_boundary and span.present is None else trace.anchor  # kept once
-            starts.append((*anchor, *trace.state.w, *trace.state.s))
-            group = _group(inputs, span, part, keep)
-            trace = read_group(group, trace.anchor, trace.state)
-            _put(out, part, seen(group, trace), span.width)
-        # What a call of one group leaves rides on a saved tensor, so that whoever handles those (activation
-        # checkpointing drops them) handles it too. Without what is returned, which leads back here.
-        whole: Any = inputs.tokens.q.new_empty(0)
-        if keep:
-            whole.all_chunks = group, trace._replace(anchor=[], state=Weights([], []))
-        ctx.save_for_backward(*flat, *(x for start in starts[1:] for x in start), whole)
-        if span.surprise:
-            ctx.mark_non_differentiable(out[2])
-        return *out, *(x.clone() for x in trace.anchor), *trace.state.w, *trace.state.s
+        size, save = _group_slots(inputs, run, max_saved_bytes)
+        ctx.run, ctx.size, ctx.count = run, size, len(flat)
+        out, starts, end = _empty_output(inputs, run), [], SavedActivations([], [], inputs.anchor, inputs.state)
+        for part in _group_slices(inputs, size):
+            anchor = end.state.w if run.at_boundary and run.valid is None else end.anchor  # one copy
+            starts.append((*anchor, *end.state.w, *end.state.s))
+            group = _make_group(inputs, run, part, save)
+            end = group_forward(group, end.anchor, end.state)
+            _store_rows(out, part, group_output(group, end), run.chunk_size)
+        # The activations are an attribute of a saved tensor, so that what drops saved tensors (activation
+        # checkpointing) drops them too. The returned state is left out: it refers back to this node.
+        holder: Any = inputs.tokens.q.new_empty(0)
+        if save:
+            holder.activations = group, end._replace(anchor=[], state=WeightsAndMomentum([], []))
+        ctx.save_for_backward(*flat, *(x for start in starts[1:] for x in start), holder)
+        if run.surprise:
+            ctx.mark_non_differentiable(out.gradient_norm)
+        return *out, *(x.clone() for x in end.anchor), *end.state.w, *end.state.s
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, y: Tensor | None, loss: Tensor | None, _: None, *states: Tensor | None) -> tuple[Any, ...]:
-        *saved, whole = ctx.saved_tensors
-        inputs, starts = Inputs.of(tuple(saved[: ctx.count])), saved[ctx.count :]
-        span, shapes = ctx.span, (*inputs.anchor, *inputs.state.w, *inputs.state.s)
-        y = torch.zeros_like(inputs.tokens.v) if y is None else y
-        by_anchor, *by_state = thirds(tuple(
-            torch.zeros_like(x) if by is None else by.clone(memory_format=torch.contiguous_format)
-            for x, by in zip(shapes, states, strict=True)
-        ))  # fmt: skip
-        by_tokens = Tokens(*(torch.empty_like(x) for x in inputs.tokens))
-        by_norm = [torch.zeros_like(x) for x in inputs.norm or ()]
-        kept = getattr(whole, "all_chunks", None)
-        for i, part in reversed(list(enumerate(_parts(inputs, ctx.size)))):
-            if kept is None:
-                anchor, *state = thirds(shapes if i == 0 else starts[(i - 1) * len(shapes) : i * len(shapes)])
-                group = _group(inputs, span, part, keep=True)
-                trace = read_group(group, anchor, Weights(*state))
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, _: None, *grad_end: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *tensors, holder = ctx.saved_tensors
+        inputs, starts = RunInputs.unflatten(tensors[: ctx.count]), tensors[ctx.count :]
+        run, first = ctx.run, (*inputs.anchor, *inputs.state.w, *inputs.state.s)
+        grad_y = torch.zeros_like(inputs.tokens.v) if grad_y is None else grad_y
+        grad_anchor, *grad_state = grads_or_zeros(grad_end, first)
+        grad_tokens = Tokens(*(torch.empty_like(x) for x in inputs.tokens))
+        grad_norm = [torch.zeros_like(x) for x in inputs.norm or ()]
+        activations = getattr(holder, "activations", None)
+        for i, part in reversed(list(enumerate(_group_slices(inputs, ctx.size)))):
+            if activations is None:
+                anchor, *state = split_state(first if i == 0 else starts[(i - 1) * len(first) : i * len(first)])
+                group = _make_group(inputs, run, part, save=True)
+                saved = group_forward(group, anchor, WeightsAndMomentum(*state))
             else:
-                group, trace = kept
-            by_y = to_rows(y[:, part], span.width, group.y.dtype)
-            by_loss = None if loss is None else to_rows(loss[:, part], span.width)[..., None]
-            found = back_group(group, trace, by_y, by_loss, by_anchor, Weights(*by_state))
-            _put(by_tokens, part, found.tokens, span.width)
-            if found.norm is not None:
-                by_norm = [x + y for x, y in zip(by_norm, found.norm, strict=True)]
-            del group, trace  # before the next group's are made
-        return None, None, *by_tokens, *(by_norm or (None, None)), *by_anchor, *itertools.chain(*by_state)
+                group, saved = activations
+            y_rows = to_rows(grad_y[:, part], run.chunk_size, group.y.dtype)
+            loss_rows = None if grad_loss is None else to_rows(grad_loss[:, part], run.chunk_size)[..., None]
+            grads = group_backward(group, saved, y_rows, loss_rows, grad_anchor, WeightsAndMomentum(*grad_state))
+            _store_rows(grad_tokens, part, grads.tokens, run.chunk_size)
+            if grads.norm is not None:
+                grad_norm = [x + y for x, y in zip(grad_norm, grads.norm, strict=True)]
+            del group, saved  # frees them before the next group is made
+        return None, None, *grad_tokens, *(grad_norm or (None, None)), *grad_anchor, *itertools.chain(*grad_state)
 
 
-def read_span(span: Span, inputs: Inputs, kept_bytes: int) -> tuple[Any, ...]:
-    """y `[B, S, H, V]`, loss and gradient norm `[B, S, H]` or None, the last anchor, weights and momentum after it."""
-    flat = inputs.flat()
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat):
-        y, loss, norm, *state = _ReadSpan.apply(span, kept_bytes, *flat)
-        return y, loss, norm, *thirds(state)
-    out, trace = _empty(inputs, span), Trace([], [], inputs.anchor, inputs.state)
-    for part in _parts(inputs, cached_size(inputs, span)):
-        group = _group(inputs, span, part, keep=False)
-        trace = read_group(group, trace.anchor, trace.state)
-        _put(out, part, seen(group, trace), span.width)
-    return *out, trace.anchor, *trace.state
+def scan_run(run: ChunkRun, inputs: RunInputs, max_saved_bytes: int) -> RunOutput:
+    """Process a run, group after group."""
+    if inputs.needs_grad():
+        return split_outputs(_ScanRun.apply(run, max_saved_bytes, *inputs.flatten()))
+    out, end = _empty_output(inputs, run), SavedActivations([], [], inputs.anchor, inputs.state)
+    for part in _group_slices(inputs, slots_without_grad(inputs, run)):
+        group = _make_group(inputs, run, part, save=False)
+        end = group_forward(group, end.anchor, end.state)
+        _store_rows(out, part, group_output(group, end), run.chunk_size)
+    return RunOutput(out, StateLayers(end.anchor, *end.state))
 
 
-def _group_size(inputs: Inputs, span: Span, kept_bytes: int) -> tuple[int, bool]:
-    """Slots of a group, and whether the span is one group that keeps what its chunks leave."""
-    c = span.width
-    numbers = sum(2 * i * o + c * (4 * o + 6 * i + 2 * c) for i, o in inputs.shapes())  # the fields of a `Chunk`
-    each = numbers * len(inputs.anchor[0]) * inputs.anchor[0].element_size()
-    size, keep = group_size(inputs.slots() // c, each, kept_bytes * span.share)
-    return c * size, keep
+def _group_slots(inputs: RunInputs, run: ChunkRun, max_saved_bytes: int) -> tuple[int, bool]:
+    """Slots of a group, and whether the run is one group whose activations are saved."""
+    c = run.chunk_size
+    numbers = sum(2 * i * o + c * (4 * o + 6 * i + 2 * c) for i, o in inputs.shapes())  # the fields of `ChunkBuffers`
+    chunk_bytes = numbers * len(inputs.anchor[0]) * inputs.anchor[0].element_size()
+    size = grouping.group_size(inputs.slots() // c, chunk_bytes, max_saved_bytes * run.fraction)
+    return c * size.chunks, size.save
 
 
-def group_size(chunks: int, each: int, kept_bytes: float) -> tuple[int, bool]:
-    """Chunks of a group, if each leaves `each` bytes for the backward pass, and whether that is kept: then it is one
-    group."""
-    if chunks * each <= kept_bytes:
-        return chunks, True
-    return min(chunks, max(round(math.sqrt(chunks)), GROUP_BYTES // each)), False
+def slots_without_grad(inputs: RunInputs, run: ChunkRun) -> int:
+    """Slots of a group where nothing is saved."""
+    return grouping.group_size_without_grad(inputs.slot_bytes() * run.chunk_size) * run.chunk_size
 
 
-def cached_size(inputs: Inputs, span: Span) -> int:
-    """Slots of a group where nothing is kept."""
-    return max(1, CACHED_BYTES // (inputs.row_bytes() * span.width)) * span.width
-
-
-def _parts(inputs: Inputs, size: int) -> list[slice]:
+def _group_slices(inputs: RunInputs, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, inputs.slots(), size)]
 
 
-def _group(inputs: Inputs, span: Span, part: slice, keep: bool) -> Group:
+def _make_group(inputs: RunInputs, run: ChunkRun, part: slice, save: bool) -> ChunkGroup:
     dtype = inputs.anchor[0].dtype
-    tokens, span = rows_of(Tokens(*(x[:, part] for x in inputs.tokens)), span, part, dtype)
-    return Group(tokens, span, inputs.norm, inputs.shapes(), keep)
+    tokens, run = group_rows(Tokens(*(x[:, part] for x in inputs.tokens)), run, part, dtype)
+    return ChunkGroup(tokens, run, inputs.norm, inputs.shapes(), save)
 
 
-def rows_of(tokens: Tokens, span: Span, part: slice, dtype: torch.dtype | None = None) -> tuple[Tokens, Span]:
-    """`tokens`, slots `part` of a span, in `dtype`, and what the span says of them, chunk by chunk and row by row."""
+def group_rows(tokens: Tokens, run: ChunkRun, part: slice, dtype: torch.dtype | None = None) -> tuple[Tokens, ChunkRun]:
+    """Tokens of the slots `part` of a run, as `[N, R, C, *]` in `dtype`, and `run` with its `valid` alike."""
     heads = tokens.q.shape[2]
-    if span.present is not None:
-        span = span._replace(present=to_rows(span.present[:, part, None].expand(-1, -1, heads), span.width))
-    return Tokens(*(to_rows(x, span.width, dtype) for x in tokens)), span
+    if run.valid is not None:
+        run = run._replace(valid=to_rows(run.valid[:, part, None].expand(-1, -1, heads), run.chunk_size))
+    return Tokens(*(to_rows(x, run.chunk_size, dtype) for x in tokens)), run
 
 
 # ------------------------------------------------------------------------------------------------ tokens and rows
 
 
-def _view(x: Tensor, width: int) -> Tensor:
+def _rows_view(x: Tensor, chunk_size: int) -> Tensor:
     """`[B, N * C, H, *]` as `[N, B, H, C, *]`"""
-    return x.unflatten(1, (-1, width)).movedim(0, 1).transpose(2, 3)
+    return x.unflatten(1, (-1, chunk_size)).movedim(0, 1).transpose(2, 3)
 
 
-def to_rows(x: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
+def to_rows(x: Tensor, chunk_size: int, dtype: torch.dtype | None = None) -> Tensor:
     """`[B, N * C, H, *]` -> `[N, B * H, C, *]`, contiguous, in `dtype` if it is given."""
-    return _view(x, width).to(dtype or x.dtype, memory_format=torch.contiguous_format).flatten(1, 2)
+    return _rows_view(x, chunk_size).to(dtype or x.dtype, memory_format=torch.contiguous_format).flatten(1, 2)
 
 
 def to_tokens(x: Tensor, batch: int) -> Tensor:
@@ -195,30 +226,29 @@ def to_tokens(x: Tensor, batch: int) -> Tensor:
     return x.unflatten(1, (batch, -1)).transpose(2, 3).movedim(1, 0).flatten(1, 2)
 
 
-def _empty(inputs: Inputs, span: Span) -> Seen:
-    """What `_put` fills: y, loss, gradient norm."""
-    y, shape = torch.empty_like(inputs.tokens.v), inputs.tokens.theta
-    return (y, torch.empty_like(shape), torch.empty_like(shape)) if span.surprise else (y, None, None)
+def _empty_output(inputs: RunInputs, run: ChunkRun) -> GroupOutput:
+    y, gate = torch.empty_like(inputs.tokens.v), inputs.tokens.theta
+    return GroupOutput(y, *(torch.empty_like(gate) if run.surprise else None for _ in range(2)))
 
 
-def _put(out: tuple[Tensor | None, ...], part: slice, rows: tuple[Tensor | None, ...], width: int) -> None:
-    """`[N, B * H, C, *]` into `out[:, part]`, each `[B, S, H, *]`."""
+def _store_rows(out: tuple[Tensor | None, ...], part: slice, rows: tuple[Tensor | None, ...], chunk_size: int) -> None:
+    """Store each of `rows` `[N, B * H, C, *]` in the slots `part` of each of `out` `[B, S, H, *]`."""
     for whole, x in zip(out, rows, strict=True):
         if whole is not None and x is not None:
-            _view(whole[:, part], width).copy_(x.unflatten(1, (whole.shape[0], whole.shape[2])))
+            _rows_view(whole[:, part], chunk_size).copy_(x.unflatten(1, (whole.shape[0], whole.shape[2])))
 
 
 # ------------------------------------------------------------------------------------------------ the whole call
 
 
-def chunked(call: Call) -> Answer:
-    """As `naive`, by matmuls."""
-    return in_spans(call, partial(read_span, kept_bytes=call.kept_bytes))
+def chunked_scan(inputs: ScanInputs) -> ScanOutput:
+    """`naive_scan` by matrix products."""
+    return scan_runs(inputs, partial(scan_run, max_saved_bytes=inputs.max_saved_bytes))
 
 
-def in_spans(call: Call, read: Callable[[Span, Inputs], tuple[Any, ...]]) -> Answer:
-    """`chunked`, with spans read by `read`, which takes and gives what `read_span` does."""
-    tokens, state, chunk_size, form, mask, surprise, _ = call
+def scan_runs(inputs: ScanInputs, scan_one: Callable[[ChunkRun, RunInputs], RunOutput]) -> ScanOutput:
+    """Process a call as runs of chunks, each by `scan_one`."""
+    tokens, state, chunk_size, form, mask, surprise, _ = inputs
     batch, length, heads, _ = tokens.q.shape
     layout = lay_out(mask, state.position, length, chunk_size)
     norm = None
@@ -226,65 +256,68 @@ def in_spans(call: Call, read: Callable[[Span, Inputs], tuple[Any, ...]]) -> Ans
         weight, bias = (x.expand(batch, *x.shape).reshape(batch * heads, 1, -1) for x in form.norm)
         norm = (weight, bias)
     anchor, w, s = ([x.flatten(0, 1) for x in part] for part in state[:3])
-    pieces, parts = _pieces(layout), []
-    slots = _split([layout.arrange(x) for x in tokens], pieces)
-    for piece, here in zip(pieces, slots, strict=True):
-        present = None if layout.present is None else layout.present[:, piece.start : piece.end]
-        if piece.chunks == "first":
-            anchor = w if present is None else list(where_rows(_heads(present[:, 0], heads), tuple(w), tuple(anchor)))
-        share = (piece.end - piece.start) / layout.size
-        span = Span(form, surprise, piece.width, piece.chunks == "all", present, share)
-        *part, anchor, w, s = read(span, Inputs(here, norm, anchor, Weights(w, s)))
-        parts.append(part)
+    plans, outputs = plan_runs(layout), []
+    for plan, run_tokens in zip(plans, _split_tokens([layout.to_slots(x) for x in tokens], plans), strict=True):
+        valid = None if layout.valid is None else layout.valid[:, plan.start : plan.end]
+        if plan.chunk_starts == "first":
+            rows = None if valid is None else _expand_heads(valid[:, 0], heads)
+            anchor = w if rows is None else list(where_rows(rows, tuple(w), tuple(anchor)))
+        fraction = (plan.end - plan.start) / layout.slots
+        run = ChunkRun(form, surprise, plan.chunk_size, plan.chunk_starts == "all", valid, fraction)
+        output, (anchor, w, s) = scan_one(run, RunInputs(run_tokens, norm, anchor, WeightsAndMomentum(w, s)))
+        outputs.append(output)
     position = (state.position + layout.length) % chunk_size
     at_end = [tuple(x.unflatten(0, (batch, heads)) for x in layers) for layers in (anchor, w, s)]
     after = MemoryState(where_rows(position == 0, at_end[1], at_end[0]), at_end[1], at_end[2], position)
-    if not parts:  # no token, or all masked
-        nothing = torch.zeros_like(tokens.theta)
-        return torch.zeros_like(tokens.v), after, Surprise(nothing, nothing) if surprise else None
-    y, loss, gradient_norm = (None if x[0] is None else layout.restore(_joined(x)) for x in zip(*parts, strict=True))
+    if not outputs:  # no token, or all masked
+        zeros = torch.zeros_like(tokens.theta)
+        return ScanOutput(torch.zeros_like(tokens.v), after, Surprise(zeros, zeros) if surprise else None)
+    y, loss, norm_of_gradient = (
+        None if x[0] is None else layout.from_slots(_concat(x)) for x in zip(*outputs, strict=True)
+    )
     assert y is not None
-    return y, after, None if loss is None or gradient_norm is None else Surprise(loss, gradient_norm)
+    per_token = None if loss is None or norm_of_gradient is None else Surprise(loss, norm_of_gradient)
+    return ScanOutput(y, after, per_token)
 
 
-class Piece(NamedTuple):
-    """Slots that make a span: chunks, or parts of one chunk, of `width` slots each."""
+class RunPlan(NamedTuple):
+    """The slots of a run, and which of its chunks, or parts of a chunk, begin at a chunk start."""
 
     start: int
     end: int
-    width: int
-    chunks: Literal["all", "first", "none"]  # which begin a chunk
+    chunk_size: int
+    chunk_starts: Literal["all", "first", "none"]
 
 
-def _pieces(layout: Layout) -> list[Piece]:
-    """`Layout.spans`; what of them is longer than LONGEST in parts of equal width, the last of a chunk narrower."""
-    pieces = []
-    for start, end, width in layout.spans():
-        fresh = start >= layout.head
-        if width <= LONGEST:
-            pieces.append(Piece(start, end, width, "all" if fresh else "none"))
+def plan_runs(layout: Layout) -> list[RunPlan]:
+    """The runs of a layout. A chunk longer than `MAX_CHUNK` is cut into equal parts, the last of them shorter."""
+    plans = []
+    for start, end, size in layout.runs():
+        begins_chunk = start >= layout.lead
+        if size <= MAX_CHUNK:
+            plans.append(RunPlan(start, end, size, "all" if begins_chunk else "none"))
             continue
-        part = -(-width // -(-width // LONGEST))
-        for first in range(start, end, width):
-            last = first + width // part * part
-            pieces.append(Piece(first, last, part, "first" if fresh else "none"))
-            if last < first + width:
-                pieces.append(Piece(last, first + width, first + width - last, "none"))
-    return pieces
+        part = -(-size // -(-size // MAX_CHUNK))
+        for first in range(start, end, size):
+            last = first + size // part * part
+            plans.append(RunPlan(first, last, part, "first" if begins_chunk else "none"))
+            if last < first + size:
+                plans.append(RunPlan(last, first + size, first + size - last, "none"))
+    return plans
 
 
-def _heads(rows: Tensor, heads: int) -> Tensor:
+def _expand_heads(rows: Tensor, heads: int) -> Tensor:
     """`[B]` -> `[B * H]`"""
     return rows[:, None].expand(-1, heads).flatten()
 
 
-def _split(tokens: list[Tensor], pieces: list[Piece]) -> list[Tokens]:
-    """The tokens of each piece."""
-    if len(pieces) == 1:
+def _split_tokens(tokens: list[Tensor], plans: list[RunPlan]) -> list[Tokens]:
+    """The tokens of each run."""
+    if len(plans) == 1:
         return [Tokens(*tokens)]
-    sizes = [piece.end - piece.start for piece in pieces]
+    sizes = [plan.end - plan.start for plan in plans]
     return [Tokens(*part) for part in zip(*(x.split(sizes, 1) for x in tokens), strict=True)]
 
 
-def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+def _concat(parts: tuple[Tensor, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

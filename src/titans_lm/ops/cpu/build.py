@@ -1,9 +1,8 @@
-"""The library that `csrc/` is compiled to: where it is kept, and how it is known to be whole.
+"""Compile `csrc/` to a shared library, cache it, and check the cached file.
 
-It is compiled when first used, for the machine's own instructions, by the C++ compiler that is there (`$CXX`, else c++,
-g++ or clang++), and kept in `$XDG_CACHE_HOME/titans_lm` (~/.cache) with its SHA-256 beside it. What lies there is code
-that this process will run: a library whose digest differs is built again, and a folder that another user could write
-to is not used.
+The library is compiled at first use, for this machine's instruction set, by `$CXX` or else c++, g++ or clang++. It is
+cached in `$XDG_CACHE_HOME/titans_lm` (~/.cache) with its SHA-256 beside it. The process runs this code, so a library
+with another digest is built again, and a folder that another user could write to is not used.
 """
 
 import hashlib
@@ -19,37 +18,41 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from titans_lm.utils.deprecation import renamed
+
+__getattr__ = renamed(__name__, {"NotBuilt": "NativeBuildError"})
+
 LOG = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "csrc"
-NATIVE = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
-FLAGS = ("-O3", NATIVE, "-std=c++17", "-shared", "-fPIC", "-pthread")
+ARCH_FLAG = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
+FLAGS = ("-O3", ARCH_FLAG, "-std=c++17", "-shared", "-fPIC", "-pthread")
 LOCK_SECONDS = 600
-"""How long to wait for another process that is building."""
-OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+"""How long to wait for another process that builds the library."""
+WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
-class NotBuilt(Exception):
-    """Why there is no library."""
+class NativeBuildError(Exception):
+    """The library could not be built; the message says why."""
 
 
 def find_compiler() -> str:
-    """The command, possibly with arguments. Raises NotBuilt where there is none."""
+    """The compiler's command, possibly with arguments. Raises NativeBuildError if there is none."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
-        raise NotBuilt("needs a C++ compiler: c++, g++ or clang++, or the one that CXX names")
+        raise NativeBuildError("needs a C++ compiler: c++, g++ or clang++, or the one that CXX names")
     return compiler
 
 
-def library_path(compiler: str, number: str) -> Path:
-    """Where the library is kept: one for each state of the sources, compiler's name and kind of processor."""
+def library_path(compiler: str, scalar: str) -> Path:
+    """The path of the library for these sources, this compiler and this kind of processor."""
     texts = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
     key = hashlib.sha256(b"\0".join([*texts, " ".join((compiler, *FLAGS)).encode(), _processor()])).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titans_lm"
-    return folder / f"memory-{number}-{key[:16]}.so"
+    return folder / f"memory-{scalar}-{key[:16]}.so"
 
 
 def _processor() -> bytes:
-    """What of this machine decides which instructions are its own."""
+    """The description of the processor that determines its instruction set."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -57,71 +60,79 @@ def _processor() -> bytes:
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.machine()).encode()
 
 
-def build(compiler: str, number: str, *, anew: bool = False) -> Path:
-    """The library's file, compiled if it is not there or not as it was built (`anew`: in any case).
+def build(compiler: str, scalar: str, *, rebuild: bool = False) -> Path:
+    """Compile the library unless an intact one is cached, or with `rebuild` in any case. Returns its path.
 
-    Raises NotBuilt where the compiler fails or the folder is not this user's alone; OSError for what cannot be written.
+    Raises NativeBuildError if the compiler fails or the folder is not private to this user, OSError if it cannot be
+    written.
     """
-    place = library_path(compiler, number)
-    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_folder(place.parent)
-    if not anew and _is_intact(place):
-        return place
-    with FileLock(place.parent / "lock", timeout=LOCK_SECONDS):
-        if anew or not _is_intact(place):  # another process may have built it meanwhile
-            _remove_leftovers(place.parent)
-            _compile(compiler, number, place)
-    return place
+    path = library_path(compiler, scalar)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_folder(path.parent)
+    if not rebuild and _is_intact(path):
+        return path
+    with FileLock(path.parent / "lock", timeout=LOCK_SECONDS):
+        if rebuild or not _is_intact(path):  # another process may have built it meanwhile
+            _remove_leftovers(path.parent)
+            _compile(compiler, scalar, path)
+    return path
 
 
-def _compile(compiler: str, number: str, place: Path) -> None:
-    """Elsewhere in the folder, then renamed: a file under its own name is always whole."""
-    LOG.info("compiling %s with %s: some seconds, once", place, compiler)
-    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-        made = Path(folder, place.name)
-        command = (*shlex.split(compiler), *FLAGS, f"-DNumber={number}", str(SOURCES / "memory.cpp"), "-o", str(made))
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode:
-            lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+def _compile(compiler: str, scalar: str, path: Path) -> None:
+    """Compile to a temporary folder beside `path`, then rename: a file under its final name is always whole."""
+    LOG.info("compiling %s with %s: some seconds, once", path, compiler)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        library = Path(folder, path.name)
+        command = (
+            *shlex.split(compiler),
+            *FLAGS,
+            f"-DScalar={scalar}",
+            str(SOURCES / "memory.cpp"),
+            "-o",
+            str(library),
+        )
+        process = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if process.returncode:
+            lines = (process.stderr or process.stdout).strip().splitlines() or ["no message"]
             reason = next((line for line in lines if "error" in line), lines[0])
-            raise NotBuilt(f"could not be compiled by {compiler}: {reason}")
-        digest = Path(folder, _digest_path(place).name)
-        digest.write_text(_digest(made) + "\n")
-        for file in (made, digest):  # killed in between: the digest is that of the one before, which is seen
+            raise NativeBuildError(f"could not be compiled by {compiler}: {reason}")
+        digest = Path(folder, _digest_path(path).name)
+        digest.write_text(_digest(library) + "\n")
+        for file in (library, digest):  # if killed in between, the old digest does not match
             file.chmod(0o700)
-            os.replace(file, place.parent / file.name)
+            os.replace(file, path.parent / file.name)
 
 
-# ------------------------------------------------------------------------------------------------ what lies there
+# ------------------------------------------------------------------------------------------------ the cached files
 
 
-def _digest_path(place: Path) -> Path:
-    return place.with_name(f"{place.name}.sha256")
+def _digest_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
 
 
 def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _is_intact(place: Path) -> bool:
-    """Whether the library is there, byte for byte as it was built, and both files are this user's alone."""
-    digest = _digest_path(place)
-    if not place.is_file() or not digest.is_file():
+def _is_intact(path: Path) -> bool:
+    """Whether the library exists, matches its digest, and both files belong to this user alone."""
+    digest = _digest_path(path)
+    if not path.is_file() or not digest.is_file():
         return False
-    if not all(_is_own(file) for file in (place, digest)) or digest.read_bytes().strip() != _digest(place).encode():
-        LOG.warning("%s is not as it was built: building it again", place)
+    if not all(_is_own(file) for file in (path, digest)) or digest.read_bytes().strip() != _digest(path).encode():
+        LOG.warning("%s does not match its digest: building it again", path)
         return False
     return True
 
 
 def _is_own(path: Path) -> bool:
-    """Belongs to this user, and nobody else may write to it."""
-    found = path.stat()
-    return not hasattr(os, "geteuid") or (found.st_uid == os.geteuid() and not found.st_mode & OTHERS_WRITE)
+    """Whether the file belongs to this user and nobody else may write to it."""
+    status = path.stat()
+    return not hasattr(os, "geteuid") or (status.st_uid == os.geteuid() and not status.st_mode & WRITABLE_BY_OTHERS)
 
 
 def _check_folder(folder: Path) -> None:
-    """Raises NotBuilt where another user could put a file, or a folder above could be exchanged."""
+    """Raise NativeBuildError if another user could write to the folder, or replace it or a folder above it."""
     reason = None if _is_own(folder) else "another user owns it or may write to it: chmod 700 it, or remove it"
     for parent in folder.resolve().parents:
         mode = parent.stat().st_mode
@@ -129,10 +140,10 @@ def _check_folder(folder: Path) -> None:
             reason = f"anyone may write to {parent}"
     if reason is not None:
         LOG.warning("%s is not used, and memories run without compiled code: %s", folder, reason)
-        raise NotBuilt(f"does not use {folder}: {reason}")
+        raise NativeBuildError(f"does not use {folder}: {reason}")
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Temporary folders of builds that were killed. The caller holds the lock: nothing is being built."""
-    for left in folder.glob("tmp*"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Remove the temporary folders of builds that were killed. The caller holds the lock: no build is running."""
+    for leftover in folder.glob("tmp*"):
+        shutil.rmtree(leftover, ignore_errors=True)

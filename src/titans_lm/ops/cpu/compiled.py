@@ -1,4 +1,4 @@
-"""The library that `csrc/` is compiled to, loaded, and what is handed to it. How it is compiled: `build.py`."""
+"""Load the library that `build.py` compiles, and pass arguments to its functions."""
 
 import ctypes
 import logging
@@ -10,113 +10,117 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from titans_lm.ops.cpu.build import NotBuilt, build, find_compiler
+from titans_lm.ops.cpu.build import NativeBuildError, build, find_compiler
 
 LOG = logging.getLogger(__name__)
-FUNCTIONS = [f"titans_{name}" for name in ("state", "trace", "read", "back", "step", "make", "back_make")]
-PLAIN = (Tensor, torch.nn.Parameter)
-NUMBERS = {torch.float32: "float", torch.float64: "double"}
-SMALL = 2**20
+FUNCTIONS = [
+    f"titans_{name}"
+    for name in ("state_size", "saved_size", "forward", "backward", "decode", "features_forward", "features_backward")
+]
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+SCALARS = {torch.float32: "float", torch.float64: "double"}
+SINGLE_THREAD_WORK = 2**20
 """A call of fewer multiplications than this runs on one thread: starting others would take as long."""
 
 
 @cache
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """The compiled sources for numbers of `dtype`. Raises NotBuilt, with the reason, where they cannot be."""
+    """The library for scalars of `dtype`. Raises NativeBuildError with the reason if it cannot be built or loaded."""
     compiler = find_compiler()
     try:
-        return _load(compiler, NUMBERS[dtype])
-    except (OSError, RuntimeError, ValueError) as error:  # no file, no home folder, no words of a command
-        raise NotBuilt(f"could not build or load compiled code: {error}") from None
+        return _load(compiler, SCALARS[dtype])
+    except (OSError, RuntimeError, ValueError) as error:  # no file, no home folder, a command that cannot be parsed
+        raise NativeBuildError(f"could not build or load compiled code: {error}") from None
 
 
-def _load(compiler: str, number: str) -> ctypes.CDLL:
-    place = build(compiler, number)
+def _load(compiler: str, scalar: str) -> ctypes.CDLL:
+    path = build(compiler, scalar)
     try:
-        return _opened(place)
-    except OSError:  # of another system with the same home folder
-        LOG.info("%s cannot be loaded: building it again", place)
-        return _opened(build(compiler, number, anew=True))
+        return _open(path)
+    except OSError:  # another system built it, with the same home folder
+        LOG.info("%s cannot be loaded: building it again", path)
+        return _open(build(compiler, scalar, rebuild=True))
 
 
-def _opened(place: Path) -> ctypes.CDLL:
-    found = ctypes.CDLL(str(place))
+def _open(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
     for name in FUNCTIONS:
-        getattr(found, name).restype = ctypes.c_long
-    return found
+        getattr(library, name).restype = ctypes.c_long
+    return library
 
 
 @cache
-def _missing(dtype: torch.dtype) -> str | None:
-    """Found out once in a process: a compiler that comes later is seen by the next."""
+def _build_failure(dtype: torch.dtype) -> str | None:
+    """Why the library cannot be built, or None. Cached: a compiler installed later is used by the next process."""
     try:
         library(dtype)
-    except NotBuilt as reason:
-        LOG.info("no compiled code: it %s", reason)
+    except NativeBuildError as reason:
+        LOG.info("compiled code is not used: it %s", reason)
         return str(reason)
     return None
 
 
-def reason_against(x: Tensor, dtype: torch.dtype) -> str | None:
-    """Why the library cannot work on tensors such as x, in numbers of `dtype`; or None."""
+def unsupported_tensor_reason(x: Tensor, dtype: torch.dtype) -> str | None:
+    """Why the library cannot run on tensors such as x, with scalars of `dtype`; None if it can."""
     if x.device.type != "cpu":
         return f"runs on CPUs, got tensors on {x.device.type}"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in PLAIN:
-        return "is called with addresses of numbers, which tracing has not"
-    return _missing(dtype) if dtype in NUMBERS else f"computes in float32 and float64, got {dtype}"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in PLAIN_TENSORS:
+        return "is called with addresses of tensors, which tracing does not have"
+    return _build_failure(dtype) if dtype in SCALARS else f"computes in float32 and float64, got {dtype}"
 
 
-# ------------------------------------------------------------------------------------------------ what it is handed
+# ------------------------------------------------------------------------------------------------ arguments
 
 
-class Handed:
-    """The fields of one of the library's structures, and what its pointers point to."""
+class NativeArgs:
+    """The fields of one of the library's structures, and references to the tensors that its pointers point to."""
 
     structure: ClassVar[type[ctypes.Structure]]
 
     def __init__(self, dtype: torch.dtype, **numbers: int | float):
         self.library = library(dtype)
         self.fields: dict[str, int | float] = numbers
-        self.alive: list[Any] = []
+        self.references: list[Any] = []
 
-    def give(self, **tensors: Tensor | Sequence[Tensor] | None) -> None:
-        """Contiguous tensors of the library's dtype, one or several; None is a null pointer."""
-        self.alive.append(tensors)
-        for name, given in tensors.items():
-            if isinstance(given, Tensor):
-                self.fields[name] = given.data_ptr()
-            elif given is not None:
-                self.give_array(name, (ctypes.c_void_p * len(given))(*[x.data_ptr() for x in given]))
+    def set_tensors(self, **tensors: Tensor | Sequence[Tensor] | None) -> None:
+        """Set pointers to contiguous tensors of the library's dtype, or to arrays of them; None is a null pointer."""
+        self.references.append(tensors)
+        for name, value in tensors.items():
+            if isinstance(value, Tensor):
+                self.fields[name] = value.data_ptr()
+            elif value is not None:
+                self.set_array(name, (ctypes.c_void_p * len(value))(*[x.data_ptr() for x in value]))
 
-    def give_array(self, name: str, array: Any) -> None:
-        self.alive.append(array)
+    def set_array(self, name: str, array: Any) -> None:
+        self.references.append(array)
         self.fields[name] = ctypes.addressof(array)
 
-    def ask(self, function: str) -> int:
-        found: int = getattr(self.library, function)(ctypes.byref(self.structure(**self.fields)))
-        return found
+    def call(self, function: str) -> int:
+        """Call a function of the library with the structure; return its result."""
+        result: int = getattr(self.library, function)(ctypes.byref(self.structure(**self.fields)))
+        return result
 
     def run(self, function: str) -> None:
-        """Raises MemoryError where there is not enough for its buffers."""
-        if self.ask(function):
-            raise MemoryError(f"{function}: no memory left for its buffers")
+        """Call a function that returns an error code. Raises MemoryError if its buffers could not be allocated."""
+        if self.call(function):
+            raise MemoryError(f"{function}: its buffers could not be allocated")
 
 
-def fields(number: Any, names: str) -> list[tuple[str, Any]]:
-    """Of a structure: `names`, all of one type."""
-    return [(name, number) for name in names.split()]
+def fields(scalar: Any, names: str) -> list[tuple[str, Any]]:
+    """The fields `names` of a structure, all of one type."""
+    return [(name, scalar) for name in names.split()]
 
 
-def threads_for(work: int) -> int:
-    """`work`: multiplications."""
-    return 1 if work < SMALL else torch.get_num_threads()
+def thread_count(work: int) -> int:
+    """Threads for a call of `work` multiplications."""
+    return 1 if work < SINGLE_THREAD_WORK else torch.get_num_threads()
 
 
-def solid(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Its numbers one behind the other, in `dtype`."""
+def as_contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as a contiguous tensor of `dtype`, itself if it is one."""
     return x if x.dtype == dtype and x.is_contiguous() else x.detach().to(dtype).contiguous()
 
 
-def solid_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """To be filled."""
+def empty_contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty contiguous tensor of x's shape."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)

@@ -1,205 +1,218 @@
-"""Chunks in C++: the algebra of `chunked/chunk.py`, a row and head at a time, so that its state stays in caches.
+"""Chunks in C++: the algebra of `chunked/chunk.py`, one row and head after another, so that its state stays in a cache.
 
-The sources are `csrc/`, how they are compiled `build.py`. Layout and spans are those of `chunked/scan.py`, and
-so is what a call may keep for its backward pass; one that would keep more is read again in groups of chunks.
+The sources are `csrc/`; `build.py` compiles them. Layout and runs are those of `chunked/scan.py`. A call saves what its
+chunks computed, or, above `max_saved_bytes`, the state at the start of each group of chunks, and recomputes the groups.
 """
 
 import ctypes
 import itertools
-import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from titans_lm.ops.chunked.group import Span
-from titans_lm.ops.chunked.scan import CACHED_BYTES, GROUP_BYTES, Inputs, in_spans, thirds
-from titans_lm.ops.cpu.compiled import Handed, fields, reason_against, solid, solid_like, threads_for
-from titans_lm.ops.decode import Advanced, Layers, one_token, wants_gradients
-from titans_lm.ops.types import Answer, Call, MemoryForm, Surprise, Tokens
+from titans_lm.ops import grouping
+from titans_lm.ops.chunked.group import ChunkRun, GroupOutput
+from titans_lm.ops.chunked.scan import RunInputs, RunOutput, StateLayers, grads_or_zeros, scan_runs, split_outputs
+from titans_lm.ops.cpu.compiled import (
+    NativeArgs,
+    as_contiguous,
+    empty_contiguous,
+    fields,
+    thread_count,
+    unsupported_tensor_reason,
+)
+from titans_lm.ops.decode import Layers, TokenUpdate, decode_token, needs_grad
+from titans_lm.ops.types import MemoryForm, ScanInputs, ScanOutput, Surprise, Tokens
+from titans_lm.utils.deprecation import renamed
 
-BLOCK_BYTES = 16 * 2**20
-"""What a call keeps is kept in pieces of about this size: larger ones are new each time, for the system to zero."""
+__getattr__ = renamed(__name__, {"native": "native_scan"})
+
+SAVED_BLOCK_BYTES = 16 * 2**20
+"""About the size of the tensors that hold saved activations: the system maps larger ones anew, zeroed, at each call."""
 
 
-def obstacle(call: Call) -> str | None:
-    """Why "native" cannot run this call, or None."""
-    return reason_against(call.tokens.q, call.state.weights[0].dtype)
+def unsupported_reason(inputs: ScanInputs) -> str | None:
+    """Why "native" cannot run this call; None where it can."""
+    return unsupported_tensor_reason(inputs.tokens.q, inputs.state.weights[0].dtype)
 
 
-class _Call(ctypes.Structure):
-    """`Call` of csrc/call.h."""
+class _ScanArgs(ctypes.Structure):
+    """`ScanArgs` of csrc/scan_args.h, field by field."""
 
     _fields_ = (
-        *fields(ctypes.c_long, "batch slots heads layers width at_boundary threads group"),
+        *fields(ctypes.c_long, "batch slots heads layers chunk_size at_boundary threads group"),
         *fields(ctypes.c_long, "activation has_threshold surprise"),
         *fields(ctypes.c_double, "clip threshold"),
-        *fields(ctypes.c_void_p, "widths q k v theta eta alpha present weight bias anchor w s"),
-        *fields(ctypes.c_void_p, "last_anchor new_w new_s y loss gradient_norm traces starts by_y by_loss"),
-        *fields(ctypes.c_void_p, "by_q by_k by_v by_theta by_eta by_alpha by_weight by_bias by_anchor by_w by_s"),
+        *fields(ctypes.c_void_p, "widths q k v theta eta alpha valid weight bias anchor w s"),
+        *fields(ctypes.c_void_p, "last_anchor new_w new_s y loss gradient_norm saved starts grad_y grad_loss"),
+        *fields(ctypes.c_void_p, "grad_q grad_k grad_v grad_theta grad_eta grad_alpha grad_weight grad_bias"),
+        *fields(ctypes.c_void_p, "grad_anchor grad_w grad_s"),
     )
 
 
-class Read(Handed):
-    """One call's tokens, memories and what is made of them."""
+class ScanArgs(NativeArgs):
+    """The arguments of a scan: tokens, memories and outputs."""
 
-    structure = _Call
+    structure = _ScanArgs
 
     @classmethod
-    def of(cls, form: MemoryForm, surprise: bool, tokens: Tokens, weights: Sequence[Tensor], width: int) -> "Read":
+    def of(
+        cls, form: MemoryForm, surprise: bool, tokens: Tokens, weights: Sequence[Tensor], chunk_size: int
+    ) -> "ScanArgs":
         batch, slots, heads, _ = tokens.q.shape
         shapes = [w.shape[-2:] for w in weights]
         work = batch * heads * slots * sum(i * o for i, o in shapes)
-        handed = cls(
-            weights[0].dtype, batch=batch, slots=slots, heads=heads, layers=len(weights), width=width,
-            threads=threads_for(work), activation=form.activation == "gelu", surprise=surprise,
+        args = cls(
+            weights[0].dtype, batch=batch, slots=slots, heads=heads, layers=len(weights), chunk_size=chunk_size,
+            threads=thread_count(work), activation=form.activation == "gelu", surprise=surprise,
             has_threshold=form.threshold is not None, threshold=form.threshold or 0, clip=form.clip or 0,
         )  # fmt: skip
-        handed.give_array("widths", (ctypes.c_long * (len(weights) + 1))(shapes[0][0], *[o for _, o in shapes]))
-        handed.give(q=tokens.q, k=tokens.k, v=tokens.v, theta=tokens.theta, eta=tokens.eta, alpha=tokens.alpha)
-        return handed
+        args.set_array("widths", (ctypes.c_long * (len(weights) + 1))(shapes[0][0], *[o for _, o in shapes]))
+        args.set_tensors(**tokens._asdict())
+        return args
 
 
-def _handed(inputs: Inputs, span: Span) -> Read:
+def _run_args(inputs: RunInputs, run: ChunkRun) -> ScanArgs:
     dtype = inputs.anchor[0].dtype
-    tokens = Tokens(*(solid(x, dtype) for x in inputs.tokens))
-    handed = Read.of(span.form, span.surprise, tokens, inputs.anchor, span.width)
-    handed.fields["at_boundary"] = span.at_boundary
-    anchor, w, s = ([solid(x, dtype) for x in part] for part in (inputs.anchor, *inputs.state))
-    weight, bias = (None, None) if inputs.norm is None else (solid(x, dtype) for x in inputs.norm)
-    present = None if span.present is None else span.present.contiguous()
-    handed.give(anchor=anchor, w=w, s=s, weight=weight, bias=bias, present=present)
-    return handed
+    tokens = Tokens(*(as_contiguous(x, dtype) for x in inputs.tokens))
+    args = ScanArgs.of(run.form, run.surprise, tokens, inputs.anchor, run.chunk_size)
+    args.fields["at_boundary"] = run.at_boundary
+    anchor, w, s = ([as_contiguous(x, dtype) for x in part] for part in (inputs.anchor, *inputs.state))
+    weight, bias = (None, None) if inputs.norm is None else (as_contiguous(x, dtype) for x in inputs.norm)
+    valid = None if run.valid is None else run.valid.contiguous()
+    args.set_tensors(anchor=anchor, w=w, s=s, weight=weight, bias=bias, valid=valid)
+    return args
 
 
-# ------------------------------------------------------------------------------------------------ a span of chunks
+# ------------------------------------------------------------------------------------------------ a run of chunks
 
 
-def _read(handed: Read, inputs: Inputs, span: Span) -> tuple[tuple[Tensor | None, ...], list[list[Tensor]]]:
-    """y, loss and gradient norm; last anchor, weights and momentum."""
+def _forward(args: ScanArgs, inputs: RunInputs, run: ChunkRun) -> RunOutput:
     dtype = inputs.anchor[0].dtype
-    y, gate = solid_like(inputs.tokens.v, dtype), inputs.tokens.theta
-    seen = [solid_like(gate, dtype) if span.surprise else None for _ in range(2)]
-    states = [[solid_like(x, dtype) for x in inputs.anchor] for _ in range(3)]
-    handed.give(y=y, loss=seen[0], gradient_norm=seen[1], last_anchor=states[0], new_w=states[1], new_s=states[2])
-    handed.run("titans_read")
-    return (y.to(inputs.tokens.v.dtype), *seen), states
+    y, gate = empty_contiguous(inputs.tokens.v, dtype), inputs.tokens.theta
+    loss, norm = (empty_contiguous(gate, dtype) if run.surprise else None for _ in range(2))
+    end = StateLayers(*([empty_contiguous(x, dtype) for x in inputs.anchor] for _ in range(3)))
+    args.set_tensors(y=y, loss=loss, gradient_norm=norm, last_anchor=end.anchor, new_w=end.w, new_s=end.s)
+    args.run("titans_forward")
+    return RunOutput(GroupOutput(y.to(inputs.tokens.v.dtype), loss, norm), end)
 
 
-def group_size(chunks: int, trace_bytes: int, start_bytes: int) -> int:
-    """Chunks that are read again together, before a backward pass: as many as stay near a core, if the states at the
-    groups' starts, `start_bytes` each, are then sqrt(chunks) or take no more than GROUP_BYTES."""
-    starts = max(math.isqrt(chunks), GROUP_BYTES // start_bytes)
-    return max(1, CACHED_BYTES // trace_bytes, -(-chunks // starts))
+class SavedSize(NamedTuple):
+    """How a run's activations are saved: sizes in scalars."""
+
+    rows: int
+    chunks: int
+    group: int  # chunks
+    chunk: int  # scalars that one chunk of one row saves
 
 
-def _blocks(some: Tensor, rows: int, chunks: int, group: int, trace: int) -> list[Tensor]:
-    """For all rows' traces, in groups of chunks: of all rows together if there is one group, else each for itself."""
-    if group >= chunks and rows * chunks * trace * some.element_size() <= BLOCK_BYTES:
-        return [some.new_empty(rows, chunks * trace)]
-    sizes = [min(group, chunks - first) * trace for first in range(0, chunks, group)]
-    return [some.new_empty(1, size) for _ in range(rows) for size in sizes]
+def _saved_blocks(like: Tensor, size: SavedSize) -> list[Tensor]:
+    """Buffers for all rows' activations, group by group: one for all rows if there is one group, else one for each."""
+    rows, chunks, group, chunk = size
+    if group >= chunks and rows * chunks * chunk * like.element_size() <= SAVED_BLOCK_BYTES:
+        return [like.new_empty(rows, chunks * chunk)]
+    sizes = [min(group, chunks - first) * chunk for first in range(0, chunks, group)]
+    return [like.new_empty(1, size) for _ in range(rows) for size in sizes]
 
 
 def _addresses(blocks: Sequence[Tensor]) -> Any:
-    """Of each row of each block."""
-    found = [b.data_ptr() + row * b.stride(0) * b.element_size() for b in blocks for row in range(len(b))]
-    return (ctypes.c_void_p * len(found))(*found)
+    """The address of each row of each block."""
+    rows = [b.data_ptr() + row * b.stride(0) * b.element_size() for b in blocks for row in range(len(b))]
+    return (ctypes.c_void_p * len(rows))(*rows)
 
 
-class _ReadSpan(torch.autograd.Function):
-    """`read_span` with a backward pass. Kept for it are the inputs, and what all chunks leave or the state at the start
-    of each group of chunks, which are then read once more."""
+class _ScanRun(torch.autograd.Function):
+    """`scan_run` with a backward pass. It saves the inputs, and all activations or the state at each group's start."""
 
     @staticmethod
-    def forward(ctx: Any, span: Span, kept_bytes: int, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = Inputs.of(flat)
+    def forward(ctx: Any, run: ChunkRun, max_saved_bytes: int, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = RunInputs.unflatten(flat)
         ctx.set_materialize_grads(False)
-        handed = _handed(inputs, span)
-        some, chunks = inputs.anchor[0], inputs.slots() // span.width
-        rows, number = len(some), some.element_size()
-        trace = handed.ask("titans_trace")
-        ctx.all = rows * chunks * trace * number <= kept_bytes * span.share
-        if ctx.all:
-            ctx.group = min(chunks, max(1, BLOCK_BYTES // (trace * number)))
-            kept = _blocks(some, rows, chunks, ctx.group, trace)
-            handed.give_array("traces", _addresses(kept))
+        args = _run_args(inputs, run)
+        like, chunks = inputs.anchor[0], inputs.slots() // run.chunk_size
+        rows, item_bytes = len(like), like.element_size()
+        chunk = args.call("titans_saved_size")
+        ctx.saves_all = rows * chunks * chunk * item_bytes <= max_saved_bytes * run.fraction
+        if ctx.saves_all:
+            ctx.group = min(chunks, max(1, SAVED_BLOCK_BYTES // (chunk * item_bytes)))
+            saved = _saved_blocks(like, SavedSize(rows, chunks, ctx.group, chunk))
+            args.set_array("saved", _addresses(saved))
         else:
-            state = handed.ask("titans_state")
-            ctx.group = group_size(chunks, trace * number, rows * state * number)
-            kept = [some.new_empty(max(-(-chunks // ctx.group) - 1, 1), rows, state)]
-            handed.give(starts=kept[0])
-        handed.fields["group"] = ctx.group
-        ctx.span, ctx.count = span, len(flat)
-        out, states = _read(handed, inputs, span)
-        ctx.save_for_backward(*flat, *kept)
-        if span.surprise:
-            ctx.mark_non_differentiable(out[2])
-        return *out, *itertools.chain(*states)
+            state = args.call("titans_state_size")
+            ctx.group = grouping.group_size_in_cache(chunks, chunk * item_bytes, rows * state * item_bytes)
+            saved = [like.new_empty(max(-(-chunks // ctx.group) - 1, 1), rows, state)]
+            args.set_tensors(starts=saved[0])
+        args.fields["group"] = ctx.group
+        ctx.run, ctx.count = run, len(flat)
+        out, end = _forward(args, inputs, run)
+        ctx.save_for_backward(*flat, *saved)
+        if run.surprise:
+            ctx.mark_non_differentiable(out.gradient_norm)
+        return *out, *itertools.chain(*end)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, y: Tensor | None, loss: Tensor | None, _: None, *states: Tensor | None) -> tuple[Any, ...]:
-        saved, span = ctx.saved_tensors, ctx.span
-        inputs, kept = Inputs.of(tuple(saved[: ctx.count])), saved[ctx.count :]
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, _: None, *grad_end: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        tensors, run = ctx.saved_tensors, ctx.run
+        inputs, saved = RunInputs.unflatten(tensors[: ctx.count]), tensors[ctx.count :]
         dtype = inputs.anchor[0].dtype
-        handed = _handed(inputs, span)
-        handed.fields["group"] = ctx.group
-        if ctx.all:
-            handed.give_array("traces", _addresses(kept))
+        args = _run_args(inputs, run)
+        args.fields["group"] = ctx.group
+        if ctx.saves_all:
+            args.set_array("saved", _addresses(saved))
         else:
-            handed.give(starts=kept[0])
-        by_y = torch.zeros_like(inputs.tokens.v) if y is None else y
-        handed.give(by_y=solid(by_y, dtype), by_loss=None if loss is None else solid(loss, dtype))
-        shapes = (*inputs.anchor, *inputs.state.w, *inputs.state.s)
-        by_anchor, by_w, by_s = thirds([
-            torch.zeros_like(x, memory_format=torch.contiguous_format)
-            if by is None else by.clone(memory_format=torch.contiguous_format)
-            for x, by in zip(shapes, states, strict=True)
-        ])  # fmt: skip
-        handed.give(by_anchor=by_anchor, by_w=by_w, by_s=by_s)
-        by_tokens = Tokens(*(solid_like(x, dtype) for x in inputs.tokens))
-        handed.give(**{f"by_{name}": x for name, x in by_tokens._asdict().items()})
-        by_norm = (None, None) if inputs.norm is None else [solid_like(x, dtype) for x in inputs.norm]
-        handed.give(by_weight=by_norm[0], by_bias=by_norm[1])
-        handed.run("titans_back")
-        found = (by.to(x.dtype) for by, x in zip(by_tokens, inputs.tokens, strict=True))
-        return None, None, *found, *by_norm, *by_anchor, *by_w, *by_s
+            args.set_tensors(starts=saved[0])
+        grad_y = torch.zeros_like(inputs.tokens.v) if grad_y is None else grad_y
+        grad_loss = None if grad_loss is None else as_contiguous(grad_loss, dtype)
+        args.set_tensors(grad_y=as_contiguous(grad_y, dtype), grad_loss=grad_loss)
+        grads = grads_or_zeros(grad_end, (*inputs.anchor, *inputs.state.w, *inputs.state.s))
+        args.set_tensors(grad_anchor=grads.anchor, grad_w=grads.w, grad_s=grads.s)
+        grad_tokens = Tokens(*(empty_contiguous(x, dtype) for x in inputs.tokens))
+        args.set_tensors(**{f"grad_{name}": x for name, x in grad_tokens._asdict().items()})
+        grad_norm = (None, None) if inputs.norm is None else [empty_contiguous(x, dtype) for x in inputs.norm]
+        args.set_tensors(grad_weight=grad_norm[0], grad_bias=grad_norm[1])
+        args.run("titans_backward")
+        tokens = (grad.to(x.dtype) for grad, x in zip(grad_tokens, inputs.tokens, strict=True))
+        return None, None, *tokens, *grad_norm, *itertools.chain(*grads)
 
 
-def read_span(span: Span, inputs: Inputs, kept_bytes: int) -> tuple[Any, ...]:
-    """As `chunked.read_span`."""
-    flat = inputs.flat()
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat):
-        y, loss, norm, *state = _ReadSpan.apply(span, kept_bytes, *flat)
-        return y, loss, norm, *thirds(state)
-    out, states = _read(_handed(inputs, span), inputs, span)
-    return *out, *states
+def scan_run(run: ChunkRun, inputs: RunInputs, max_saved_bytes: int) -> RunOutput:
+    """`chunked.scan.scan_run` in C++."""
+    if inputs.needs_grad():
+        return split_outputs(_ScanRun.apply(run, max_saved_bytes, *inputs.flatten()))
+    return _forward(_run_args(inputs, run), inputs, run)
 
 
 # ------------------------------------------------------------------------------------------------ the whole call
 
 
-def native(call: Call) -> Answer:
-    """As `naive`, by compiled code."""
-    if call.tokens.q.shape[1] == 1 and not wants_gradients(call):
-        return one_token(call, _advance)
-    return in_spans(call, partial(read_span, kept_bytes=call.kept_bytes))
+def native_scan(inputs: ScanInputs) -> ScanOutput:
+    """`naive_scan` by compiled code."""
+    if inputs.tokens.q.shape[1] == 1 and not needs_grad(inputs):
+        return decode_token(inputs, _update)
+    return scan_runs(inputs, partial(scan_run, max_saved_bytes=inputs.max_saved_bytes))
 
 
-def _advance(call: Call, anchor: Layers) -> Advanced:
-    dtype, batch = call.state.weights[0].dtype, len(call.tokens.q)
-    tokens = Tokens(*(solid(x, dtype) for x in call.tokens))
-    handed = Read.of(call.form, call.surprise, tokens, anchor, width=1)
-    norm = call.form.norm or ()
-    handed.give(**dict(zip(("weight", "bias"), (solid(x.expand(batch, *x.shape), dtype) for x in norm), strict=False)))
-    old = (anchor, call.state.weights, call.state.momentum)
-    handed.give(**{name: [solid(x, dtype) for x in part] for name, part in zip(("anchor", "w", "s"), old, strict=True)})
-    y, seen = torch.empty_like(tokens.v), [torch.empty_like(tokens.theta) for _ in range(2 * call.surprise)]
-    weights, momentum = (tuple(solid_like(x, dtype) for x in anchor) for _ in range(2))
-    handed.give(new_w=weights, new_s=momentum, y=y, **dict(zip(("loss", "gradient_norm"), seen, strict=False)))
-    handed.run("titans_step")
-    return y, weights, momentum, Surprise(*seen) if seen else None
+def _update(inputs: ScanInputs, anchor: Layers) -> TokenUpdate:
+    dtype, batch = inputs.state.weights[0].dtype, len(inputs.tokens.q)
+    tokens = Tokens(*(as_contiguous(x, dtype) for x in inputs.tokens))
+    args = ScanArgs.of(inputs.form, inputs.surprise, tokens, anchor, chunk_size=1)
+    if inputs.form.norm is not None:
+        weight, bias = (as_contiguous(x.expand(batch, *x.shape), dtype) for x in inputs.form.norm)
+        args.set_tensors(weight=weight, bias=bias)
+    old = {"anchor": anchor, "w": inputs.state.weights, "s": inputs.state.momentum}
+    args.set_tensors(**{name: [as_contiguous(x, dtype) for x in part] for name, part in old.items()})
+    y, surprise = torch.empty_like(tokens.v), None
+    weights, momentum = (tuple(empty_contiguous(x, dtype) for x in anchor) for _ in range(2))
+    args.set_tensors(new_w=weights, new_s=momentum, y=y)
+    if inputs.surprise:
+        surprise = Surprise(torch.empty_like(tokens.theta), torch.empty_like(tokens.theta))
+        args.set_tensors(**surprise._asdict())
+    args.run("titans_decode")
+    return TokenUpdate(y, weights, momentum, surprise)

@@ -1,7 +1,7 @@
-"""The fused form: one kernel reads a group of chunks, one goes back over it. How: README.md one folder up.
+"""Launch the Triton kernels: which calls they can run, and how a call becomes launches.
 
-Here is what surrounds the kernels: which calls they can run, how a call becomes launches, and what does not touch the
-state (decays, the residual form's end), which stays PyTorch's.
+The kernels' design: README.md one folder up. PyTorch computes what does not touch the state: decays, and the last step
+of the residual form.
 """
 
 import importlib.util
@@ -14,30 +14,40 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from titans_lm.ops.chunked.chunk import Layers, Weights
-from titans_lm.ops.chunked.group import Span
-from titans_lm.ops.chunked.scan import Inputs, in_spans, thirds, to_rows, to_tokens
-from titans_lm.ops.decays import Decays, Gates, back_decays, decays
-from titans_lm.ops.types import NORM_EPS, Answer, Call, MemoryForm, MemoryState, Tokens
+from titans_lm.ops.chunked.chunk import Layers, WeightsAndMomentum
+from titans_lm.ops.chunked.group import ChunkRun, GroupOutput
+from titans_lm.ops.chunked.scan import (
+    RunInputs,
+    RunOutput,
+    StateLayers,
+    grads_or_zeros,
+    scan_runs,
+    split_outputs,
+    to_rows,
+    to_tokens,
+)
+from titans_lm.ops.decays import Decays, SavedDecays, chunk_decays, decays_backward
+from titans_lm.ops.grouping import group_size_sqrt
+from titans_lm.ops.types import NORM_EPS, MemoryForm, MemoryState, ScanInputs, ScanOutput, Tokens
 
-WIDTHS, LARGEST_HIDDEN, LARGEST_CHUNK = (16, 32, 64, 128), 256, 64
-SMALLEST = 16
-"""The least size of a product's dimension: a chunk that is shorter is padded with slots that do nothing."""
+WIDTHS, MAX_HIDDEN, MAX_CHUNK_SIZE = (16, 32, 64, 128), 256, 64
+MIN_SIZE = 16
+"""The least size of a product's dimension. A shorter chunk is padded with empty slots."""
 
 # ------------------------------------------------------------------------------------------------ what can run
 
 
-def interpreting() -> bool:
-    """Whether Triton interprets kernels on the CPU, for tests; it reads the same variable when first imported."""
+def is_interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU, for tests. Triton reads the same variable when first imported."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def check(q: Tensor, state: MemoryState, chunk_size: int) -> None:
-    """Raises ValueError with the reason if the kernels cannot run on this."""
+def check_supported(q: Tensor, state: MemoryState, chunk_size: int) -> None:
+    """Raise ValueError with the reason if the kernels cannot run on this call."""
     shapes = [tuple(w.shape[2:]) for w in state.weights]
     if importlib.util.find_spec("triton") is None:
         raise ValueError('backend="triton" needs the package triton, which is not installed; use "chunked"')
-    if q.device.type != "cuda" and not interpreting():
+    if q.device.type != "cuda" and not is_interpreted():
         raise ValueError(
             f'backend="triton" needs tensors on a CUDA device, got {q.device.type}; use "chunked", or set '
             "TRITON_INTERPRET=1 before triton is imported to run its kernels very slowly on the CPU"
@@ -48,43 +58,44 @@ def check(q: Tensor, state: MemoryState, chunk_size: int) -> None:
         raise ValueError(f'backend="triton" has kernels for depth 1 and 2, got {len(shapes)}; use "chunked"')
     if shapes[0][0] not in WIDTHS or shapes[-1][1] != shapes[0][0]:
         raise ValueError(f'backend="triton" needs K == V in {WIDTHS}, got K={shapes[0][0]}, V={shapes[-1][1]}')
-    if shapes[0][1] % SMALLEST or shapes[0][1] > LARGEST_HIDDEN:
+    if shapes[0][1] % MIN_SIZE or shapes[0][1] > MAX_HIDDEN:
         raise ValueError(
-            f'backend="triton" needs a hidden width that is a multiple of {SMALLEST} up to {LARGEST_HIDDEN}, '
+            f'backend="triton" needs a hidden width that is a multiple of {MIN_SIZE} up to {MAX_HIDDEN}, '
             f"got {shapes[0][1]}"
         )
-    if chunk_size > LARGEST_CHUNK:
-        raise ValueError(f'backend="triton" needs chunk_size <= {LARGEST_CHUNK}, got {chunk_size}; use "chunked"')
+    if chunk_size > MAX_CHUNK_SIZE:
+        raise ValueError(f'backend="triton" needs chunk_size <= {MAX_CHUNK_SIZE}, got {chunk_size}; use "chunked"')
 
 
 # ------------------------------------------------------------------------------------------------ launches
 
 
-class Plan(NamedTuple):
-    """What is compiled into the kernels for a span, and how it is launched."""
+class KernelPlan(NamedTuple):
+    """The constants that the kernels are compiled with for a run."""
 
     depth: int
     k: int
     units: int  # inputs of the last layer
-    block: int
+    block: int  # units that are processed at a time
     c: int
     form: MemoryForm
     at_boundary: bool
     precision: str
 
     @classmethod
-    def of(cls, span: Span, inputs: Inputs, c: int) -> "Plan":
+    def of(cls, run: ChunkRun, inputs: RunInputs, c: int) -> "KernelPlan":
         k, units = inputs.anchor[0].shape[1], inputs.anchor[-1].shape[1]
-        form = span.form._replace(norm=None)
-        return cls.made(len(inputs.anchor), k, units, c, form, span.at_boundary, precision_of(inputs.tokens.q.dtype))
+        form, precision = run.form._replace(norm=None), product_precision(inputs.tokens.q.dtype)
+        return cls.with_block(len(inputs.anchor), k, units, c, form, run.at_boundary, precision)
 
     @classmethod
-    def made(
+    def with_block(
         cls, depth: int, k: int, units: int, c: int, form: MemoryForm, at_boundary: bool, precision: str
-    ) -> "Plan":
-        return cls(depth, k, units, block_of(k, units, precision), c, form, at_boundary, precision)
+    ) -> "KernelPlan":
+        return cls(depth, k, units, unit_block_size(k, units, precision), c, form, at_boundary, precision)
 
     def constants(self, norm: Any) -> dict[str, Any]:
+        """The kernels' compile-time arguments; `norm` is None in the plain form."""
         return {
             "K": self.k, "U": self.units, "BLOCK": self.block, "C": self.c, "DEPTH": self.depth,
             "GELU": self.form.activation == "gelu", "NORM": norm is not None, "CLIP": self.form.clip,
@@ -96,281 +107,290 @@ class Plan(NamedTuple):
 WARPS = 8
 
 
-def block_of(k: int, units: int, precision: str) -> int:
-    """Units that go through a kernel at one time: a power of two that divides them, no larger than what the compiler
-    could hold without spilling much more (README.md one folder up)."""
+def unit_block_size(k: int, units: int, precision: str) -> int:
+    """Units that a kernel processes at a time: a power of two that divides them. Larger blocks spilled much more when
+    compiled (README.md one folder up)."""
     return math.gcd(units, 32 if k <= 64 and precision == "bf16" else 16)
 
 
-def precision_of(dtype: torch.dtype) -> str:
-    """How products are taken: bfloat16 tokens by bfloat16 operands; float32 by three tf32 products for one, which are
-    near float32's own precision and need less shared memory than one tf32 product."""
-    if dtype == torch.bfloat16 and not interpreting():  # the interpreter's products of bfloat16 are wrong
+def product_precision(dtype: torch.dtype) -> str:
+    """How the kernels multiply: bfloat16 tokens by bfloat16 operands, float32 tokens by three tf32 products for one.
+
+    Three tf32 products are near float32's precision, and need less shared memory than one.
+    """
+    if dtype == torch.bfloat16 and not is_interpreted():  # the interpreter's products of bfloat16 are wrong
         return "bf16"
     return "tf32x3"
 
 
-class Part(NamedTuple):
+class KernelInputs(NamedTuple):
     """A group of chunks, as the kernels take it."""
 
     tokens: tuple[Tensor, Tensor, Tensor]  # q, k, shift [N, R, C, K]
     decay: Decays
-    gates: Gates  # for the decays' backward pass
-    last: Tensor  # [R]
+    saved_decays: SavedDecays
+    last_chunk: Tensor  # [R]
 
 
-def part_of(tokens: Tokens, span: Span, bias: Tensor | None) -> Part:
+def kernel_inputs(tokens: Tokens, run: ChunkRun, bias: Tensor | None) -> KernelInputs:
     v = tokens.v.float()
     shift = -v if bias is None else tokens.k.float() - v + bias
-    decay, gates = decays(*tokens[3:], span.present)
+    decay, saved_decays = chunk_decays(*tokens[3:], run.valid)
     decay = Decays(*(x.contiguous() for x in decay))
-    return Part((tokens.q, tokens.k, shift), decay, gates, last_chunk(tokens, span.present))
+    return KernelInputs((tokens.q, tokens.k, shift), decay, saved_decays, last_valid_chunk(tokens, run.valid))
 
 
-def last_chunk(tokens: Tokens, present: Tensor | None) -> Tensor:
+def last_valid_chunk(tokens: Tokens, valid: Tensor | None) -> Tensor:
     """The last chunk in which each row has a token, -1 if none: `[R]`."""
     n, rows = tokens.q.shape[:2]
     number = torch.arange(n, dtype=torch.int32, device=tokens.q.device)[:, None].expand(n, rows)
-    return (number if present is None else torch.where(present.any(-1), number, -1)).amax(0)
+    return (number if valid is None else torch.where(valid.any(-1), number, -1)).amax(0)
 
 
-def pair(layers: Layers) -> tuple[Tensor | None, Tensor]:
-    """First and last layer; a memory of depth 1 has no first."""
+def first_and_last(layers: Layers) -> tuple[Tensor | None, Tensor]:
+    """The first and the last layer. At depth 1 the first is None."""
     return (None if len(layers) == 1 else layers[0]), layers[-1]
 
 
-def four(w: Layers, s: Layers) -> tuple[Tensor | None, ...]:
-    return pair(w)[0], pair(s)[0], w[-1], s[-1]
+def state_arguments(state: WeightsAndMomentum) -> tuple[Tensor | None, ...]:
+    """w1, s1, w2, s2, as the kernels take them."""
+    (w1, w2), (s1, s2) = first_and_last(state.w), first_and_last(state.s)
+    return w1, s1, w2, s2
 
 
-def launch_read(
-    plan: Plan,
-    part: Part,
-    gain: Tensor | None,
+def launch_forward(
+    plan: KernelPlan,
+    group: KernelInputs,
+    norm_weight: Tensor | None,
     anchor: Layers,
-    state: Weights,
-    outputs: tuple[Tensor | None, ...] | None,
+    state: WeightsAndMomentum,
+    outputs: GroupOutput | None,
 ) -> None:
-    """Read a group. `state` has slots, `[slots, R, in, out]` per layer. `outputs` None: fill the slots alone."""
-    from titans_lm.ops.triton.kernels import read
+    """Process a group. `state` has slots, `[slots, R, in, out]` for each layer. `outputs` None: fill only the slots."""
+    from titans_lm.ops.triton.kernels import forward_kernel
 
-    n, rows = part.tokens[0].shape[:2]
-    y, loss, norm = (None, None, None) if outputs is None else outputs
-    with torch.cuda.device_of(part.last):
-        read[(rows,)](
-            *part.tokens, *part.decay, gain, *pair(anchor), *four(*state), part.last, y, loss, norm, n, rows,
-            **plan.constants(gain), EACH=outputs is None, SURPRISE=loss is not None,
+    n, rows = group.tokens[0].shape[:2]
+    y, loss, gradient_norm = (None, None, None) if outputs is None else outputs
+    with torch.cuda.device_of(group.last_chunk):
+        forward_kernel[(rows,)](
+            *group.tokens, *group.decay, norm_weight, *first_and_last(anchor), *state_arguments(state),
+            group.last_chunk, y, loss, gradient_norm, n, rows, **plan.constants(norm_weight),
+            ALL_STATES=outputs is None, SURPRISE=loss is not None,
         )  # fmt: skip
 
 
-class Gradients(NamedTuple):
-    """Of the outer loss by what a group read; and room for the kernel."""
+class KernelGradients(NamedTuple):
+    """The outer loss's gradients by a group's inputs, and scratch memory for the kernel."""
 
     q: Tensor
     k: Tensor
     shift: Tensor
     decay: Decays
-    gain: Tensor | None
-    room: tuple[Tensor, Tensor]  # [R, C, U] each
+    norm_weight: Tensor | None
+    scratch: tuple[Tensor, Tensor]  # [R, C, U] each
 
     @classmethod
-    def like(cls, plan: Plan, part: Part, gain: Tensor | None) -> "Gradients":
-        rows = part.tokens[0].shape[1]
-        q, k, shift = (torch.empty_like(x, dtype=torch.float32) for x in part.tokens)
-        decay = Decays(*(torch.empty_like(x) for x in part.decay))
-        room = (shift.new_empty(rows, plan.c, plan.units), shift.new_empty(rows, plan.c, plan.units))
-        return cls(q, k, shift, decay, None if gain is None else torch.zeros_like(gain), room)
+    def empty(cls, plan: KernelPlan, group: KernelInputs, norm_weight: Tensor | None) -> "KernelGradients":
+        rows = group.tokens[0].shape[1]
+        q, k, shift = (torch.empty_like(x, dtype=torch.float32) for x in group.tokens)
+        decay = Decays(*(torch.empty_like(x) for x in group.decay))
+        scratch = (shift.new_empty(rows, plan.c, plan.units), shift.new_empty(rows, plan.c, plan.units))
+        return cls(q, k, shift, decay, None if norm_weight is None else torch.zeros_like(norm_weight), scratch)
 
 
-def launch_back(
-    plan: Plan,
-    part: Part,
-    gain: Tensor | None,
+def launch_backward(
+    plan: KernelPlan,
+    group: KernelInputs,
+    norm_weight: Tensor | None,
     anchor: Layers,
-    state: Weights,
-    by_y: Tensor,
-    by_loss: Tensor | None,
-    by_anchor: Layers,
-    by_state: Weights,
-) -> Gradients:
-    """Go back over a group. `by_anchor` and `by_state`, of the end, become those of the start."""
-    from titans_lm.ops.triton.kernels import back
+    state: WeightsAndMomentum,
+    grad_y: Tensor,
+    grad_loss: Tensor | None,
+    grad_anchor: Layers,
+    grad_state: WeightsAndMomentum,
+) -> KernelGradients:
+    """Go back over a group. `grad_anchor` and `grad_state` become, in place, those at the group's start."""
+    from titans_lm.ops.triton.kernels import backward_kernel
 
-    n, rows = part.tokens[0].shape[:2]
-    by = Gradients.like(plan, part, gain)
-    with torch.cuda.device_of(part.last):
-        back[(rows,)](
-            *part.tokens, *part.decay, gain, *pair(anchor), *four(*state), part.last, by_y, by_loss, *pair(by_anchor),
-            *four(*by_state), by.q, by.k, by.shift, *by.decay, by.gain, *by.room, n, rows, **plan.constants(gain),
+    n, rows = group.tokens[0].shape[:2]
+    grads = KernelGradients.empty(plan, group, norm_weight)
+    with torch.cuda.device_of(group.last_chunk):
+        backward_kernel[(rows,)](
+            *group.tokens, *group.decay, norm_weight, *first_and_last(anchor), *state_arguments(state),
+            group.last_chunk, grad_y, grad_loss, *first_and_last(grad_anchor), *state_arguments(grad_state),
+            grads.q, grads.k, grads.shift, *grads.decay, grads.norm_weight, *grads.scratch, n, rows,
+            **plan.constants(norm_weight),
         )  # fmt: skip
-    return by
+    return grads
 
 
-# ------------------------------------------------------------------------------------------------ a span of chunks
+# ------------------------------------------------------------------------------------------------ a run of chunks
 
 
-class _ReadSpan(torch.autograd.Function):
-    """`read_chunks` with a backward pass. Kept for it are the inputs and the state at the start of each group."""
+class _ScanRun(torch.autograd.Function):
+    """`chunks_forward` with a backward pass. It saves the inputs and the state at the start of each group."""
 
     @staticmethod
-    def forward(ctx: Any, span: Span, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = Inputs.of(flat)
-        y, loss, norm, anchor, after, starts = read_chunks(span, inputs)
+    def forward(ctx: Any, run: ChunkRun, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = RunInputs.unflatten(flat)
+        output, end, starts = chunks_forward(run, inputs)
         ctx.set_materialize_grads(False)
-        ctx.span, ctx.count = span, len(flat)
+        ctx.run, ctx.count = run, len(flat)
         ctx.save_for_backward(*flat, *starts.w, *starts.s)
-        if norm is not None:
-            ctx.mark_non_differentiable(norm)
-        return y, loss, norm, *anchor, *after.w, *after.s
+        if output.gradient_norm is not None:
+            ctx.mark_non_differentiable(output.gradient_norm)
+        return *output, *end.anchor, *end.w, *end.s
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, y: Tensor | None, loss: Tensor | None, _: None, *states: Tensor | None) -> tuple[Any, ...]:
-        inputs = Inputs.of(ctx.saved_tensors[: ctx.count])
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_loss: Tensor | None, _: None, *grad_end: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        inputs = RunInputs.unflatten(ctx.saved_tensors[: ctx.count])
         starts = ctx.saved_tensors[ctx.count :]
         layers = len(inputs.anchor)
-        y = torch.zeros_like(inputs.tokens.v, dtype=torch.float32) if y is None else y.contiguous()
-        shapes = (*inputs.anchor, *inputs.state.w, *inputs.state.s)
-        by_anchor, *by_state = thirds([
-            torch.zeros_like(x, memory_format=torch.contiguous_format) if by is None
-            else by.clone(memory_format=torch.contiguous_format)
-            for x, by in zip(shapes, states, strict=True)
-        ])  # fmt: skip
-        by = back_chunks(
-            ctx.span, inputs, Weights(list(starts[:layers]), list(starts[layers:])), y, loss, by_anchor,
-            Weights(*by_state),
-        )  # fmt: skip
-        return None, *by.flat()
+        starts = WeightsAndMomentum(list(starts[:layers]), list(starts[layers:]))
+        v = inputs.tokens.v
+        grad_y = torch.zeros_like(v, dtype=torch.float32) if grad_y is None else grad_y.contiguous()
+        grads = grads_or_zeros(grad_end, (*inputs.anchor, *inputs.state.w, *inputs.state.s))
+        return None, *chunks_backward(ctx.run, inputs, starts, grad_y, grad_loss, grads).flatten()
 
 
-def read_chunks(span: Span, inputs: Inputs) -> tuple[Tensor, Tensor | None, Tensor | None, Layers, Weights, Weights]:
-    """Y_L `[N, R, C, K]`, loss and gradient norm `[N, R, C]` if asked for, last anchor, state after, group starts."""
+class ForwardResult(NamedTuple):
+    """What `chunks_forward` returns."""
+
+    output: GroupOutput  # Y_L [N, R, C, K]; loss and gradient norm [N, R, C], with surprise
+    end: StateLayers  # the last anchor, and the state after
+    starts: WeightsAndMomentum  # the state at the start of each group, and at the end, [slots, R, in, out]
+
+
+def chunks_forward(run: ChunkRun, inputs: RunInputs) -> ForwardResult:
+    """Process a run, group after group."""
     n, rows, c, _ = inputs.tokens.q.shape
-    plan, gain = Plan.of(span, inputs, c), gain_of(inputs)
-    size = group_size(n)
+    plan, norm_weight = KernelPlan.of(run, inputs, c), norm_weight_of(inputs)
+    size = group_size_sqrt(n)
     y = torch.empty_like(inputs.tokens.v, dtype=torch.float32)
-    seen = tuple(y.new_empty(n, rows, c) if span.surprise else None for _ in range(2))
+    output = GroupOutput(y, *(y.new_empty(n, rows, c) if run.surprise else None for _ in range(2)))
     anchor = [w.clone(memory_format=torch.contiguous_format) for w in inputs.anchor]
-    starts = slots(inputs.state, -(-n // size) + 1)  # and the end
-    for i, (tokens, here) in enumerate(groups(inputs.tokens, span, size)):
+    starts = state_slots(inputs.state, -(-n // size) + 1)
+    for i, (tokens, group_run) in enumerate(split_groups(inputs.tokens, run, size)):
         part = slice(i * size, (i + 1) * size)
-        outputs = (y[part], *(None if x is None else x[part] for x in seen))
-        state = Weights(*([x[i:] for x in layers] for layers in starts))
-        launch_read(plan, part_of(tokens, here, bias_of(inputs)), gain, anchor, state, outputs)
-    after = Weights(*([x[-1].clone() for x in layers] for layers in starts))
-    return y, *seen, anchor, after, starts  # type: ignore[return-value]
+        outputs = GroupOutput(y[part], *(None if x is None else x[part] for x in output[1:]))
+        state = WeightsAndMomentum(*([x[i:] for x in layers] for layers in starts))
+        group = kernel_inputs(tokens, group_run, norm_bias_of(inputs))
+        launch_forward(plan, group, norm_weight, anchor, state, outputs)
+    end = StateLayers(anchor, *([x[-1].clone() for x in layers] for layers in starts))
+    return ForwardResult(output, end, starts)
 
 
-def back_chunks(
-    span: Span,
-    inputs: Inputs,
-    starts: Weights,
-    by_y: Tensor,
-    by_loss: Tensor | None,
-    by_anchor: Layers,
-    by_state: Weights,
-) -> Inputs:
-    """The gradients by `inputs`, from those by Y_L, the loss, the last anchor and the state after."""
+def chunks_backward(
+    run: ChunkRun,
+    inputs: RunInputs,
+    starts: WeightsAndMomentum,
+    grad_y: Tensor,
+    grad_loss: Tensor | None,
+    grads: StateLayers,
+) -> RunInputs:
+    """The gradients by `inputs`, from those by Y_L, the loss, the last anchor and the state after (`grads`)."""
     n, _, c, _ = inputs.tokens.q.shape
-    plan, gain = Plan.of(span, inputs, c), gain_of(inputs)
-    size = group_size(n)
-    inside = Weights(*([x.new_empty(size + 1, *x.shape[1:]) for x in layers] for layers in starts))
+    plan, norm_weight = KernelPlan.of(run, inputs, c), norm_weight_of(inputs)
+    size = group_size_sqrt(n)
+    chunk_states = WeightsAndMomentum(*([x.new_empty(size + 1, *x.shape[1:]) for x in layers] for layers in starts))
     anchor = [w.contiguous() for w in inputs.anchor]
+    grad_anchor, grad_state = grads.anchor, WeightsAndMomentum(grads.w, grads.s)
     parts: list[Tokens] = []
-    by_gain, by_bias = None, None
-    for i, (tokens, here) in reversed(list(enumerate(groups(inputs.tokens, span, size)))):
-        part = part_of(tokens, here, bias_of(inputs))
-        for room, start in zip((*inside.w, *inside.s), (*starts.w, *starts.s), strict=True):
-            room[0] = start[i]
-        launch_read(plan, part, gain, anchor, inside, None)
-        here_in_all = slice(i * size, (i + 1) * size)
-        loss = None if by_loss is None else by_loss[here_in_all].contiguous()
-        by = launch_back(plan, part, gain, anchor, inside, by_y[here_in_all], loss, by_anchor, by_state)
-        by_gates = back_decays(by.decay, part.gates)
-        k = by.k
-        if span.at_boundary:  # went to the weights that the anchor was, in rows that have a token
-            for x in by_anchor:
-                x *= (part.last < 0)[:, None, None]
-        if by.gain is not None:
-            k, bias = by.k + by.shift, by.shift.sum((0, 2))[:, None]
-            by_gain = by.gain if by_gain is None else by_gain + by.gain
-            by_bias = bias if by_bias is None else by_bias + bias
-        dtype = tokens.q.dtype
-        parts.insert(0, Tokens(by.q.to(dtype), k.to(dtype), -by.shift.to(tokens.v.dtype), *by_gates))
-    by_tokens = Tokens(*(torch.cat(x) for x in zip(*parts, strict=True)))
-    norm = None if by_gain is None or by_bias is None else (by_gain[:, None], by_bias)
-    return Inputs(by_tokens, norm, by_anchor, by_state)
+    grad_weight, grad_bias = None, None
+    for i, (tokens, group_run) in reversed(list(enumerate(split_groups(inputs.tokens, run, size)))):
+        group = kernel_inputs(tokens, group_run, norm_bias_of(inputs))
+        for slots, start in zip((*chunk_states.w, *chunk_states.s), (*starts.w, *starts.s), strict=True):
+            slots[0] = start[i]
+        launch_forward(plan, group, norm_weight, anchor, chunk_states, None)
+        part = slice(i * size, (i + 1) * size)
+        loss = None if grad_loss is None else grad_loss[part].contiguous()
+        by_group = launch_backward(
+            plan, group, norm_weight, anchor, chunk_states, grad_y[part], loss, grad_anchor, grad_state
+        )
+        grad_gates = decays_backward(by_group.decay, group.saved_decays)
+        grad_k = by_group.k
+        if run.at_boundary:  # in rows with a token it went into the gradient by the weights, which the anchor is
+            for x in grad_anchor:
+                x *= (group.last_chunk < 0)[:, None, None]
+        if by_group.norm_weight is not None:
+            grad_k, bias = by_group.k + by_group.shift, by_group.shift.sum((0, 2))[:, None]
+            grad_weight = by_group.norm_weight if grad_weight is None else grad_weight + by_group.norm_weight
+            grad_bias = bias if grad_bias is None else grad_bias + bias
+        dtype, v_dtype = tokens.q.dtype, tokens.v.dtype
+        parts.insert(0, Tokens(by_group.q.to(dtype), grad_k.to(dtype), -by_group.shift.to(v_dtype), *grad_gates))
+    grad_tokens = Tokens(*(torch.cat(x) for x in zip(*parts, strict=True)))
+    grad_norm = None if grad_weight is None or grad_bias is None else (grad_weight[:, None], grad_bias)
+    return RunInputs(grad_tokens, grad_norm, grad_anchor, grad_state)
 
 
-def slots(state: Weights, count: int) -> Weights:
-    """Room for `count` states, `[count, R, in, out]` per layer; `state` is the first."""
-    made = Weights(*([x.new_empty(count, *x.shape) for x in layers] for layers in state))
-    for room, first in zip((*made.w, *made.s), (*state.w, *state.s), strict=True):
-        room[0] = first
-    return made
+def state_slots(state: WeightsAndMomentum, count: int) -> WeightsAndMomentum:
+    """Memory for `count` states, `[count, R, in, out]` for each layer; `state` is the first."""
+    slots = WeightsAndMomentum(*([x.new_empty(count, *x.shape) for x in layers] for layers in state))
+    for slot, first in zip((*slots.w, *slots.s), (*state.w, *state.s), strict=True):
+        slot[0] = first
+    return slots
 
 
-def group_size(chunks: int) -> int:
-    return max(1, round(math.sqrt(chunks)))
-
-
-def gain_of(inputs: Inputs) -> Tensor | None:
+def norm_weight_of(inputs: RunInputs) -> Tensor | None:
     return None if inputs.norm is None else inputs.norm[0][:, 0].contiguous()
 
 
-def bias_of(inputs: Inputs) -> Tensor | None:
+def norm_bias_of(inputs: RunInputs) -> Tensor | None:
     return None if inputs.norm is None else inputs.norm[1]
 
 
-def groups(tokens: Tokens, span: Span, size: int) -> list[tuple[Tokens, Span]]:
-    present = span.present
+def split_groups(tokens: Tokens, run: ChunkRun, size: int) -> list[tuple[Tokens, ChunkRun]]:
+    """Groups of `size` chunks."""
+    valid = run.valid
     return [
         (
             Tokens(*(x[n : n + size] for x in tokens)),
-            span._replace(present=None if present is None else present[n : n + size]),
+            run._replace(valid=None if valid is None else valid[n : n + size]),
         )
         for n in range(0, len(tokens.q), size)
     ]
 
 
-def read_span(span: Span, inputs: Inputs) -> tuple[Any, ...]:
-    """As `chunked.read_span`."""
-    width, (batch, _, heads, _) = span.width, inputs.tokens.q.shape
-    if span.present is not None:
-        span = span._replace(present=to_rows(span.present[..., None].expand(-1, -1, heads), width))
-    span, tokens = padded(span, Tokens(*(to_rows(x, width) for x in inputs.tokens)))
+def scan_run(run: ChunkRun, inputs: RunInputs) -> RunOutput:
+    """`chunked.scan.scan_run` by kernels."""
+    size, (batch, _, heads, _) = run.chunk_size, inputs.tokens.q.shape
+    if run.valid is not None:
+        run = run._replace(valid=to_rows(run.valid[..., None].expand(-1, -1, heads), size))
+    run, tokens = pad_chunks(run, Tokens(*(to_rows(x, size) for x in inputs.tokens)))
     inputs = inputs._replace(tokens=tokens)
-    flat = inputs.flat()
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat):
-        y, loss, norm, *state = _ReadSpan.apply(span, *flat)
-        anchor, w, s = thirds(state)
+    if inputs.needs_grad():
+        (y, loss, norm), end = split_outputs(_ScanRun.apply(run, *inputs.flatten()))
     else:
-        y, loss, norm, anchor, (w, s), _ = read_chunks(span, inputs)
+        (y, loss, norm), end, _ = chunks_forward(run, inputs)
     if inputs.norm is not None:
-        gain, bias = inputs.norm
-        y = tokens.q.float() + F.layer_norm(y, y.shape[-1:], eps=NORM_EPS) * gain + bias
-    return *(None if x is None else to_tokens(x[:, :, :width], batch) for x in (y, loss, norm)), anchor, w, s
+        weight, bias = inputs.norm
+        y = tokens.q.float() + F.layer_norm(y, y.shape[-1:], eps=NORM_EPS) * weight + bias
+    loss, norm = (None if x is None else to_tokens(x[:, :, :size], batch) for x in (loss, norm))
+    return RunOutput(GroupOutput(to_tokens(y[:, :, :size], batch), loss, norm), end)
 
 
-def padded(span: Span, tokens: Tokens) -> tuple[Span, Tokens]:
-    """Chunks made as long as the kernels need them, a power of two, with slots that hold no token."""
-    width = tokens.q.shape[2]
-    more = max(SMALLEST, 1 << (width - 1).bit_length()) - width
-    if not more:
-        return span, tokens
-    present = torch.ones_like(tokens.theta, dtype=torch.bool) if span.present is None else span.present
-    wide = tuple(F.pad(x, (0, 0, 0, more)) for x in tokens[:3])
-    narrow = tuple(F.pad(x, (0, more)) for x in tokens[3:])
-    return span._replace(present=F.pad(present, (0, more))), Tokens(*wide, *narrow)
+def pad_chunks(run: ChunkRun, tokens: Tokens) -> tuple[ChunkRun, Tokens]:
+    """Pad chunks with empty slots to the size that the kernels need, a power of two."""
+    size = tokens.q.shape[2]
+    padding = max(MIN_SIZE, 1 << (size - 1).bit_length()) - size
+    if not padding:
+        return run, tokens
+    valid = torch.ones_like(tokens.theta, dtype=torch.bool) if run.valid is None else run.valid
+    vectors = tuple(F.pad(x, (0, 0, 0, padding)) for x in tokens[:3])
+    gates = tuple(F.pad(x, (0, padding)) for x in tokens[3:])
+    return run._replace(valid=F.pad(valid, (0, padding))), Tokens(*vectors, *gates)
 
 
 # ------------------------------------------------------------------------------------------------ the whole call
 
 
-def fused(call: Call) -> Answer:
-    """As `naive`, by kernels; q, k and v also in bfloat16. Raises ValueError with the reason if they cannot run."""
-    q, k, v = call.tokens[:3]
-    check(q, call.state, call.chunk_size)
+def triton_scan(inputs: ScanInputs) -> ScanOutput:
+    """`naive_scan` by kernels; q, k and v may be bfloat16. Raises ValueError with the reason if they cannot run."""
+    q, k, v = inputs.tokens[:3]
+    check_supported(q, inputs.state, inputs.chunk_size)
     if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
-        call = call._replace(tokens=call.tokens._replace(q=q.float(), k=k.float(), v=v.float()))
-    return in_spans(call, read_span)
+        inputs = inputs._replace(tokens=inputs.tokens._replace(q=q.float(), k=k.float(), v=v.float()))
+    return scan_runs(inputs, scan_run)

@@ -1,6 +1,6 @@
-"""The memory itself in Triton, row by row: what `mlp.py` is to PyTorch, under the same names."""
+"""The memory M(x) in Triton, row by row: `mlp.py`, under the same names."""
 
-from typing import no_type_check  # for the shape checker of the tests too: Triton compiles source, not what wraps it
+from typing import no_type_check  # also keeps the tests' shape checker away: Triton compiles source
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ import triton.language as tl
 @triton.jit
 @no_type_check
 def dot(x, y, PRECISION: tl.constexpr):
-    """x @ y, accumulated in float32; the operands in bfloat16, or in float32 by the tensor cores' `PRECISION`."""
+    """x @ y, accumulated in float32. Operands are bfloat16, or float32 with the tensor cores' `PRECISION`."""
     if PRECISION == "bf16":
         product = tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16))
     else:
@@ -20,7 +20,7 @@ def dot(x, y, PRECISION: tl.constexpr):
 @triton.jit
 @no_type_check
 def gelu_parts(z):
-    """tanh, the derivative of what it is of, and that one's derivative less a factor z."""
+    """Of GELU: tanh, the derivative of its argument, and that derivative's derivative over z."""
     square = z * z
     scale = 0.7978845608028654  # sqrt(2 / pi)
     t = 2 * tl.sigmoid(2 * scale * z * (1 + 0.044715 * square)) - 1
@@ -41,7 +41,7 @@ def activate(z, GELU: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def slope(z, GELU: tl.constexpr):
+def act_derivative(z, GELU: tl.constexpr):
     """act'(z)"""
     if GELU:
         t, inner, _ = gelu_parts(z)
@@ -54,7 +54,7 @@ def slope(z, GELU: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def curvature(z, GELU: tl.constexpr):
+def act_second_derivative(z, GELU: tl.constexpr):
     """act''(z)"""
     if GELU:
         t, inner, rest = gelu_parts(z)
@@ -68,58 +68,58 @@ def curvature(z, GELU: tl.constexpr):
 @triton.jit
 @no_type_check
 def mean(x, WIDTH: tl.constexpr):
-    """Of each row, as a column."""
+    """The mean of each row, as a column."""
     return (tl.sum(x, 1) / WIDTH)[:, None]
 
 
 @triton.jit
 @no_type_check
-def through_norm(gradient, n, inverse, WIDTH: tl.constexpr):
-    """The layer norm's backward pass: from the gradient by n(z) to that by z."""
-    return (gradient - mean(gradient, WIDTH) - n * mean(gradient * n, WIDTH)) * inverse
+def layer_norm_backward(gradient, normed, rstd, WIDTH: tl.constexpr):
+    """The gradient by z, from that by n(z)."""
+    return (gradient - mean(gradient, WIDTH) - normed * mean(gradient * normed, WIDTH)) * rstd
 
 
 @triton.jit
 @no_type_check
-def read_output(z, shift, gain, NORM: tl.constexpr, CLIP: tl.constexpr, EPS: tl.constexpr, WIDTH: tl.constexpr):
-    """`mlp.read_output`: error, gradient at Z_L, its length, n, 1 / std, and G_L; rows `[C, V]`, columns `[C, 1]`."""
+def inner_loss(z, shift, norm_weight, NORM: tl.constexpr, CLIP: tl.constexpr, EPS: tl.constexpr, WIDTH: tl.constexpr):
+    """`mlp.inner_loss` -> error, gradient at Z_L, its length, n(Z_L), 1 / std, and G_L; `[C, V]` or `[C, 1]` each."""
     if NORM:
         centred = z - mean(z, WIDTH)
-        inverse = 1 / tl.sqrt(mean(centred * centred, WIDTH) + EPS)
-        n = centred * inverse
-        error = shift + n * gain
-        gradient = through_norm(2 * error * gain, n, inverse, WIDTH)
+        rstd = 1 / tl.sqrt(mean(centred * centred, WIDTH) + EPS)
+        normed = centred * rstd
+        error = shift + normed * norm_weight
+        gradient = layer_norm_backward(2 * error * norm_weight, normed, rstd, WIDTH)
     else:
-        n, inverse = z, mean(z, WIDTH)  # not used
+        normed, rstd = z, mean(z, WIDTH)  # unused
         error = z + shift
         gradient = 2 * error
-    size = tl.sqrt(tl.sum(gradient * gradient, 1))[:, None]
+    length = tl.sqrt(tl.sum(gradient * gradient, 1))[:, None]
     g = gradient
     if CLIP is not None:
-        g = gradient * (CLIP / (size + CLIP))
-    return error, gradient, size, n, inverse, g
+        g = gradient * (CLIP / (length + CLIP))
+    return error, gradient, length, normed, rstd, g
 
 
 @triton.jit
 @no_type_check
-def back_output(
-    g, loss, error, gradient, size, n, inverse, gain,
+def inner_loss_backward(
+    g, loss, error, gradient, length, normed, rstd, norm_weight,
     NORM: tl.constexpr, CLIP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """`mlp.back_output`: from the gradients by G_L `[C, V]` and the loss `[C, 1]` to those by z, shift and gain."""
+    """`mlp.inner_loss_backward`: gradients by z, shift, norm weight from those by G_L `[C, V]`, loss `[C, 1]`."""
     if CLIP is not None:
-        s = CLIP / (size + CLIP)
-        along = tl.sum(g * gradient, 1)[:, None] * s * s / (CLIP * tl.maximum(size, 1e-30))
+        s = CLIP / (length + CLIP)
+        along = tl.sum(g * gradient, 1)[:, None] * s * s / (CLIP * tl.maximum(length, 1e-30))
         g = g * s - gradient * along
     if NORM:
-        u = 2 * gain * error
-        du = through_norm(g, n, inverse, WIDTH)
-        by_error = 2 * gain * du + 2 * error * loss
-        dn = gain * by_error - inverse * (mean(u * n, WIDTH) * g + mean(g * n, WIDTH) * u)
-        dz = through_norm(dn, n, inverse, WIDTH) - n * mean(g * gradient, WIDTH) * inverse
-        by_gain = tl.sum(2 * error * du + n * by_error, 0)
+        u = 2 * norm_weight * error
+        du = layer_norm_backward(g, normed, rstd, WIDTH)
+        grad_error = 2 * norm_weight * du + 2 * error * loss
+        dn = norm_weight * grad_error - rstd * (mean(u * normed, WIDTH) * g + mean(g * normed, WIDTH) * u)
+        dz = layer_norm_backward(dn, normed, rstd, WIDTH) - normed * mean(g * gradient, WIDTH) * rstd
+        grad_norm_weight = tl.sum(2 * error * du + normed * grad_error, 0)
     else:
-        by_error = 2 * g + 2 * error * loss
-        dz = by_error
-        by_gain = tl.sum(by_error, 0)  # not used
-    return dz, by_error, by_gain
+        grad_error = 2 * g + 2 * error * loss
+        dz = grad_error
+        grad_norm_weight = tl.sum(grad_error, 0)  # unused
+    return dz, grad_error, grad_norm_weight

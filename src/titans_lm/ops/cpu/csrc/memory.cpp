@@ -1,22 +1,21 @@
-// What Python calls, for one type of number: Number, given to the compiler.
+// The functions that Python calls. The compiler is given their type of number, Scalar.
 
 #include <atomic>
 #include <new>
 #include <thread>
 
-#include "back_reader.h"
+#include "row_backward.h"
 #include "token_features.h"
-#include "step.h"
+#include "decode.h"
 
-// Jobs are handed out one by one to `threads` threads, or as many as the system gives, each with buffers of its own.
-// (The counter is locked at its end too: what a worker has streamed past the caches is then there for all.) 0, or 1
-// where memory ran out.
-template <class Worker, class Call, class Act>
-long share(const Call& call, long jobs, Act act) {
+// Run jobs on `threads` threads, or as many as the system gives, each with a Worker of its own. Returns 0, or 1 if memory
+// ran out. The counter's last atomic operation also makes a worker's streaming stores visible to all threads.
+template <class Worker, class Args, class Act>
+long run_jobs(const Args& args, long jobs, Act act) {
     std::atomic<long> next{0}, failed{0};
     auto work = [&] {
         try {
-            Worker worker(call);
+            Worker worker(args);
             for (long job; (job = next++) < jobs;) act(worker, job);
         } catch (const std::bad_alloc&) {
             failed = 1;
@@ -24,7 +23,7 @@ long share(const Call& call, long jobs, Act act) {
     };
     std::vector<std::thread> others;
     try {
-        for (long i = 1; i < std::min(call.threads, jobs); ++i) others.emplace_back(work);
+        for (long i = 1; i < std::min(args.threads, jobs); ++i) others.emplace_back(work);
     } catch (const std::exception&) {
     }
     work();
@@ -33,26 +32,30 @@ long share(const Call& call, long jobs, Act act) {
 }
 
 extern "C" {
-long titans_state(const Call<Number>* call) { return Plan<Number>(call->width, call->widths, call->layers).state; }
-long titans_trace(const Call<Number>* call) { return Plan<Number>(call->width, call->widths, call->layers).trace; }
-long titans_read(const Call<Number>* call) {
-    return share<Reader<Number>>(*call, call->batch * call->heads,
-                                 [](Reader<Number>& reader, long r) { reader.read(r); });
+long titans_state_size(const ScanArgs<Scalar>* args) {
+    return SavedLayout<Scalar>(args->chunk_size, args->widths, args->layers).state_size;
 }
-long titans_back(const Call<Number>* call) {
-    return share<BackReader<Number>>(*call, call->batch * call->heads,
-                                     [](BackReader<Number>& reader, long r) { reader.back(r); });
+long titans_saved_size(const ScanArgs<Scalar>* args) {
+    return SavedLayout<Scalar>(args->chunk_size, args->widths, args->layers).saved_size;
 }
-long titans_step(const Call<Number>* call) {
-    return share<Stepper<Number>>(*call, call->batch * call->heads,
-                                  [](Stepper<Number>& stepper, long r) { stepper.step(r); });
+long titans_forward(const ScanArgs<Scalar>* args) {
+    return run_jobs<RowForward<Scalar>>(*args, args->batch * args->heads,
+                                        [](RowForward<Scalar>& row, long r) { row.forward(r); });
 }
-long titans_make(const Features<Number>* call) {
-    return share<Maker<Number>>(*call, call->parts * call->heads,
-                                [](Maker<Number>& maker, long job) { maker.make(job); });
+long titans_backward(const ScanArgs<Scalar>* args) {
+    return run_jobs<RowBackward<Scalar>>(*args, args->batch * args->heads,
+                                         [](RowBackward<Scalar>& row, long r) { row.backward(r); });
 }
-long titans_back_make(const Features<Number>* call) {
-    return share<Maker<Number>>(*call, call->parts * call->heads,
-                                [](Maker<Number>& maker, long job) { maker.back(job); });
+long titans_decode(const ScanArgs<Scalar>* args) {
+    return run_jobs<RowDecoder<Scalar>>(*args, args->batch * args->heads,
+                                        [](RowDecoder<Scalar>& row, long r) { row.decode(r); });
+}
+long titans_features_forward(const FeatureArgs<Scalar>* args) {
+    return run_jobs<FeatureWorker<Scalar>>(*args, args->parts * args->heads,
+                                           [](FeatureWorker<Scalar>& worker, long job) { worker.forward(job); });
+}
+long titans_features_backward(const FeatureArgs<Scalar>* args) {
+    return run_jobs<FeatureWorker<Scalar>>(*args, args->parts * args->heads,
+                                           [](FeatureWorker<Scalar>& worker, long job) { worker.backward(job); });
 }
 }

@@ -1,99 +1,103 @@
-// What a memory reads: from projections the short convolution, SiLU, and for queries and keys the unit; and back.
-// `features.py` says the same in PyTorch.
+// Queries, keys and values from their projections: short convolution, SiLU, and for queries and keys the L2 norm; and the
+// backward pass. `features.py` is the same in PyTorch.
 
 #pragma once
 #include "mlp.h"
 
-// Fields are those of `features._Features`, in its order. Channels are parts * heads * width; parts are q, k and v, or
-// the first of them.
+// The fields are those of `features._FeatureArgs`, in its order. Channels are parts * heads * width; the parts are q, k and v,
+// or the first of them.
 template <class T>
-struct Features {
+struct FeatureArgs {
     long batch, tokens, size, parts, heads, width, threads;
-    const T *past, *filters;  // [B, size - 1 + T, channels], [channels, size]
-    T* const* made;           // of each part, [B, T, H, width]
-    const T* const* by_made;  // back alone, as all that follows
-    T *by_past, *by_filters;
+    const T *past, *filters;       // [B, size - 1 + T, channels], [channels, size]
+    T* const* outputs;             // of each part, [B, T, H, width]
+    const T* const* grad_outputs;  // this and all that follows: for the backward pass alone
+    T *grad_past, *grad_filters;
 };
 
 constexpr double UNIT_EPS = 1e-6;
-constexpr long BLOCK = 64;  // tokens: a sum of sums rounds less than one of all tokens
+constexpr long BLOCK = 64;  // tokens: a sum of sums rounds less than one sum of all tokens
 
-// One part's one head at a time: nothing that another writes.
+// One head of one part at a time: jobs write to different memory.
 template <class T>
-struct Maker {
-    const Features<T>& call;
-    std::vector<T> taps, by_taps, by_taps_here;  // [size, width]: filters of the head, gradient by them, and of a block
-    std::vector<T> before, value, slope, by;     // of a token: what SiLU is of, SiLU, its slope; the gradient
+struct FeatureWorker {
+    const FeatureArgs<T>& args;
+    std::vector<T> taps, grad_taps,
+        block_grad_taps;  // [size, width]: filters of the head, gradient by them, and of a block
+    std::vector<T> conv, value, act_derivative,
+        grad_conv;  // of a token: what SiLU is of, SiLU, its slope; the gradient
     long part = 0, head = 0, channels, first = 0;
 
-    explicit Maker(const Features<T>& call)
-        : call(call), taps(call.size * call.width), by_taps(taps), by_taps_here(taps), before(leading<T>(call.width)),
-          value(before), slope(before), by(before), channels(call.parts * call.heads * call.width) {}
+    explicit FeatureWorker(const FeatureArgs<T>& args)
+        : args(args), taps(args.size * args.width), grad_taps(taps), block_grad_taps(taps),
+          conv(leading_dim<T>(args.width)), value(conv), act_derivative(conv), grad_conv(conv),
+          channels(args.parts * args.heads * args.width) {}
 
     void begin(long job) {
-        part = job / call.heads, head = job % call.heads;
-        first = job * call.width;
-        for (long i = 0; i < call.width; ++i)
-            for (long age = 0; age < call.size; ++age)
-                taps[age * call.width + i] = call.filters[(first + i) * call.size + age];
+        part = job / args.heads, head = job % args.heads;
+        first = job * args.width;
+        for (long i = 0; i < args.width; ++i)
+            for (long age = 0; age < args.size; ++age)
+                taps[age * args.width + i] = args.filters[(first + i) * args.size + age];
     }
 
-    long at(long b, long t) const { return ((b * call.tokens + t) * call.heads + head) * call.width; }
-    long past_at(long b, long t) const { return (b * (call.size - 1 + call.tokens) + t) * channels + first; }
+    long token_offset(long b, long t) const { return ((b * args.tokens + t) * args.heads + head) * args.width; }
+    long past_offset(long b, long t) const { return (b * (args.size - 1 + args.tokens) + t) * channels + first; }
 
-    // The token's value before its unit; its length's inverse, or 1.
+    // Compute the token's value before its L2 norm. Returns 1 / norm, or 1 for v.
     T token(long b, long t, bool for_back) {
-        const T* past = call.past + past_at(b, t);
-        for (long i = 0; i < call.width; ++i) before[i] = past[i] * taps[i];
-        for (long age = 1; age < call.size; ++age)
-            for (long i = 0; i < call.width; ++i) before[i] += past[age * channels + i] * taps[age * call.width + i];
-        T* slopes = for_back ? slope.data() : nullptr;
-        activate<T>(Activation::silu, 1, call.width, before.data(), 0, value.data(), slopes, {});
+        const T* past = args.past + past_offset(b, t);
+        for (long i = 0; i < args.width; ++i) conv[i] = past[i] * taps[i];
+        for (long age = 1; age < args.size; ++age)
+            for (long i = 0; i < args.width; ++i) conv[i] += past[age * channels + i] * taps[age * args.width + i];
+        T* slopes = for_back ? act_derivative.data() : nullptr;
+        activate<T>(Activation::silu, 1, args.width, conv.data(), 0, value.data(), slopes, {});
         if (part == 2) return 1;
-        return 1 / std::sqrt(dot(value.data(), value.data(), call.width) + T(UNIT_EPS));
+        return 1 / std::sqrt(dot(value.data(), value.data(), args.width) + T(UNIT_EPS));
     }
 
-    void make(long job) {
+    void forward(long job) {
         begin(job);
-        for (long b = 0; b < call.batch; ++b)
-            for (long t = 0; t < call.tokens; ++t) {
-                T scale = token(b, t, false), *made = call.made[part] + at(b, t);
-                for (long i = 0; i < call.width; ++i) made[i] = value[i] * scale;
+        for (long b = 0; b < args.batch; ++b)
+            for (long t = 0; t < args.tokens; ++t) {
+                T scale = token(b, t, false), *outputs = args.outputs[part] + token_offset(b, t);
+                for (long i = 0; i < args.width; ++i) outputs[i] = value[i] * scale;
             }
     }
 
-    void back(long job) {
+    void backward(long job) {
         begin(job);
-        for (auto* sums : {&by_taps, &by_taps_here}) std::fill(sums->begin(), sums->end(), T(0));
-        for (long b = 0; b < call.batch; ++b) {
-            for (long t = 0; t < call.size - 1 + call.tokens; ++t)
-                std::fill_n(call.by_past + past_at(b, t), call.width, T(0));
-            for (long t = 0; t < call.tokens; ++t) {
-                back_token(b, t);
-                if (t % BLOCK == BLOCK - 1) collect();
+        for (auto* sums : {&grad_taps, &block_grad_taps}) std::fill(sums->begin(), sums->end(), T(0));
+        for (long b = 0; b < args.batch; ++b) {
+            for (long t = 0; t < args.size - 1 + args.tokens; ++t)
+                std::fill_n(args.grad_past + past_offset(b, t), args.width, T(0));
+            for (long t = 0; t < args.tokens; ++t) {
+                token_backward(b, t);
+                if (t % BLOCK == BLOCK - 1) flush_block();
             }
-            collect();
+            flush_block();
         }
-        for (long i = 0; i < call.width; ++i)
-            for (long age = 0; age < call.size; ++age)
-                call.by_filters[(first + i) * call.size + age] = by_taps[age * call.width + i];
+        for (long i = 0; i < args.width; ++i)
+            for (long age = 0; age < args.size; ++age)
+                args.grad_filters[(first + i) * args.size + age] = grad_taps[age * args.width + i];
     }
 
-    void collect() {
-        for (size_t i = 0; i < by_taps.size(); ++i) by_taps[i] += by_taps_here[i], by_taps_here[i] = 0;
+    void flush_block() {
+        for (size_t i = 0; i < grad_taps.size(); ++i) grad_taps[i] += block_grad_taps[i], block_grad_taps[i] = 0;
     }
 
-    void back_token(long b, long t) {
+    void token_backward(long b, long t) {
         T scale = token(b, t, true), along = 0;
-        const T* by_made = call.by_made[part] + at(b, t);
-        if (part != 2) along = dot(by_made, value.data(), call.width) * scale * scale;
-        for (long i = 0; i < call.width; ++i) by[i] = (by_made[i] - value[i] * along) * scale * slope[i];
-        for (long age = 0; age < call.size; ++age) {
-            const T *past = call.past + past_at(b, t + age), *tap = &taps[age * call.width];
-            T *by_past = call.by_past + past_at(b, t + age), *by_tap = &by_taps_here[age * call.width];
-            for (long i = 0; i < call.width; ++i) {
-                by_past[i] += by[i] * tap[i];
-                by_tap[i] += by[i] * past[i];
+        const T* grad_outputs = args.grad_outputs[part] + token_offset(b, t);
+        if (part != 2) along = dot(grad_outputs, value.data(), args.width) * scale * scale;
+        for (long i = 0; i < args.width; ++i)
+            grad_conv[i] = (grad_outputs[i] - value[i] * along) * scale * act_derivative[i];
+        for (long age = 0; age < args.size; ++age) {
+            const T *past = args.past + past_offset(b, t + age), *tap = &taps[age * args.width];
+            T *grad_past = args.grad_past + past_offset(b, t + age), *grad_tap = &block_grad_taps[age * args.width];
+            for (long i = 0; i < args.width; ++i) {
+                grad_past[i] += grad_conv[i] * tap[i];
+                grad_tap[i] += grad_conv[i] * past[i];
             }
         }
     }

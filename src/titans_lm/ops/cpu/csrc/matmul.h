@@ -1,7 +1,7 @@
-// Products of matrices that stay in a core's caches, and what they are made of: vectors, rows, transposes.
+// Matrix products for matrices that fit a core's caches, and their parts: vectors, rows, transposes.
 //
-// A matrix's rows are `leading(columns)` numbers apart. What lies behind its last column belongs to nobody: products
-// compute it along, sums over rows leave it out.
+// A matrix's rows are `leading_dim(columns)` scalars apart. The padding after the last column has no meaning: products
+// compute it too, sums over rows leave it out.
 
 #pragma once
 #include <cmath>
@@ -41,29 +41,29 @@ inline void store(T* x, V<T> v) {
     std::memcpy(x, &v, sizeof v);
 }
 
-// Numbers from one row to the next: whole vectors, and no multiple of 256 bytes, where rows would share cache sets.
+// Scalars from one row to the next: whole vectors, and no multiple of 256 bytes, where rows would share cache sets.
 template <class T>
-long leading(long columns) {
+long leading_dim(long columns) {
     long whole = (columns + WIDTH<T> - 1) / WIDTH<T> * WIDTH<T>;
     return whole * sizeof(T) % 256 ? whole : whole + WIDTH<T>;
 }
 
 // ---------------------------------------------------------------------------------------------------------- products
 
-enum class Part { all, lower, upper };  // of A: 0 above its diagonal, or below
+enum class Triangle { all, lower, upper };  // of A: lower is 0 above the diagonal, upper 0 below
 
 template <class T>
-struct Term {  // A B: element (i, p) of A at a[i * row + p * step], so that A^T needs no copy; B [k, n] row by row
+struct Term {  // A B: element (i, p) of A is a[i * row + p * step], so A^T needs no copy; B [k, n] has rows ldb apart
     const T* a;
     long row, step;
     const T* b;
     long ldb, k;
-    Part part = Part::all;
+    Triangle part = Triangle::all;
 };
 
-// What a product begins with, where it does not begin with 0.
+// The matrix that a product is added to: one of these.
 template <class T>
-struct Nothing {
+struct Zero {
     V<T> at(long, long) const { return V<T>{}; }
 };
 
@@ -75,14 +75,14 @@ struct Scaled {  // r P, one factor for all
 };
 
 template <class T>
-struct Sum {  // r1 P1 + r2 P2, one factor each
+struct ScaledSum {  // r1 P1 + r2 P2, one factor each
     const T *p1, *r1, *p2, *r2;
     long ld;
     V<T> at(long i, long j) const { return load(p1 + i * ld + j) * *r1 + load(p2 + i * ld + j) * *r2; }
 };
 
 template <class T>
-struct RowSum {  // r1 * P1 + r2 * P2, a factor for each row
+struct RowScaledSum {  // r1 * P1 + r2 * P2, a factor for each row
     const T *p1, *r1, *p2, *r2;
     long ld;
     V<T> at(long i, long j) const { return load(p1 + i * ld + j) * r1[i] + load(p2 + i * ld + j) * r2[i]; }
@@ -94,13 +94,13 @@ inline void tile(const Term<T> (&terms)[TERMS], const Start& start, long i0, lon
     for (int i = 0; i < M; ++i)
         for (int j = 0; j < N; ++j) sum[i][j] = start.at(i0 + i, j0 + j * WIDTH<T>);
     for (const Term<T>& term : terms) {
-        long from = term.part == Part::upper ? i0 : 0;
-        long to = term.part == Part::lower && i0 + M < term.k ? i0 + M : term.k;
+        long first = term.part == Triangle::upper ? i0 : 0;
+        long end = term.part == Triangle::lower && i0 + M < term.k ? i0 + M : term.k;
         const T* a[M];
         for (int i = 0; i < M; ++i) a[i] = term.a + (i0 + i) * term.row;
-        const T* b = term.b + from * term.ldb + j0;
+        const T* b = term.b + first * term.ldb + j0;
 #pragma GCC unroll 2
-        for (long p = from; p < to; ++p, b += term.ldb) {
+        for (long p = first; p < end; ++p, b += term.ldb) {
             V<T> x[N];
             for (int j = 0; j < N; ++j) x[j] = load(b + j * WIDTH<T>);
             for (int i = 0; i < M; ++i)
@@ -122,16 +122,16 @@ inline void last_rows(long rows, const Term<T> (&terms)[TERMS], const Start& sta
 }
 
 template <class T, int N, int TERMS, class Start>
-inline void strip(long m, const Term<T> (&terms)[TERMS], const Start& start, long j0, T* c, long ldc, Part wanted) {
-    long i = wanted == Part::lower ? j0 / ROWS * ROWS : 0;
+inline void strip(long m, const Term<T> (&terms)[TERMS], const Start& start, long j0, T* c, long ldc, Triangle wanted) {
+    long i = wanted == Triangle::lower ? j0 / ROWS * ROWS : 0;
     for (; i + ROWS <= m; i += ROWS) tile<T, ROWS, N>(terms, start, i, j0, c, ldc);
     last_rows<T, N>(m - i, terms, start, i, j0, c, ldc);
 }
 
-// C [m, n] = start + the terms. C may be P1 or P2. `wanted` lower: what is above the diagonal may be left as it is.
+// C [m, n] = start + the terms. C may be P1 or P2. With `wanted` lower, C may be left unchanged above the diagonal.
 template <class T, int TERMS, class Start>
 __attribute__((noinline)) void product(long m, long n, const Term<T> (&terms)[TERMS], const Start& start, T* c,
-                                       long ldc, Part wanted = Part::all) {
+                                       long ldc, Triangle wanted = Triangle::all) {
     long j = 0;
     for (; j + WIDTH<T> < n; j += 2 * WIDTH<T>) strip<T, 2>(m, terms, start, j, c, ldc, wanted);
     if (j < n) strip<T, 1>(m, terms, start, j, c, ldc, wanted);
@@ -142,14 +142,14 @@ __attribute__((noinline)) void product(long m, long n, const Term<T> (&terms)[TE
 template <class T>
 using Index = std::conditional_t<sizeof(T) == 4, int, long long>;
 
-// Numbers at the places I of p and q, one behind the other.
+// The elements I of p and q, concatenated.
 template <class T, Index<T>... I>
-inline V<T> pick(V<T> p, V<T> q, std::integer_sequence<Index<T>, I...>) {
+inline V<T> shuffle(V<T> p, V<T> q, std::integer_sequence<Index<T>, I...>) {
 #if defined(__clang__)
     return __builtin_shufflevector(p, q, I...);
 #else
-    typedef Index<T> Places __attribute__((vector_size(VECTOR_BYTES)));
-    return __builtin_shuffle(p, q, Places{I...});
+    typedef Index<T> Indices __attribute__((vector_size(VECTOR_BYTES)));
+    return __builtin_shuffle(p, q, Indices{I...});
 #endif
 }
 
@@ -160,7 +160,7 @@ struct Exchanged<T, APART, SHIFT, std::integer_sequence<Index<T>, B...>> {
     typedef std::integer_sequence<Index<T>, (B & APART ? WIDTH<T> + B - APART + SHIFT : B + SHIFT)...> type;
 };
 
-// Rows `APART` from one another exchange the corners of their squares, then those twice as far, and so on.
+// Transpose a square of vectors: rows `APART` from one another exchange off-diagonal parts, then those twice as far.
 template <class T, int APART = 1>
 inline void exchange(V<T> (&v)[WIDTH<T>]) {
     if constexpr (APART < WIDTH<T>) {
@@ -168,8 +168,8 @@ inline void exchange(V<T> (&v)[WIDTH<T>]) {
         for (int a = 0; a < WIDTH<T>; ++a)
             if (!(a & APART)) {
                 V<T> p = v[a], q = v[a + APART];
-                v[a] = pick<T>(p, q, typename Exchanged<T, APART, 0>::type{});
-                v[a + APART] = pick<T>(p, q, typename Exchanged<T, APART, APART>::type{});
+                v[a] = shuffle<T>(p, q, typename Exchanged<T, APART, 0>::type{});
+                v[a + APART] = shuffle<T>(p, q, typename Exchanged<T, APART, APART>::type{});
             }
         exchange<T, 2 * APART>(v);
     }

@@ -1,0 +1,185 @@
+// One token of one row and head: eqs. 10 to 15 as rank-one updates. Each scalar of the state is read and written once.
+
+#pragma once
+#include <cstdint>
+
+#include "scan_args.h"
+#include "mlp.h"
+
+#if !defined(__clang__) && defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+// A new state of more bytes than this would not be in a core's cache when it is read again.
+constexpr long STREAM_BYTES = 1 << 20;
+
+// Store past the caches, where the machine can, so that the old values are not fetched first. x is aligned to a vector.
+template <class T>
+inline void store_streaming(T* x, V<T> v) {
+#if defined(__clang__)
+    __builtin_nontemporal_store(v, reinterpret_cast<V<T>*>(x));
+#elif defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(x), reinterpret_cast<__m512i>(v));
+#elif defined(__AVX__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(x), reinterpret_cast<__m256i>(v));
+#else
+    store(x, v);
+#endif
+}
+
+template <class T>
+void add_row(long n, T scale, const T* __restrict x, T* __restrict y) {
+    for (long i = 0; i < n; ++i) y[i] += scale * x[i];
+}
+
+// y [out] = x [in] M [in, out]
+template <class T>
+void vector_times_matrix(long in, long out, const T* __restrict x, const T* __restrict m, T* __restrict y) {
+    std::fill_n(y, out, T(0));
+    long i = 0;
+    for (; i + 4 <= in; i += 4) {
+        const T *m0 = m + i * out, *m1 = m0 + out, *m2 = m1 + out, *m3 = m2 + out;
+        for (long j = 0; j < out; ++j) y[j] += x[i] * m0[j] + x[i + 1] * m1[j] + x[i + 2] * m2[j] + x[i + 3] * m3[j];
+    }
+    for (; i < in; ++i) add_row(out, x[i], m + i * out, y);
+}
+
+// Update W, S -> W', S' [in, out] by a token with gradient x g, and compute y = h W'.
+template <bool STREAM, class T>
+void write_and_read(long in, long out, T theta, T eta, T retain, const T* __restrict x, const T* __restrict g,
+                    const T* __restrict h, const T* __restrict w, const T* __restrict s, T* __restrict new_w,
+                    T* __restrict new_s, T* __restrict y) {
+    std::fill_n(y, out, T(0));
+    for (long i = 0; i < in; ++i, w += out, s += out, new_w += out, new_s += out) {
+        T step = theta * x[i], read = h[i];
+        long j = 0;
+        for (; j + WIDTH<T> <= out; j += WIDTH<T>) {
+            V<T> momentum = eta * load(s + j) - step * load(g + j), weight = retain * load(w + j) + momentum;
+            if constexpr (STREAM) {
+                store_streaming(new_s + j, momentum);
+                store_streaming(new_w + j, weight);
+            } else {
+                store(new_s + j, momentum);
+                store(new_w + j, weight);
+            }
+            store(y + j, load(y + j) + read * weight);
+        }
+        for (; j < out; ++j) {
+            new_s[j] = eta * s[j] - step * g[j];
+            new_w[j] = retain * w[j] + new_s[j];
+            y[j] += read * new_w[j];
+        }
+    }
+}
+
+template <class T>
+struct TokenDecoder {
+    std::vector<long> widths;
+    Activation activation;
+    std::vector<std::vector<T>> x, z, g, act_derivative;
+    std::vector<T> h, y;
+    InnerLoss<T> inner_loss;
+    bool streams_state;
+
+    TokenDecoder(const long* sizes, long layers, Activation activation, T clip, long rows)
+        : widths(sizes, sizes + layers + 1), activation(activation), inner_loss(sizes[layers], clip) {
+        long numbers = 0;
+        for (long l = 0; l < layers; ++l) numbers += 2 * rows * widths[l] * widths[l + 1];
+        streams_state = numbers * long(sizeof(T)) > STREAM_BYTES;
+        long widest = 0;
+        for (long l = 0; l < layers; ++l) {
+            long in = leading_dim<T>(widths[l]), out = leading_dim<T>(widths[l + 1]);
+            x.emplace_back(in);
+            for (auto* each : {&z, &g, &act_derivative}) each->emplace_back(out);
+            widest = std::max({widest, in, out});
+        }
+        h.resize(widest);
+        y.resize(widest);
+    }
+
+    static bool is_aligned(const T* rows, long columns) {
+        return reinterpret_cast<std::uintptr_t>(rows) % VECTOR_BYTES == 0 && columns % WIDTH<T> == 0;
+    }
+
+    // Run the key forward and backward at the anchor.
+    void key_pass(const T* k, const T* shift, const T* const* anchor) {
+        long last = widths.size() - 2;
+        std::copy_n(k, widths[0], x[0].data());
+        for (long l = 0; l <= last; ++l) {
+            vector_times_matrix(widths[l], widths[l + 1], x[l].data(), anchor[l], z[l].data());
+            if (l < last)
+                activate<T>(activation, 1, widths[l + 1], z[l].data(), 0, x[l + 1].data(), act_derivative[l].data(),
+                            {});
+        }
+        inner_loss.forward(z[last].data(), shift);
+        for (long i = 0; i < widths[last + 1]; ++i) g[last][i] = inner_loss.gradient[i] * inner_loss.factor();
+        for (long l = last; l; --l)
+            for (long i = 0; i < widths[l]; ++i)
+                g[l - 1][i] = dot(anchor[l] + i * widths[l + 1], g[l].data(), widths[l + 1]) * act_derivative[l - 1][i];
+    }
+
+    T gradient_norm() const {
+        T sum = 0;
+        for (size_t l = 0; l < x.size(); ++l)
+            sum += dot(x[l].data(), x[l].data(), widths[l]) * dot(g[l].data(), g[l].data(), widths[l + 1]);
+        return std::sqrt(sum);
+    }
+
+    // After `key_pass`: write the token, and read the new weights with q. `y` is the MLP's output.
+    void write(const T* q, T theta, T eta, T retain, const T* const* w, const T* const* s, T* const* new_w,
+               T* const* new_s) {
+        std::copy_n(q, widths[0], h.data());
+        for (size_t l = 0; l < x.size(); ++l) {
+            if (l) activate<T>(activation, 1, widths[l], y.data(), 0, h.data(), {}, {});
+            auto write = streams_state && is_aligned(new_w[l], widths[l + 1]) && is_aligned(new_s[l], widths[l + 1])
+                             ? write_and_read<true, T>
+                             : write_and_read<false, T>;
+            write(widths[l], widths[l + 1], theta, eta, retain, x[l].data(), g[l].data(), h.data(), w[l], s[l],
+                  new_w[l], new_s[l], y.data());
+        }
+    }
+};
+
+// Decode one token of each row.
+template <class T>
+struct RowDecoder {
+    const ScanArgs<T>& args;
+    TokenDecoder<T> token;
+    std::vector<T> shift;
+    std::vector<const T*> anchor, w, s;
+    std::vector<T*> new_w, new_s;
+
+    explicit RowDecoder(const ScanArgs<T>& args)
+        : args(args), token(args.widths, args.layers, Activation(args.activation), args.clip, args.batch * args.heads),
+          shift(args.widths[args.layers]), anchor(args.layers), w(args.layers), s(args.layers), new_w(args.layers),
+          new_s(args.layers) {}
+
+    void decode(long r) {
+        long in = args.widths[0], out = args.widths[args.layers];
+        for (long l = 0; l < args.layers; ++l) {
+            long first = r * args.widths[l] * args.widths[l + 1];
+            anchor[l] = args.anchor[l] + first, w[l] = args.w[l] + first, s[l] = args.s[l] + first;
+            new_w[l] = args.new_w[l] + first, new_s[l] = args.new_s[l] + first;
+        }
+        const T *weight = args.weight ? args.weight + r * out : nullptr, *bias = args.bias + (weight ? r * out : 0);
+        const T *q = args.q + r * in, *k = args.k + r * in, *v = args.v + r * out;
+        for (long j = 0; j < out; ++j) shift[j] = weight ? k[j] - v[j] + bias[j] : -v[j];
+        token.inner_loss.weight = weight;
+        token.key_pass(k, shift.data(), anchor.data());
+        if (args.surprise) args.loss[r] = token.inner_loss.loss, args.gradient_norm[r] = token.gradient_norm();
+        bool written = !args.has_threshold || token.inner_loss.loss > T(args.threshold);
+        T theta = written ? args.theta[r] : T(0);
+        token.write(q, theta, args.eta[r], 1 - args.alpha[r], w.data(), s.data(), new_w.data(), new_s.data());
+        store_outputs(q, weight, bias, args.y + r * out);
+    }
+
+    void store_outputs(const T* q, const T* weight, const T* bias, T* y) {
+        long out = shift.size();
+        if (!weight) {
+            std::copy_n(token.y.data(), out, y);
+            return;
+        }
+        token.inner_loss.norm.forward(token.y.data());
+        for (long j = 0; j < out; ++j) y[j] = q[j] + token.inner_loss.norm.normed[j] * weight[j] + bias[j];
+    }
+};
