@@ -1,8 +1,8 @@
-"""Compile the Triton kernels for GPUs that need not be there, and say what the compiler made of them, as JSON.
+"""Compile the Triton kernels for GPUs, which need not be present, and print the compiler's facts as JSON.
 
     python tests/compile_kernels.py --head 64 --hidden 128 --chunk 64 --arch 80 90 > facts.json
 
-A number here is about the binary (registers, spills, shared memory), not about speed: nothing is run.
+The facts are about the binary (registers, spills, shared memory), not about speed: nothing is run.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def facts(name: str, plan: KernelPlan, arch: int, **asked: bool) -> dict[str, An
 
 
 def assembled(ptx: str, arch: int) -> tuple[int, ...]:
-    """Registers of a thread, its stack, bytes spilled: what ptxas says."""
+    """ptxas on the binary: registers of a thread, its stack, bytes spilled."""
     name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.ptx")

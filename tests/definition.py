@@ -1,6 +1,6 @@
-"""The paper's equations for one stream, token by token and head by head, written without the package's own functions.
+"""The paper's equations for one stream, token by token and head by head, written without the package's functions.
 
-Parameters are read from the modules under test; what is computed with them is here. Autograd takes the inner gradient.
+Parameters come from the modules under test; the computation is here. Autograd takes the inner gradient.
 """
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def turned(x: Tensor, position: Tensor, base: float) -> Tensor:
+def rotated(x: Tensor, position: Tensor, base: float) -> Tensor:
     """Rotary positions, as complex numbers: x `[T, heads, d]`, feature i the real and i + d/2 the imaginary part."""
     real, imaginary = x.chunk(2, -1)
     half = real.shape[-1]
@@ -29,7 +29,7 @@ def attend(
 
     def heads(y: Tensor, position: Tensor | None) -> Tensor:
         y = y.unflatten(-1, (layer.heads, layer.head_dim))
-        return y if position is None else turned(y, position, base)
+        return y if position is None else rotated(y, position, base)
 
     keys = torch.cat([heads(layer.k_proj(y), p) for y, p, _ in groups])
     values = torch.cat([heads(layer.v_proj(y), None) for y, _, _ in groups])

@@ -1,4 +1,4 @@
-"""The compiled library's place: built once, built again where it is damaged, not taken from where others may write."""
+"""The cache of the compiled library: built once, rebuilt if damaged, refused in folders that others may write to."""
 
 import ctypes
 import hashlib
@@ -20,14 +20,14 @@ ANSWER = 4711
 SOURCE = 'extern "C" {\n' + "".join(f"long {name}(const void*) {{ return {ANSWER}; }}\n" for name in compiled.FUNCTIONS)
 
 
-def forget() -> None:
-    for known in (compiled.library, compiled._build_failure):
-        known.cache_clear()
+def clear_caches() -> None:
+    for cached in (compiled.library, compiled._build_failure):
+        cached.cache_clear()
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In place of the real ones: compiled in a moment."""
+    """Small sources in place of the real ones, which compile in a moment."""
     folder = tmp_path_factory.mktemp("cpp")
     (folder / "memory.cpp").write_text(SOURCE + "}\n")
     return folder
@@ -35,17 +35,17 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the library will be; nothing is built yet."""
+    """An empty cache folder."""
     monkeypatch.setattr(build, "SOURCES", sources)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    forget()
+    clear_caches()
     yield tmp_path / "cache/titans_lm"
-    forget()
+    clear_caches()
 
 
 @pytest.fixture
 def copied(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A library that was built and is not loaded, under a path that this process never loaded: what is loaded stays."""
+    """A library that is built but not loaded. Its path is new to this process, which keeps loaded libraries."""
     build.build(build.find_compiler(), "float")
     shutil.copytree(folder, tmp_path / "other/titans_lm")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
@@ -53,8 +53,8 @@ def copied(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def answer() -> int:
-    """What the library says, loaded as a call of the memory loads it."""
-    forget()
+    """Load the library as `memory_scan` does, and call it."""
+    clear_caches()
     return compiled.library(torch.float32).titans_forward(ctypes.c_void_p())
 
 
@@ -105,7 +105,7 @@ def another_machine_s(library: Path) -> None:
 
 
 def writable_by_others(library: Path) -> None:
-    library.write_bytes(library.read_bytes() + b"of another user")  # which loads
+    library.write_bytes(library.read_bytes() + b"of another user")  # which still loads
     build._digest_path(library).write_text(build._digest(library))
     library.chmod(0o777)
 
@@ -127,7 +127,7 @@ def test_no_flipped_bit_is_loaded(copied: Path):
         damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         copied.write_bytes(damaged)
         assert not build._is_intact(copied)
-    assert answer() == ANSWER  # the last of them, through the whole path
+    assert answer() == ANSWER  # the last damaged file, by the public path
     assert copied.read_bytes() == whole
 
 
@@ -136,7 +136,7 @@ def test_a_folder_that_others_may_write_to_is_refused(mode: int, copied: Path, c
     copied.parent.chmod(mode)
     with pytest.raises(compiled.NativeBuildError, match="another user owns it or may write to it"):
         answer()
-    assert str(copied.parent) in caplog.text  # said, where "auto" goes on without
+    assert str(copied.parent) in caplog.text  # logged, because "auto" goes on without it
     assert resolve_backend("auto", make_call(Case(tokens=5))) == "chunked"
 
 

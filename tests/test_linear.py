@@ -1,6 +1,6 @@
-"""Linear memories with chunk 1: blocks of tokens as triangular systems are the definition, in bounded memory.
+"""Linear memories with chunk_size=1: the triangular systems equal the definition, in bounded memory.
 
-The laws of every form are in test_ops.py, the published recurrences in test_special_cases.py.
+test_ops.py tests every backend, test_special_cases.py the published recurrences.
 """
 
 import itertools
@@ -14,10 +14,10 @@ from test_ops import (
     OPTIONS,
     Case,
     assert_all_close,
+    case_id,
     covering_cases,
     make_call,
     make_inputs,
-    name_of,
     outputs_and_gradients,
     scan,
 )
@@ -35,7 +35,7 @@ LINEAR_CASES = covering_cases(
 # ------------------------------------------------------------------------------------------------ the same numbers
 
 
-@pytest.mark.parametrize("case", LINEAR_CASES, ids=name_of)
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=case_id)
 def test_linear_is_naive_in_outputs_and_all_gradients(case: Case):
     x = make_inputs(case)
     assert_all_close(outputs_and_gradients(x, case, "linear"), outputs_and_gradients(x, case, "naive"))
@@ -88,8 +88,8 @@ def test_auto_reads_a_linear_memory_with_chunk_one_by_linear():
 # ------------------------------------------------------------------------------------------------ memory
 
 
-def bytes_left(case: Case, max_saved_bytes: int) -> int:
-    """What `linear` leaves for its backward pass."""
+def saved_bytes(case: Case, max_saved_bytes: int) -> int:
+    """The bytes that "linear" saves for its backward pass."""
     x = {
         name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case, torch.float32).items()
     }
@@ -107,7 +107,9 @@ def bytes_left(case: Case, max_saved_bytes: int) -> int:
 @pytest.mark.parametrize("width", [16, 64])
 def test_what_linear_leaves_for_its_backward_pass_is_what_it_counts(width: int):
     case = Case(**LINEAR, tokens=8 * BLOCK_SIZE, width=width)
-    kept = bytes_left(case, 2**40)
-    count = next(2**n for n in itertools.count() if bytes_left(case, 2**n) == kept)  # of sizes that keep all, the least
+    kept = saved_bytes(case, 2**40)
+    count = next(
+        2**n for n in itertools.count() if saved_bytes(case, 2**n) == kept
+    )  # the smallest limit that saves all
     assert count / 2.2 < kept < 1.1 * count
-    assert bytes_left(case, 0) < kept / 4
+    assert saved_bytes(case, 0) < kept / 4

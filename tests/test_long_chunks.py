@@ -1,4 +1,4 @@
-"""Chunks longer than what is read at once: the same numbers, in time and memory linear in the number of tokens."""
+"""Chunks longer than `MAX_CHUNK`: equal to the definition, with time and memory linear in the number of tokens."""
 
 import gc
 import itertools
@@ -12,29 +12,29 @@ from test_ops import (
     OPTIONS,
     Case,
     assert_all_close,
+    case_id,
+    chunk_backends,
     covering_cases,
-    in_chunks,
     law,
     make_inputs,
-    name_of,
-    named,
     outputs_and_gradients,
+    outputs_by_name,
     scan,
-    scan_in_pieces,
+    scan_in_calls,
     small_cases,
-    watched_groups,
+    watch_groups,
 )
 from titans_lm.ops.chunked import scan as scan_module
 
 LONG_CASES = covering_cases(
     Case, OPTIONS | {"depth": (1, 2, 3), "chunk": (11, 16, 2**30), "tokens": (37,), "activation": ("silu",)}
 )
-"""Chunks longer than `SHORT` tokens, for tests in which that is the longest that is read at once."""
+"""Cases with chunks longer than `SHORT` tokens, for tests that set `MAX_CHUNK` to it."""
 SHORT = 5
 
 
-@in_chunks
-@pytest.mark.parametrize("case", LONG_CASES, ids=name_of)
+@chunk_backends
+@pytest.mark.parametrize("case", LONG_CASES, ids=case_id)
 def test_a_chunk_read_in_parts_is_naive_in_outputs_and_all_gradients(
     case: Case, backend: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -43,7 +43,7 @@ def test_a_chunk_read_in_parts_is_naive_in_outputs_and_all_gradients(
     assert_all_close(outputs_and_gradients(x, case, backend), outputs_and_gradients(x, case, "naive"))
 
 
-@in_chunks
+@chunk_backends
 @law
 @given(
     case=small_cases,
@@ -55,16 +55,16 @@ def test_a_chunk_read_in_parts_is_naive_in_outputs_and_all_gradients(
 def test_cut_a_long_chunk_anywhere(backend: str, case: Case, chunk: int, longest: int, cuts: list[int], seed: int):
     case = case._replace(chunk=chunk)
     x = make_inputs(case, seed=seed)
-    whole = named(*scan(x, case, backend=backend))
+    whole = outputs_by_name(*scan(x, case, backend=backend))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan_module, "MAX_CHUNK", longest)
-        assert_all_close(scan_in_pieces(x, case, cuts, backend), whole)
+        assert_all_close(scan_in_calls(x, case, cuts, backend), whole)
 
 
-def groups_kept(tokens: int, chunk: int, max_saved_bytes: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many groups wait for their backward pass."""
+def saved_groups(tokens: int, chunk: int, max_saved_bytes: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The number of groups that are saved for the backward pass."""
     with monkeypatch.context() as patch:
-        groups = watched_groups(patch)
+        groups = watch_groups(patch)
         case = Case(tokens=tokens, chunk=chunk)
         x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
         out = scan(x, case, backend="chunked", max_saved_bytes=max_saved_bytes)
@@ -75,10 +75,10 @@ def groups_kept(tokens: int, chunk: int, max_saved_bytes: int, monkeypatch: pyte
 
 def test_the_parts_of_long_chunks_keep_no_more_together_than_a_call_may(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(scan_module, "MAX_CHUNK", SHORT)
-    enough = next(4**n for n in itertools.count(5) if groups_kept(10, 10, 4**n, monkeypatch))
+    enough = next(4**n for n in itertools.count(5) if saved_groups(10, 10, 4**n, monkeypatch))
     assert enough > 4**5
-    assert groups_kept(80, 10, enough, monkeypatch) == 0
-    assert groups_kept(80, 10, 8 * enough, monkeypatch) == 8
+    assert saved_groups(80, 10, enough, monkeypatch) == 0
+    assert saved_groups(80, 10, 8 * enough, monkeypatch) == 8
 
 
 @pytest.mark.parametrize("mask", ["none", "random"])

@@ -1,4 +1,4 @@
-"""The form in C++: its compiler, wide matrices, threads, and what it keeps. That it computes the same: test_ops.py."""
+"""The C++ backend: wide matrices, threads, saved activations. test_ops.py tests that it equals the definition."""
 
 import importlib
 import re
@@ -11,13 +11,13 @@ from test_ops import (
     TOKENS,
     Case,
     assert_all_close,
-    in_chunks,
+    chunk_backends,
     make_call,
     make_form,
     make_inputs,
     make_state,
-    named,
     outputs_and_gradients,
+    outputs_by_name,
     scan,
 )
 from titans_lm.ops import grouping, memory_scan, resolve_backend
@@ -30,7 +30,7 @@ WIDE = [
     Case(depth=2, chunk=7, tokens=50, width=64, hidden=72, residual=True, clip=1.0, start="same"),
     Case(depth=1, chunk=13, tokens=50, width=16, mask="left"),
 ]
-"""More columns than a vector has numbers, more rows than a tile: whole ones, and what is left over."""
+"""Matrices wider than a vector and higher than a tile: whole tiles and remainders."""
 
 
 @pytest.mark.parametrize("max_saved_bytes", [0, 2**28])
@@ -51,10 +51,10 @@ def test_wide_matrices_in_float32_are_near_naive_in_float64(case: Case):
     assert_all_close(outputs_and_gradients(x, case, "native"), outputs_and_gradients(wide, case, "naive"))
 
 
-@in_chunks
+@chunk_backends
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_tight_clip_where_there_is_no_gradient(backend: str, residual: bool):
-    """Padding has none: its length is 0, and a clip of at most 1/4 over the least number is more than there is."""
+    """Padding has a gradient of length 0, and clip / (4 * smallest number) overflows."""
     case = Case(tokens=21, residual=residual, clip=0.1, mask="random", start="ragged")
     x = make_inputs(case, torch.float32)
     if residual:
@@ -70,12 +70,14 @@ def test_large_numbers_stay_finite(activation: str):
     for name in "qkv":
         x[name] = x[name] * 1e4
     wide = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
-    assert_all_close(named(*scan(x, case, backend="native")), named(*scan(wide, case, backend="naive")))
+    assert_all_close(
+        outputs_by_name(*scan(x, case, backend="native")), outputs_by_name(*scan(wide, case, backend="naive"))
+    )
 
 
 @pytest.mark.parametrize("why", ["no step is taken", "no loss is above the threshold"])
 def test_keys_that_nothing_is_written_by_are_not_looked_at(why: str):
-    """Where no gradients and no surprise are asked for: nan in them would be seen."""
+    """Without gradients and surprise: nan keys would show."""
     case = Case(tokens=11, start="same", threshold=None if why == "no step is taken" else float("inf"))
     x = make_inputs(case)
     if case.threshold is None:
@@ -92,10 +94,10 @@ def test_threads_change_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compiled, "SINGLE_THREAD_WORK", 0)
     case = Case(tokens=tokens, mask="random", start="ragged", residual=True)
     x = make_inputs(case)
-    one = outputs_and_gradients(x, case, "native"), named(*scan(x, case, backend="native"))
+    one = outputs_and_gradients(x, case, "native"), outputs_by_name(*scan(x, case, backend="native"))
     torch.set_num_threads(3)
     try:
-        three = outputs_and_gradients(x, case, "native"), named(*scan(x, case, backend="native"))
+        three = outputs_and_gradients(x, case, "native"), outputs_by_name(*scan(x, case, backend="native"))
     finally:
         torch.set_num_threads(1)
     for a, b in zip(one, three, strict=True):
@@ -127,8 +129,8 @@ def saved_bytes(case: Case, max_saved_bytes: int) -> int:
 
 def test_groups_are_as_large_as_a_cache_but_their_starts_are_few():
     near, far = grouping.CACHE_BYTES, grouping.GROUP_BYTES
-    assert grouping.group_size_in_cache(10**6, near // 20, far // 10**5) == 20  # all starts find room
-    assert grouping.group_size_in_cache(10**6, near // 20, far) == 1000  # one would: then the root
+    assert grouping.group_size_in_cache(10**6, near // 20, far // 10**5) == 20  # all starts fit
+    assert grouping.group_size_in_cache(10**6, near // 20, far) == 1000  # only one start fits: sqrt
     assert grouping.group_size_in_cache(5, near // 20, far) == 20
 
 
@@ -137,7 +139,7 @@ def test_training_keeps_no_more_than_it_may_and_then_grows_with_the_root_of_the_
         monkeypatch.setattr(grouping, name, 0)
     case = Case(depth=2, chunk=1, width=16, hidden=32)
     tokens = [saved_bytes(case._replace(tokens=n), 0) for n in (16**2, 64**2)]
-    inputs = 8 * (3 * 16 + 1 + 3) * 2 * 2  # of a token: q, k, v of two rows and heads, gates
+    inputs = 8 * (3 * 16 + 1 + 3) * 2 * 2  # for each token: q, k, v and gates of two rows and two heads
     state = [n - inputs * t for n, t in zip(tokens, (16**2, 64**2), strict=True)]
     assert state[1] < 6 * state[0]
     every = saved_bytes(case._replace(tokens=64), 2**28)

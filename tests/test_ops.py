@@ -1,4 +1,4 @@
-"""Laws of `memory_scan`: every form is the definition, any cut, padding is invisible, rows and the future are apart."""
+"""`memory_scan`: every backend equals the definition; cuts, padding, other rows and later tokens change nothing."""
 
 import gc
 import importlib
@@ -84,7 +84,7 @@ def pairs(case: Case) -> set[tuple]:
 
 
 def covering_cases(kind: type[Case], options: dict[str, tuple]) -> list[Case]:
-    """Few cases in which every value of every option meets every value of every other option."""
+    """A pairwise covering: every value of every option occurs with every value of every other option."""
     draw = random.Random(0)
     missing = {
         ((a, x), (b, y))
@@ -101,22 +101,22 @@ def covering_cases(kind: type[Case], options: dict[str, tuple]) -> list[Case]:
 
 CASES = covering_cases(Case, OPTIONS)
 LINEAR = {"depth": 1, "chunk": 1, "residual": False, "clip": None, "threshold": None}
-"""What `backend="linear"` reads."""
+"""The options of a case that `backend="linear"` can run."""
 
 
-def able(case: Case, backend: str) -> Case:
-    """`case`, or what is nearest to it of what `backend` can run."""
+def supported(case: Case, backend: str) -> Case:
+    """`case`, changed where `backend` could not run it."""
     if backend == "linear":
         return case._replace(**LINEAR)
     return case._replace(tokens=1) if backend == "step" else case
 
 
-def name_of(case: Case) -> str:
+def case_id(case: Case) -> str:
     return "-".join(str(value).replace(" ", "_") for value in case[: len(OPTIONS)])
 
 
 def make_gate(name: str, case: Case, dtype: torch.dtype) -> Tensor:
-    """Inside (0, 1); where the case says so, exactly 0 at some tokens and exactly 1 at some.
+    """A gate inside (0, 1), or, where the case asks, exactly 0 at some tokens and exactly 1 at others.
 
     A deep memory that forgets all is 0 from then on, and one without a clip amplifies rounding exponentially when its
     steps are large: neither tests anything. So alpha, and theta without a clip, reach 1 in the last tokens alone.
@@ -144,7 +144,7 @@ def make_mask(case: Case) -> Tensor | None:
 
 
 def make_inputs(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
-    """Every input of the operation, by name: tokens, gates, initial state, norm; the initial state is 0 nowhere."""
+    """All inputs of the operation by name: tokens, gates, state, norm. No part of the state is 0."""
     torch.manual_seed(seed)
     tokens = (B, case.tokens, H)
     x = {
@@ -180,7 +180,7 @@ TOKENS = ("q", "k", "v", "theta", "eta", "alpha")
 
 
 def scan(x: dict[str, Tensor], case: Case, state: MemoryState | None = None, part: slice = slice(None), **options):
-    """`memory_scan` over tokens `part` -> y, state, surprise."""
+    """Run `memory_scan` on the tokens `part` -> y, state, surprise."""
     mask = x["mask"][:, part] if "mask" in x else None
     return memory_scan(
         *(x[name][:, part] for name in TOKENS),
@@ -193,8 +193,8 @@ def scan(x: dict[str, Tensor], case: Case, state: MemoryState | None = None, par
     )
 
 
-def named(y: Tensor, state: MemoryState, surprise: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """All that comes out, by name."""
+def outputs_by_name(y: Tensor, state: MemoryState, surprise: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """All outputs by name."""
     out = {"y": y, "loss": surprise[0], "gradient_norm": surprise[1], "position": state.position}
     for part in ("anchor", "weights", "momentum"):
         out |= {f"{part}{layer}": w for layer, w in enumerate(getattr(state, part))}
@@ -202,7 +202,7 @@ def named(y: Tensor, state: MemoryState, surprise: tuple[Tensor, Tensor]) -> dic
 
 
 def gradients(out: dict[str, Tensor], x: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of one random linear function of all outputs, by every floating input."""
+    """The gradients of a random linear function of all outputs by every floating-point input."""
     torch.manual_seed(1)
     weigh = (torch.randn(value.shape, dtype=torch.float64).to(value) for value in out.values())
     total = sum((value * w).sum() for value, w in zip(out.values(), weigh, strict=True) if value.requires_grad)
@@ -213,7 +213,7 @@ def gradients(out: dict[str, Tensor], x: dict[str, Tensor]) -> dict[str, Tensor]
 
 def outputs_and_gradients(x: dict[str, Tensor], case: Case, backend: str) -> dict[str, Tensor]:
     leaves = {name: v.clone().requires_grad_() if v.is_floating_point() else v for name, v in x.items()}
-    out = named(*scan(leaves, case, backend=backend))
+    out = outputs_by_name(*scan(leaves, case, backend=backend))
     return out | gradients(out, leaves)
 
 
@@ -223,42 +223,42 @@ def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> 
         assert_close(actual[name], expected[name], name)
 
 
-# ------------------------------------------------------------------------------------------------ forms agree
+# ------------------------------------------------------------------------------------------------ backends agree
 
 
-in_chunks = pytest.mark.parametrize("backend", ["chunked", "native"])
-any_length = pytest.mark.parametrize("backend", ["chunked", "native", "linear"])
-forms_and_norms = pytest.mark.parametrize(
+chunk_backends = pytest.mark.parametrize("backend", ["chunked", "native"])
+length_backends = pytest.mark.parametrize("backend", ["chunked", "native", "linear"])
+norm_backends = pytest.mark.parametrize(
     ("residual", "backend"),
     [(False, "chunked"), (True, "chunked"), (False, "native"), (True, "native"), (False, "linear")],
 )
-law_of_chunks = pytest.mark.parametrize("backend", ["auto", "chunked"])
-"""Of any case: "auto" is "native", and "linear" where that can run."""
+any_case_backends = pytest.mark.parametrize("backend", ["auto", "chunked"])
+"""For any case. "auto" chooses "native", and "linear" where it can run."""
 
 
-@in_chunks
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@chunk_backends
+@pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_chunked_is_naive_in_outputs_and_all_gradients(case: Case, backend: str):
     x = make_inputs(case)
     assert_all_close(outputs_and_gradients(x, case, backend), outputs_and_gradients(x, case, "naive"))
 
 
-FORMS = ["naive", "chunked", "native", "step", "linear"]
+BACKENDS = ["naive", "chunked", "native", "step", "linear"]
 
 
-@any_length
+@length_backends
 def test_keys_and_queries_may_have_any_length(backend: str):
-    case = able(Case(tokens=40), backend)
+    case = supported(Case(tokens=40), backend)
     x = make_inputs(case)
     x |= {name: x[name] * (0.2 + 2 * torch.rand(B, case.tokens, H, 1)) for name in ("q", "k")}
     assert_all_close(outputs_and_gradients(x, case, backend), outputs_and_gradients(x, case, "naive"))
 
 
-@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_asking_for_surprise_changes_no_number(backend: str):
-    case = able(Case(mask="random", residual=True, clip=0.7, threshold=2.0, tokens=20), backend)
+    case = supported(Case(mask="random", residual=True, clip=0.7, threshold=2.0, tokens=20), backend)
     x = make_inputs(case)
-    asked = named(*scan(x, case, backend=backend))
+    asked = outputs_by_name(*scan(x, case, backend=backend))
     y, state = memory_scan(
         *(x[name] for name in TOKENS), make_state(x, case), chunk_size=case.chunk, form=make_form(x, case),
         mask=x["mask"], backend=backend,
@@ -267,16 +267,16 @@ def test_asking_for_surprise_changes_no_number(backend: str):
     assert all(torch.equal(w, asked[f"weights{layer}"]) for layer, w in enumerate(state.weights))
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_one_token_is_the_same_in_every_form(case: Case):
     case = case._replace(tokens=1)
     x = make_inputs(case)
     expected = outputs_and_gradients(x, case, "naive")
     for backend in ("step", "chunked", "native"):
         assert_all_close(outputs_and_gradients(x, case, backend), expected)
-    outputs = named(*scan(x, case, backend="naive"))
-    for backend in ("step", "native"):  # what decoding runs, where nothing asks for gradients
-        assert_all_close(named(*scan(x, case, backend=backend)), outputs)
+    outputs = outputs_by_name(*scan(x, case, backend="naive"))
+    for backend in ("step", "native"):  # decoding runs these, without gradients
+        assert_all_close(outputs_by_name(*scan(x, case, backend=backend)), outputs)
 
 
 def assert_untouched(state: MemoryState, before: MemoryState) -> None:
@@ -289,9 +289,9 @@ def assert_untouched(state: MemoryState, before: MemoryState) -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", "naive", "chunked", "native", "linear"])
-@pytest.mark.parametrize("case", CASES[:8], ids=name_of)
+@pytest.mark.parametrize("case", CASES[:8], ids=case_id)
 def test_no_tokens_leave_the_memory_as_it_was(case: Case, backend: str):
-    case = able(case._replace(tokens=0), backend)
+    case = supported(case._replace(tokens=0), backend)
     x = make_inputs(case)
     y, state, surprise = scan(x, case, backend=backend)
     assert y.shape == (B, 0, H, case.v_width)
@@ -299,27 +299,27 @@ def test_no_tokens_leave_the_memory_as_it_was(case: Case, backend: str):
     assert_untouched(state, make_state(x, case))
 
 
-@pytest.mark.parametrize("case", CASES[:8], ids=name_of)
+@pytest.mark.parametrize("case", CASES[:8], ids=case_id)
 def test_numbers_do_not_depend_on_whether_gradients_are_on(case: Case):
     for backend in ("naive", "chunked", "native", "linear"):
-        case = able(case._replace(tokens=21), backend)
+        case = supported(case._replace(tokens=21), backend)
         x = make_inputs(case)
         expected = outputs_and_gradients(x, case, backend)
         with torch.no_grad():
-            actual = named(*scan(x, case, backend=backend))
+            actual = outputs_by_name(*scan(x, case, backend=backend))
         assert_all_close(actual, {name: expected[name] for name in actual})
 
 
-@forms_and_norms
+@norm_backends
 @pytest.mark.parametrize("mask", ["none", "random"])
 def test_gradcheck(residual: bool, mask: str, backend: str):
     case = Case(2, 3, 7, residual, clip=0.7 if residual else None, mask=mask, start="ragged", gates="alpha")
-    case = able(case, backend)
+    case = supported(case, backend)
     x = make_inputs(case)
     leaves = {name: v.requires_grad_() for name, v in x.items() if v.is_floating_point()}
 
     def outputs(*values: Tensor) -> tuple[Tensor, ...]:
-        out = named(*scan(x | dict(zip(leaves, values, strict=True)), case, backend=backend))
+        out = outputs_by_name(*scan(x | dict(zip(leaves, values, strict=True)), case, backend=backend))
         return tuple(value for value in out.values() if value.requires_grad)
 
     # finite differences step outside [0, 1] at a gate of exactly 1, where the operation is not defined
@@ -330,7 +330,7 @@ def test_gradcheck(residual: bool, mask: str, backend: str):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("chunk", [1, 16, 64])
 @pytest.mark.parametrize("depth", [1, 4])
-@in_chunks
+@chunk_backends
 def test_chunked_in_float32_is_near_naive_in_float64(backend: str, depth: int, chunk: int, residual: bool):
     case = Case(depth, chunk, 40, residual, clip=1.0, gates="all", mask="random", start="ragged")
     x = make_inputs(case, torch.float32)
@@ -355,35 +355,35 @@ small_cases = st.builds(
     width=st.just(K),
     hidden=st.just(HIDDEN),
 )
-small_cases |= small_cases.map(lambda case: able(case, "linear"))
+small_cases |= small_cases.map(lambda case: supported(case, "linear"))
 
 
-def scan_in_pieces(x: dict[str, Tensor], case: Case, cuts: list[int], backend: str = "auto") -> dict[str, Tensor]:
+def scan_in_calls(x: dict[str, Tensor], case: Case, cuts: list[int], backend: str = "auto") -> dict[str, Tensor]:
     state, parts = make_state(x, case), []
     for start, end in itertools.pairwise([0, *sorted(min(cut, case.tokens) for cut in cuts), case.tokens]):
         y, state, surprise = scan(x, case, state, slice(start, end), backend=backend)
         parts.append((y, *surprise))
     y, loss, norm = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-    return named(y, state, (loss, norm))
+    return outputs_by_name(y, state, (loss, norm))
 
 
-@law_of_chunks
+@any_case_backends
 @law
 @given(case=small_cases, cuts=st.lists(st.integers(0, 40), max_size=6), seed=st.integers(0, 99))
 def test_cut_anywhere(backend: str, case: Case, cuts: list[int], seed: int):
     x = make_inputs(case, seed=seed)
-    assert_all_close(scan_in_pieces(x, case, cuts, backend), named(*scan(x, case, backend=backend)))
+    assert_all_close(scan_in_calls(x, case, cuts, backend), outputs_by_name(*scan(x, case, backend=backend)))
 
 
-@any_length
+@length_backends
 def test_gradients_cross_a_cut(backend: str):
-    case = able(Case(2, 4, 23, residual=True, mask="random", start="ragged"), backend)
+    case = supported(Case(2, 4, 23, residual=True, mask="random", start="ragged"), backend)
     x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
-    whole, pieces = named(*scan(x, case, backend=backend)), scan_in_pieces(x, case, [1, 2, 9, 16], backend)
+    whole, pieces = outputs_by_name(*scan(x, case, backend=backend)), scan_in_calls(x, case, [1, 2, 9, 16], backend)
     assert_all_close(gradients(pieces, x), gradients(whole, x))
 
 
-@law_of_chunks
+@any_case_backends
 @law
 @given(case=small_cases, junk=st.integers(1, 20), scale=st.sampled_from([1.0, 1e4]), seed=st.integers(0, 99))
 def test_masked_tokens_are_invisible(backend: str, case: Case, junk: int, scale: float, seed: int):
@@ -397,7 +397,10 @@ def test_masked_tokens_are_invisible(backend: str, case: Case, junk: int, scale:
         mixed[name] = garbage.index_put((row, place), x[name]).requires_grad_()
     mixed["mask"] = torch.zeros(B, case.tokens + junk, dtype=torch.bool).index_put((row, place), torch.tensor(True))
 
-    actual, expected = named(*scan(mixed, case, backend=backend)), named(*scan(x, case, backend=backend))
+    actual, expected = (
+        outputs_by_name(*scan(mixed, case, backend=backend)),
+        outputs_by_name(*scan(x, case, backend=backend)),
+    )
     grads = gradients(actual, mixed)
     for name in ("y", "loss", "gradient_norm"):
         assert not actual[name][~mixed["mask"]].any(), f"{name} of a masked token is not 0"
@@ -408,14 +411,14 @@ def test_masked_tokens_are_invisible(backend: str, case: Case, junk: int, scale:
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_tokens_may_be_nan(backend: str, residual: bool):
-    """0 * nan is nan: what is masked is left out, not weighed with 0."""
-    case = able(Case(tokens=21, residual=residual, clip=0.7, start="ragged"), backend)
+    """0 * nan is nan, so masked tokens must be replaced, not multiplied by 0."""
+    case = supported(Case(tokens=21, residual=residual, clip=0.7, start="ragged"), backend)
     x = make_inputs(case)
     x["mask"] = torch.arange(case.tokens) % torch.tensor([[3], [2]]) != torch.tensor(
         [[1], [0]]
-    )  # row 1 of one token has none
+    )  # with one token, row 1 has no valid one
 
     def filled(junk: float) -> dict[str, Tensor]:
         tokens = {name: x[name].clone() for name in TOKENS}
@@ -426,9 +429,9 @@ def test_masked_tokens_may_be_nan(backend: str, residual: bool):
     assert_all_close(filled(math.nan), filled(0.5))
 
 
-@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_call_of_padding_alone_changes_nothing(backend: str):
-    case = able(Case(tokens=5, start="ragged"), backend)
+    case = supported(Case(tokens=5, start="ragged"), backend)
     x = make_inputs(case)
     x["mask"] = torch.zeros(B, case.tokens, dtype=torch.bool)
     y, state, surprise = scan(x, case, backend=backend)
@@ -437,7 +440,7 @@ def test_a_call_of_padding_alone_changes_nothing(backend: str):
     assert_untouched(state, make_state(x, case))
 
 
-@law_of_chunks
+@any_case_backends
 @law
 @given(case=small_cases, row=st.integers(0, B - 1), seed=st.integers(0, 99))
 def test_rows_and_heads_are_independent(backend: str, case: Case, row: int, seed: int):
@@ -446,7 +449,10 @@ def test_rows_and_heads_are_independent(backend: str, case: Case, row: int, seed
     alone = {name: value[one] for name, value in x.items()}
     for name in alone.keys() - {"position", "mask", "norm_weight", "norm_bias"}:
         alone[name] = alone[name][:, :, one] if name in TOKENS else alone[name][:, one]
-    whole, actual = named(*scan(x, case, backend=backend)), named(*scan(alone, case, backend=backend))
+    whole, actual = (
+        outputs_by_name(*scan(x, case, backend=backend)),
+        outputs_by_name(*scan(alone, case, backend=backend)),
+    )
     for name, value in whole.items():
         expected = value[one]
         if name in ("y", "loss", "gradient_norm"):
@@ -513,7 +519,7 @@ def test_left_aligned_tokens_are_restored():
 # ------------------------------------------------------------------------------------------------ causality
 
 
-@law_of_chunks
+@any_case_backends
 @law
 @given(case=small_cases, token=st.integers(0, 39), seed=st.integers(0, 99))
 def test_a_token_does_not_change_what_came_before(backend: str, case: Case, token: int, seed: int):
@@ -523,15 +529,18 @@ def test_a_token_does_not_change_what_came_before(backend: str, case: Case, toke
     changed = dict(x)
     for name in TOKENS:
         changed[name] = torch.cat([x[name][:, :token], other[name][:, token:]], 1)
-    before, after = named(*scan(x, case, backend=backend)), named(*scan(changed, case, backend=backend))
+    before, after = (
+        outputs_by_name(*scan(x, case, backend=backend)),
+        outputs_by_name(*scan(changed, case, backend=backend)),
+    )
     for name in ("y", "loss", "gradient_norm"):
         assert torch.equal(before[name][:, :token], after[name][:, :token]), name
 
 
-@forms_and_norms
+@norm_backends
 @pytest.mark.parametrize("mask", ["none", "random"])
 def test_no_gradient_comes_from_the_future(residual: bool, mask: str, backend: str):
-    case = able(Case(2, 4, 11, residual, mask=mask, start="same"), backend)
+    case = supported(Case(2, 4, 11, residual, mask=mask, start="same"), backend)
     x = make_inputs(case)
     leaves = [x[name].requires_grad_() for name in TOKENS]
     y, _, _ = scan(x, case, backend=backend)
@@ -546,8 +555,8 @@ def test_no_gradient_comes_from_the_future(residual: bool, mask: str, backend: s
 # ------------------------------------------------------------------------------------------------ arguments
 
 
-@in_chunks
-@pytest.mark.parametrize("case", CASES[:6], ids=name_of)
+@chunk_backends
+@pytest.mark.parametrize("case", CASES[:6], ids=case_id)
 def test_a_token_reads_the_memory_after_its_own_write(case: Case, backend: str):
     case = case._replace(tokens=1, mask="none")
     x = make_inputs(case)
@@ -560,13 +569,13 @@ def test_below_the_threshold_nothing_is_written(backend: str):
     case = Case(tokens=13, threshold=float("inf"), start="ragged")
     x = make_inputs(case)
     unwritten = x | {"theta": torch.zeros_like(x["theta"])}
-    expected = named(*scan(unwritten, case._replace(threshold=None), backend=backend))
-    assert_all_close(named(*scan(x, case, backend=backend)), expected)
+    expected = outputs_by_name(*scan(unwritten, case._replace(threshold=None), backend=backend))
+    assert_all_close(outputs_by_name(*scan(x, case, backend=backend)), expected)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_gradients_of_decays_are_those_of_small_changes(masked: bool):
-    """Also where tokens are missing in the middle, which no layout of today makes, and where gates are 0 and 1."""
+    """Also with empty slots in the middle, which no layout makes today, and with gates of 0 and 1."""
     torch.manual_seed(0)
     gates = torch.rand(3, 2, 7, dtype=torch.float64) * 0.8 + 0.1
     gates[:, :, 2], gates[:, :, 5] = 0, 1
@@ -586,15 +595,15 @@ def test_the_gradients_of_decays_are_those_of_small_changes(masked: bool):
     assert torch.allclose(torch.stack(decays_backward(by, saved)), expected, atol=1e-8)
 
 
-def read_only(x: dict[str, Tensor], case: Case, backend: str) -> tuple[dict[str, Tensor], int]:
-    """Without gradients and surprise: all that comes out, and the operations of its matmuls."""
+def scan_without_grad(x: dict[str, Tensor], case: Case, backend: str) -> tuple[dict[str, Tensor], int]:
+    """Run without gradients and surprise. Returns all outputs, and the operations of the matrix products."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         y, state = memory_scan(
             *(x[name] for name in TOKENS), make_state(x, case), chunk_size=case.chunk, form=make_form(x, case),
             mask=x.get("mask"), backend=backend,
         )  # fmt: skip
     nothing = torch.zeros(0)
-    out = named(y, state, (nothing, nothing))
+    out = outputs_by_name(y, state, (nothing, nothing))
     return out, counter.get_total_flops()
 
 
@@ -604,25 +613,25 @@ def read_only(x: dict[str, Tensor], case: Case, backend: str) -> tuple[dict[str,
 def test_chunks_that_write_nothing_cost_less_and_change_no_number(depth: int, residual: bool, mask: str):
     case = Case(depth=depth, residual=residual, mask=mask, start="ragged", tokens=8 * 4 + 3)
     x = make_inputs(case)
-    _, every = read_only(x, case, "chunked")
+    _, every = scan_without_grad(x, case, "chunked")
     token = torch.arange(case.tokens)[None, :, None]
     x["theta"] = x["theta"] * ((token // 4) % 3 == 1)
-    actual, some = read_only(x, case, "chunked")
-    expected, _ = read_only(x, case, "naive")
+    actual, some = scan_without_grad(x, case, "chunked")
+    expected, _ = scan_without_grad(x, case, "naive")
     assert_all_close(actual, expected)
-    assert_all_close(read_only(x, case, "native")[0], expected)
+    assert_all_close(scan_without_grad(x, case, "native")[0], expected)
     _, _, surprise = scan(x, case, backend="chunked")
     case = case._replace(threshold=float((surprise.loss * (x["theta"] > 0)).amax()) * 0.5)
-    actual, few = read_only(x, case, "chunked")
-    expected, _ = read_only(x, case, "naive")
+    actual, few = scan_without_grad(x, case, "chunked")
+    expected, _ = scan_without_grad(x, case, "naive")
     assert_all_close(actual, expected)
-    assert_all_close(read_only(x, case, "native")[0], expected)
+    assert_all_close(scan_without_grad(x, case, "native")[0], expected)
     case = case._replace(threshold=float("inf"))
     x["theta"][:] = 0.0
-    actual, none = read_only(x, case, "chunked")
-    expected, _ = read_only(x, case, "naive")
+    actual, none = scan_without_grad(x, case, "chunked")
+    expected, _ = scan_without_grad(x, case, "naive")
     assert_all_close(actual, expected)
-    assert_all_close(read_only(x, case, "native")[0], expected)
+    assert_all_close(scan_without_grad(x, case, "native")[0], expected)
     assert none < min(some, few) <= max(some, few) <= every
     assert mask == "random" or max(some, few) < every  # a mask moves tokens between chunks
 
@@ -634,7 +643,7 @@ def test_the_threshold_separates_written_tokens_by_their_loss():
     tau = float(surprise.loss.median())
     chosen = x | {"theta": x["theta"] * (surprise.loss > tau)}
     assert 0 < (surprise.loss > tau).double().mean() < 1
-    assert_all_close(named(*scan(x, case._replace(threshold=tau))), named(*scan(chosen, case)))
+    assert_all_close(outputs_by_name(*scan(x, case._replace(threshold=tau))), outputs_by_name(*scan(chosen, case)))
 
 
 def test_the_clip_bounds_the_gradient_and_keeps_its_direction():
@@ -679,21 +688,21 @@ def test_a_memory_that_has_read_nothing():
 # ------------------------------------------------------------------------------------------------ dtypes, sizes
 
 
-@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("residual", [False, True])
 def test_bfloat16_tokens_keep_a_float32_state(backend: str, residual: bool):
-    case = able(Case(tokens=20, residual=residual, start="ragged"), backend)
+    case = supported(Case(tokens=20, residual=residual, start="ragged"), backend)
     x = make_inputs(case, torch.float32)
     half = {name: x[name].bfloat16() for name in (*TOKENS, "norm_weight", "norm_bias") if name in x}
-    actual = named(*scan(x | half, case, backend=backend))
-    expected = named(*scan(x | {name: value.float() for name, value in half.items()}, case, backend=backend))
+    actual = outputs_by_name(*scan(x | half, case, backend=backend))
+    expected = outputs_by_name(*scan(x | {name: value.float() for name, value in half.items()}, case, backend=backend))
     assert actual["y"].dtype == torch.bfloat16
     for name in expected.keys() - {"y", "position"}:
         assert actual[name].dtype == torch.float32, name
     assert_all_close(actual, expected)
 
 
-@in_chunks
+@chunk_backends
 @pytest.mark.parametrize("start", ["boundary", "ragged"])
 def test_bfloat16_tokens_are_kept_in_it_for_training_and_their_gradients_are_those_of_their_values(
     start: str, backend: str
@@ -717,13 +726,13 @@ def test_bfloat16_tokens_are_kept_in_it_for_training_and_their_gradients_are_tho
         assert_close(a, b)
 
 
-@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_does_not_round_the_memory(backend: str):
-    case = able(Case(tokens=20), backend)
+    case = supported(Case(tokens=20), backend)
     x = make_inputs(case, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        actual = named(*scan(x, case, backend=backend))
-    assert_all_close(actual, named(*scan(x, case, backend=backend)))
+        actual = outputs_by_name(*scan(x, case, backend=backend))
+    assert_all_close(actual, outputs_by_name(*scan(x, case, backend=backend)))
 
 
 @pytest.mark.parametrize("mask", ["none", "random"])
@@ -737,8 +746,8 @@ def test_the_state_has_the_same_size_after_any_number_of_tokens(mask: str):
 
 
 def test_a_call_leaves_its_inputs_and_the_given_state_alone():
-    for backend in FORMS:
-        case = able(Case(tokens=6, mask="random", start="ragged"), backend)
+    for backend in BACKENDS:
+        case = supported(Case(tokens=6, mask="random", start="ragged"), backend)
         x = make_inputs(case)
         copy = {name: value.clone() for name, value in x.items()}
         scan(x, case, backend=backend)
@@ -767,27 +776,27 @@ def test_training_keeps_no_weights_per_chunk(monkeypatch):
     assert many <= 2 * few + 2
 
 
-@any_length
+@length_backends
 @pytest.mark.parametrize("mask", ["none", "random"])
 def test_kept_and_computed_again_are_the_same(mask: str, backend: str, monkeypatch):
-    case = able(Case(tokens=4 * 9 + 1, mask=mask, start="ragged", residual=True, clip=0.7), backend)
+    case = supported(Case(tokens=4 * 9 + 1, mask=mask, start="ragged", residual=True, clip=0.7), backend)
     x = make_inputs(case)
     monkeypatch.setattr(delta_rule, "BLOCK_SIZE", 4)
     kept = outputs_and_gradients(x, case, backend)
     leaves = {name: v.clone().requires_grad_() if v.is_floating_point() else v for name, v in x.items()}
-    for size in (0, 10**9):  # groups of sqrt(N), and one that is computed again
+    for size in (0, 10**9):  # groups of sqrt(N), and one recomputed group
         monkeypatch.setattr(grouping, "GROUP_BYTES", size)
-        out = named(*scan(leaves, case, backend=backend, max_saved_bytes=0))
+        out = outputs_by_name(*scan(leaves, case, backend=backend, max_saved_bytes=0))
         assert_all_close(out | gradients(out, leaves), kept)
 
 
-def watched_groups(patch: pytest.MonkeyPatch) -> weakref.WeakSet:
-    """The groups of chunks that are there, from now on."""
+def watch_groups(patch: pytest.MonkeyPatch) -> weakref.WeakSet:
+    """The groups of chunks that are alive, from now on."""
     groups = weakref.WeakSet()
 
     class Watched(scan_module.ChunkGroup):
-        def __init__(self, *arguments: Any, **named: Any):
-            super().__init__(*arguments, **named)
+        def __init__(self, *arguments: Any, **options: Any):
+            super().__init__(*arguments, **options)
             groups.add(self)
 
     patch.setattr(scan_module, "ChunkGroup", Watched)
@@ -797,7 +806,7 @@ def watched_groups(patch: pytest.MonkeyPatch) -> weakref.WeakSet:
 def test_activation_checkpointing_drops_what_a_call_keeps(monkeypatch):
     case = Case(tokens=4 * 9)
     x = {name: v.requires_grad_() if v.is_floating_point() else v for name, v in make_inputs(case).items()}
-    groups = watched_groups(monkeypatch)
+    groups = watch_groups(monkeypatch)
     y = scan(x, case, backend="chunked")[0]
     gc.collect()
     assert len(groups) == 1
@@ -812,7 +821,7 @@ def test_activation_checkpointing_drops_what_a_call_keeps(monkeypatch):
 
 @pytest.fixture
 def without_shape_checker(monkeypatch):
-    """What a user has: no annotation is checked, so the operation's own messages are what is seen."""
+    """Switch the tests' annotation checker off, so that the operation's own messages appear, as for a user."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 

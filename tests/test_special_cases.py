@@ -1,4 +1,4 @@
-"""Published recurrences and closed forms that the memory must equal, each written here from its own paper."""
+"""Published recurrences and closed forms that the memory must equal, each written here from its paper."""
 
 from itertools import pairwise
 
@@ -27,7 +27,7 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1)
 
 
-def read(
+def scan(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -39,7 +39,7 @@ def read(
     form: MemoryForm = MemoryForm(),  # noqa: B008 - immutable
     backend: Backend = "auto",
 ) -> tuple[Tensor, MemoryState, Tensor]:
-    """Our memory from M_0 = `weights` -> outputs, state, loss of each token before its chunk is written."""
+    """Run the memory from M_0 = `weights` -> outputs, state, each token's loss at the anchor."""
     each = (torch.as_tensor(gate, dtype=q.dtype).expand(q.shape[:3]) for gate in (theta, eta, alpha))
     state = initial_state(tuple(weights), q.shape[0])
     y, state, surprise = memory_scan(q, k, v, *each, state, chunk_size=chunk, form=form, surprise=True, backend=backend)
@@ -47,7 +47,7 @@ def read(
 
 
 def each_head(recurrence, *inputs: Tensor) -> Tensor:
-    """`recurrence` over `[T, *]` of every row and head -> `[B, T, H, *]`."""
+    """Apply `recurrence` to the `[T, *]` of every row and head -> `[B, T, H, *]`."""
     rows = [[recurrence(*(x[b, :, h] for x in inputs)) for h in range(H)] for b in range(B)]
     return torch.stack([torch.stack(heads, 1) for heads in rows])
 
@@ -61,7 +61,7 @@ def seed():
 
 
 chunk_one = pytest.mark.parametrize("backend", ["linear", "chunked", "native"])
-"""The forms that read a linear memory with chunk 1."""
+"""The backends that run a linear memory with chunk_size=1."""
 
 
 @pytest.mark.parametrize("chunk", [T, 2**30])
@@ -70,7 +70,7 @@ def test_linear_attention(decays: bool, chunk: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(scan_module, "MAX_CHUNK", 16)
     q, k, v, theta = tokens(K), tokens(K), tokens(V), gates(0.5)
     alpha = gates(0.3) if decays else torch.zeros(B, T, H).double()
-    y, _, _ = read(q, k, v, [torch.zeros(H, K, V).double()], chunk=chunk, theta=theta, alpha=alpha)
+    y, _, _ = scan(q, k, v, [torch.zeros(H, K, V).double()], chunk=chunk, theta=theta, alpha=alpha)
 
     def linear_attention(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
         """o_t = sum_{s <= t} (a_{s+1} .. a_t) (q_t . k_s) v_s, term by term."""
@@ -85,7 +85,7 @@ def test_linear_attention(decays: bool, chunk: int, monkeypatch: pytest.MonkeyPa
 def test_delta_net(backend: Backend):
     q, k, v, theta = tokens(K), unit(tokens(K)), tokens(V), gates(0.5)
     start = torch.randn(H, K, V).double()
-    y, _, _ = read(q, k, v, [start], chunk=1, theta=theta, backend=backend)
+    y, _, _ = scan(q, k, v, [start], chunk=1, theta=theta, backend=backend)
 
     def delta_net(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, s: Tensor) -> Tensor:
         """S_t = S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t (arXiv:2406.06484)."""
@@ -103,7 +103,7 @@ def test_delta_net(backend: Backend):
 def test_gated_delta_net(backend: Backend):
     q, k, v, theta, alpha = tokens(K), unit(tokens(K)), tokens(V), gates(0.3), gates(0.3)
     start = torch.randn(H, K, V).double()
-    y, _, _ = read(q, k, v, [start], chunk=1, theta=theta, alpha=alpha, backend=backend)
+    y, _, _ = scan(q, k, v, [start], chunk=1, theta=theta, alpha=alpha, backend=backend)
 
     def gated_delta_net(q: Tensor, k: Tensor, v: Tensor, a: Tensor, beta: Tensor, s: Tensor) -> Tensor:
         """S_t = S_{t-1} (a_t (I - beta_t k_t k_t^T)) + beta_t v_t k_t^T, o_t = S_t q_t (arXiv:2412.06464)."""
@@ -114,7 +114,7 @@ def test_gated_delta_net(backend: Backend):
             out.append(s @ q[t])
         return torch.stack(out)
 
-    a = 1 - alpha  # it decays before the error, Titans after
+    a = 1 - alpha  # it decays before the error is taken, Titans after
     s_0 = start.mT.expand(B, T, H, V, K)
     assert_close(y, each_head(gated_delta_net, q, k, v * a[..., None], a, 2 * theta / a, s_0))
 
@@ -124,7 +124,7 @@ def test_constant_gates_in_one_chunk_are_a_two_pole_filter(start: float):
     q, k, v = tokens(K), tokens(K), tokens(V)
     theta, eta, alpha = 0.1, 0.8, 0.05
     m_0 = start * torch.randn(H, K, V).double()
-    y, state, _ = read(q, k, v, [m_0], chunk=T, theta=theta, eta=eta, alpha=alpha)
+    y, state, _ = scan(q, k, v, [m_0], chunk=T, theta=theta, eta=eta, alpha=alpha)
 
     a, t = 1 - alpha, torch.arange(T).double()
     impulse = (a ** (t + 1) - eta ** (t + 1)) / (a - eta)  # poles a and eta
@@ -158,7 +158,7 @@ def check_ttt(network, widths: list[int], activation: str) -> None:
     norm = (1 + 0.3 * torch.randn(H, K).double(), 0.3 * torch.randn(H, K).double())
     rate = 0.05
     form = MemoryForm(activation=activation, norm=norm)
-    y, _, _ = read(q, k, v, weights, chunk=16, theta=rate / 2, form=form)
+    y, _, _ = scan(q, k, v, weights, chunk=16, theta=rate / 2, form=form)
 
     def head(h: int, b: int) -> Tensor:
         def normed(w: tuple[Tensor, ...], x: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def test_titans_with_momentum_and_forgetting(chunk: int, depth: int):
     theta, eta, alpha = gates(0.1), gates(0.9), gates(0.1)
     widths = pairwise([K, *[8] * (depth - 1), V])
     weights = [torch.randn(H, i, o).double() / i**0.5 for i, o in widths]
-    y, _, _ = read(q, k, v, weights, chunk=chunk, theta=theta, eta=eta, alpha=alpha)
+    y, _, _ = scan(q, k, v, weights, chunk=chunk, theta=theta, eta=eta, alpha=alpha)
 
     def memory(w: tuple[Tensor, ...], x: Tensor) -> Tensor:
         for w_l in w[:-1]:
@@ -219,11 +219,11 @@ def test_titans_with_momentum_and_forgetting(chunk: int, depth: int):
 
 
 def losses_of_a_repeated_key(chunk: int, theta: float, chunks: int = 8, form: MemoryForm = MemoryForm()) -> Tensor:  # noqa: B008 - immutable
-    """The loss at the start of each chunk of a text that is one association over and over."""
+    """The loss at the start of each chunk, where every token is the same association."""
     k, v = unit(torch.randn(K).double()), torch.randn(K).double()
     weights = [torch.randn(1, K, K).double()]
     shape = (1, chunk * chunks, 1, K)
-    _, _, loss = read(k.expand(shape), k.expand(shape), v.expand(shape), weights, chunk=chunk, theta=theta, form=form)
+    _, _, loss = scan(k.expand(shape), k.expand(shape), v.expand(shape), weights, chunk=chunk, theta=theta, form=form)
     return loss[0, ::chunk, 0]
 
 
@@ -245,9 +245,9 @@ def test_chunk_one_and_a_step_of_one_count_parity():
     bits = torch.randint(0, 2, (B, T, H)).double()
     one, start = torch.ones(B, T, H, 1).double(), [torch.ones(H, 1, 1).double()]
     parity = 1 - 2 * (bits.cumsum(1) % 2)
-    y, _, _ = read(one, one, 0 * one, start, chunk=1, theta=bits)  # eigenvalue 1 - 2 theta: 1 or -1
+    y, _, _ = scan(one, one, 0 * one, start, chunk=1, theta=bits)  # eigenvalue 1 - 2 theta: 1 or -1
     assert torch.equal(y[..., 0].round(), parity)
-    y, _, _ = read(one, one, 0 * one, start, chunk=4, theta=bits)
+    y, _, _ = scan(one, one, 0 * one, start, chunk=4, theta=bits)
     assert not torch.equal(y[..., 0].round(), parity)
 
 
@@ -263,7 +263,7 @@ def error_on_the_nonlinear_stream(depth: int, chunk: int) -> float:
     v = (k @ torch.randn(width, width)).abs()
     weights = [torch.randn(heads, i, o) / i**0.5 for i, o in pairwise(widths)]
     with torch.no_grad():
-        _, _, loss = read(k, k, v, weights, chunk=chunk, theta=0.018)
+        _, _, loss = scan(k, k, v, weights, chunk=chunk, theta=0.018)
     late = slice(count * 3 // 4, None)
     return float(loss[:, late].sum() / v[:, late].square().sum())
 

@@ -1,6 +1,6 @@
-"""The kernels, interpreted on the CPU, obey the laws of every form; and they compile for GPUs that are not here.
+"""The Triton kernels, interpreted on the CPU, equal the definition; and they compile for GPUs.
 
-What the interpreter cannot show (races, speed, bfloat16 products) is not tested: kernels were not measured on a GPU.
+Races, speed and bfloat16 products are not tested: the interpreter cannot show them, and no GPU was used.
 """
 
 import itertools
@@ -21,14 +21,14 @@ from test_ops import (
     TOKENS,
     B,
     assert_all_close,
+    case_id,
     covering_cases,
     gradients,
     make_form,
     make_inputs,
     make_state,
-    name_of,
-    named,
     outputs_and_gradients,
+    outputs_by_name,
     scan,
 )
 from titans_lm.ops import memory_scan, resolve_backend
@@ -38,7 +38,7 @@ from tolerance import assert_close
 
 
 class Case(test_ops.Case):
-    """V == K, and a size that fits the kernels."""
+    """A case with V == K, at a size that fits the kernels."""
 
     v_width = property(lambda self: self.width)
 
@@ -56,25 +56,25 @@ OPTIONS = {
     "mask": ("none", "random", "empty row"),
     "start": test_ops.OPTIONS["start"],
     "width": (16,),
-    "hidden": (16, 48),  # one block of units, several
+    "hidden": (16, 48),  # one block of units, several blocks
 }
 CASES = covering_cases(Case, OPTIONS)
 
 
-def near_naive(case: Case) -> None:
-    """Outputs and all gradients in float32 are the definition's in float64."""
+def assert_equals_naive(case: Case) -> None:
+    """Outputs and all gradients in float32 equal the definition's in float64."""
     x = make_inputs(case, torch.float32)
     wide = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
     assert_all_close(outputs_and_gradients(x, case, "triton"), outputs_and_gradients(wide, case, "naive"))
 
 
-def in_pieces(x: dict[str, Tensor], case: Case, cuts: list[int]) -> dict[str, Tensor]:
+def scan_in_calls(x: dict[str, Tensor], case: Case, cuts: list[int]) -> dict[str, Tensor]:
     state, parts = make_state(x, case), []
     for start, end in itertools.pairwise([0, *cuts, case.tokens]):
         y, state, surprise = scan(x, case, state, slice(start, end), backend="triton")
         parts.append((y, *surprise))
     y, loss, norm = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-    return named(y, state, (loss, norm))
+    return outputs_by_name(y, state, (loss, norm))
 
 
 def leaves_of(x: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -84,14 +84,14 @@ def leaves_of(x: dict[str, Tensor]) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------ laws
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_kernels_are_naive_in_outputs_and_all_gradients(case: Case):
-    near_naive(case)
+    assert_equals_naive(case)
 
 
 @pytest.mark.parametrize(("depth", "chunk", "width", "hidden"), [(1, 16, 64, 0), (2, 64, 64, 64), (2, 16, 128, 32)])
 def test_kernels_are_naive_at_the_sizes_of_models(depth: int, chunk: int, width: int, hidden: int):
-    near_naive(
+    assert_equals_naive(
         SMALL._replace(
             depth=depth, chunk=chunk, tokens=chunk + 3, width=width, hidden=hidden, residual=True, clip=0.7, gates="all"
         )
@@ -106,19 +106,19 @@ def test_kernels_write_what_is_above_the_threshold_alone(residual: bool):
     case = case._replace(threshold=float(loss.median()) + 0.01)
     written = scan(x, case)[2].loss > case.threshold
     assert 0 < written.float().mean() < 1
-    near_naive(case)
+    assert_equals_naive(case)
 
 
 def test_groups_of_chunks_follow_one_another():
     case = SMALL._replace(chunk=1, tokens=6, hidden=16, residual=True, mask="random", start="ragged")
     assert group_size_sqrt(case.tokens) < case.tokens / 2
-    near_naive(case)
+    assert_equals_naive(case)
 
 
 def test_kernels_may_be_cut_anywhere():
     case = SMALL._replace(tokens=9, hidden=16, mask="random", start="ragged", residual=True)
     x = leaves_of(make_inputs(case, torch.float32))
-    whole, pieces = named(*scan(x, case, backend="triton")), in_pieces(x, case, [1, 6, 6])
+    whole, pieces = outputs_by_name(*scan(x, case, backend="triton")), scan_in_calls(x, case, [1, 6, 6])
     assert_all_close(pieces, whole)
     assert_all_close(gradients(pieces, x), gradients(whole, x))
 
@@ -136,7 +136,7 @@ def test_kernels_do_not_see_masked_tokens(scale: float):
         garbage = scale * torch.randn(*there.shape, *x[name].shape[2:])
         mixed[name] = garbage.index_put((row, place), x[name]).requires_grad_()
     mixed["mask"] = there
-    actual = named(*scan(mixed, case, backend="triton"))
+    actual = outputs_by_name(*scan(mixed, case, backend="triton"))
     by = gradients(actual, mixed)
     for name in TOKENS:
         assert by[f"d {name}"].isfinite().all(), name
@@ -144,7 +144,7 @@ def test_kernels_do_not_see_masked_tokens(scale: float):
     for name in ("y", "loss", "gradient_norm"):
         assert not actual[name][~there].any(), f"{name} of a masked token is not 0"
         actual[name] = actual[name][row, place]
-    assert_all_close(actual, named(*scan(x, case, backend="triton")))
+    assert_all_close(actual, outputs_by_name(*scan(x, case, backend="triton")))
 
 
 def test_kernels_keep_rows_and_heads_apart():
@@ -154,7 +154,7 @@ def test_kernels_keep_rows_and_heads_apart():
     alone = {name: value[one] for name, value in x.items()}
     for name in alone.keys() - {"position", "mask", "norm_weight", "norm_bias"}:
         alone[name] = alone[name][:, :, one] if name in TOKENS else alone[name][:, one]
-    whole, actual = (named(*scan(part, case, backend="triton")) for part in (x, alone))
+    whole, actual = (outputs_by_name(*scan(part, case, backend="triton")) for part in (x, alone))
     for name, value in whole.items():
         expected = value[one] if name == "position" else value[one][:, :, one]
         if name not in ("y", "loss", "gradient_norm", "position"):
@@ -180,7 +180,7 @@ def test_no_gradient_comes_from_the_future_through_kernels():
 
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_kernels_read_nothing_and_one_token(tokens: int):
-    near_naive(SMALL._replace(tokens=tokens, start="ragged"))
+    assert_equals_naive(SMALL._replace(tokens=tokens, start="ragged"))
 
 
 def test_kernels_leave_the_memory_alone_where_all_is_padding():
@@ -202,7 +202,7 @@ def test_kernels_give_the_same_without_gradients_and_without_surprise():
         *(x[name] for name in TOKENS), make_state(x, case), chunk_size=case.chunk, form=make_form(x, case),
         mask=x["mask"], backend="triton",
     )  # fmt: skip
-    expected = named(*scan(leaves_of(x), case, backend="triton"))
+    expected = outputs_by_name(*scan(leaves_of(x), case, backend="triton"))
     assert_close(y, expected["y"])
     for layer, w in enumerate(state.weights):
         assert_close(w, expected[f"weights{layer}"])
@@ -218,7 +218,7 @@ def test_kernels_take_bfloat16_tokens_and_keep_a_float32_state():
     assert actual["y"].dtype == actual["d k"].dtype == torch.bfloat16
     assert actual["weights1"].dtype == torch.float32
     for name in expected:
-        # the gradient by y is in y's dtype: what depends on it is as close as bfloat16 is
+        # the gradient by y has y's dtype, so gradients are only as close as bfloat16
         value = actual[name].bfloat16() if name.startswith("d ") else actual[name]
         assert_close(value, expected[name], name)
 
