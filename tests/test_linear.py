@@ -63,11 +63,11 @@ def test_a_gate_is_0_or_1_at_every_token(name: str):
 
 
 WRONG = {
-    "reads memories of depth 1, got 2": {"depth": 2},
-    "reads with chunk_size=1, got 4": {"chunk": 4},
-    "reads the plain form, got the residual form": {"residual": True},
-    "reads without clip and threshold, got clip=0.7, threshold=None": {"clip": 0.7},
-    "reads without clip and threshold, got clip=None, threshold=2.0": {"threshold": 2.0},
+    "runs memories of depth 1, got 2": {"depth": 2},
+    "runs with chunk_size=1, got 4": {"chunk": 4},
+    "runs the plain form, got the residual form": {"residual": True},
+    "runs without clip and threshold, got clip=0.7, threshold=None": {"clip": 0.7},
+    "runs without clip and threshold, got clip=None, threshold=2.0": {"threshold": 2.0},
 }
 
 

@@ -40,13 +40,13 @@ def unsupported_reason(inputs: ScanInputs) -> str | None:
     """Why "linear" cannot run this call; None where it can."""
     depth, form = len(inputs.state.weights), inputs.form
     if depth != 1:
-        return f"reads memories of depth 1, got {depth}"
+        return f"runs memories of depth 1, got {depth}"
     if inputs.chunk_size != 1:
-        return f"reads with chunk_size=1, got {inputs.chunk_size}"
+        return f"runs with chunk_size=1, got {inputs.chunk_size}"
     if form.norm is not None:
-        return "reads the plain form, got the residual form"
+        return "runs the plain form, got the residual form"
     if form.clip is not None or form.threshold is not None:
-        return f"reads without clip and threshold, got clip={form.clip}, threshold={form.threshold}"
+        return f"runs without clip and threshold, got clip={form.clip}, threshold={form.threshold}"
     return None
 
 
