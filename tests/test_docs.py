@@ -13,6 +13,8 @@ import yaml
 
 import titans_lm
 from titans_lm import cli
+from titans_lm.models.model_files import SHIPPED
+from titans_lm.training.config import parse_settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -81,7 +83,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     for name in ("one.txt", "two.txt"):
         Path(name).write_text("It was the end. " * 20)
-    shutil.copytree(titans_lm.model_files.SHIPPED / "streams", "runs/titans")
+    shutil.copytree(SHIPPED / "streams", "runs/titans")
     names: dict[str, object] = {"__name__": "page"}
     for code in blocks(page, "python"):
         exec(compile(code, page, "exec"), names)  # the project's own documents
@@ -115,4 +117,4 @@ def test_the_settings_of_a_page_are_ones_that_training_takes(page):
         given = yaml.safe_load(block)
         tree = {**small, **given}
         tree["training"] = {**small["training"], **tree["training"]}
-        titans_lm.settings.parse_settings(tree)
+        parse_settings(tree)

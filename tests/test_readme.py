@@ -1,4 +1,4 @@
-"""What the README shows, runs."""
+"""What the README says, and the map of the code. Its code and commands run in `test_docs.py`."""
 
 import re
 from itertools import pairwise
@@ -7,54 +7,45 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import tiny_config
-from titans_lm import TitansForCausalLM
-from titans_lm.cli import VERBS, main
-from titans_lm.models.tokenizer import byte_tokenizer
+from titans_lm.cli import main
 from titans_lm.training.config import load_settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+SOURCE = ROOT / "src/titans_lm"
+
+
+def test_it_is_a_screen_and_a_half_and_every_file_that_it_names_is_there():
+    assert len(README.splitlines()) <= 110
+    for name in re.findall(r"\]\((?!https)([^)#]+)", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_settings_of_its_runs_hold():
+    runs = re.findall(r"^    titans train (.*)$", README, re.MULTILINE)
+    assert runs
+    for run in runs:
+        config, *arguments = run.split("  #")[0].split()
+        load_settings(ROOT / config, [b for a, b in pairwise(arguments) if a == "--set"])
+
+
+def test_the_map_names_every_module_in_its_storey_and_no_other():
+    head, *sections = re.split(r"^## `", (ROOT / "docs/map.md").read_text(), flags=re.MULTILINE)
+    named = {section.partition("/`")[0]: set(re.findall(r"`([\w/]+\.py)`", section)) for section in sections}
+    storeys = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    assert named.keys() == storeys
+    for storey in storeys:
+        modules = {p.relative_to(SOURCE / storey).as_posix() for p in (SOURCE / storey).rglob("*.py")}
+        modules = {name for name in modules if not name.startswith("shipped/") and "__" not in name}
+        assert named[storey] - {"_moved.py"} == modules, storey
+        assert f"`{storey}/`" in head, storey
+    for name in re.findall(r"`((?:ops|layers|models|training|tests)/[\w/]+\.\w+)`", head):
+        assert (ROOT / name if name.startswith("tests/") else SOURCE / name).is_file(), name
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_the_examples_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    TitansForCausalLM(tiny_config("mag", vocab_size=260)).save_pretrained("runs/titans")
-    byte_tokenizer().save_pretrained("runs/titans")
-    for name in ("one.txt", "two.txt"):
-        Path(name).write_text("It was the end. " * 20)
-    names: dict[str, object] = {}
-    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(code, names)  # the project's own README
-    assert names["y"].shape == (2, 24, 384)
-    assert (tmp_path / "book.memory").is_file()
-    assert (tmp_path / "library.memory").is_file()
-
-
-def test_the_commands_are_there_and_their_settings_hold():
-    for command in re.findall(r"^    titans (.*)$", README, re.MULTILINE):
-        verb, *arguments = command.split("  #")[0].split()
-        assert verb in VERBS
-        changes = [b for a, b in pairwise(arguments) if a == "--set"]
-        if verb == "train":
-            load_settings(ROOT / arguments[0], changes)
-
-
-def test_every_file_that_it_names_is_there_and_every_module_is_named():
-    for name in re.findall(r"\]\((?!https)([^)]+)\)", README):
-        assert (ROOT / name).exists(), name
-    source = ROOT / "src/titans_lm"
-    storeys = {p.parent for p in source.glob("*/__init__.py")}
-    assert not {f"{s.name}/" for s in storeys if f"`{s.name}/`" not in README}
-    for storey in ("ops", "layers", "models", "training", "inference"):
-        files = {p.name for p in (source / storey).glob("*.py")} - {"__init__.py"}
-        folders = {f"{p.name}/" for p in (source / storey).iterdir() if p.is_dir() and p.name != "__pycache__"}
-        assert not {name for name in files | folders if f"`{name}`" not in README}, storey
-
-
 def test_a_run_as_it_is_described(tmp_path):
-    """Train, read, save, load, answer: the README's four commands, small."""
+    """Train, read, save, load, answer, small."""
     text = tmp_path / "book.txt"
     text.write_text("The end of it was near. " * 100)
     tree = yaml.safe_load((ROOT / "configs/titans.yaml").read_text())
