@@ -170,7 +170,7 @@ def test_what_is_shipped_is_small_whole_and_in_the_package():
     settings = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     patterns = settings["tool"]["setuptools"]["package-data"]["titans_lm"]
     for file in (file for file in SHIPPED.rglob("*") if file.is_file()):
-        assert any(fnmatch(str(file.relative_to(SHIPPED.parent)), pattern) for pattern in patterns)
+        assert any(fnmatch(str(file.relative_to(SHIPPED.parent.parent)), pattern) for pattern in patterns)
     for name in NAMES:
         names = {file.name for file in (SHIPPED / name).iterdir()}
         assert {"config.json", "model.safetensors", "digests.json", "run.yaml", "README.md", "tokenizer.json"} <= names

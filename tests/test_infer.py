@@ -298,7 +298,8 @@ def test_stability_writes_what_it_found(tmp_path, capsys):
 
 FEW_RUNS = """
 import sys
-from titans_lm import cli, stability
+from titans_lm import cli
+from titans_lm.cli import stability
 stability.long_runs = lambda steps: [({"memory_chunk_size": c}, steps, 64, "float32") for c in range(8, 12)]
 sys.exit(cli.main(sys.argv[1:]))
 """

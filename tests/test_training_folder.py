@@ -264,7 +264,7 @@ def test_a_second_run_in_a_folder_says_who_has_it(run):
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(trained, tmp_path, capsys, resumed):
     output = tmp_path / "out"
     code = (
-        "import os, sys; from titans_lm import trainer, cli;"
+        "import os, sys; from titans_lm import cli; from titans_lm.training import trainer;"
         "trainer.TitansTrainer.check_finite = lambda self: os.kill(os.getpid(), 9);"  # as it would save
         "cli.main(sys.argv[1:])"
     )
