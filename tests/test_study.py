@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
@@ -43,6 +44,7 @@ STUDY: dict[str, Any] = {
 }  # fmt: skip
 
 
+ADAPT = {"measure": "adapt", "files": ["nowhere.txt"]}
 PERPLEXITY = {"measure": "perplexity", "files": ["a.txt"]}
 
 
@@ -311,6 +313,10 @@ def test_every_study_is_whole(path):
         ({"tests": [{"lenght": [8]}]}, "has no option 'lenght'"),
         ({"tests": [{"measure": "taste"}]}, "measure 'taste' is not one of"),
         ({"tests": [{"measure": "perplexity"}]}, "needs files"),
+        ({"tests": [{"measure": "adapt"}]}, "adapt needs files"),
+        ({"tests": [{**ADAPT, "token": 9}]}, "adapt has no option 'token'; it has called, files"),
+        ({"tests": [{**ADAPT, "modes": ["hot"]}]}, "tests: modes must be a list of"),
+        ({"tests": [{**ADAPT, "bucket": 0}]}, "bucket must be a whole number of at least 1, got 0"),
         ({"tests": {}}, "tests must be a list"),
         ({"tests": [{"samples": 0}]}, "samples must be a whole number of at least 1, got 0"),
         ({"tests": [{"rows": -1}]}, "rows must be a whole number of at least 1, got -1"),
@@ -416,6 +422,43 @@ def test_a_test_s_lists_are_tried_one_by_one(write):
     settings = load_study(Path(write()), []).cells[0].settings(Path("runs"))
     rows = run_test(model_for(settings), settings, {"name": "modular", "modulus": [2], "length": [4, 6], "samples": 4})
     assert [(row["modulus"], row["length"], row["samples"]) for row in rows] == [(2, 4, 4), (2, 6, 4)]
+
+
+def test_texts_of_a_test_that_are_missing_are_told_before_anything_is_trained(write, capsys):
+    assert cli.main(["study", write(tests=[ADAPT], figure=None)]) == 2
+    assert "nowhere.txt does not exist" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("model", [{"variant": "mag"}, {"baseline": "mamba2"}])
+def test_streams_are_read_by_every_model_as_evaluate_adapt_reads_them(write, model):
+    """Mamba2's in one call; the mean is that of the streams."""
+    from titans_lm.training.train import model_for
+
+    Path("a.txt").write_text("one and one and one")
+    Path("b.txt").write_bytes(bytes(range(40)))
+    sections = {**STUDY["shared"], "data": {"task": {"name": "streams", "length": 16}}}
+    sections["model"] = {"size": "tiny", "num_hidden_layers": 1, **model}
+    settings = (
+        load_study(Path(write(shared=sections, models={"a": {}}, tests=[{}], figure=None)), [])
+        .cells[0]
+        .settings(Path("runs"))
+    )
+    language_model = model_for(settings)
+    test = {"called": "both", "measure": "adapt", "files": ["a.txt", "b.txt"], "modes": ["on", "reset"], "bucket": 8}
+    rows = run_test(language_model, settings, test)
+    modes = ["on", "reset"] if "variant" in model else ["on"]
+    assert [(row["stream"], row["mode"]) for row in rows] == [(s, m) for s in ("a.txt", "b.txt") for m in modes] + [
+        ("mean", mode) for mode in modes
+    ]
+    ids = torch.tensor([list(Path("a.txt").read_bytes())])
+    logits = language_model.eval()(ids).logits[0, :-1].log_softmax(-1)
+    nats = -logits.gather(1, ids[0, 1:, None])[:, 0].detach()
+    assert rows[0]["bits_per_byte"] == pytest.approx(float(nats.mean()) / math.log(2), rel=1e-5)
+    assert rows[0]["first_bucket"] == pytest.approx(float(nats[:7].mean()) / math.log(2), rel=1e-5)
+    assert rows[0]["last_half"] == pytest.approx(float(nats[8:].mean()) / math.log(2), rel=1e-5)
+    own = [row["bits_per_byte"] for row in rows if row["mode"] == "on"]
+    assert own[2] == pytest.approx((own[0] + own[1]) / 2)
 
 
 def test_a_test_that_is_called_something_tells_that_and_its_lists(write):

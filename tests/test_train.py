@@ -280,6 +280,45 @@ def test_a_mistake_is_one_line_and_nothing_is_written(texts, tmp_path, capsys, m
     assert not (tmp_path / "out").exists()
 
 
+def test_training_begins_with_the_weights_of_a_saved_model(texts, tmp_path):
+    train(parse_settings(tree(texts, tmp_path / "first")))
+    changed = tree(texts, tmp_path / "second", max_steps=1)
+    changed["model"] = {"pretrained": str(tmp_path / "first")}
+    first, begun = load(tmp_path / "first")[0], model_for(parse_settings(changed))
+    assert begun.training
+    assert begun.config.to_dict() == first.config.to_dict()
+    for (name, a), b in zip(first.named_parameters(), begun.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    second = train(parse_settings(changed))
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert load_settings(tmp_path / "second" / "run.yaml", []).pretrained == str(tmp_path / "first")
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"pretrained": "nowhere"}, "model.pretrained: nowhere is not a model"),
+        ({"pretrained": 3}, "model.pretrained must be a folder or a shipped model's name, got 3"),
+        ({"pretrained": "books", "size": "tiny"}, "model.size has no effect beside model.pretrained=books"),
+    ],
+)
+def test_weights_that_cannot_be_begun_with_are_named(texts, tmp_path, model, words):
+    changed = tree(texts, tmp_path)
+    changed["model"] = model
+    with pytest.raises(ValueError, match=words):
+        parse_settings(changed)
+
+
+def test_memories_that_cannot_be_carried_are_refused(tmp_path):
+    sections = {
+        "model": {"size": "tiny", "baseline": "mamba2"},
+        "data": {"task": {"name": "streams", "length": 16}},
+        "training": {"output_dir": str(tmp_path / "out"), "carried_steps": 2},
+    }
+    with pytest.raises(ValueError, match="carried_steps must be 1 with model"):
+        parse_settings(sections)
+
+
 @pytest.mark.parametrize("model", [{"variant": "lmm"}, {"baseline": "sliding_window"}])
 def test_a_first_stage_needs_a_core_and_a_memory(texts, tmp_path, model):
     with pytest.raises(ValueError, match="is for a core beside a memory"):

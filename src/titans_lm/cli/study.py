@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from titans_lm.evaluate.cell import check_files
     from titans_lm.study.grid import load_study
     from titans_lm.study.report import write_report
     from titans_lm.study.scheduler import run_cells, train_and_test
@@ -43,6 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     missing = [cell for cell in study.cells if lines.find(**cell.about()) is None]
     check_output(lines.path, picture=study.figure is not None, ours=False)
     for cell in missing:
+        check_files(cell.tests)
         earlier(cell.settings(arguments.runs / study.name))
     console = PlainConsole()
     console.print(f"{study.name}: {len(study.cells)} runs, {len(missing)} to do, {arguments.processes} side by side")

@@ -138,8 +138,8 @@ def code_lengths(model: PreTrainedModel, stream: Stream, predictor: str, options
 
 @torch.no_grad()
 def read_at_once(model: PreTrainedModel, ids: Tensor, tell: Callable[[int, Tensor], None]) -> None:
-    """Tell the nats of a stream `[1, T]` read in one call: for a model of transformers, such as Mamba2, whose cache does
-    not take several tokens after the first call."""
+    """Tell the nats of a stream `[1, T]` read in one call: for a model of transformers, such as Mamba2, whose cache
+    takes one token a call after the first."""
     model.eval()
     logits = model(ids.to(model.device), use_cache=False).logits[0, :-1].float()
     tell(1, F.cross_entropy(logits, ids[0, 1:].to(logits.device), reduction="none").double().cpu())

@@ -68,6 +68,13 @@ def check_tests(settings: Settings, tests: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(axes))
 
 
+def check_files(tests: list[dict[str, Any]]) -> None:
+    """Raises ValueError where texts that tests read are missing: before a run, whose training may take hours."""
+    for test in tests:
+        if test.get("measure", "task") != "task" and test.get("files"):
+            text_files(test["files"], test.get("suffixes", adapt.SUFFIXES))
+
+
 def run_test(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -> list[dict[str, Any]]:
     """A test with options as lists is each of them in turn. -> rows of the options and their figures"""
     if test.get("measure") == "perplexity":
@@ -156,17 +163,21 @@ def _check_adapt(test: dict[str, Any]) -> None:
     for key in test:
         if key not in _ADAPT:
             raise ValueError(f"tests: adapt has no option {key!r}; it has {', '.join(_ADAPT[1:])}")
-    text_files(test.get("files") or [], test.get("suffixes", adapt.SUFFIXES))
+    if not test.get("files"):
+        raise ValueError("tests: adapt needs files, each a stream")
     at_least(1, bucket=test.get("bucket", perplexity.BUCKET), reset_every=test.get("reset_every", perplexity.RESET))
     at_least(2, tokens=test.get("tokens", 2))
     _check_modes(test)
 
 
 def _adapt(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -> list[dict[str, Any]]:
-    """Bits per byte of each of `files`, a stream of its own, and, of several, their mean; in modes that the model has."""
+    """Bits per byte of each of `files`, a stream of its own, and the mean of several; in modes that the model has."""
     files = text_files(test["files"], test.get("suffixes", adapt.SUFFIXES))
     tokenizer = load_tokenizer(getattr(make_task(settings.data.task), "tokenizer", settings.data.tokenizer))
-    options = {"bucket": test.get("bucket", perplexity.BUCKET), "reset_every": test.get("reset_every", perplexity.RESET)}
+    options = {
+        "bucket": test.get("bucket", perplexity.BUCKET),
+        "reset_every": test.get("reset_every", perplexity.RESET),
+    }
     named = {"test": test["called"]} if "called" in test else {}
     rows = []
     for file in files:

@@ -168,8 +168,8 @@ class Settings:
     def config(self) -> PreTrainedConfig:
         """The model's configuration. Raises ValueError with the key's full name."""
         fields = dict(self.model)
-        if self.pretrained is not None:
-            return _pretrained_config(self.pretrained, sorted(fields.keys() - {"pretrained"}))
+        if "pretrained" in fields:
+            return _pretrained_config(fields["pretrained"], sorted(fields.keys() - {"pretrained"}))
         for key in fields:
             if key not in (*_MODEL_KEYS, *known_keys()):
                 raise ValueError(unknown_key(key, [*_MODEL_KEYS, *known_keys()], "model"))
@@ -180,7 +180,6 @@ class Settings:
             return _config(fields)
         except (ValueError, StrictDataclassError) as error:
             raise ValueError(f"model: {error.__cause__ or error}") from error
-
 
     @property
     def pretrained(self) -> str | None:
@@ -321,8 +320,7 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
 def _check_carried(data: DataSettings, model: dict[str, Any]) -> None:
     if model.get("baseline") == MAMBA2:
         raise ValueError(
-            f"training.carried_steps must be 1 with model.baseline={MAMBA2}: transformers' class takes one token a call "
-            "after its first"
+            f"training.carried_steps must be 1 with model.baseline={MAMBA2}: its class cannot go on with a row"
         )
     goes_on = data.task and isinstance(make_task(data.task), StreamTask)
     if not data.files and not goes_on:
