@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from titans_lm.models.tokenizer import byte_tokenizer, encode, is_bytes
-from titans_lm.training.data import Blocks, CarriedOrder, StreamedBlocks, streamed
+from titans_lm.training.data import Blocks, StreamedBlocks, TBPTTSampler, streamed
 from titans_lm.utils.corpora import split_held_out, stdlib_files, text_files
 from titans_lm.utils.text_file import read_text, text_pieces
 
@@ -64,8 +64,8 @@ def test_a_text_shorter_than_a_block_is_named():
 @given(batch=st.integers(1, 4), carried=st.integers(1, 5), extra=st.integers(0, 30), seed=st.integers(0, 9))
 def test_rows_go_on_from_batch_to_batch_and_no_block_comes_twice(batch, carried, extra, seed):
     count = batch * carried + extra
-    order = np.array(list(CarriedOrder(count, batch, carried, seed)))
-    assert len(order) == len(CarriedOrder(count, batch, carried, seed))
+    order = np.array(list(TBPTTSampler(count, batch, carried, seed)))
+    assert len(order) == len(TBPTTSampler(count, batch, carried, seed))
     assert len(set(order)) == len(order)
     assert order.max() < count
     rounds = order.reshape(-1, carried, batch)
@@ -73,14 +73,14 @@ def test_rows_go_on_from_batch_to_batch_and_no_block_comes_twice(batch, carried,
 
 
 def test_the_order_is_the_seed_s_and_the_epoch_s():
-    order = CarriedOrder(40, 2, 4, seed=1)
+    order = TBPTTSampler(40, 2, 4, seed=1)
     first = list(order)
-    assert list(order) == first == list(CarriedOrder(40, 2, 4, seed=1))
+    assert list(order) == first == list(TBPTTSampler(40, 2, 4, seed=1))
     order.set_epoch(1)
     assert list(order) != first
-    assert list(CarriedOrder(40, 2, 4, seed=2)) != first
+    assert list(TBPTTSampler(40, 2, 4, seed=2)) != first
     with pytest.raises(ValueError, match="too few"):
-        CarriedOrder(7, 2, 4, seed=1)
+        TBPTTSampler(7, 2, 4, seed=1)
 
 
 def test_what_is_not_text_is_named(tmp_path):

@@ -256,7 +256,7 @@ def test_learning_goes_on_where_it_was_interrupted(text, tmp_path, capsys, monke
     def settings(output, minutes, _):
         model = {"size": "tiny", "variant": "lmm", "num_hidden_layers": 1, "parameters": 400_000}
         training = {"output_dir": str(output), "max_minutes": minutes, "max_steps": 6, "batch_size": 2,
-                    "carried_steps": 2, "logging_steps": 1}  # fmt: skip
+                    "tbptt_steps": 2, "logging_steps": 1}  # fmt: skip
         data = {"files": [str(text)] * 2, "held_out": 1, "sequence_length": 32}
         return parse_settings({"model": model, "data": data, "training": training})
 

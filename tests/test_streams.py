@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from titans_lm.tasks import CarriedRows, make_task
+from titans_lm.tasks import StreamRows, make_task
 from titans_lm.tasks.streams import SOURCES, Streams
 from titans_lm.training.config import parse_settings
 from titans_lm.training.train import train
@@ -63,7 +63,7 @@ def test_a_batch_asks_for_every_token(texts):
 @pytest.mark.parametrize("spans", [[1, 2, 6], [2, 5]])
 def test_carried_rows_are_parts_of_streams_that_begin_where_memories_do(texts, spans):
     made, longest = task(texts, length=32), max(spans)
-    rows = iter(CarriedRows(made, spans, len(spans), seed=3))
+    rows = iter(StreamRows(made, spans, len(spans), seed=3))
     batches = [[next(rows)["input_ids"].numpy() for _ in spans] for _ in range(2 * longest)]
     seen = Counter()
     for row, span in enumerate(spans):
@@ -90,7 +90,7 @@ def run(texts, output, **training):
                   "intermediate_size": 32, "num_persistent_tokens": 2, "memory_dim": 16},
         "data": {"task": {"name": "streams", "files": str(texts), "length": 32, "switch": 50}},
         "training": {"output_dir": str(output), "max_steps": 8, "batch_size": 3, "logging_steps": 1, "save_steps": 4,
-                     "carried_steps": [1, 2, 5], **training},
+                     "tbptt_steps": [1, 2, 5], **training},
     })  # fmt: skip
 
 
@@ -111,9 +111,9 @@ def test_a_run_of_carried_streams_goes_on_to_the_same_losses(texts, tmp_path, ac
 def test_what_cannot_be_carried_is_told(texts, tmp_path):
     settings = run(texts, tmp_path / "out")
     tree = dataclasses.asdict(settings)
-    with pytest.raises(ValueError, match=r"carried_steps above 1 does not go with data\.shortest"):
+    with pytest.raises(ValueError, match=r"tbptt_steps above 1 does not go with data\.shortest"):
         parse_settings({**tree, "data": {**tree["data"], "shortest": 8}})
-    with pytest.raises(ValueError, match=r"needs data\.files, or a data\.task whose rows go on"):
+    with pytest.raises(ValueError, match=r"needs data\.files, or a data\.task whose rows continue"):
         parse_settings({**tree, "data": {"task": {"name": "parity", "length": 8}}})
 
 

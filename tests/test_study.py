@@ -1,6 +1,7 @@
 """A study's grid, its scheduler, its report and its search; what a cell makes of failure."""
 
 import argparse
+import copy
 import io
 import json
 import math
@@ -422,6 +423,15 @@ def test_a_test_s_lists_are_tried_one_by_one(write):
     settings = load_study(Path(write()), []).cells[0].settings(Path("runs"))
     rows = run_test(model_for(settings), settings, {"name": "modular", "modulus": [2], "length": [4, 6], "samples": 4})
     assert [(row["modulus"], row["length"], row["samples"]) for row in rows] == [(2, 4, 4), (2, 6, 4)]
+
+
+def test_results_written_under_a_key_s_old_name_are_this_cell_s(write):
+    cell = load_study(Path(write()), ["training.tbptt_steps=1"]).cells[0]
+    row = copy.deepcopy(cell.about())
+    row["settings"]["training"]["carried_steps"] = row["settings"]["training"].pop("tbptt_steps")
+    assert cell.result([{**row, "seed": 99}, row]) is row
+    row["settings"]["training"]["carried_steps"] = 2
+    assert cell.result([row]) is None
 
 
 def test_texts_of_a_test_that_are_missing_are_told_before_anything_is_trained(write, capsys):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from titans_lm import TitansState
 from titans_lm.cli import main
-from titans_lm.models.hub import load
+from titans_lm.models.hub import SHIPPED, load
 from titans_lm.training.config import load_settings, parse_settings
 from titans_lm.training.train import model_for, train
 from titans_lm.training.trainer import TitansTrainer
@@ -62,6 +62,26 @@ def test_every_configuration_is_whole(path):
     assert path.stem not in ("mac", "mag", "mal", "lmm") or config.variant == path.stem
 
 
+@pytest.mark.parametrize("name", ["books", "needle"])
+def test_the_settings_of_shipped_models_are_read(name):
+    with pytest.warns(FutureWarning, match=r"training\.carried_steps is now training\.tbptt_steps"):
+        settings = load_settings(SHIPPED / name / "run.yaml", [])
+    written = yaml.safe_load((SHIPPED / name / "run.yaml").read_text())["training"]["carried_steps"]
+    assert settings.training.tbptt_steps == (written if isinstance(written, list) else [written])
+
+
+def test_a_key_under_its_old_name_changes_the_new_one_and_not_both_are_given(texts, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tree(texts, tmp_path / "out", tbptt_steps=3)))
+    with pytest.warns(FutureWarning, match="tbptt_steps"):
+        assert load_settings(config, ["training.carried_steps=2"]).training.tbptt_steps == [2]
+    with (
+        pytest.warns(FutureWarning, match="tbptt_steps"),
+        pytest.raises(ValueError, match=r"training\.tbptt_steps is given twice"),
+    ):
+        parse_settings(tree(texts, tmp_path / "out", tbptt_steps=3, carried_steps=2))
+
+
 def test_a_run_leaves_a_model_that_loads_and_says_how_it_was_made(texts, tmp_path):
     settings = parse_settings(tree(texts, tmp_path / "out"))
     model = train(settings)
@@ -81,12 +101,10 @@ def test_a_run_leaves_a_model_that_loads_and_says_how_it_was_made(texts, tmp_pat
 @pytest.mark.parametrize("carried", [1, 3, [2, 5]])
 def test_an_interrupted_run_goes_on_to_the_same_losses(texts, tmp_path, carried):
     """Ctrl-C in the middle, in a process of its own; then on, with the memory where it was."""
-    whole = tree(texts, tmp_path / "whole", max_steps=40, carried_steps=carried, save_steps=100)
+    whole = tree(texts, tmp_path / "whole", max_steps=40, tbptt_steps=carried, save_steps=100)
     train(parse_settings(whole))
     config = tmp_path / "run.yaml"
-    config.write_text(
-        yaml.safe_dump(tree(texts, tmp_path / "cut", max_steps=40, carried_steps=carried, save_steps=100))
-    )
+    config.write_text(yaml.safe_dump(tree(texts, tmp_path / "cut", max_steps=40, tbptt_steps=carried, save_steps=100)))
     process = subprocess.Popen(
         [sys.executable, "-c", "import sys; from titans_lm.cli import main; sys.exit(main(sys.argv[1:]))",
          "train", str(config)],
@@ -110,7 +128,7 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(texts, tmp_path, carried)
 def test_a_run_goes_on_past_an_epoch_whose_last_update_has_fewer_batches(texts, tmp_path, step):
     """Epochs of nine batches, by twos: five updates."""
     data = {"sequence_length": 256}
-    training = {"max_steps": 12, "carried_steps": 3, "accumulation": 2, "save_steps": step}
+    training = {"max_steps": 12, "tbptt_steps": 3, "accumulation": 2, "save_steps": step}
     settings = parse_settings(tree(texts, tmp_path / "out", data=data, **training))
     train(settings)
     whole = losses(tmp_path / "out")
@@ -127,15 +145,15 @@ def test_carried_batches_know_what_came_before_and_begin_anew_after(texts, tmp_p
     """The losses are those of a loop by hand, row by row, that drops the state after the row's number of batches, and
     where the row's text begins."""
     carried = 3 if spans == [3, 3] else spans
-    settings = parse_settings(tree(texts, tmp_path / "a", max_steps=6, carried_steps=carried, learning_rate=1e-12))
+    settings = parse_settings(tree(texts, tmp_path / "a", max_steps=6, tbptt_steps=carried, learning_rate=1e-12))
     model = train(settings).eval()
     from titans_lm.models.tokenizer import byte_tokenizer
-    from titans_lm.training.data import Blocks, CarriedOrder
+    from titans_lm.training.data import Blocks, TBPTTSampler
     from titans_lm.utils.text_file import read_text
 
     files = sorted(texts.iterdir())[:-1]
     blocks = Blocks([read_text(f) for f in files], byte_tokenizer(), 32)
-    order = torch.tensor(list(CarriedOrder(len(blocks), 2, 3, 0)))[:12].view(6, 2)
+    order = torch.tensor(list(TBPTTSampler(len(blocks), 2, 3, 0)))[:12].view(6, 2)
     by_row = []
     for span, blocks_of_row in zip(spans, order.t(), strict=True):
         by_row.append([])
@@ -154,7 +172,7 @@ def test_carried_batches_know_what_came_before_and_begin_anew_after(texts, tmp_p
     assert losses(tmp_path / "b") != pytest.approx(by_hand, rel=1e-3)
 
 
-@pytest.mark.parametrize("more", [{}, {"carried_steps": 3}, {"activation_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"tbptt_steps": 3}, {"activation_checkpointing": True}], ids=str)
 @pytest.mark.parametrize("variant", ["mac", "mag", "mal"])
 def test_the_core_learns_first_and_then_all_of_the_model(texts, tmp_path, variant, more):
     model, training = {"variant": variant, "segment_size": 8}, {"max_steps": 5, "save_steps": 3, **more}
@@ -175,7 +193,7 @@ def test_the_core_learns_first_and_then_all_of_the_model(texts, tmp_path, varian
 
 
 def test_a_run_goes_on_within_its_first_stage(texts, tmp_path):
-    settings = parse_settings(tree(texts, tmp_path / "out", max_steps=6, core_steps=4, carried_steps=3, save_steps=2))
+    settings = parse_settings(tree(texts, tmp_path / "out", max_steps=6, core_steps=4, tbptt_steps=3, save_steps=2))
     train(settings)
     whole = losses(tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "checkpoint-6")
@@ -248,10 +266,10 @@ def test_only_linear_maps_decay(texts, tmp_path):
         ("modl.size=tiny", "unknown key 'modl' in the run; did you mean 'model'"),
         ("training.max_steps=many", "training.max_steps must be a whole number, got 'many'"),
         ("training.max_steps=0", "training.max_steps must be at least 1"),
-        ("training.carried_steps=[4, 0]", "training.carried_steps must be at least 1, got 0"),
-        ("training.carried_steps=[]", "one number, or at most one for each of training.batch_size=2 rows, got []"),
-        ("training.carried_steps=[2, 3, 4]", "at most one for each of training.batch_size=2 rows, got [2, 3, 4]"),
-        ("training.carried_steps=[4, many]", "training.carried_steps must be a whole number, or a list of them"),
+        ("training.tbptt_steps=[4, 0]", "training.tbptt_steps must be at least 1, got 0"),
+        ("training.tbptt_steps=[]", "one number, or at most one for each of training.batch_size=2 rows, got []"),
+        ("training.tbptt_steps=[2, 3, 4]", "at most one for each of training.batch_size=2 rows, got [2, 3, 4]"),
+        ("training.tbptt_steps=[4, many]", "training.tbptt_steps must be a whole number, or a list of them"),
         ("training.core_steps=6", "training.core_steps must be below max_steps=6, got 6"),
         ("training.core_steps=-1", "training.core_steps must be at least 0, got -1"),
         ("training.learning_rate=-1", "training.learning_rate must be above 0"),
@@ -313,9 +331,9 @@ def test_memories_that_cannot_be_carried_are_refused(tmp_path):
     sections = {
         "model": {"size": "tiny", "baseline": "mamba2"},
         "data": {"task": {"name": "streams", "length": 16}},
-        "training": {"output_dir": str(tmp_path / "out"), "carried_steps": 2},
+        "training": {"output_dir": str(tmp_path / "out"), "tbptt_steps": 2},
     }
-    with pytest.raises(ValueError, match="carried_steps must be 1 with model"):
+    with pytest.raises(ValueError, match="tbptt_steps must be 1 with model"):
         parse_settings(sections)
 
 
@@ -376,7 +394,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(texts, tmp_path):
 
 
 def test_a_checkpoint_has_the_memory_that_goes_on(texts, tmp_path):
-    train(parse_settings(tree(texts, tmp_path / "out", max_steps=4, carried_steps=3, save_steps=4)))
+    train(parse_settings(tree(texts, tmp_path / "out", max_steps=4, tbptt_steps=3, save_steps=4)))
     model, _ = load(tmp_path / "out")
     state = TitansState.load(tmp_path / "out" / "checkpoint-4" / "memory.safetensors", model)
     assert state.position.tolist() == [32, 32]

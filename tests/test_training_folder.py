@@ -108,7 +108,7 @@ def test_another_learning_rate_takes_effect_on_resume(trained, run):
         ("training.seed=1", "training.seed=1 (was 0)"),
         ("training.batch_size=4", "training.batch_size=4 (was 2)"),
         ("training.accumulation=2", "training.accumulation=2 (was 1)"),
-        ("training.carried_steps=2", "training.carried_steps=[2] (was [1])"),
+        ("training.tbptt_steps=2", "training.tbptt_steps=[2] (was [1])"),
         ("data.sequence_length=16", "data.sequence_length=16 (was 32)"),
         ("data.held_out=1", "data.held_out=1 (was 0)"),
         ("model.window_size=4", "model.window_size=4 (was 8)"),
@@ -123,6 +123,16 @@ def test_what_may_not_change_on_resume_is_named(run, change, words):
     assert status == 2
     assert f"{words} cannot change on resume" in said
     assert content(output) == before
+
+
+def test_a_checkpoint_with_a_key_s_old_name_goes_on(trained, run):
+    output, resume = run
+    saved = output / "checkpoint-2" / "run.yaml"
+    assert "  tbptt_steps:" in saved.read_text()
+    saved.write_text(saved.read_text().replace("tbptt_steps", "carried_steps"))
+    with pytest.warns(FutureWarning, match="tbptt_steps"):
+        assert resume()[0] == 0
+    assert logged(output, "loss") == logged(trained / "out", "loss")
 
 
 def test_the_same_model_in_other_words_goes_on(run):

@@ -103,7 +103,7 @@ def _settings(output: Path, minutes: float, held_out: int) -> Settings:
         "data": {"files": [STDLIB], "held_out": held_out, "sequence_length": 256},
         "training": {
             "output_dir": str(output), "max_minutes": minutes, "max_steps": 100_000, "batch_size": 8,
-            "carried_steps": 32, "learning_rate": 4e-3, "warmup": 0.03, "final_rate": 0.02,
+            "tbptt_steps": 32, "learning_rate": 4e-3, "warmup": 0.03, "final_rate": 0.02,
             "logging_steps": 25, "eval_steps": 100_000, "save_steps": 100_000,
         },
     })  # fmt: skip

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         return search(study, arguments, command)
     lines = Lines(arguments.results / f"{study.name}.jsonl", {"study": study.name}, command)
-    missing = [cell for cell in study.cells if lines.find(**cell.about()) is None]
+    missing = [cell for cell in study.cells if cell.result(lines.rows) is None]
     check_output(lines.path, picture=study.figure is not None, ours=False)
     for cell in missing:
         check_files(cell.tests)
@@ -51,6 +51,6 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         run_cells(missing, train_and_test, arguments, command, lines, console)
     finally:
-        rows = [row for cell in study.cells if (row := lines.find(**cell.about())) is not None]
+        rows = [row for cell in study.cells if (row := cell.result(lines.rows)) is not None]
         if rows:
             write_report(study, rows, arguments.results, console)

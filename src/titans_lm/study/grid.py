@@ -7,7 +7,7 @@ from typing import Any
 
 from titans_lm.evaluate.cell import check_tests
 from titans_lm.models.configuration import unknown_key
-from titans_lm.training.config import Settings, change_tree, parse_settings
+from titans_lm.training.config import Settings, change_tree, current_key, parse_settings, with_current_keys
 from titans_lm.utils.yaml_values import read_yaml
 
 KEYS = ("name", "about", "shared", "models", "tasks", "seeds", "tests", "figure", "search")
@@ -37,6 +37,11 @@ class Cell:
         sections["training"] |= {"output_dir": str(runs / self.name), "seed": self.seed}
         return parse_settings(sections)
 
+    def result(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """This cell's row of `rows`, also one written when settings had other names; None if there is none."""
+        about = self.about()
+        return next((row for row in rows if {key: _current(row).get(key) for key in about} == about), None)
+
     def about(self) -> dict[str, Any]:
         """What makes its result this cell's result and no other's."""
         return {
@@ -46,6 +51,15 @@ class Cell:
             "settings": self.sections,
             "tests": self.tests,
         }
+
+
+def _current(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of results, its settings under their current names."""
+    settings = {
+        section: {current_key(section, key): value for key, value in values.items()}
+        for section, values in row["settings"].items()
+    }
+    return {**row, "settings": settings}
 
 
 @dataclass
@@ -125,7 +139,7 @@ def _check(cell: Cell) -> list[str]:
 
 def _sections(shared: dict[str, Any], *changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """`shared` with dotted keys changed."""
-    sections = {name: copy.deepcopy(shared.get(name, {})) for name in SECTIONS}
+    sections = {name: with_current_keys(copy.deepcopy(shared.get(name, {})), name) for name in SECTIONS}
     for name in shared:
         if name not in SECTIONS:
             raise ValueError(unknown_key(str(name), list(SECTIONS), "shared"))
@@ -133,7 +147,7 @@ def _sections(shared: dict[str, Any], *changes: dict[str, Any]) -> dict[str, dic
         section, dot, name = str(key).partition(".")
         if not dot or section not in SECTIONS:
             raise ValueError(f"{key!r} must be section.key, such as model.variant or training.learning_rate")
-        sections[section][name] = value
+        sections[section] |= with_current_keys({name: value}, section)
     for name in OWN:
         if name in sections["training"]:
             raise ValueError(f"training.{name} is the study's own: it has seeds, and a folder for each run")

@@ -30,12 +30,12 @@ def search(study: Study, arguments: argparse.Namespace, command: str) -> None:
     cells = [cell for cell in study.cells if cell.seed == first]
     command = f"{command} --search {trials}"
     lines = Lines(arguments.results / f"{study.name}_search.jsonl", {"search": space, "trials": trials}, command)
-    missing = [cell for cell in cells if lines.find(**cell.about()) is None]
+    missing = [cell for cell in cells if cell.result(lines.rows) is None]
     console = PlainConsole()
     job = functools.partial(search_cell, space=space, trials=trials)
     run_cells(missing, job, arguments, command, lines, console)
     for cell in cells:
-        row = lines.find(**cell.about())
+        row = cell.result(lines.rows)
         if row is not None and row["status"] == "ok":
             console.print(f"{cell.name}: loss {row['loss']:.4f} with {row['best']}")
 

@@ -130,7 +130,7 @@ class Rows(IterableDataset[dict[str, Tensor]]):
         return round(math.exp(rng.uniform(math.log(shortest), math.log(self.task.length))))
 
 
-class CarriedRows(IterableDataset[dict[str, Tensor]]):
+class StreamRows(IterableDataset[dict[str, Tensor]]):
     """Rows without end, each a part of a stream that goes on in the same row of the next batch: for as many batches as
     `spans` say of the row (they are taken in turn), or until those of the longest are over. Then another begins.
 

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 import typing
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from titans_lm.models.hub import RUN
 from titans_lm.models.model_files import find
 from titans_lm.tasks import StreamTask, make_task, with_length
 from titans_lm.utils.yaml_values import Dumper, parse_yaml, read_yaml, typed
+
+RENAMED = {"training": {"carried_steps": "tbptt_steps"}}
+"""Section -> old key -> its name now. Old keys are still read."""
 
 
 @dataclass
@@ -101,13 +105,12 @@ class TrainingSettings:
     max_grad_norm: float = 1.0
     bf16: bool = False
     activation_checkpointing: bool = False
-    carried_steps: list[int] = field(default_factory=lambda: [1])
-    """For so many batches the memory goes on, each the next part of its rows' texts, gradients cut between them; then
-    it begins anew. 1: every batch begins anew. Of several the rows take one each, in turn: some learn to begin, others
-    to have read much."""
+    tbptt_steps: list[int] = field(default_factory=lambda: [1])
+    """Carry the memory across N batches (truncated BPTT). Each batch continues its rows' texts, and gradients stop at
+    the batch's start. After N batches the memory is reset. 1: reset before every batch. Several values: row i takes
+    value i, in turn, so that some rows learn to start and others to have read much."""
     core_steps: int = 0
-    """For so many steps attention and MLPs learn alone, the memory bypassed: it says 0, and stays as it began. Then
-    all of the model learns."""
+    """Bypass the memory in the first N steps: its output is 0 and its weights stay. Then the whole model learns."""
     seed: int = 0
     logging_steps: int = 10
     eval_steps: int = 200
@@ -128,10 +131,10 @@ class TrainingSettings:
         _at_least("training.core_steps", self.core_steps, 0)
         if self.core_steps >= self.max_steps:
             raise ValueError(f"training.core_steps must be below max_steps={self.max_steps}, got {self.core_steps}")
-        if not 1 <= len(self.carried_steps) <= self.batch_size:
+        if not 1 <= len(self.tbptt_steps) <= self.batch_size:
             many = f"one number, or at most one for each of training.batch_size={self.batch_size} rows"
-            raise ValueError(f"training.carried_steps must be {many}, got {self.carried_steps}")
-        _at_least("training.carried_steps", min(self.carried_steps), 1)
+            raise ValueError(f"training.tbptt_steps must be {many}, got {self.tbptt_steps}")
+        _at_least("training.tbptt_steps", min(self.tbptt_steps), 1)
 
     def _check_rates(self) -> None:
         for key in ("learning_rate", "max_grad_norm", "max_minutes"):
@@ -301,12 +304,13 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
             raise ValueError(unknown_key(str(name), sections, "the run"))
         if not isinstance(section, dict):
             raise ValueError(f"{name} must be a section of keys and values, got {section!r}")
+    tree = {name: with_current_keys(section, name) for name, section in tree.items()}
     data = _build(DataSettings, tree.get("data", {}), "data")
     training = _build(TrainingSettings, tree.get("training", {}), "training")
     data.check()
     training.check()
-    if max(training.carried_steps) > 1:
-        _check_carried(data, tree.get("model", {}))
+    if max(training.tbptt_steps) > 1:
+        _check_tbptt(data, tree.get("model", {}))
     settings = Settings(tree.get("model", {}), data, training)
     size = settings.model.get("size")
     if size is not None and size not in list(SIZES):  # a list: a size that a user typed may not be hashable
@@ -317,19 +321,37 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
     return settings
 
 
-def _check_carried(data: DataSettings, model: dict[str, Any]) -> None:
+def _check_tbptt(data: DataSettings, model: dict[str, Any]) -> None:
     if model.get("baseline") == MAMBA2:
         raise ValueError(
-            f"training.carried_steps must be 1 with model.baseline={MAMBA2}: its class cannot go on with a row"
+            f"training.tbptt_steps must be 1 with model.baseline={MAMBA2}: its class cannot continue a row"
         )
     goes_on = data.task and isinstance(make_task(data.task), StreamTask)
     if not data.files and not goes_on:
         raise ValueError(
-            "training.carried_steps above 1 needs data.files, or a data.task whose rows go on ({name: streams}): "
+            "training.tbptt_steps above 1 needs data.files, or a data.task whose rows continue ({name: streams}): "
             "other data has no such order"
         )
     if goes_on and data.shortest is not None:
-        raise ValueError("training.carried_steps above 1 does not go with data.shortest: streams go on by whole rows")
+        raise ValueError("training.tbptt_steps above 1 does not go with data.shortest: streams continue by whole rows")
+
+
+def current_key(section: str, key: str) -> str:
+    """The name that `key` has now."""
+    return RENAMED.get(section, {}).get(key, key)
+
+
+def with_current_keys(values: dict[str, Any], section: str) -> dict[str, Any]:
+    """The values of a section, old keys renamed. Warns of each; raises ValueError where a key has both its names."""
+    renamed: dict[str, Any] = {}
+    for key, value in values.items():
+        name = current_key(section, key)
+        if name != key:
+            warnings.warn(f"{section}.{key} is now {section}.{name}", FutureWarning, stacklevel=2)
+        if name in renamed:
+            raise ValueError(f"{section}.{name} is given twice, once under its old name; leave one out")
+        renamed[name] = value
+    return renamed
 
 
 def change_tree(tree: dict[str, Any], change: str) -> None:
@@ -341,8 +363,9 @@ def change_tree(tree: dict[str, Any], change: str) -> None:
     keys = tree.setdefault(section, {})
     if not isinstance(keys, dict):
         raise ValueError(f"{section} must be a section of keys and values, got {keys!r}")
+    keys = tree[section] = with_current_keys(keys, section)
     try:
-        keys[name] = parse_yaml(value)
+        keys |= with_current_keys({name: parse_yaml(value)}, section)
     except yaml.YAMLError:
         raise ValueError(f"--set {change!r}: the value is not YAML") from None
 

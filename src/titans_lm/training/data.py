@@ -39,7 +39,7 @@ class Blocks(Dataset[dict[str, Tensor]]):
         return {"input_ids": block, "labels": block}
 
 
-class CarriedOrder(Sampler[int]):
+class TBPTTSampler(Sampler[int]):
     """Which blocks a batch has, so that its rows' texts go on for `carried` batches, then others begin; shuffled anew
     each epoch. `carried` = 1 is plain shuffling. Blocks that fill no whole round are left out, others in each epoch."""
 
@@ -49,7 +49,7 @@ class CarriedOrder(Sampler[int]):
         if self.runs < batch:
             raise ValueError(
                 f"the text has {count} blocks, too few for {batch} rows that go on for {carried}; "
-                "take a smaller training.batch_size, training.carried_steps or data.sequence_length"
+                "take a smaller training.batch_size, training.tbptt_steps or data.sequence_length"
             )
 
     def set_epoch(self, epoch: int) -> None:

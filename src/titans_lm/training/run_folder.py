@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers.trainer_pt_utils import safe_globals
 
 from titans_lm.models.hub import RUN
@@ -81,6 +82,12 @@ def check_checkpoint(folder: Path) -> None:
         json.loads((folder / STATE).read_text())["global_step"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder} is damaged: {STATE} is not what a training run wrote") from None
+    for weights in folder.glob("*.safetensors"):
+        try:
+            with safe_open(weights, "pt"):  # reads the header, and compares it with the file's size
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder} is damaged: {weights.name} cannot be loaded ({error})") from error
     for name in _STATES:
         try:
             with safe_globals():

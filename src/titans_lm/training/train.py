@@ -16,9 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from titans_lm.models.baselines import build
 from titans_lm.models.hub import RUN, load
 from titans_lm.models.tokenizer import load_tokenizer
-from titans_lm.tasks import CarriedRows, Rows, StreamTask, make_task
+from titans_lm.tasks import Rows, StreamRows, StreamTask, make_task
 from titans_lm.training.config import Settings, check_resumed, check_same, save_settings
-from titans_lm.training.data import Blocks, CarriedOrder, StreamedBlocks, streamed
+from titans_lm.training.data import Blocks, StreamedBlocks, TBPTTSampler, streamed
 from titans_lm.training.run_folder import (
     UNFINISHED,
     RunLock,
@@ -28,7 +28,7 @@ from titans_lm.training.run_folder import (
     last_checkpoint,
     step_of,
 )
-from titans_lm.training.trainer import NotFinite, TitansTrainer
+from titans_lm.training.trainer import NotFinite, Resume, TitansTrainer
 from titans_lm.utils.corpora import split_held_out, text_files
 from titans_lm.utils.record import Stopped, on_stop
 from titans_lm.utils.text_file import read_text
@@ -50,6 +50,8 @@ def train(settings: Settings) -> PreTrainedModel:
     with RunLock(output), _Interruptible(trainer) as interruption:
         checkpoint = _checkpoint(output, settings)  # again: another run may have ended there meanwhile
         shutil.rmtree(output / UNFINISHED, ignore_errors=True)
+        if checkpoint is not None:
+            trainer.add_callback(Resume(trainer, checkpoint))
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             if not interruption.asked:
@@ -140,7 +142,7 @@ def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> tupl
     files, held_out = split_held_out(text_files(data.files, data.suffixes), data.held_out)
     blocks = Blocks((read_text(f) for f in files), tokenizer, data.sequence_length)
     training = settings.training
-    CarriedOrder(len(blocks), training.batch_size, max(training.carried_steps), training.seed)  # are they enough?
+    TBPTTSampler(len(blocks), training.batch_size, max(training.tbptt_steps), training.seed)  # are they enough?
     if not held_out:
         return blocks, None
     evaluation = Blocks((read_text(f) for f in held_out), tokenizer, data.sequence_length)
@@ -148,12 +150,12 @@ def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> tupl
     return blocks, evaluation
 
 
-def _rows(settings: Settings) -> Rows | CarriedRows:
-    """Of a task; with `carried_steps` its streams go on over so many batches."""
+def _rows(settings: Settings) -> Rows | StreamRows:
+    """Of a task; with `tbptt_steps` its streams go on over so many batches."""
     task, training = make_task(settings.data.task), settings.training
-    if max(training.carried_steps) > 1:
+    if max(training.tbptt_steps) > 1:
         assert isinstance(task, StreamTask)  # settings were checked
-        return CarriedRows(task, training.carried_steps, training.batch_size, training.seed)
+        return StreamRows(task, training.tbptt_steps, training.batch_size, training.seed)
     return Rows(task, training.batch_size, training.seed, settings.data.shortest)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from rich.progress import Progress, TextColumn
-from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,11 +27,11 @@ from titans_lm.models.model_files import DIGESTS, add_digests
 from titans_lm.models.tokenizer import is_bytes
 from titans_lm.tasks import StreamTask, make_task
 from titans_lm.training.config import Settings, save_settings
-from titans_lm.training.data import Blocks, CarriedOrder
+from titans_lm.training.data import Blocks, TBPTTSampler
 from titans_lm.training.run_folder import step_of, unfinished
 
 CARRIED = "memory.safetensors"
-"""In a checkpoint: the memory that goes on, with `carried_steps`."""
+"""In a checkpoint: the memory that the next batch starts with, with `tbptt_steps`."""
 
 
 class _Clock(TrainerCallback, ExportableState):
@@ -75,6 +75,16 @@ class _Clock(TrainerCallback, ExportableState):
         return min(1.0, max(step / self.max_steps, self.elapsed() / self.limit))
 
 
+class Resume(TrainerCallback):
+    """Completes what `Trainer` loads of a checkpoint, when optimizer and scheduler are there."""
+
+    def __init__(self, trainer: "TitansTrainer", checkpoint: Path):
+        self.trainer, self.checkpoint = trainer, checkpoint
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self.trainer.resume(self.checkpoint)
+
+
 class NotFinite(ValueError):
     """The loss is not a number."""
 
@@ -109,10 +119,8 @@ class TitansTrainer(Trainer):
         self.bytes = tokenizer is not None and is_bytes(tokenizer) and not _asks_some(settings)
         self.tokens = 0  # read in training
         self.logged = (0, time.monotonic())
-        self.batches = 0  # read so far
         self.writing: Path | None = None  # where the checkpoint is that is being written
-        self.last_batch: Any = None
-        self.carried: TitansState | None = None  # the memory after the last of them
+        self._start()
         whole = isinstance(model, nn.Module)
         super().__init__(
             model if whole else None,
@@ -125,6 +133,17 @@ class TitansTrainer(Trainer):
             model_init=None if whole else model,
         )
         self.remove_callback(PrinterCallback)  # where the clock shows the progress
+
+    def _start(self) -> None:
+        self.batches = 0  # read so far
+        self.carried: TitansState | None = None  # the memory after the last of them
+        self.last_batch: Any = None  # on the model's device
+        self.loss_sum = torch.zeros(())  # of all batches; it stays NaN or infinite once a loss was
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`'s. Each trial of a search starts anew."""
+        self._start()
+        return super().train(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002
         """Linear warm-up, then a cosine, over the steps or the minutes, whichever end first."""
@@ -149,15 +168,32 @@ class TitansTrainer(Trainer):
             if isinstance(module, nn.Linear) and module.weight is not tied
         ]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:  # noqa: ARG002 - as Trainer calls it
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As `Trainer`'s; texts in the order in which rows continue from batch to batch."""
+        sampler = self._sampler()
+        if sampler is None:
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size,
+            sampler=sampler,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def _sampler(self) -> TBPTTSampler | None:
+        """None for a task and for a streamed data set: they have an order of their own."""
         if not isinstance(self.train_dataset, Blocks):
             return None
         s = self.settings
-        return CarriedOrder(len(self.train_dataset), s.batch_size, max(s.carried_steps), s.seed)
+        return TBPTTSampler(len(self.train_dataset), s.batch_size, max(s.tbptt_steps), s.seed)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._stage():
             loss: Tensor = super().training_step(*args, **kwargs)
+        self.loss_sum = self.loss_sum + loss
         return loss
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -165,17 +201,17 @@ class TitansTrainer(Trainer):
             return super().prediction_step(*args, **kwargs)
 
     def _stage(self) -> AbstractContextManager[None]:
-        """Of two, where there are `core_steps`."""
+        """Bypasses the memory in the first `core_steps` steps."""
         return memory_off(self.model) if self.state.global_step < self.settings.core_steps else nullcontext()
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer`'s; with `carried_steps` the memory goes on from the batch before, without its gradients."""
+        """As `Trainer`'s; with `tbptt_steps` the memory of the previous batch is carried over, detached."""
         if model.training:
             self.tokens += inputs["input_ids"].numel()
             self.last_batch = inputs
-        if max(self.settings.carried_steps) == 1 or not model.training:
+        if max(self.settings.tbptt_steps) == 1 or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        self._begin_rows()
+        self._reset_rows()
         self.batches += 1
         kwargs["return_outputs"] = True
         loss, out = super().compute_loss(
@@ -184,9 +220,9 @@ class TitansTrainer(Trainer):
         self.carried = out.past_key_values.detach()
         return loss
 
-    def _begin_rows(self) -> None:
-        """Rows whose batches are over forget; their texts go on until those of the longest are over."""
-        spans = self.settings.carried_steps
+    def _reset_rows(self) -> None:
+        """Reset the memories of rows that have read their `tbptt_steps` batches."""
+        spans = self.settings.tbptt_steps
         done = self.batches % max(spans)
         if done == 0:
             self.carried = None
@@ -202,6 +238,9 @@ class TitansTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         if self.processing_class is not None and (folder / DIGESTS).is_file():  # a baseline of others has none
             add_digests(folder, self.processing_class.save_pretrained(folder))
+
+    # Trainer has no public hook around the writing of a checkpoint (`on_save` comes after it). These two methods write
+    # it to a folder of its own, which is moved into place when it is whole.
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)
@@ -220,45 +259,40 @@ class TitansTrainer(Trainer):
 
     @torch.no_grad()
     def check_finite(self) -> None:
-        """Raises NotFinite where weights or the loss are not numbers: also the loss that the weights give now, which no
-        step has seen yet. So what is saved is good."""
+        """Raises NotFinite where a weight or a loss is not finite, also the loss of the last batch with the weights as
+        they are now, which no step has computed yet. So what is saved is good."""
         finite = all(bool(t.isfinite().all()) for t in self.model.state_dict().values() if t.is_floating_point())
         if finite and self.last_batch is not None:
             self.model.eval()
             with self._stage(), self.compute_loss_context_manager():
-                loss = self.model(**self._prepare_inputs(self.last_batch)).loss
-            finite = bool((loss + self._tr_loss).isfinite())
+                loss = self.model(**self.last_batch).loss
+            finite = bool((loss + self.loss_sum).isfinite())
         if not finite:
             raise NotFinite(self.state.global_step)
 
-    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
-        try:
-            super()._load_from_checkpoint(checkpoint, model)
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise ValueError(f"{checkpoint} cannot be loaded: {error}") from error
+    def resume(self, checkpoint: Path) -> None:
+        """Take the carried memory of `checkpoint`, and this run's learning rate and weight decay, not those of the run
+        that wrote it. `Trainer` has loaded its optimizer and scheduler."""
+        self._apply_settings()
+        if max(self.settings.tbptt_steps) > 1:
+            self.batches = self._batches_of(step_of(checkpoint))
+            self.carried = TitansState.load(checkpoint / CARRIED, self.model)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
-        self._obey_settings(decays)
-        if max(self.settings.carried_steps) > 1:
-            self.batches = self._batches_of(step_of(Path(checkpoint)))
-            self.carried = TitansState.load(Path(checkpoint) / CARRIED, self.model)
-
-    def _obey_settings(self, decays: list[float]) -> None:
-        """Learning rate and weight decay are those of this run, not of the run that wrote the checkpoint."""
-        rate, limited = self.settings.learning_rate, self.settings.max_minutes is not None
-        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
-            of_start = group["lr"] / group["initial_lr"] if limited else self._rate(self.lr_scheduler.last_epoch)
-            group["lr"], group["initial_lr"], group["weight_decay"] = rate * of_start, rate, decay
-        self.lr_scheduler.base_lrs = [rate] * len(decays)
-        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the log shows
+    def _apply_settings(self) -> None:
+        s = self.settings
+        groups = self.optimizer.param_groups
+        for group, decay in zip(groups, (s.weight_decay, 0.0), strict=True):  # those that decay come first
+            if s.max_minutes is None:
+                scale = self._rate(self.lr_scheduler.last_epoch)
+            else:  # the rate depends on the time, of which the scheduler knows nothing yet
+                scale = group["lr"] / group["initial_lr"]
+            group["lr"], group["initial_lr"], group["weight_decay"] = s.learning_rate * scale, s.learning_rate, decay
+        self.lr_scheduler.base_lrs = [s.learning_rate] * len(groups)
+        self.lr_scheduler._last_lr = [group["lr"] for group in groups]  # the log shows it; torch has no setter
 
     def _batches_of(self, steps: int) -> int:
         """Batches of the first `steps` updates: the last of an epoch has those that are left. A task has no epochs."""
-        accumulation, sampler = self.settings.accumulation, self._get_train_sampler()
+        accumulation, sampler = self.settings.accumulation, self._sampler()
         if sampler is None:
             return steps * accumulation
         epoch = len(sampler) // self.settings.batch_size
