@@ -37,10 +37,8 @@ def stream(file):
 
 
 def nats_of(read):
-    """What `read` tells, by position."""
-    found = {}
-    read(lambda first, nats: found.update(dict(enumerate(nats.tolist(), first))))
-    return found
+    """What `read` yields, by position."""
+    return {t: nats for first, part in read for t, nats in enumerate(part.tolist(), first)}
 
 
 # ------------------------------------------------------------------------------------------------ code lengths
@@ -90,7 +88,7 @@ def test_bytes_are_read_as_they_are(tmp_path):
 
 def test_before_its_first_step_dynamic_evaluation_is_the_model_without_memory():
     model, ids = tiny_model("mag", torch.float32), torch.arange(40)[None] % 23
-    found = nats_of(lambda tell: read_dynamically(model, ids, tell, rate=0.1, segment=16))
+    found = nats_of(read_dynamically(model, ids, rate=0.1, segment=16))
     with torch.no_grad(), memory_off(model):
         plain = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
     assert sorted(found) == list(range(1, 40))
@@ -101,7 +99,7 @@ def test_before_its_first_step_dynamic_evaluation_is_the_model_without_memory():
 def test_dynamic_evaluation_learns_and_leaves_the_model_as_it_is():
     model, ids = tiny_model("mac", torch.float32), (torch.arange(400) % 5)[None]
     before = copy.deepcopy(model.state_dict())
-    found = nats_of(lambda tell: read_dynamically(model, ids, tell, rate=0.3, segment=8))
+    found = nats_of(read_dynamically(model, ids, rate=0.3, segment=8))
     assert sum(found[t] for t in range(350, 400)) < 0.5 * sum(found[t] for t in range(1, 51))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -111,7 +109,7 @@ def test_dynamic_evaluation_refuses_numbers_that_make_no_sense():
     model = tiny_model("mag")
     for options in ({"rate": 0.0}, {"rate": math.nan}, {"rate": 0.1, "segment": 0}):
         with pytest.raises(ValueError, match="a rate above 0 and a segment of at least 1"):
-            read_dynamically(model, torch.zeros(1, 9, dtype=torch.long), lambda *_: None, **options)
+            next(read_dynamically(model, torch.zeros(1, 9, dtype=torch.long), **options))
 
 
 # ------------------------------------------------------------------------------------------------ second reading

@@ -25,6 +25,7 @@ from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import encode, load_tokenizer
 from titans_lm.ops import initial_state, memory_scan
 from titans_lm.utils.corpora import stdlib_files
+from titans_lm.utils.figures import figure_file
 from titans_lm.utils.terminal import red
 from titans_lm.utils.text_file import read_text
 
@@ -219,28 +220,21 @@ def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
     """Rate, memory and norms along the text."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained")
-    for row in rows:
-        stretches = row["repetitions"].get("stretch", [])
-        at = [row["stretch"] * (i + 1) for i in range(len(stretches))]
-        axes[0].plot(at, [row["stretch"] / s["seconds"] for s in stretches], label=row["name"])
-        axes[1].plot(at, [(s["resident_bytes"] or 0) / 2**20 for s in stretches], label=row["name"])
-        for name, line in zip(NORMS, ("-", ":"), strict=True):
-            norms = [s[name] for s in stretches if name in s]
-            if norms:
-                axes[2].plot(at, norms, line, label=f"{row['name']}, {name.replace('_norm', '')}")
-    for axis, label in zip(axes, ("tokens a second", "resident memory, MiB", "largest norm of a head"), strict=True):
-        axis.set_ylabel(label)
-        axis.set_ylim(0, 1.15 * max((max(line.get_ydata()) for line in axis.lines), default=1) or 1)
-        if axis.lines:
-            axis.legend(frameon=False)
-    axes[2].set_xlabel("tokens read")
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, format="png", dpi=120)
-    beside.replace(path)
-    plt.close(figure)
+    with figure_file(path, 3, 1, figsize=(8, 8), sharex=True, dpi=120) as axes:
+        for row in rows:
+            stretches = row["repetitions"].get("stretch", [])
+            at = [row["stretch"] * (i + 1) for i in range(len(stretches))]
+            axes[0].plot(at, [row["stretch"] / s["seconds"] for s in stretches], label=row["name"])
+            axes[1].plot(at, [(s["resident_bytes"] or 0) / 2**20 for s in stretches], label=row["name"])
+            for name, line in zip(NORMS, ("-", ":"), strict=True):
+                norms = [s[name] for s in stretches if name in s]
+                if norms:
+                    axes[2].plot(at, norms, line, label=f"{row['name']}, {name.replace('_norm', '')}")
+        for axis, label in zip(
+            axes, ("tokens a second", "resident memory, MiB", "largest norm of a head"), strict=True
+        ):
+            axis.set_ylabel(label)
+            axis.set_ylim(0, 1.15 * max((max(line.get_ydata()) for line in axis.lines), default=1) or 1)
+            if axis.lines:
+                axis.legend(frameon=False)
+        axes[2].set_xlabel("tokens read")

@@ -23,6 +23,7 @@ from titans_lm.models.tokenizer import encode
 from titans_lm.training.config import Settings, parse_settings
 from titans_lm.training.train import earlier, train
 from titans_lm.utils.corpora import STDLIB, stdlib_files
+from titans_lm.utils.figures import figure_file
 from titans_lm.utils.record import provenance, write_json
 from titans_lm.utils.terminal import PlainConsole
 from titans_lm.utils.text_file import read_text
@@ -182,30 +183,22 @@ def _table(readings: dict[str, Reading]) -> Table:
 
 def picture(readings: dict[str, Reading], path: Path) -> None:
     """Bits per byte along the text for each way to read it, and the surprise of the memory that learns."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=(3, 2))
-    for (name, reading), colour in zip(readings.items(), ("C0", "C3", "C1"), strict=True):
-        kilobytes = (torch.arange(len(reading.bits)) + 0.5) * PIECE / 1000
-        above.plot(kilobytes, reading.bits, color=colour, alpha=0.2, linewidth=0.8)
-        style = "--" if name == "reset" else "-"  # it may lie on the line below
-        above.plot(kilobytes, _smooth(reading.bits), style, color=colour, label=f"memory {name}")
-    above.set_ylabel("bits per byte")
-    above.legend(frameon=False)
-    above.set_title("Reading a text that was never seen, as one stream")
-    surprise = readings["learning"].surprise
-    if surprise is not None:
-        kilobytes = (torch.arange(len(surprise)) + 0.5) * PIECE / 1000
-        below.plot(kilobytes, surprise, color="C0", alpha=0.3, linewidth=0.8)
-        below.plot(kilobytes, _smooth(surprise), color="C0")
-    below.set_ylabel("surprise (reconstruction loss)")
-    below.set_xlabel("kilobytes read")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    with figure_file(path, 2, 1, figsize=(9, 6), sharex=True, height_ratios=(3, 2), layout="tight") as (above, below):
+        for (name, reading), colour in zip(readings.items(), ("C0", "C3", "C1"), strict=True):
+            kilobytes = (torch.arange(len(reading.bits)) + 0.5) * PIECE / 1000
+            above.plot(kilobytes, reading.bits, color=colour, alpha=0.2, linewidth=0.8)
+            style = "--" if name == "reset" else "-"  # it may lie on the line below
+            above.plot(kilobytes, _smooth(reading.bits), style, color=colour, label=f"memory {name}")
+        above.set_ylabel("bits per byte")
+        above.legend(frameon=False)
+        above.set_title("Reading a text that was never seen, as one stream")
+        surprise = readings["learning"].surprise
+        if surprise is not None:
+            kilobytes = (torch.arange(len(surprise)) + 0.5) * PIECE / 1000
+            below.plot(kilobytes, surprise, color="C0", alpha=0.3, linewidth=0.8)
+            below.plot(kilobytes, _smooth(surprise), color="C0")
+        below.set_ylabel("surprise (reconstruction loss)")
+        below.set_xlabel("kilobytes read")
 
 
 def _smooth(values: Tensor, width: int = 15) -> Tensor:

@@ -16,13 +16,14 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
@@ -40,6 +41,7 @@ from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import is_bytes
 from titans_lm.tasks import at_least
 from titans_lm.utils.corpora import text_files
+from titans_lm.utils.figures import figure_file
 from titans_lm.utils.record import Lines, command_line
 from titans_lm.utils.terminal import PlainConsole
 
@@ -102,23 +104,19 @@ def code_lengths(model: PreTrainedModel, stream: Stream, predictor: str, options
     """The bits that `predictor` spends on a stream: `bits_per_byte` of all, of the `first_half` and of the `last_half`,
     and by `buckets`, each `[from, to, bits per byte]` in tokens. `options`: bucket, reset_every."""
     length = stream.ids.shape[1]
-    edges = bucket_edges(length, options["bucket"])
+    edges = perplexity.bucket_edges(length, options["bucket"])
     nats = np.zeros(length)
-
-    def tell(first: int, found: Tensor) -> None:
-        nats[first : first + len(found)] = found.numpy()
-
     if predictor in installed():
         ends = np.cumsum(stream.sizes.numpy()).astype(int)
         bits = compressed_bits(predictor, stream.data, [int(ends[edge - 1]) for edge in edges[1:]])
         for (first, end), spent in zip(itertools.pairwise(edges), bits, strict=True):
-            nats[first:end] = spent * math.log(2) / (end - first)  # only sums over buckets are told
+            nats[first:end] = spent * math.log(2) / (end - first)  # only sums over buckets are reported
     elif not isinstance(model, TitansForCausalLM):
-        read_at_once(model, stream.ids, tell)
+        nats = nats_of(length, read_at_once(model, stream.ids))
     elif predictor.startswith(DYNAMIC):
-        read_dynamically(model, stream.ids, tell, rate=float(predictor.split()[1]))
+        nats = nats_of(length, read_dynamically(model, stream.ids, rate=float(predictor.split()[1])))
     else:
-        perplexity.read(model, stream.ids, predictor, options["reset_every"], tell)
+        nats = nats_of(length, perplexity.read(model, stream.ids, predictor, options["reset_every"]))
     sizes, half = stream.sizes.numpy(), length // 2
     per_byte = {
         name: float(nats[part].sum() / math.log(2) / sizes[part].sum())
@@ -136,21 +134,21 @@ def code_lengths(model: PreTrainedModel, stream: Stream, predictor: str, options
     return {**per_byte, "buckets": buckets}
 
 
-@torch.no_grad()
-def read_at_once(model: PreTrainedModel, ids: Tensor, tell: Callable[[int, Tensor], None]) -> None:
-    """Tell the nats of a stream `[1, T]` read in one call: for a model of transformers, such as Mamba2, whose cache
-    takes one token a call after the first."""
+def read_at_once(model: PreTrainedModel, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """As `perplexity.read`, in one call: for a model of transformers, such as Mamba2, whose cache takes one token a
+    call after the first."""
     model.eval()
-    logits = model(ids.to(model.device), use_cache=False).logits[0, :-1].float()
-    tell(1, F.cross_entropy(logits, ids[0, 1:].to(logits.device), reduction="none").double().cpu())
+    with torch.no_grad():
+        logits = model(ids.to(model.device), use_cache=False).logits[0, :-1].float()
+    yield 1, F.cross_entropy(logits, ids[0, 1:].to(logits.device), reduction="none").double().cpu()
 
 
-def bucket_edges(length: int, bucket: int) -> list[int]:
-    """0, `bucket`, twice that, and so on to the stream's end."""
-    edges = [0]
-    while edges[-1] < length:
-        edges.append(min(length, max(bucket, 2 * edges[-1])))
-    return edges
+def nats_of(length: int, parts: Iterable[tuple[int, Tensor]]) -> NDArray[np.float64]:
+    """Parts `(t, nats)` of a stream of `length` tokens -> the nats of each, `[length]`; 0 for the first token."""
+    nats = np.zeros(length)
+    for first, part in parts:
+        nats[first : first + len(part)] = part.numpy()
+    return nats
 
 
 # ------------------------------------------------------------------------------------------------ command
@@ -295,31 +293,22 @@ def reading_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bits per byte along each stream: a panel for each, a line for each predictor."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     told = [row for row in rows if "predictor" in row]
     streams = list(dict.fromkeys(row["stream"] for row in told))
     columns = min(3, max(len(streams), 1))
     lines = -(-max(len(streams), 1) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3 * lines), layout="constrained", squeeze=False)
-    for axis, stream in zip(axes.flat, streams, strict=False):
-        for row in (row for row in told if row["stream"] == stream):
-            x = [end for _, end, _ in row["buckets"]]
-            style = "-" if row["predictor"] in perplexity.MODES else ":"
-            axis.plot(x, [bits for *_, bits in row["buckets"]], style, marker=".", label=row["predictor"])
-        axis.set_xscale("log", base=2)
-        axis.set_ylim(0, 8.5)
-        axis.set_title(stream, fontsize="medium")
-    for axis in axes.flat[len(streams) :]:
-        axis.axis("off")
-    if streams:
-        axes.flat[0].legend(frameon=False, fontsize="x-small", ncols=2)
-    figure.supxlabel("tokens read")
-    figure.supylabel("bits per byte")
-    beside = path.with_name(f".{path.name}.part")
-    figure.savefig(beside, format="png", dpi=120)
-    beside.replace(path)
-    plt.close(figure)
+    with figure_file(path, lines, columns, figsize=(4.2 * columns, 3 * lines), squeeze=False, dpi=120) as axes:
+        for axis, stream in zip(axes.flat, streams, strict=False):
+            for row in (row for row in told if row["stream"] == stream):
+                x = [end for _, end, _ in row["buckets"]]
+                style = "-" if row["predictor"] in perplexity.MODES else ":"
+                axis.plot(x, [bits for *_, bits in row["buckets"]], style, marker=".", label=row["predictor"])
+            axis.set_xscale("log", base=2)
+            axis.set_ylim(0, 8.5)
+            axis.set_title(stream, fontsize="medium")
+        for axis in axes.flat[len(streams) :]:
+            axis.axis("off")
+        if streams:
+            axes.flat[0].legend(frameon=False, fontsize="x-small", ncols=2)
+        axes[0, 0].figure.supxlabel("tokens read")
+        axes[0, 0].figure.supylabel("bits per byte")

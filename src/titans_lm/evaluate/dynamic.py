@@ -5,7 +5,7 @@ that segment changes every weight. The state is the whole model, where a memory'
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,30 +18,31 @@ from titans_lm.models.modeling import TitansForCausalLM
 def read_dynamically(
     model: TitansForCausalLM,
     ids: Tensor,
-    tell: Callable[[int, Tensor], None],
     *,
     rate: float,
     segment: int = 64,
     max_grad_norm: float = 1.0,
-) -> None:
-    """Read ids `[1, T]` with a copy of `model`, its memory off, `segment` tokens at a time, an SGD step after each.
+) -> Iterator[tuple[int, Tensor]]:
+    """Read ids `[1, T]` with a copy of `model`, its memory bypassed, `segment` tokens at a time. Take an SGD step after
+    each segment.
 
-    Attention's cache goes on from segment to segment, detached. The gradient is clipped to `max_grad_norm`, so that one
-    segment cannot ruin the weights. `tell(t, nats)` as in `perplexity.read`. `model` itself is left as it is.
-    Raises ValueError for a rate that is not above 0 or a segment below 1.
+    Carries attention's cache from segment to segment, detached. Clips the gradient to `max_grad_norm`, so that one
+    segment cannot ruin the weights. Does not change `model`. Yields `(t, nats)` as `perplexity.read` does. Raises
+    ValueError for a rate that is not above 0 or a segment below 1.
     """
     if not rate > 0 or segment < 1:
         raise ValueError(f"dynamic evaluation needs a rate above 0 and a segment of at least 1, got {rate}, {segment}")
     learner = copy.deepcopy(model).eval()
     optimizer = torch.optim.SGD(learner.parameters(), lr=rate)
     state = learner.initial_state(1).detach()
-    with memory_off(learner), torch.enable_grad():
+    with memory_off(learner):
         for first in range(0, ids.shape[1] - 1, segment):
             inputs = ids[:, first : first + segment].to(learner.device)
             targets = ids[0, first + 1 : first + segment + 1].to(learner.device)
-            logits = learner(inputs, past_key_values=state).logits[0, : len(targets)].float()
-            nats = F.cross_entropy(logits, targets, reduction="none")
-            tell(first + 1, nats.detach().double().cpu())
+            with torch.enable_grad():
+                logits = learner(inputs, past_key_values=state).logits[0, : len(targets)].float()
+                nats = F.cross_entropy(logits, targets, reduction="none")
+            yield first + 1, nats.detach().double().cpu()
             nats.mean().backward()
             torch.nn.utils.clip_grad_norm_(learner.parameters(), max_grad_norm)
             optimizer.step()

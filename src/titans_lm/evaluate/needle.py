@@ -27,6 +27,7 @@ from titans_lm.tasks import at_least
 from titans_lm.tasks.haystack import PROSE
 from titans_lm.tasks.needle import Kind, Needle
 from titans_lm.utils.corpora import STDLIB
+from titans_lm.utils.figures import figure_file
 from titans_lm.utils.record import Lines, check_output, command_line
 from titans_lm.utils.terminal import PlainConsole
 
@@ -210,28 +211,19 @@ def _table(kind: str, rows: list[dict[str, Any]]) -> Table:
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
     """A heat map a kind: depth by length, percent found."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     grids = [_grid([row for row in rows if row["kind"] == kind]) for kind in kinds]
     width, height = 1.6 + 0.75 * max(len(grid[0]) for grid in grids), 1.6 + 0.45 * len(grids[0][1])
-    figure, axes = plt.subplots(
-        1, len(kinds), figsize=(max(2.8, width) * len(kinds) + 1, height), squeeze=False, layout="constrained"
-    )
-    for axis, kind, (lengths, depths, scores) in zip(axes[0], kinds, grids, strict=True):
-        image = axis.imshow(scores, cmap="viridis", vmin=0, vmax=100, aspect="auto")
-        axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, ha="right")
-        axis.set_yticks(range(len(depths)), [f"{depth:.0f} %" for depth in depths])
-        axis.set_title(kind)
-        axis.set_xlabel("tokens")
-        for (y, x), share in np.ndenumerate(scores):
-            axis.text(x, y, f"{share:.0f}", ha="center", va="center", color="black" if share > 60 else "white")
-    axes[0, 0].set_ylabel("depth of the needle")
-    figure.colorbar(image, ax=axes[0], label="percent found")
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, format="png", dpi=120)
-    beside.replace(path)
-    plt.close(figure)
+    with figure_file(
+        path, 1, len(kinds), figsize=(max(2.8, width) * len(kinds) + 1, height), squeeze=False, dpi=120
+    ) as axes:
+        for axis, kind, (lengths, depths, scores) in zip(axes[0], kinds, grids, strict=True):
+            image = axis.imshow(scores, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+            axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, ha="right")
+            axis.set_yticks(range(len(depths)), [f"{depth:.0f} %" for depth in depths])
+            axis.set_title(kind)
+            axis.set_xlabel("tokens")
+            for (y, x), share in np.ndenumerate(scores):
+                axis.text(x, y, f"{share:.0f}", ha="center", va="center", color="black" if share > 60 else "white")
+        axes[0, 0].set_ylabel("depth of the needle")
+        axes[0, 0].figure.colorbar(image, ax=axes[0], label="percent found")

@@ -18,7 +18,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import encode, is_bytes
 from titans_lm.tasks import at_least
 from titans_lm.utils.corpora import text_files
+from titans_lm.utils.figures import figure_file
 from titans_lm.utils.record import check_output, command_line, provenance, write_json
 from titans_lm.utils.terminal import PlainConsole
 from titans_lm.utils.text_file import text_pieces
@@ -80,7 +81,8 @@ def perplexity(
     rows: list[dict[str, Any]] = []
     for mode in dict.fromkeys(modes):
         sums = Sums(ids.shape[1], bucket, sizes)
-        read(model, ids, mode, reset_every, sums.add, piece)
+        for first, nats in read(model, ids, mode, reset_every, piece):
+            sums.add(first, nats)
         rows += sums.rows(mode)
     return rows
 
@@ -99,30 +101,29 @@ def possible_modes(model: TitansForCausalLM) -> list[str]:
     return [mode for mode in MODES if mode in ("on", "reset") or any(memories(model))]
 
 
-@torch.no_grad()
 def read(
     model: TitansForCausalLM,
     ids: Tensor,
     mode: str,
     reset_every: int,
-    tell: Callable[[int, Tensor], None],
     piece: int = PIECE,
-) -> None:
-    """Read ids `[1, T]` in a mode, at most `piece` tokens a call. `tell(t, nats)` is called with the nats `[n]` of the
-    tokens t, t + 1, ...: of each token but the first once, in any order."""
+) -> Iterator[tuple[int, Tensor]]:
+    """Read ids `[1, T]` in a mode, at most `piece` tokens a call. Yields `(t, nats)`: the nats `[n]` of the tokens t,
+    t + 1, ..., t + n - 1. Each token but the first comes once, in any order."""
     model.eval()
     piece = max(1, min(piece, _LOGITS // model.config.vocab_size))
-    with memory_off(model) if mode == "off" else contextlib.nullcontext():
-        for start, rows, length in _stretches(ids.shape[1] - 1, reset_every if mode == "reset" else None):
-            inputs, targets = (ids[0, start + i :][: rows * length].view(rows, length) for i in (0, 1))
-            state = model.initial_state(rows)
-            state.frozen = mode == "frozen"
-            width = max(1, piece // rows)
-            for first in range(0, length, width):
-                part = inputs[:, first : first + width].to(model.device)
-                nats = _nats(model(part, past_key_values=state).logits, targets[:, first : first + width])
-                for row in range(rows):
-                    tell(start + row * length + first + 1, nats[row])
+    for start, rows, length in _stretches(ids.shape[1] - 1, reset_every if mode == "reset" else None):
+        inputs, targets = (ids[0, start + i :][: rows * length].view(rows, length) for i in (0, 1))
+        state = model.initial_state(rows)
+        state.frozen = mode == "frozen"
+        width = max(1, piece // rows)
+        for first in range(0, length, width):
+            part = inputs[:, first : first + width].to(model.device)
+            with memory_off(model) if mode == "off" else contextlib.nullcontext(), torch.no_grad():
+                logits = model(part, past_key_values=state).logits
+            nats = _nats(logits, targets[:, first : first + width])
+            for row in range(rows):
+                yield start + row * length + first + 1, nats[row]
 
 
 def _stretches(tokens: int, reset_every: int | None) -> Iterator[tuple[int, int, int]]:
@@ -143,13 +144,19 @@ def _nats(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double().cpu()
 
 
+def bucket_edges(length: int, bucket: int) -> list[int]:
+    """0, `bucket`, twice that, and so on to the stream's end."""
+    edges = [0]
+    while edges[-1] < length:
+        edges.append(min(length, max(bucket, 2 * edges[-1])))
+    return edges
+
+
 class Sums:
     """Of a reading, by bucket. What was not read is not counted."""
 
     def __init__(self, length: int, bucket: int, sizes: Tensor | None):
-        self.edges = [0]
-        while self.edges[-1] < length:
-            self.edges.append(min(length, max(bucket, 2 * self.edges[-1])))
+        self.edges = bucket_edges(length, bucket)
         self.borders, self.sizes = torch.tensor(self.edges[1:-1], dtype=torch.long), sizes
         self.tokens, self.nats, self.bytes = torch.zeros(3, len(self.edges) - 1, dtype=torch.float64)
 
@@ -297,13 +304,10 @@ def _measure(
         for mode in left:
             bars.update(bar, description=f"memory {mode}")
             sums = Sums(ids.shape[1], settings["bucket"], sizes)
-
-            def tell(first: int, nats: Tensor, sums: Sums = sums) -> None:
-                sums.add(first, nats)
-                bars.advance(bar, len(nats))
-
             try:
-                read(model, ids, mode, settings["reset_every"], tell)
+                for first, nats in read(model, ids, mode, settings["reset_every"]):
+                    sums.add(first, nats)
+                    bars.advance(bar, len(nats))
             except KeyboardInterrupt:
                 _write(out, record, [*rows, *sums.rows(mode)], False)
                 raise KeyboardInterrupt(f"what was measured before is in {out}") from None
@@ -335,23 +339,14 @@ def _bits(found: dict[str, Any]) -> str:
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
     """Bits per byte along the stream, a line for each mode."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for mode in whole(rows):
-        own = [row for row in rows if row["mode"] == mode]
-        style = "--" if mode in ("reset", "off") else "-"  # it may lie on another line
-        ends = [max(own[0]["from"], own[0]["to"] / 2), *(row["to"] for row in own)]  # the axis is for what follows
-        bits = [row.get("bits_per_byte", math.nan) for row in own]
-        axis.stairs(bits, ends, baseline=None, linestyle=style, label=f"memory {mode}")
-    axis.set_xscale("log", base=2)
-    axis.set_xlabel("tokens read")
-    axis.set_ylabel("bits per byte")
-    axis.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))  # no line is behind it there
-    beside = path.with_name(f".{path.name}.part")
-    figure.savefig(beside, format="png", dpi=130)
-    beside.replace(path)
-    plt.close(figure)
+    with figure_file(path, figsize=(8, 4.5)) as axis:
+        for mode in whole(rows):
+            own = [row for row in rows if row["mode"] == mode]
+            style = "--" if mode in ("reset", "off") else "-"  # it may lie on another line
+            ends = [max(own[0]["from"], own[0]["to"] / 2), *(row["to"] for row in own)]  # the axis is for what follows
+            bits = [row.get("bits_per_byte", math.nan) for row in own]
+            axis.stairs(bits, ends, baseline=None, linestyle=style, label=f"memory {mode}")
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("tokens read")
+        axis.set_ylabel("bits per byte")
+        axis.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))  # no line is behind it there

@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from titans_lm.ops import MemoryForm, initial_state, memory_scan, retrieve
+from titans_lm.utils.figures import figure_file
 from titans_lm.utils.record import check_output, provenance, write_json
 from titans_lm.utils.terminal import PlainConsole
 
@@ -180,29 +181,20 @@ def figure(
     streams: list[dict[str, Any]], capacities: list[dict[str, Any]], least: dict[int, float], path: Path
 ) -> None:
     """Left the stream's error by chunk, a line per depth; right capacity by pairs, colours for correlations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for depth in STREAM_DEPTHS:
-        errors = [row["error"] for row in streams if row["depth"] == depth]
-        left.plot(CHUNKS, np.array(errors, float), marker="o", label=f"depth {depth}")
-    for depth, (colour, rho) in itertools.product(CAPACITY_DEPTHS, enumerate(CORRELATIONS)):
-        errors = [row["error"] for row in capacities if (row["depth"], row["correlation"]) == (depth, rho)]
-        style, label = ":" if depth == 1 else "-", f"depth {depth}, correlation {rho:g}"
-        right.plot(list(least), np.array(errors, float), style, color=f"C{colour}", marker="o", label=label)
-    right.plot(list(least), list(least.values()), "--", color="grey", label="best linear map")
-    for axis, title, label, ticks in (
-        (left, "v = |k A|, read once", "tokens of a chunk", CHUNKS),
-        (right, "random pairs, written once", "pairs", list(least)),
-    ):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.set(title=title, xlabel=label, ylabel="error, best theta", ylim=(0, 1.15))
-        axis.legend(frameon=False, fontsize="small")
-    beside = path.with_name(f".{path.name}.part")
-    figure.savefig(beside, format="png", dpi=120)
-    beside.replace(path)
-    plt.close(figure)
+    with figure_file(path, 1, 2, figsize=(11, 4.5), dpi=120) as (left, right):
+        for depth in STREAM_DEPTHS:
+            errors = [row["error"] for row in streams if row["depth"] == depth]
+            left.plot(CHUNKS, np.array(errors, float), marker="o", label=f"depth {depth}")
+        for depth, (colour, rho) in itertools.product(CAPACITY_DEPTHS, enumerate(CORRELATIONS)):
+            errors = [row["error"] for row in capacities if (row["depth"], row["correlation"]) == (depth, rho)]
+            style, label = ":" if depth == 1 else "-", f"depth {depth}, correlation {rho:g}"
+            right.plot(list(least), np.array(errors, float), style, color=f"C{colour}", marker="o", label=label)
+        right.plot(list(least), list(least.values()), "--", color="grey", label="best linear map")
+        for axis, title, label, ticks in (
+            (left, "v = |k A|, read once", "tokens of a chunk", CHUNKS),
+            (right, "random pairs, written once", "pairs", list(least)),
+        ):
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(ticks, [str(tick) for tick in ticks])
+            axis.set(title=title, xlabel=label, ylabel="error, best theta", ylim=(0, 1.15))
+            axis.legend(frameon=False, fontsize="small")

@@ -32,11 +32,8 @@ def reread(
         text = ids[:, at : at + length]
         again = torch.cat([text, text[:, :passage]], 1)
         nats = torch.zeros(again.shape[1], dtype=torch.float64)
-
-        def tell(first: int, found: Tensor, nats: Tensor = nats) -> None:
-            nats[first : first + len(found)] = found
-
-        perplexity.read(model, again, "on", perplexity.RESET, tell)
+        for first, part in perplexity.read(model, again, "on", perplexity.RESET):
+            nats[first : first + len(part)] = part
         yield {
             "lag": lag,
             "at": at,

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from titans_lm.study.grid import Study
+from titans_lm.utils.figures import figure_file
 from titans_lm.utils.record import write_text
 from titans_lm.utils.terminal import PlainConsole
 
@@ -145,11 +146,6 @@ _MARKERS, _DASHES = "os^vDPX*<>", ("-", "--", "-.", ":")
 
 def figure(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
     """Each model's score along `axis`, an option of the tests; the band is least and most over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     panels: dict[str, dict[str, dict[float, list[float]]]] = {}
     for row in rows:
         for score in (score for score in row["scores"] if axis in score):
@@ -157,24 +153,32 @@ def figure(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
             told = "" if words(others) == "score" else words(others)
             panel = panels.setdefault(", ".join(filter(None, [row["task"], told])), {})
             panel.setdefault(row["model"], {}).setdefault(score[axis], []).append(figure_of(score))
-    drawing, axes = plt.subplots(1, max(len(panels), 1), figsize=(2 + 4 * max(len(panels), 1), 4), squeeze=False)
-    for ax, (title, models) in zip(axes[0], panels.items(), strict=False):
-        for number, (model, points) in enumerate(models.items()):
-            x, colour = sorted(points), f"C{number % 10}"
-            style = {"marker": _MARKERS[number % 10], "linestyle": _DASHES[number % 4]}  # lines may lie on one another
-            ax.plot(
-                x, [statistics.mean(points[p]) for p in x], label=model, color=colour, markersize=5, alpha=0.8, **style
-            )
-            ax.fill_between(x, [min(points[p]) for p in x], [max(points[p]) for p in x], color=colour, alpha=0.12)
-        ax.set_xscale("log", base=2)
-        ax.set_xlabel(axis)
-        ticks = sorted({x for points in models.values() for x in points})
-        ax.set_xticks(ticks, [f"{x:,}" for x in ticks], fontsize=8)
-        ax.set_title(title, fontsize=9)
-        ax.grid(alpha=0.3)
-    kinds = {name for row in rows for score in row["scores"] for name in FIGURES if name in score}
-    axes[0][0].set_ylabel(" or ".join(sorted(kinds)).replace("_", " "))
-    axes[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    drawing.tight_layout()
-    drawing.savefig(path, dpi=130)
-    plt.close(drawing)
+    with figure_file(
+        path, 1, max(len(panels), 1), figsize=(2 + 4 * max(len(panels), 1), 4), squeeze=False, layout="tight"
+    ) as axes:
+        for ax, (title, models) in zip(axes[0], panels.items(), strict=False):
+            for number, (model, points) in enumerate(models.items()):
+                x, colour = sorted(points), f"C{number % 10}"
+                style = {
+                    "marker": _MARKERS[number % 10],
+                    "linestyle": _DASHES[number % 4],
+                }  # lines may lie on one another
+                ax.plot(
+                    x,
+                    [statistics.mean(points[p]) for p in x],
+                    label=model,
+                    color=colour,
+                    markersize=5,
+                    alpha=0.8,
+                    **style,
+                )
+                ax.fill_between(x, [min(points[p]) for p in x], [max(points[p]) for p in x], color=colour, alpha=0.12)
+            ax.set_xscale("log", base=2)
+            ax.set_xlabel(axis)
+            ticks = sorted({x for points in models.values() for x in points})
+            ax.set_xticks(ticks, [f"{x:,}" for x in ticks], fontsize=8)
+            ax.set_title(title, fontsize=9)
+            ax.grid(alpha=0.3)
+        kinds = {name for row in rows for score in row["scores"] for name in FIGURES if name in score}
+        axes[0][0].set_ylabel(" or ".join(sorted(kinds)).replace("_", " "))
+        axes[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from titans_lm.evaluate import perplexity
-from titans_lm.evaluate.adapt import Stream, bucket_edges, read_streams
+from titans_lm.evaluate.adapt import Stream, read_streams
 from titans_lm.evaluate.compressors import compressed_bits
 from titans_lm.inference.surprising import Line, SurprisingLines
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import is_bytes
 from titans_lm.utils.corpora import STDLIB, stdlib_held_out
+from titans_lm.utils.figures import figure_file
 
 MODES = ("on", "frozen")
 BUCKET, BIN = 1024, 1024
@@ -61,12 +61,9 @@ def read_text(
         bar = bars.add_task("", total=len(MODES) * (len(stream.data) - 1))
         for mode in MODES:
             bars.update(bar, description=f"reading, memory {mode}")
-
-            def tell(first: int, nats: Tensor, mode: str = mode) -> None:
+            for first, nats in perplexity.read(model, stream.ids, mode, perplexity.RESET):
                 bits[mode][first : first + len(nats)] = nats.numpy() / np.log(2)
                 bars.advance(bar, len(nats))
-
-            perplexity.read(model, stream.ids, mode, perplexity.RESET, tell)
     lines = SurprisingLines(LINES)
     lines.add(stream.data, bits["on"])
     lines.end()
@@ -75,7 +72,7 @@ def read_text(
 
 def summary(curves: Curves) -> dict[str, Any]:
     """Bits per byte by buckets whose ends double, and of the whole; the most surprising lines."""
-    data, edges = curves.stream.data, bucket_edges(len(curves.stream.data), BUCKET)
+    data, edges = curves.stream.data, perplexity.bucket_edges(len(curves.stream.data), BUCKET)
     zlib = compressed_bits("zlib", data, edges[1:])
     rows = [
         {"from": first, "to": end, **{mode: float(bits[first:end].mean()) for mode, bits in curves.bits.items()},
@@ -108,29 +105,20 @@ def tell(found: dict[str, Any], console: Console) -> None:
 
 def picture(curves: Curves, path: Path) -> None:
     """Bits per byte along the text."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     data = curves.stream.data
     edges = [*range(0, max(len(data) - BIN // 2, 1), BIN), len(data)]
-    figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
-    for name, bits in curves.bits.items():
-        axis.stairs(
-            [bits[a:b].mean() for a, b in itertools.pairwise(edges)],
-            edges,
-            baseline=None,
-            label=f"memory {name}",
-        )
-    spent = np.array(compressed_bits("zlib", data, edges[1:])) / np.diff(edges)
-    axis.stairs(spent, edges, baseline=None, color="0.6", label="gzip")
-    axis.set_ylim(0, None)
-    axis.set_xlabel("bytes read")
-    axis.set_ylabel("bits per byte")
-    axis.set_title("A text that the model has never seen, as it reads it")
-    axis.legend(frameon=False, ncols=3)
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, format="png", dpi=130)
-    beside.replace(path)
-    plt.close(figure)
+    with figure_file(path, figsize=(9, 3.6)) as axis:
+        for name, bits in curves.bits.items():
+            axis.stairs(
+                [bits[a:b].mean() for a, b in itertools.pairwise(edges)],
+                edges,
+                baseline=None,
+                label=f"memory {name}",
+            )
+        spent = np.array(compressed_bits("zlib", data, edges[1:])) / np.diff(edges)
+        axis.stairs(spent, edges, baseline=None, color="0.6", label="gzip")
+        axis.set_ylim(0, None)
+        axis.set_xlabel("bytes read")
+        axis.set_ylabel("bits per byte")
+        axis.set_title("A text that the model has never seen, as it reads it")
+        axis.legend(frameon=False, ncols=3)

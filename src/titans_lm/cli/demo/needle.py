@@ -26,6 +26,7 @@ from titans_lm.models.hub import RUN, load
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.tasks.haystack import encoder
 from titans_lm.tasks.needle import Needle
+from titans_lm.utils.figures import figure_file
 
 COLUMNS = 60
 """Of the chart in the terminal."""
@@ -219,29 +220,20 @@ def tell(hidden: Hidden, reading: Reading, found: Mapping[str, Any], console: Co
 
 def picture(hidden: Hidden, reading: Reading, path: Path) -> None:
     """Surprise along the text with the needle marked, and what reading took."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     means, needle = stretches(hidden, reading.surprise)
     most = highest(means, BINS)
     parts = np.array_split(np.arange(len(means)), len(most))  # as `highest` has them
     at = np.array([part.mean() + 0.5 for part in parts]) * hidden.length + hidden.start % hidden.length
-    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5), sharex=True, height_ratios=(3, 1), layout="constrained")
-    above.plot(at, most, color="C0", linewidth=0.8)
-    above.plot(hidden.start, means[needle], "o", color="C3", label=f"the needle, {hidden.key}{hidden.value}")
-    above.set_ylabel("surprise\n(reconstruction loss)")
-    above.legend(frameon=False)
-    above.set_title(f"Surprise while reading {reading.tokens[-1]:,} tokens, highest of each part")
-    below.plot(reading.tokens, np.array(reading.state_bytes) / 2**20, color="C0", label="memory")
-    if reading.resident_bytes[0] is not None:
-        below.plot(reading.tokens, np.array(reading.resident_bytes) / 2**20, color="C1", label="process")
-    below.set_yscale("log")
-    below.set_ylabel("MiB")
-    below.set_xlabel("tokens read")
-    below.legend(frameon=False, ncols=2)
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, format="png", dpi=130)
-    beside.replace(path)
-    plt.close(figure)
+    with figure_file(path, 2, 1, figsize=(9, 5), sharex=True, height_ratios=(3, 1)) as (above, below):
+        above.plot(at, most, color="C0", linewidth=0.8)
+        above.plot(hidden.start, means[needle], "o", color="C3", label=f"the needle, {hidden.key}{hidden.value}")
+        above.set_ylabel("surprise\n(reconstruction loss)")
+        above.legend(frameon=False)
+        above.set_title(f"Surprise while reading {reading.tokens[-1]:,} tokens, highest of each part")
+        below.plot(reading.tokens, np.array(reading.state_bytes) / 2**20, color="C0", label="memory")
+        if reading.resident_bytes[0] is not None:
+            below.plot(reading.tokens, np.array(reading.resident_bytes) / 2**20, color="C1", label="process")
+        below.set_yscale("log")
+        below.set_ylabel("MiB")
+        below.set_xlabel("tokens read")
+        below.legend(frameon=False, ncols=2)
