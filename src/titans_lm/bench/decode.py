@@ -122,33 +122,33 @@ def _entrant(name: str, position: int, arguments: argparse.Namespace) -> Entrant
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians' ratios: the last position over the first, and each model over the sliding window at one position."""
-    whole = [row for row in rows if row["actions"] and not row["error"]]
-    found = {(row["kind"], row["position"]): row["actions"]["decode"]["seconds"] for row in whole}
-    names = {name for name, _ in found}
-    positions = {name: sorted(p for n, p in found if n == name) for name in names}
+    complete = [row for row in rows if row["actions"] and not row["error"]]
+    seconds = {(row["kind"], row["position"]): row["actions"]["decode"]["seconds"] for row in complete}
+    names = {name for name, _ in seconds}
+    positions = {name: sorted(p for n, p in seconds if n == name) for name in names}
     return {
-        "last_over_first": {n: found[n, p[-1]] / found[n, p[0]] for n, p in positions.items()},
+        "last_over_first": {n: seconds[n, p[-1]] / seconds[n, p[0]] for n, p in positions.items()},
         "over_sliding_window": {
-            f"{n} at {p}": s / found[lm.WINDOW, p] for (n, p), s in found.items() if (lm.WINDOW, p) in found
+            f"{n} at {p}": s / seconds[lm.WINDOW, p] for (n, p), s in seconds.items() if (lm.WINDOW, p) in seconds
         },
     }
 
 
 def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
-    made = Table("model", "position", "of it read", "ms a token", "least - most", "CPU ms", "over window", "state MiB")
+    table = Table("model", "position", "of it read", "ms a token", "least - most", "CPU ms", "over window", "state MiB")
     for row in rows:
         if row["error"]:
-            made.add_row(row["kind"], f"{row['position']:,}", red(row["error"]))
+            table.add_row(row["kind"], f"{row['position']:,}", red(row["error"]))
             continue
         m = row["actions"]["decode"]
         ms, least, most, cpu = (1e3 * m[key] / row["tokens"] for key in ("seconds", "least", "most", "cpu_seconds"))
         over = results["over_sliding_window"].get(f"{row['kind']} at {row['position']}")
         size = "-" if row["state_bytes"] is None else f"{row['state_bytes'] / 2**20:,.1f}"
-        made.add_row(
+        table.add_row(
             row["kind"], f"{row['position']:,}", f"{row['read']:,}", f"{ms:.2f}", f"{least:.2f} - {most:.2f}",
             f"{cpu:.2f}", "-" if over is None else f"{over:.2f}", size,
         )  # fmt: skip
     growth = Table("model", "last position over first")
     for name, ratio in results["last_over_first"].items():
         growth.add_row(name, f"{ratio:.2f}")
-    return [made, growth]
+    return [table, growth]

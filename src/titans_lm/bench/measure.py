@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import dataclasses
 import gc
 import statistics
 import time
@@ -88,8 +87,8 @@ class Meter:
         cpu = time.process_time() - before
         if action not in self.calls:  # the first call also loads and allocates: the guess need not be good
             self.calls[action] = 1 if action.once else max(1, min(1000, round(LEAST_SECONDS / max(seconds, 1e-6))))
-        found = {"seconds": seconds / calls, "cpu_seconds": cpu / calls, "peak_bytes": self._peak(), "calls": calls}
-        return {**found, **action.tell(result)}
+        figures = {"seconds": seconds / calls, "cpu_seconds": cpu / calls, "peak_bytes": self._peak(), "calls": calls}
+        return {**figures, **action.tell(result)}
 
     def _on_cuda(self, action: Action, ready: Any, calls: int) -> tuple[float, Any]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
@@ -173,7 +172,3 @@ def summarise(repetitions: list[dict[str, Any]]) -> dict[str, Any]:
         "cpu_seconds": statistics.median(cpu), "peak_bytes": repetitions[0]["peak_bytes"], "runs": len(timed),
         "warm_up_seconds": seconds[0], "each": timed,
     }  # fmt: skip
-
-
-def told(setting: Setting) -> dict[str, Any]:
-    return dataclasses.asdict(setting)

@@ -105,27 +105,29 @@ SPENT = {"seconds": "", "cpu_seconds": ", CPU"}
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Ratios of medians, of each action: what could be measured."""
-    found = {(row["kind"], row["tokens"]): row["actions"] for row in rows if row["actions"]}
+    measured = {(row["kind"], row["tokens"]): row["actions"] for row in rows if row["actions"]}
     return {
-        "time_per_token_longest_over_shortest": _growth(found),
-        "mac_over_mag": _over(found, "mac", "mag"),
-        "full_attention_over_mag": _over(found, lm.FULL, "mag"),
-        "mag_over_sliding_window": _over(found, "mag", lm.WINDOW),
-        "memory_part_of_step": {f"{name} {tokens}": _share(actions) for (name, tokens), actions in found.items()
+        "time_per_token_longest_over_shortest": _growth(measured),
+        "mac_over_mag": _over(measured, "mac", "mag"),
+        "full_attention_over_mag": _over(measured, lm.FULL, "mag"),
+        "mag_over_sliding_window": _over(measured, "mag", lm.WINDOW),
+        "memory_part_of_step": {f"{name} {tokens}": _share(actions) for (name, tokens), actions in measured.items()
                                 if WITHOUT in actions},
-        "mag_peak_over_sliding_window": _peaks(found, "mag", lm.WINDOW),
-        "full_attention_peak_over_mag": _peaks(found, lm.FULL, "mag"),
+        "mag_peak_over_sliding_window": _peaks(measured, "mag", lm.WINDOW),
+        "full_attention_peak_over_mag": _peaks(measured, lm.FULL, "mag"),
     }  # fmt: skip
 
 
-def _growth(found: Found) -> dict[str, dict[str, Any]]:
+def _growth(measured: Found) -> dict[str, dict[str, Any]]:
     """By model: time per token at the longest length that was measured, over that at the shortest."""
     growth = {}
-    for name in sorted({n for n, _ in found}):
-        lengths = sorted(tokens for n, tokens in found if n == name)
+    for name in sorted({n for n, _ in measured}):
+        lengths = sorted(tokens for n, tokens in measured if n == name)
         first, last = lengths[0], lengths[-1]
         if first < last:
-            ratios = {key: ratio * first / last for key, ratio in _ratio(found[name, last], found[name, first]).items()}
+            ratios = {
+                key: ratio * first / last for key, ratio in _ratio(measured[name, last], measured[name, first]).items()
+            }
             growth[name] = {"from": first, "to": last, **ratios}
     return growth
 
@@ -136,24 +138,24 @@ def _ratio(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     return {f"{a}{label}": one[a][key] / other[a][key] for key, label in SPENT.items() for a in both}
 
 
-def _over(found: Found, one: str, other: str) -> dict[str, dict[str, float]]:
+def _over(measured: Found, one: str, other: str) -> dict[str, dict[str, float]]:
     """By length: the time of `one` over that of `other`."""
     return {
-        str(tokens): _ratio(found[one, tokens], actions)
-        for (name, tokens), actions in found.items()
-        if name == other and (one, tokens) in found
+        str(tokens): _ratio(measured[one, tokens], actions)
+        for (name, tokens), actions in measured.items()
+        if name == other and (one, tokens) in measured
     }
 
 
-def _peaks(found: Found, one: str, other: str) -> dict[str, dict[str, float]]:
+def _peaks(measured: Found, one: str, other: str) -> dict[str, dict[str, float]]:
     return {
         str(tokens): {
-            action: found[one, tokens][action]["peak_bytes"] / m["peak_bytes"]
+            action: measured[one, tokens][action]["peak_bytes"] / m["peak_bytes"]
             for action, m in actions.items()
-            if m["peak_bytes"] and action in found[one, tokens]
+            if m["peak_bytes"] and action in measured[one, tokens]
         }
-        for (name, tokens), actions in found.items()
-        if name == other and (one, tokens) in found
+        for (name, tokens), actions in measured.items()
+        if name == other and (one, tokens) in measured
     }
 
 
@@ -162,26 +164,26 @@ def _share(actions: dict[str, Any]) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
-    made = Table("model", "parameters", "", "us a token", "least - most", "CPU us", "peak MiB", "runs")
+    table = Table("model", "parameters", "", "us a token", "least - most", "CPU us", "peak MiB", "runs")
     for row in rows:
         for action, m in row["actions"].items():
             us, least, most, cpu = (1e6 * m[key] / row["tokens"] for key in ("seconds", "least", "most", "cpu_seconds"))
             peak = "-" if m["peak_bytes"] is None else f"{m['peak_bytes'] / 2**20:,.0f}"
-            made.add_row(
+            table.add_row(
                 row["name"], f"{row['parameters'] / 1e6:.2f}M", action, f"{us:,.1f}", f"{least:,.1f} - {most:,.1f}",
                 f"{cpu:,.1f}", peak, str(m["runs"]),
             )  # fmt: skip
         if row["error"]:
-            made.add_row(row["name"], "", red(row["error"]))
-    return [made, _ratios(results)]
+            table.add_row(row["name"], "", red(row["error"]))
+    return [table, _ratios(results)]
 
 
 def _ratios(results: dict[str, Any]) -> Table:
     columns = ["prefill", "step", "prefill, CPU", "step, CPU"]
-    made = Table("ratio", "of", *columns)
+    table = Table("ratio", "of", *columns)
 
-    def add(ratio: str, of: str, found: dict[str, Any]) -> None:
-        made.add_row(ratio, of, *(f"{found[key]:.2f}" if key in found else "-" for key in columns))
+    def add(ratio: str, of: str, values: dict[str, Any]) -> None:
+        table.add_row(ratio, of, *(f"{values[key]:.2f}" if key in values else "-" for key in columns))
 
     for name, growth in results["time_per_token_longest_over_shortest"].items():
         add(f"time a token, {growth['to']:,} over {growth['from']:,} tokens", name, growth)
@@ -190,4 +192,4 @@ def _ratios(results: dict[str, Any]) -> Table:
             add(key.replace("_", " "), f"{int(tokens):,} tokens", ratios)
     for name, part in results["memory_part_of_step"].items():
         add("memory's part of a step", name, part)
-    return made
+    return table

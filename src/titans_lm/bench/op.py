@@ -203,7 +203,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:
     rows = arguments.rows or (8 if setting.device == "cuda" else setting.threads)
-    found = []
+    heats = []
     for hidden, chunk in itertools.product(arguments.hidden, arguments.chunk):
         kinds = itertools.product(arguments.forms, arguments.depth)
         shapes = [Shape(rows, arguments.tokens, hidden, chunk, f, depth) for f, depth in kinds]
@@ -214,11 +214,11 @@ def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:
         if setting.device == "cuda":
             entrants += [_entrant(f"{n}, compiled", "compiled", shape) for n, shape in zip(names, shapes, strict=True)]
         name = f"hidden {hidden}, chunk {chunk}"
-        found.append(Heat(name, entrants, arguments.runs))
+        heats.append(Heat(name, entrants, arguments.runs))
         if arguments.peers:
             shape = Shape(rows, arguments.peer_tokens, hidden, chunk)
-            found.append(Heat(f"{name}, {shape.tokens} tokens", _peers(shape, setting), arguments.runs))
-    return found
+            heats.append(Heat(f"{name}, {shape.tokens} tokens", _peers(shape, setting), arguments.runs))
+    return heats
 
 
 def _entrant(name: str, contender: str, shape: Shape, **more: Any) -> Entrant:
@@ -262,23 +262,23 @@ def check(arguments: argparse.Namespace) -> None:
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Adds to each row the rate and its part of the matmul's; ratios of each peer's time and memory to ours."""
-    found = []
-    own: dict[str, Any] = {}
+    ratios_of_peers = []
+    ours: dict[str, Any] = {}
     for row in rows:
         if "operations" in row:
             _rates(row)
-        own = row["actions"] if row["name"] == OURS else own
-        if row["name"].startswith("titans-pytorch") and own and not row["error"]:
-            ratios = {f"{a}_{what}": _ratio(row["actions"], own, a, what) for a in ACTIONS[1:] for what in MEASURES}
-            found.append({"heat": row["heat"], "peer": row["name"], **ratios})
-    return {"peers_over_ours": found}
+        ours = row["actions"] if row["name"] == OURS else ours
+        if row["name"].startswith("titans-pytorch") and ours and not row["error"]:
+            ratios = {f"{a}_{what}": _ratio(row["actions"], ours, a, what) for a in ACTIONS[1:] for what in MEASURES}
+            ratios_of_peers.append({"heat": row["heat"], "peer": row["name"], **ratios})
+    return {"peers_over_ours": ratios_of_peers}
 
 
 MEASURES = ("seconds", "cpu_seconds", "peak_bytes")
 
 
-def _ratio(theirs: dict[str, Any], own: dict[str, Any], action: str, what: str) -> float | None:
-    pair = [part.get(action, {}).get(what) for part in (theirs, own)]
+def _ratio(theirs: dict[str, Any], ours: dict[str, Any], action: str, what: str) -> float | None:
+    pair = [part.get(action, {}).get(what) for part in (theirs, ours)]
     return pair[0] / pair[1] if all(pair) else None
 
 
@@ -298,26 +298,26 @@ def _rates(row: dict[str, Any]) -> None:
 
 
 def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
-    made = Table("shape", "contender", "", "ms", "least - most", "CPU ms", "Gop/s", "of matmul", "peak MiB")
+    timings = Table("shape", "contender", "", "ms", "least - most", "CPU ms", "Gop/s", "of matmul", "peak MiB")
     for row in rows:
         for action in ACTIONS[1:]:
             if action in row["actions"]:
-                made.add_row(*_cells(row, action))
+                timings.add_row(*_cells(row, action))
         if row["error"]:
-            made.add_row(row["heat"], row["name"], red(row["error"]))
+            timings.add_row(row["heat"], row["name"], red(row["error"]))
     profiles = Table("shape", "contender", "share of the time of forward and backward")
     for row in rows:
         for shares in [r["shares"] for r in row["repetitions"].get("profile", [])[-1:]]:
             profiles.add_row(row["heat"], row["name"], ", ".join(f"{k} {100 * v:.1f} %" for k, v in shares.items()))
-    made_all = [made, profiles] if profiles.rows else [made]
+    tables = [timings, profiles] if profiles.rows else [timings]
     if not results["peers_over_ours"]:
-        return made_all
+        return tables
     names = {"seconds": "time", "cpu_seconds": "CPU time", "peak_bytes": "memory"}
     keys = [f"{action}_{what}" for what in MEASURES for action in ACTIONS[1:]]
     ratios = Table("shape", "over ours", *(f"{action} {names[what]}" for what in MEASURES for action in ACTIONS[1:]))
     for r in results["peers_over_ours"]:
         ratios.add_row(r["heat"], r["peer"], *("-" if r[key] is None else f"{r[key]:.1f}" for key in keys))
-    return [*made_all, ratios]
+    return [*tables, ratios]
 
 
 def _cells(row: dict[str, Any], action: str) -> list[str]:

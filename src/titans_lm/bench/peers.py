@@ -70,9 +70,9 @@ class _Gate(_Part):
         return {"": gate, "after": gate[..., None], "both": gate[None, ..., None]}[self.around]
 
 
-def _squares(found: Tensor, target: Tensor) -> Tensor:
+def _squares(output: Tensor, target: Tensor) -> Tensor:
     """Eq. 12; theirs by default is the mean."""
-    return (found - target).square().sum(-1)
+    return (output - target).square().sum(-1)
 
 
 def _memory(hidden: int, store_chunk: int, batch: int | None) -> Any:

@@ -150,11 +150,11 @@ def race(heats: list[Heat], setting: Setting, rows: list[dict[str, Any]], consol
         total = sum(len(heat.entrants) * (heat.runs + heat.warm_up) for heat in heats)
         bar = progress.add_task("", total=total, left="")
         lanes = [[Lane(heat, entrant, setting) for entrant in heat.entrants] for heat in heats]
-        for heat, here in zip(heats, lanes, strict=True):
+        for heat, heat_lanes in zip(heats, lanes, strict=True):
             try:
-                _run(heat, here, lambda name: _show(progress, bar, name, lanes))
+                _run(heat, heat_lanes, lambda name: _show(progress, bar, name, lanes))
             finally:
-                for lane in here:
+                for lane in heat_lanes:
                     lane.end()
                     if lane.seconds or lane.row["error"]:
                         rows.append(lane.result())
@@ -170,9 +170,9 @@ def _run(heat: Heat, lanes: list[Lane], show: Any) -> None:
 
 def _show(progress: Progress, bar: Any, name: str, lanes: list[list[Lane]]) -> None:
     every = [lane for heat in lanes for lane in heat]
-    known = [statistics.median(lane.seconds) for lane in every if lane.seconds]
-    seconds = sum(lane.remaining(statistics.mean(known)) for lane in every) if known else 0.0
+    medians = [statistics.median(lane.seconds) for lane in every if lane.seconds]
+    seconds = sum(lane.remaining(statistics.mean(medians)) for lane in every) if medians else 0.0
     left = f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
     total = progress.tasks[0].total or 0
     done = total - sum(lane.left for lane in every)
-    progress.update(bar, completed=done, description=name, left=left if known else "")
+    progress.update(bar, completed=done, description=name, left=left if medians else "")

@@ -66,11 +66,11 @@ class Reader:
 
     def tell(self) -> dict[str, Any]:
         """What is carried: how large it is, and whether all of it is a number."""
-        found: dict[str, Any] = {"resident_bytes": resident(), "finite": self.finite}
+        report: dict[str, Any] = {"resident_bytes": resident(), "finite": self.finite}
         if isinstance(self.state, TitansState):
-            found |= {"state_bytes": self.state.nbytes, **_norms(self.state)}
-            found["finite"] = self.finite and all(found[key] < float("inf") for key in NORMS if key in found)
-        return found
+            report |= {"state_bytes": self.state.nbytes, **_norms(self.state)}
+            report["finite"] = self.finite and all(report[key] < float("inf") for key in NORMS if key in report)
+        return report
 
 
 NORMS = ("weights_norm", "momentum_norm")
@@ -202,23 +202,23 @@ def _summary(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
-    made = Table("model", "tokens", "tokens/s", "last/first rate", "resident grew, MiB", "largest |W|, |S|", "finite")
+    table = Table("model", "tokens", "tokens/s", "last/first rate", "resident grew, MiB", "largest |W|, |S|", "finite")
     for row in rows:
         if row["error"]:
-            made.add_row(row["name"], red(row["error"]))
+            table.add_row(row["name"], red(row["error"]))
         if row["name"] in results:
-            found = results[row["name"]]
-            grew = found["resident_growth_bytes"]
-            norms = ", ".join(f"{found[name][1]:.2f}" for name in NORMS if name in found)
-            made.add_row(
-                row["name"], f"{found['tokens']:,}", f"{found['tokens_per_second']:,.0f}",
-                f"{found['last_rate_over_first']:.2f}", "-" if grew is None else f"{grew / 2**20:,.1f}", norms or "-",
-                "yes" if found["finite"] else red("NO"),
+            result = results[row["name"]]
+            grew = result["resident_growth_bytes"]
+            norms = ", ".join(f"{result[name][1]:.2f}" for name in NORMS if name in result)
+            table.add_row(
+                row["name"], f"{result['tokens']:,}", f"{result['tokens_per_second']:,.0f}",
+                f"{result['last_rate_over_first']:.2f}", "-" if grew is None else f"{grew / 2**20:,.1f}", norms or "-",
+                "yes" if result["finite"] else red("NO"),
             )  # fmt: skip
-    return [made]
+    return [table]
 
 
-def figure(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Rate, memory and norms along the text."""
     with figure_file(path, 3, 1, figsize=(8, 8), sharex=True, dpi=120) as axes:
         for row in rows:

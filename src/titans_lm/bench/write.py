@@ -79,7 +79,7 @@ def reading(options: dict[str, Any], setting: Setting) -> Contender:
         with memory_off(model) if without else contextlib.nullcontext():
             return bits(model, ids) * len(ids) / len(text.encode())
 
-    action = Action(read, tell=lambda found: {"bits_per_byte": found}, once=True)
+    action = Action(read, tell=lambda value: {"bits_per_byte": value}, once=True)
     return Contender({"read": action}, {"tokens_read": len(ids), "written": written})
 
 
@@ -98,16 +98,16 @@ def share_written(model: TitansForCausalLM, ids: Tensor, threshold: float | None
     """Of the tokens of all layers and heads, how many have a surprise above the threshold."""
     if threshold is None:
         return 1.0
-    found: list[Tensor] = []
+    written: list[Tensor] = []
     with contextlib.ExitStack() as hooks:
         predictors = [m.predictor for m in memories(model) if m.predictor is not None]
         for predictor in predictors:
-            hook = predictor.register_forward_hook(lambda _, __, error: found.append(error > threshold))
+            hook = predictor.register_forward_hook(lambda _, __, error: written.append(error > threshold))
             hooks.callback(hook.remove)
         out = model(ids[None], use_cache=True, output_surprise=True)
     if not predictors:
-        found = [s.loss > threshold for s in out.surprise]
-    return float(torch.stack([x.float().mean() for x in found]).mean())
+        written = [s.loss > threshold for s in out.surprise]
+    return float(torch.stack([x.float().mean() for x in written]).mean())
 
 
 BUILD = {"reading": reading}
@@ -153,29 +153,29 @@ def _entrants(text: str, arguments: argparse.Namespace) -> list[Entrant]:
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Per text: share written, bits per byte, tokens a second, and time beyond that of the model without memory."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for row in rows:
         if not row["repetitions"]:
             continue
         read = row["actions"]["read"]
-        text = found.setdefault(row["heat"], {})
+        text = results.setdefault(row["heat"], {})
         bare = text.get(WITHOUT, {}).get("tokens_per_second")
         rate = row["tokens_read"] / read["seconds"]
         text[row["name"]] = {
             "written": row["written"], "bits_per_byte": row["repetitions"]["read"][-1]["bits_per_byte"],
             "tokens_per_second": rate, "overhead": None if bare is None else bare / rate - 1,
         }  # fmt: skip
-    return found
+    return results
 
 
 def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> list[Table]:
-    made = Table("text", "written are", "share", "bits per byte", "tokens/s", "over no memory")
+    table = Table("text", "written are", "share", "bits per byte", "tokens/s", "over no memory")
     for text, settings in results.items():
         for name, r in settings.items():
             share = "-" if r["written"] is None else f"{100 * r['written']:.1f} %"
             over = "-" if r["overhead"] is None else f"{100 * r['overhead']:+.0f} %"
-            made.add_row(text, name, share, f"{r['bits_per_byte']:.3f}", f"{r['tokens_per_second']:,.0f}", over)
+            table.add_row(text, name, share, f"{r['bits_per_byte']:.3f}", f"{r['tokens_per_second']:,.0f}", over)
     for row in rows:
         if row["error"]:
-            made.add_row(row["heat"], row["name"], red(row["error"]))
-    return [made]
+            table.add_row(row["heat"], row["name"], red(row["error"]))
+    return [table]

@@ -8,6 +8,7 @@ spinning), so more than the cores of this process are refused.
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import math
 import sys
@@ -57,7 +58,6 @@ def _add_common(parser: argparse.ArgumentParser, name: str) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
-    from titans_lm.bench.measure import told
     from titans_lm.bench.race import race
     from titans_lm.utils.record import command_line, provenance, write_json
     from titans_lm.utils.terminal import PlainConsole
@@ -68,26 +68,26 @@ def run(arguments: argparse.Namespace) -> None:
     setting = _setting(arguments)
     console = PlainConsole(width=None if sys.stdout.isatty() else WIDTH)
     rows: list[dict[str, Any]] = []
-    with _kept_until_told() as interruption:
+    with _hold_interruption() as interruption:
         race(command.heats(arguments, setting), setting, rows, console)
     results = command.summary(rows)
     record = {
         **provenance(command_line(f"bench {arguments.what}", arguments)),
         "threads": str(setting.threads),
-        "setting": told(setting),
+        "setting": dataclasses.asdict(setting),
     }
     if setting.device == "cuda":
         record["device"] = torch.cuda.get_device_name()
     write_json(arguments.out, {**record, "complete": not interruption, "summary": results, "rows": rows})
     for table in command.table(rows, results):
         console.print(table)
-    if hasattr(command, "figure") and rows:
-        command.figure(rows, arguments.out.with_suffix(".png"))
+    if hasattr(command, "plot") and rows:
+        command.plot(rows, arguments.out.with_suffix(".png"))
     _end(rows, arguments.out, bool(interruption))
 
 
 @contextlib.contextmanager
-def _kept_until_told() -> Iterator[list[KeyboardInterrupt]]:
+def _hold_interruption() -> Iterator[list[KeyboardInterrupt]]:
     """Holds Ctrl-C back until what was measured is written."""
     held: list[KeyboardInterrupt] = []
     try:

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     same, sample = _save_load_go_on(model, tokenizer, readings["learning"], output / "memory.safetensors")
     console.print(f"Memory saved, loaded, and continued with: {'identical' if same else 'DIFFERENT'}. It goes on:")
     console.print(sample, style="dim")
-    picture(readings, output / "learn.png")
+    plot(readings, output / "learn.png")
     command = f"titans learn --minutes {arguments.minutes:g} --bytes {arguments.bytes}"
     write_json(output / "learn.json", {**provenance(command), **summary(readings), "identical_after_loading": same})
     console.print(f"The picture is {output}/learn.png, the figures are in {output}/learn.json.")
@@ -181,7 +181,7 @@ def _table(readings: dict[str, Reading]) -> Table:
     return table
 
 
-def picture(readings: dict[str, Reading], path: Path) -> None:
+def plot(readings: dict[str, Reading], path: Path) -> None:
     """Bits per byte along the text for each way to read it, and the surprise of the memory that learns."""
     with figure_file(path, 2, 1, figsize=(9, 6), sharex=True, height_ratios=(3, 2), layout="tight") as (above, below):
         for (name, reading), colour in zip(readings.items(), ("C0", "C3", "C1"), strict=True):

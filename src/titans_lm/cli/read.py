@@ -78,20 +78,20 @@ def _tell(lines: SurprisingLines, several: bool) -> None:
 def show(reader: Reader, texts: list[Path], console: Console) -> None:
     """Read, with rate, surprise and, where no text is a stream, time left."""
     columns = [TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
-               TextColumn("{task.fields[told]}", markup=False), TimeElapsedColumn()]  # fmt: skip
+               TextColumn("{task.fields[status]}", markup=False), TimeElapsedColumn()]  # fmt: skip
     with Bars(*columns, console=console) as bars:
-        bar = bars.add_task("reading", total=None, told="")
+        bar = bars.add_task("reading", total=None, status="")
         with closing(reader.reading(*texts)) as reading:  # saves first, whatever becomes of the screen
             for progress in reading:
                 _update(bars, bar, progress)
 
 
 def _update(bars: Bars, bar: TaskID, progress: Progress) -> None:
-    told = f"{progress.tokens:,} tokens, {progress.rate:,.0f} a second"
+    status = f"{progress.tokens:,} tokens, {progress.rate:,.0f} a second"
     if progress.left is not None:
-        told += f", {progress.left:,.0f} s left"
+        status += f", {progress.left:,.0f} s left"
         spent = time.monotonic() - (bars.tasks[0].start_time or 0)
         bars.update(bar, total=1.0, completed=spent / max(spent + progress.left, 1e-9))
     if progress.surprise is not None:
-        told += f", surprise {progress.surprise:.3f}"
-    bars.update(bar, description=shown(progress.source.name), told=told)
+        status += f", surprise {progress.surprise:.3f}"
+    bars.update(bar, description=shown(progress.source.name), status=status)

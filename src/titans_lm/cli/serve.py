@@ -60,16 +60,16 @@ def run(arguments: argparse.Namespace) -> None:
     listening = listen(arguments.host, arguments.port)
     host, port = listening.getsockname()[:2]
     console = PlainConsole(stderr=True, soft_wrap=True)
-    known = f"with {arguments.memory}" if arguments.memory else "with an empty memory"
-    console.print(f"{arguments.model} {known} at http://{host}:{port}/v1; Ctrl-C ends it")
+    memory_text = f"with {arguments.memory}" if arguments.memory else "with an empty memory"
+    console.print(f"{arguments.model} {memory_text} at http://{host}:{port}/v1; Ctrl-C ends it")
     if api_key is None and not ipaddress.ip_address(host.split("%")[0]).is_loopback:
         console.print(f"anyone who reaches {host} may ask: no key is set ({KEY})", style="yellow")
     Server(Service(model, tokenizer, memory, limits, api_key)).run(sockets=[listening])
 
 
-def _api_key(given: str | None) -> str | None:
+def _api_key(argument: str | None) -> str | None:
     """Raises ValueError for a key that no client could send."""
-    name, key = ("--api-key", given) if given is not None else (KEY, os.environ.get(KEY))
+    name, key = ("--api-key", argument) if argument is not None else (KEY, os.environ.get(KEY))
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
         raise ValueError(f"{name} must be one word of ASCII characters, and not empty")
     return key

@@ -59,7 +59,7 @@ def train_on_phrases(
     model = TitansForCausalLM(TitansConfig(**{**BASE, **changes}))
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
-    known, largest, begun = [], 0.0, time.perf_counter()
+    losses_of_known, largest, begun = [], 0.0, time.perf_counter()
     finite, step = True, 0
     for step in range(1, steps + 1):  # noqa: B007 - told at the end
         ids, mask = phrases(BATCH, TOKENS, generator)
@@ -75,8 +75,8 @@ def train_on_phrases(
         largest = max(largest, norm)
         optimizer.step()
         schedule.step()
-        known.append(float(losses.detach()[mask[:, 1:]].mean()))
-    last = known[-max(1, len(known) // 20) :]
+        losses_of_known.append(float(losses.detach()[mask[:, 1:]].mean()))
+    last = losses_of_known[-max(1, len(losses_of_known) // 20) :]
     return {
         "changes": changes, "dtype": dtype, "seed": seed, "finite": finite, "steps": step, "tokens_read": read,
         "loss_of_known_tokens": sum(last) / len(last) if finite else None,
@@ -145,26 +145,26 @@ def _record(arguments: argparse.Namespace) -> dict[str, Any]:
     if not path.exists():
         return {**provenance(f"{settings} --output {path}"), "base": BASE, "runs": []}
     try:
-        old: dict[str, Any] = json.loads(path.read_text())
-        same = old["base"] == BASE and old["command"].partition(" --output ")[0] == settings
-        same = same and all(map(_place, old["runs"]))
+        record: dict[str, Any] = json.loads(path.read_text())
+        same = record["base"] == BASE and record["command"].partition(" --output ")[0] == settings
+        same = same and all(map(_place, record["runs"]))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is not a result file of this command; give another name") from None
     if not same:
-        raise ValueError(f"{path} has results of other settings ({old['command']}); give another name")
-    return old
+        raise ValueError(f"{path} has results of other settings ({record['command']}); give another name")
+    return record
 
 
 def _fill(record: dict[str, Any], runs: list[Run], arguments: argparse.Namespace) -> None:
     """Make the runs that `record` does not have, and write it after each."""
     order = [(changes, dtype) for changes, _, _, dtype in runs]
-    there = [_place(result) for result in record["runs"]]
-    missing = [run for run, place in zip(runs, order, strict=True) if place not in there]
+    done = [_place(result) for result in record["runs"]]
+    missing = [run for run, place in zip(runs, order, strict=True) if place not in done]
     with (
         Progress() as progress,
         ProcessPoolExecutor(arguments.processes, initializer=_die_in_silence) as pool,
     ):
-        bar = progress.add_task("training", total=len(runs), completed=len(there))
+        bar = progress.add_task("training", total=len(runs), completed=len(done))
         try:
             for future in as_completed([pool.submit(train_on_phrases, *run) for run in missing]):
                 record["runs"].append(future.result())

@@ -198,11 +198,11 @@ def run(arguments: argparse.Namespace) -> None:
     settings = {**options, "weights": identity(model)["weights"], "streams": {s.name: _digest(s) for s in streams}}
     lines = Lines(arguments.out, settings, command_line("evaluate adapt", arguments, ["files"]))
     _measure(model, streams, predictors, arguments.lags, lines)
-    picture(lines.rows, arguments.out.with_suffix(".png"))
+    plot(lines.rows, arguments.out.with_suffix(".png"))
     console = PlainConsole()
-    for made in (code_table(lines.rows), reading_table(lines.rows)):
-        if made.row_count:
-            console.print(made)
+    for table in (code_table(lines.rows), reading_table(lines.rows)):
+        if table.row_count:
+            console.print(table)
     console.print(f"Figures are in {arguments.out}, the picture is {arguments.out.with_suffix('.png')}.")
 
 
@@ -234,8 +234,8 @@ def _measure(
         for key, tokens, measure in work:
             bars.update(bar, description=" ".join(map(str, key.values())))
             begun = time.monotonic()
-            found = measure()
-            lines.add({**key, **found, "seconds": round(time.monotonic() - begun, 2)})
+            result = measure()
+            lines.add({**key, **result, "seconds": round(time.monotonic() - begun, 2)})
             bars.advance(bar, tokens)
 
 
@@ -268,38 +268,38 @@ def _rereading(model: TitansForCausalLM, stream: Stream, lag: int, options: dict
 
 def code_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Bits per byte: a line for each stream, a column for each predictor; and the mean over streams."""
-    found = {(row["stream"], row["predictor"]): row["bits_per_byte"] for row in rows if "predictor" in row}
-    streams, predictors = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
-    made = Table("stream", *predictors, title="bits per byte")
+    bits = {(row["stream"], row["predictor"]): row["bits_per_byte"] for row in rows if "predictor" in row}
+    streams, predictors = (list(dict.fromkeys(key[i] for key in bits)) for i in (0, 1))
+    table = Table("stream", *predictors, title="bits per byte")
     for stream in streams:
-        made.add_row(stream, *(f"{found[stream, p]:.3f}" if (stream, p) in found else "-" for p in predictors))
+        table.add_row(stream, *(f"{bits[stream, p]:.3f}" if (stream, p) in bits else "-" for p in predictors))
     if len(streams) > 1:
-        made.add_section()
-        columns = [[found[stream, p] for stream in streams if (stream, p) in found] for p in predictors]
-        made.add_row("mean", *(f"{sum(c) / len(c):.3f}" if len(c) == len(streams) else "-" for c in columns))
-    return made
+        table.add_section()
+        columns = [[bits[stream, p] for stream in streams if (stream, p) in bits] for p in predictors]
+        table.add_row("mean", *(f"{sum(c) / len(c):.3f}" if len(c) == len(streams) else "-" for c in columns))
+    return table
 
 
 def reading_table(rows: Sequence[dict[str, Any]]) -> Table:
     """A passage's second reading over its first, by stream and lag."""
-    found = {(row["stream"], row["lag"]): row for row in rows if "lag" in row}
-    lags = sorted({lag for _, lag in found})
-    made = Table("stream", *(f"after {lag:,}" for lag in lags), title="second reading / first, bits of a passage")
-    for stream in dict.fromkeys(name for name, _ in found):
-        own = (found.get((stream, lag)) for lag in lags)
-        made.add_row(stream, *("-" if row is None else f"{row['ratio']:.2f} ({row['first']:.2f})" for row in own))
-    return made
+    ratios = {(row["stream"], row["lag"]): row for row in rows if "lag" in row}
+    lags = sorted({lag for _, lag in ratios})
+    table = Table("stream", *(f"after {lag:,}" for lag in lags), title="second reading / first, bits of a passage")
+    for stream in dict.fromkeys(name for name, _ in ratios):
+        own = (ratios.get((stream, lag)) for lag in lags)
+        table.add_row(stream, *("-" if row is None else f"{row['ratio']:.2f} ({row['first']:.2f})" for row in own))
+    return table
 
 
-def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bits per byte along each stream: a panel for each, a line for each predictor."""
-    told = [row for row in rows if "predictor" in row]
-    streams = list(dict.fromkeys(row["stream"] for row in told))
+    measured = [row for row in rows if "predictor" in row]
+    streams = list(dict.fromkeys(row["stream"] for row in measured))
     columns = min(3, max(len(streams), 1))
     lines = -(-max(len(streams), 1) // columns)
     with figure_file(path, lines, columns, figsize=(4.2 * columns, 3 * lines), squeeze=False, dpi=120) as axes:
         for axis, stream in zip(axes.flat, streams, strict=False):
-            for row in (row for row in told if row["stream"] == stream):
+            for row in (row for row in measured if row["stream"] == stream):
                 x = [end for _, end, _ in row["buckets"]]
                 style = "-" if row["predictor"] in perplexity.MODES else ":"
                 axis.plot(x, [bits for *_, bits in row["buckets"]], style, marker=".", label=row["predictor"])

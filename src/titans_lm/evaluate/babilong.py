@@ -109,17 +109,17 @@ def _groups(prompts: Iterator[tuple[Example, Tokens]], rows: int) -> Iterator[li
     yield group
 
 
-def summary(task: Babilong, given: list[Answer]) -> dict[str, Any]:
+def summary(task: Babilong, answers: list[Answer]) -> dict[str, Any]:
     def share(right: Iterator[bool]) -> float:
-        return round(sum(right) / len(given), 4)
+        return round(sum(right) / len(answers), 4)
 
     return {
-        "babilong": share(babilong(said, example, task.labels) for example, said in given),
-        "substring": share(substring(said, example) for example, said in given),
-        "exact": share(exact(said, example) for example, said in given),
-        "samples": len(given),
+        "babilong": share(babilong(said, example, task.labels) for example, said in answers),
+        "substring": share(substring(said, example) for example, said in answers),
+        "exact": share(exact(said, example) for example, said in answers),
+        "samples": len(answers),
         "examples": len(task.examples),
-        "answers": [{"question": e.question, "target": e.answer, "said": said} for e, said in given],
+        "answers": [{"question": e.question, "target": e.answer, "said": said} for e, said in answers],
     }
 
 
@@ -151,9 +151,9 @@ def run(arguments: argparse.Namespace) -> None:
     )
     for (name, length), task in cells.items():
         if lines.find(task=name, length=length) is None:
-            asked = answers(model, task, arguments.samples, arguments.seed, arguments.batch)
-            given = list(track(asked, f"{name}, {length:,} tokens", total=arguments.samples))
-            lines.add({"task": name, "length": length, **summary(task, given)})
+            pending = answers(model, task, arguments.samples, arguments.seed, arguments.batch)
+            replies = list(track(pending, f"{name}, {length:,} tokens", total=arguments.samples))
+            lines.add({"task": name, "length": length, **summary(task, replies)})
     console = PlainConsole()
     console.print(table(lines, list(cells)))
     console.print(f"Scores and answers are in {arguments.out}.")
@@ -181,8 +181,8 @@ def _settings(arguments: argparse.Namespace, weights: str) -> dict[str, Any]:
 
 
 def table(lines: Lines, cells: list[tuple[str, int]]) -> Table:
-    made = Table("task", "tokens", *SCORES, title="answered right, in %")
+    scores = Table("task", "tokens", *SCORES, title="answered right, in %")
     for name, length in cells:
         if (row := lines.find(task=name, length=length)) is not None:
-            made.add_row(name, f"{length:,}", *(f"{100 * row[kind]:.0f}" for kind in SCORES))
-    return made
+            scores.add_row(name, f"{length:,}", *(f"{100 * row[kind]:.0f}" for kind in SCORES))
+    return scores

@@ -37,16 +37,16 @@ def run_cell(settings: Settings, tests: list[dict[str, Any]], command: str) -> d
     has a row for each test. Raises as `train` does for everything else.
     """
     begun = time.monotonic()
-    told: dict[str, Any] = {**provenance(command), "status": "ok", "error": None, "scores": []}
+    row: dict[str, Any] = {**provenance(command), "status": "ok", "error": None, "scores": []}
     try:
         model = _trained(settings)
     except NotFinite as error:
-        return {**told, "status": "not finite", "error": str(error), "seconds": round(time.monotonic() - begun, 1)}
-    told |= {"parameters": sum(p.numel() for p in model.parameters()), **_training(settings)}
-    told["training_seconds"] = round(time.monotonic() - begun, 1)
+        return {**row, "status": "not finite", "error": str(error), "seconds": round(time.monotonic() - begun, 1)}
+    row |= {"parameters": sum(p.numel() for p in model.parameters()), **_training(settings)}
+    row["training_seconds"] = round(time.monotonic() - begun, 1)
     for test in tests:
-        told["scores"] += run_test(model, settings, test)
-    return {**told, "seconds": round(time.monotonic() - begun, 1)}
+        row["scores"] += run_test(model, settings, test)
+    return {**row, "seconds": round(time.monotonic() - begun, 1)}
 
 
 def check_tests(settings: Settings, tests: list[dict[str, Any]]) -> list[str]:
@@ -59,7 +59,9 @@ def check_tests(settings: Settings, tests: list[dict[str, Any]]) -> list[str]:
             raise ValueError(f"tests: measure {measure!r} is not one of: {', '.join(MEASURES)}")
         if measure == "task":
             at_least(1, samples=test.get("samples", SAMPLES), rows=test.get("rows", ROWS))
-            axes += [key for told, _ in _tasks(settings, test) for key in told if type(told[key]) in (int, float)]
+            axes += [
+                key for options, _ in _tasks(settings, test) for key in options if type(options[key]) in (int, float)
+            ]
         elif measure == "perplexity":
             _check_perplexity(settings, test)
             axes.append("until")
@@ -83,7 +85,7 @@ def run_test(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -
         return _adapt(model, settings, test)
     samples, rows = test.get("samples", SAMPLES), test.get("rows", ROWS)
     seed = TEST_SEED + settings.training.seed
-    return [{**told, **score(model, task, samples, seed, rows)} for told, task in _tasks(settings, test)]
+    return [{**options, **score(model, task, samples, seed, rows)} for options, task in _tasks(settings, test)]
 
 
 def _tasks(settings: Settings, test: dict[str, Any]) -> list[tuple[dict[str, Any], Task]]:
@@ -101,10 +103,10 @@ def _tasks(settings: Settings, test: dict[str, Any]) -> list[tuple[dict[str, Any
     trained = settings.data.task
     if test.get("name") not in (None, trained.get("name")):  # its options say nothing of another's
         trained = {}
-    return [(_told(test, change), make_task({**trained, **change})) for change in changes]
+    return [(_shown_options(test, change), make_task({**trained, **change})) for change in changes]
 
 
-def _told(test: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+def _shown_options(test: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     if "called" not in test:
         return change
     return {"test": test["called"], **{key: value for key, value in change.items() if isinstance(test[key], list)}}
@@ -115,9 +117,9 @@ def score(model: PreTrainedModel, task: Task, samples: int, seed: int, rows: int
     if isinstance(task, Needle):
         return needle.score(model, task, samples, seed, rows)
     if isinstance(task, Babilong):
-        found = babilong.score(model, task, samples, seed, rows)
-        told = {key: found[key] for key in ("substring", "exact", "samples")}
-        return {"score": found["babilong"], "task": task.task, "length": task.length, **told}
+        result = babilong.score(model, task, samples, seed, rows)
+        details = {key: result[key] for key in ("substring", "exact", "samples")}
+        return {"score": result["babilong"], "task": task.task, "length": task.length, **details}
     return accuracy(model, task, samples, seed, rows)
 
 
@@ -178,25 +180,30 @@ def _adapt(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -> 
         "bucket": test.get("bucket", perplexity.BUCKET),
         "reset_every": test.get("reset_every", perplexity.RESET),
     }
-    named = {"test": test["called"]} if "called" in test else {}
+    label = {"test": test["called"]} if "called" in test else {}
     rows = []
     for file in files:
         stream = adapt.read_stream(file, tokenizer, test.get("tokens"))
         for mode in _possible(model, test):
-            found = adapt.code_lengths(model, stream, mode, options)
-            first = found["buckets"][0][2]
-            rows.append({**named, "stream": stream.name, "mode": mode, "bits_per_byte": found["bits_per_byte"],
-                         "first_bucket": first, "last_half": found["last_half"]})  # fmt: skip
-    return rows if len(files) == 1 else rows + _means(rows, named)
+            lengths = adapt.code_lengths(model, stream, mode, options)
+            first = lengths["buckets"][0][2]
+            rows.append({**label, "stream": stream.name, "mode": mode, "bits_per_byte": lengths["bits_per_byte"],
+                         "first_bucket": first, "last_half": lengths["last_half"]})  # fmt: skip
+    return rows if len(files) == 1 else rows + _means(rows, label)
 
 
-def _means(rows: list[dict[str, Any]], named: dict[str, str]) -> list[dict[str, Any]]:
+def _means(rows: list[dict[str, Any]], label: dict[str, str]) -> list[dict[str, Any]]:
     """Over streams, for each mode."""
     figures = ("bits_per_byte", "first_bucket", "last_half")
     by_mode = {mode: [row for row in rows if row["mode"] == mode] for mode in dict.fromkeys(r["mode"] for r in rows)}
     return [
-        {**named, "stream": "mean", "mode": mode, **{key: sum(r[key] for r in own) / len(own) for key in figures}}
-        for mode, own in by_mode.items()
+        {
+            **label,
+            "stream": "mean",
+            "mode": mode,
+            **{key: sum(r[key] for r in of_mode) / len(of_mode) for key in figures},
+        }
+        for mode, of_mode in by_mode.items()
     ]
 
 
@@ -215,18 +222,18 @@ def _held_out(settings: Settings) -> list[Path]:
 def accuracy(model: PreTrainedModel, task: Task, samples: int, seed: int, rows: int) -> dict[str, Any]:
     """`score`: the share of asked positions that are answered right; `whole`: of rows with no mistake."""
     model.eval()
-    right, asked, whole, done = 0, 0, 0, 0
+    right, total, whole_rows, done = 0, 0, 0, 0
     for number in itertools.count():
         if done >= samples:
             break
         count = min(rows, samples - done)
         ids, labels = map(torch.from_numpy, task.batch(np.random.default_rng((seed, number)), count))
-        there = labels[:, 1:] != IGNORED
+        mask = labels[:, 1:] != IGNORED
         logits = model(ids.to(model.device), use_cache=False).logits[:, :-1]
-        hits = (logits.argmax(-1).cpu() == labels[:, 1:]) & there
-        right, asked, done = right + int(hits.sum()), asked + int(there.sum()), done + count
-        whole += int((hits.sum(1) == there.sum(1)).sum())
-    return {"score": right / asked, "whole": whole / done, "samples": done, "length": task.length}
+        hits = (logits.argmax(-1).cpu() == labels[:, 1:]) & mask
+        right, total, done = right + int(hits.sum()), total + int(mask.sum()), done + count
+        whole_rows += int((hits.sum(1) == mask.sum(1)).sum())
+    return {"score": right / total, "whole": whole_rows / done, "samples": done, "length": task.length}
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -234,11 +241,11 @@ def accuracy(model: PreTrainedModel, task: Task, samples: int, seed: int, rows: 
 
 def _trained(settings: Settings) -> PreTrainedModel:
     """Trained now; or an earlier process's, whose training ended or goes on from its last checkpoint."""
-    output, found = Path(settings.training.output_dir), earlier(settings)
-    if found == output:
+    output, saved = Path(settings.training.output_dir), earlier(settings)
+    if saved == output:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=False)
         return model
-    training = dataclasses.replace(settings.training, resume=found is not None)
+    training = dataclasses.replace(settings.training, resume=saved is not None)
     return train(dataclasses.replace(settings, training=training))
 
 

@@ -97,10 +97,10 @@ def _evaluate(lm: Any, tasks: dict[str, list[Any]], lines: Lines, options: dict[
         console.print(f"{name} ({number} of {len(tasks)})")
         begun = time.monotonic()
         try:
-            found = simple_evaluate(lm, tasks=task, bootstrap_iters=DRAWS, log_samples=False, **options)
+            results = simple_evaluate(lm, tasks=task, bootstrap_iters=DRAWS, log_samples=False, **options)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{lines.path} has the tasks that are done; the same command goes on") from None
-        lines.add({"task": name, "seconds": round(time.monotonic() - begun, 1), "results": _results(found)})
+        lines.add({"task": name, "seconds": round(time.monotonic() - begun, 1), "results": _results(results)})
 
 
 def _check(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -134,9 +134,9 @@ def _device(arguments: argparse.Namespace) -> str:
 # ------------------------------------------------------------------------------------------------ tasks
 
 
-def _names(asked: list[str]) -> list[str]:
+def _names(names: list[str]) -> list[str]:
     """Shorthands written out, each name once."""
-    return list(dict.fromkeys(name for one in asked for name in SHORTHANDS.get(one, [one])))
+    return list(dict.fromkeys(name for shorthand in names for name in SHORTHANDS.get(shorthand, [shorthand])))
 
 
 def _manager(names: list[str], folder: Path | None, metadata: dict[str, Any]) -> Any:
@@ -192,10 +192,10 @@ def _as_data(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------ results
 
 
-def _results(found: Any) -> list[dict[str, Any]]:
+def _results(output: Any) -> list[dict[str, Any]]:
     """Of each task and group its version, documents and metrics: value and standard error, None where there is none."""
     rows = []
-    for name, values in found["results"].items():
+    for name, values in output["results"].items():
         metrics = {}
         for key, value in values.items():
             metric, comma, kind = key.partition(",")
@@ -205,8 +205,8 @@ def _results(found: Any) -> list[dict[str, Any]]:
             error = values.get(f"{metric}_stderr,{kind}")
             metrics[metric if kind == "none" else key] = {"value": _number(value), "stderr": _number(error)}
         rows.append({
-            "name": name, "version": found["versions"].get(name), "shots": found["n-shot"].get(name),
-            "documents": found["n-samples"].get(name, {}).get("effective"), "metrics": metrics,
+            "name": name, "version": output["versions"].get(name), "shots": output["n-shot"].get(name),
+            "documents": output["n-samples"].get(name, {}).get("effective"), "metrics": metrics,
         })  # fmt: skip
     return rows
 
@@ -220,9 +220,9 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     """On the screen."""
     table = Table("task", "version", "shots", "documents", "metric", "value", "standard error")
     for result in (result for row in rows for result in row["results"]):
-        told = [result[key] for key in ("name", "version", "shots", "documents")]
-        for metric, found in result["metrics"].items():
-            figures = ["" if figure is None else f"{figure:.4f}" for figure in (found["value"], found["stderr"])]
-            table.add_row(*("" if one is None else str(one) for one in told), metric, *figures)
-            told = [None] * len(told)
+        labels = [result[key] for key in ("name", "version", "shots", "documents")]
+        for metric, value in result["metrics"].items():
+            figures = ["" if x is None else f"{x:.4f}" for x in (value["value"], value["stderr"])]
+            table.add_row(*("" if one is None else str(one) for one in labels), metric, *figures)
+            labels = [None] * len(labels)
     return table

@@ -49,14 +49,14 @@ def scores(
         forks.setdefault(tuple(request.context), []).append(number)
     contexts = sorted(forks, key=len, reverse=True)  # rows of nearly one length: little padding
     for start in range(0, len(contexts), rows):
-        some = contexts[start : start + rows]
+        batch = contexts[start : start + rows]
         # The last token of a context is read with each continuation: its logits are the first that count.
-        state = read_rows(model, [context[:-1] for context in some], piece)
-        streams = [(row, number) for row, context in enumerate(some) for number in forks[context]]
+        state = read_rows(model, [context[:-1] for context in batch], piece)
+        streams = [(row, number) for row, context in enumerate(batch) for number in forks[context]]
         streams.sort(key=lambda stream: len(requests[stream[1]].continuation), reverse=True)
         for first in range(0, len(streams), rows):
             branch = streams[first : first + rows]
-            texts = [[some[row][-1], *requests[number].continuation] for row, number in branch]
+            texts = [[batch[row][-1], *requests[number].continuation] for row, number in branch]
             fork = state.select([row for row, _ in branch])
             yield from zip((number for _, number in branch), _score(model, fork, texts, piece), strict=True)
 
@@ -65,26 +65,26 @@ def scores(
 def read_rows(model: TitansForCausalLM, rows: Sequence[Sequence[int]], piece: int = PIECE) -> TitansState:
     """Rows of tokens of any lengths, 0 among them -> the memory after them, as from the model's own beginning."""
     state = model.initial_state(len(rows))
-    ids, there = _padded(rows, model.device, left=True)
+    ids, mask = _padded(rows, model.device, left=True)
     for at in range(0, ids.shape[1], piece):
         part = slice(at, at + piece)
-        model.model(ids[:, part], attention_mask=there[:, part], past_key_values=state)
+        model.model(ids[:, part], attention_mask=mask[:, part], past_key_values=state)
     return state
 
 
 def _score(model: TitansForCausalLM, state: TitansState, rows: list[list[int]], piece: int) -> list[Score]:
     """Read on from `state`; of each row all tokens but the first are scored."""
-    ids, there = _padded(rows, model.device, left=False)
-    inputs, targets, there = ids[:, :-1], ids[:, 1:], there[:, 1:]
+    ids, mask = _padded(rows, model.device, left=False)
+    inputs, targets, mask = ids[:, :-1], ids[:, 1:], mask[:, 1:]
     total = torch.zeros(len(rows), dtype=torch.float64, device=model.device)
     wrong = torch.zeros(len(rows), dtype=torch.long, device=model.device)
     for at in range(0, inputs.shape[1], piece):
         part = slice(at, at + piece)
-        out = model.model(inputs[:, part], attention_mask=there[:, part], past_key_values=state)
-        here = there[:, part].bool()
-        row = here.nonzero()[:, 0]  # [N], of each token that is scored
-        found, missed = _tokens(model, out.last_hidden_state[here], targets[:, part][here])
-        total.index_add_(0, row, found)
+        out = model.model(inputs[:, part], attention_mask=mask[:, part], past_key_values=state)
+        scored = mask[:, part].bool()
+        row = scored.nonzero()[:, 0]  # [N], of each token that is scored
+        log_probabilities, missed = _tokens(model, out.last_hidden_state[scored], targets[:, part][scored])
+        total.index_add_(0, row, log_probabilities)
         wrong.index_add_(0, row, missed)
     return [Score(t, w == 0) for t, w in zip(total.tolist(), wrong.tolist(), strict=True)]
 

@@ -104,18 +104,18 @@ class TitansLM(TemplateLM):
             if not tokens:
                 raise ValueError(f"{continuation[:40]!r} after {context[-40:]!r} has no tokens of its own to score")
         # A context of spaces alone is empty once they went to the continuation.
-        wanted = [Request(before or [self.prefix_token_id], tokens) for _, before, tokens in requests]
+        scored = [Request(before or [self.prefix_token_id], tokens) for _, before, tokens in requests]
         answers: dict[int, tuple[float, bool]] = {}
-        for number, score in self._shown(self._scores(wanted), wanted, "log-likelihoods", disable_tqdm):
+        for number, score in self._shown(self._scores(scored), scored, "log-likelihoods", disable_tqdm):
             answers[number] = (score.log_probability, score.greedy)
             self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
         return [answers[number] for number in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of each document the log-probability of all its tokens, in one stream; of an empty one 0."""
-        wanted = [Request([self.prefix_token_id], self.tok_encode(request.args[0])) for request in requests]
+        scored = [Request([self.prefix_token_id], self.tok_encode(request.args[0])) for request in requests]
         answers: dict[int, float] = {}
-        for number, score in self._shown(self._scores(wanted), wanted, "documents", disable_tqdm):
+        for number, score in self._shown(self._scores(scored), scored, "documents", disable_tqdm):
             answers[number] = score.log_probability
             self.cache_hook.add_partial("loglikelihood_rolling", requests[number].args, answers[number])
         return [answers[number] for number in range(len(requests))]
@@ -138,14 +138,14 @@ class TitansLM(TemplateLM):
         """(number of the request, answer), long contexts first, only those of the same options together."""
         contexts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         order = sorted(range(len(requests)), key=lambda number: len(contexts[number]), reverse=True)
-        alike: dict[str, list[int]] = {}
+        by_options: dict[str, list[int]] = {}
         for number in order:
-            alike.setdefault(repr(requests[number].args[1]), []).append(number)
-        for numbers in alike.values():
+            by_options.setdefault(repr(requests[number].args[1]), []).append(number)
+        for numbers in by_options.values():
             options = requests[numbers[0]].args[1]
             for first in range(0, len(numbers), self.batch_size):
-                some = numbers[first : first + self.batch_size]
-                yield from zip(some, self._generate([contexts[number] for number in some], options), strict=True)
+                batch = numbers[first : first + self.batch_size]
+                yield from zip(batch, self._generate([contexts[number] for number in batch], options), strict=True)
 
     @torch.no_grad()
     def _generate(self, contexts: list[list[int]], options: dict[str, Any]) -> list[str]:
@@ -179,9 +179,9 @@ class TitansLM(TemplateLM):
         return text
 
     @staticmethod
-    def _shown(found: Iterator[Item], wanted: Sequence[Any], what: str, hidden: bool) -> Iterable[Item]:
+    def _shown(items: Iterator[Item], requests: Sequence[Any], label: str, hidden: bool) -> Iterable[Item]:
         """With time left."""
-        return track(found, what, total=len(wanted), console=PlainConsole(stderr=True), disable=hidden)
+        return track(items, label, total=len(requests), console=PlainConsole(stderr=True), disable=hidden)
 
 
 class _Said(StoppingCriteria):

@@ -58,15 +58,17 @@ def answers(
     rng = np.random.default_rng(seed)
     for first in range(0, samples, rows):
         prompts, values = task.examples(rng, min(rows, samples - first))
-        said = follow(model, torch.from_numpy(prompts), task.kept).numpy()
-        for prompt, value, answer in zip(prompts, values, said, strict=True):
+        answer_ids = follow(model, torch.from_numpy(prompts), task.kept).numpy()
+        for prompt, value, answer in zip(prompts, values, answer_ids, strict=True):
             yield task.decode(prompt), value, task.decode(answer)
 
 
 def score(model: PreTrainedModel, task: Needle, samples: int, seed: int, rows: int = 8) -> dict[str, Any]:
     """One cell: "score" and "exact", shares in [0, 1], and "samples", "length", "depth". Raises as `answers` does."""
-    found = [(occurs(value, said), begins(value, said)) for _, value, said in answers(model, task, samples, seed, rows)]
-    total, exact = np.mean(found, axis=0).tolist()
+    hits = [
+        (occurs(value, answer), begins(value, answer)) for _, value, answer in answers(model, task, samples, seed, rows)
+    ]
+    total, exact = np.mean(hits, axis=0).tolist()
     return {"score": total, "exact": exact, "samples": samples, "length": task.length, "depth": task.depth}
 
 
@@ -113,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows = [row for cell in cells if (row := lines.find(**_place(cell))) is not None]
     for kind in arguments.kind:
         console.print(_table(kind, [row for row in rows if row["kind"] == kind]))
-    picture(rows, arguments.out.with_suffix(".png"))
+    plot(rows, arguments.out.with_suffix(".png"))
     print(f"{arguments.out}: {len(rows)} cells; {arguments.out.with_suffix('.png')}")
 
 
@@ -133,18 +135,18 @@ def _check(arguments: argparse.Namespace) -> None:
 def _cells(arguments: argparse.Namespace) -> list[Needle]:
     """A task for each kind, length and depth; all of them can be asked."""
     options: dict[str, Any] = {"style": arguments.style, "digits": arguments.digits, "answer": arguments.answer}
-    given = arguments.haystack
-    if given and len(given) == 1 and given[0] in ("noise", "words"):
-        options["haystack"] = given[0]
-    elif given:
-        options["files"] = given
-    made = []
+    haystack = arguments.haystack
+    if haystack and len(haystack) == 1 and haystack[0] in ("noise", "words"):
+        options["haystack"] = haystack[0]
+    elif haystack:
+        options["files"] = haystack
+    tasks = []
     for kind in arguments.kind:
         for length in arguments.lengths:
             task = Needle(length=length, kind=kind, tokenizer=str(find(arguments.model)), **options)
             task.check_examples()
-            made += [replace(task, depth=depth) for depth in np.linspace(0, 100, arguments.depths).tolist()]
-    return made
+            tasks += [replace(task, depth=depth) for depth in np.linspace(0, 100, arguments.depths).tolist()]
+    return tasks
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -168,24 +170,24 @@ def _fill(
     lines: Lines, model: PreTrainedModel, cells: list[Needle], arguments: argparse.Namespace, console: Console
 ) -> None:
     """The cells that are not there yet."""
-    left = [cell for cell in cells if lines.find(**_place(cell)) is None]
+    missing = [cell for cell in cells if lines.find(**_place(cell)) is None]
     columns = [TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TextColumn("left"),
                TimeRemainingColumn()]  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=sum(cell.length for cell in left))
-        for cell in left:
+        bar = progress.add_task("", total=sum(cell.length for cell in missing))
+        for cell in missing:
             progress.update(bar, description=f"{cell.kind}, {cell.length:,} tokens, {cell.depth:.0f} %")
-            found = score(model, cell, arguments.samples, arguments.seed, arguments.batch)
-            lines.add({"kind": cell.kind, **found})
+            scores = score(model, cell, arguments.samples, arguments.seed, arguments.batch)
+            lines.add({"kind": cell.kind, **scores})
             progress.advance(bar, cell.length)
 
 
 def _show(model: PreTrainedModel, task: Needle, seed: int, console: Console) -> None:
-    prompt, value, said = next(answers(model, task, 1, seed))
+    prompt, value, answer = next(answers(model, task, 1, seed))
     console.rule(f"{task.kind}, {task.length:,} tokens")
     cut = prompt if len(prompt) <= 2 * _ENDS else f"{prompt[:_ENDS]}\n[...]\n{prompt[-_ENDS:]}"
     console.print(cut)
-    console.print(f"wanted: {value!r}\nsaid:   {said!r}")
+    console.print(f"wanted: {value!r}\nsaid:   {answer!r}")
 
 
 def _grid(rows: list[dict[str, Any]]) -> tuple[list[int], list[float], np.ndarray]:
@@ -209,7 +211,7 @@ def _table(kind: str, rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def picture(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """A heat map a kind: depth by length, percent found."""
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     grids = [_grid([row for row in rows if row["kind"] == kind]) for kind in kinds]

@@ -169,30 +169,30 @@ class Sums:
 
     def rows(self, mode: str) -> list[dict[str, Any]]:
         """Buckets of which something was read; those that it ended in are not `complete`."""
-        found = []
+        rows = []
         for i, (first, end) in enumerate(itertools.pairwise(self.edges)):
             if self.tokens[i]:
                 first = max(first, 1)
-                told = _told(int(self.tokens[i]), float(self.nats[i]), float(self.bytes[i]))
-                complete = told["tokens"] == end - first
-                found.append({"mode": mode, "from": first, "to": end, **told, "complete": complete})
-        return found
+                figures = _figures(int(self.tokens[i]), float(self.nats[i]), float(self.bytes[i]))
+                complete = figures["tokens"] == end - first
+                rows.append({"mode": mode, "from": first, "to": end, **figures, "complete": complete})
+        return rows
 
 
-def _told(tokens: int, nats: float, size: float) -> dict[str, Any]:
+def _figures(tokens: int, nats: float, size: float) -> dict[str, Any]:
     mean = nats / tokens
-    found = {"tokens": tokens, "nats": mean, "perplexity": float(np.exp(mean))}
-    return {**found, "bytes": round(size), "bits_per_byte": nats / math.log(2) / size} if size else found
+    figures = {"tokens": tokens, "nats": mean, "perplexity": float(np.exp(mean))}
+    return {**figures, "bytes": round(size), "bits_per_byte": nats / math.log(2) / size} if size else figures
 
 
 def whole(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """By mode: the same of all its buckets together."""
-    found: dict[str, dict[str, Any]] = {}
+    by_mode: dict[str, dict[str, Any]] = {}
     for mode in dict.fromkeys(row["mode"] for row in rows):
-        own = [row for row in rows if row["mode"] == mode]
-        tokens, nats = sum(row["tokens"] for row in own), sum(row["tokens"] * row["nats"] for row in own)
-        found[mode] = _told(tokens, nats, float(sum(row.get("bytes", 0) for row in own)))
-    return found
+        of_mode = [row for row in rows if row["mode"] == mode]
+        tokens, nats = sum(row["tokens"] for row in of_mode), sum(row["tokens"] * row["nats"] for row in of_mode)
+        by_mode[mode] = _figures(tokens, nats, float(sum(row.get("bytes", 0) for row in of_mode)))
+    return by_mode
 
 
 # ------------------------------------------------------------------------------------------------ texts
@@ -263,7 +263,7 @@ def run(arguments: argparse.Namespace) -> None:
         "settings": _settings(arguments, model, ids),
     }
     rows = _measure(model, (ids, sizes), modes, record, arguments.out)
-    picture(rows, arguments.out.with_suffix(".png"))
+    plot(rows, arguments.out.with_suffix(".png"))
     console = PlainConsole()
     console.print(table(rows))
     console.print(f"Figures are in {arguments.out}, the picture is {arguments.out.with_suffix('.png')}.")
@@ -279,7 +279,7 @@ def _settings(arguments: argparse.Namespace, model: TitansForCausalLM, ids: Tens
     }
 
 
-def _known(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _finished_rows(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the modes that an interrupted run of the same has read to the end."""
     if not out.exists():
         return []
@@ -297,7 +297,7 @@ def _measure(
 ) -> list[dict[str, Any]]:
     """Read ids and sizes in all modes that are not in `out` yet, and write after each."""
     (ids, sizes), settings = text, record["settings"]
-    rows = _known(out, settings)
+    rows = _finished_rows(out, settings)
     left = [mode for mode in modes if mode not in {row["mode"] for row in rows}]
     with Progress() as bars:
         bar = bars.add_task("", total=(ids.shape[1] - 1) * len(left))
@@ -323,28 +323,28 @@ def _write(out: Path, record: dict[str, Any], rows: list[dict[str, Any]], comple
 def table(rows: list[dict[str, Any]]) -> Table:
     """Bits per byte: a line for each bucket, a column for each mode; over all; and perplexity."""
     modes = whole(rows)
-    made = Table("tokens", *modes, title="bits per byte")
+    table = Table("tokens", *modes, title="bits per byte")
     for first, end in dict.fromkeys((row["from"], row["to"]) for row in rows):
-        found = {row["mode"]: row for row in rows if row["from"] == first}
-        made.add_row(f"{first:,} to {end:,}", *(_bits(found.get(mode, {})) for mode in modes))
-    made.add_section()
-    made.add_row("all", *map(_bits, modes.values()))
-    made.add_row("perplexity a token", *(f"{found['perplexity']:,.2f}" for found in modes.values()))
-    return made
+        by_mode = {row["mode"]: row for row in rows if row["from"] == first}
+        table.add_row(f"{first:,} to {end:,}", *(_bits(by_mode.get(mode, {})) for mode in modes))
+    table.add_section()
+    table.add_row("all", *map(_bits, modes.values()))
+    table.add_row("perplexity a token", *(f"{row['perplexity']:,.2f}" for row in modes.values()))
+    return table
 
 
-def _bits(found: dict[str, Any]) -> str:
-    return f"{found['bits_per_byte']:.3f}" if "bits_per_byte" in found else "-"
+def _bits(row: dict[str, Any]) -> str:
+    return f"{row['bits_per_byte']:.3f}" if "bits_per_byte" in row else "-"
 
 
-def picture(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Bits per byte along the stream, a line for each mode."""
     with figure_file(path, figsize=(8, 4.5)) as axis:
         for mode in whole(rows):
-            own = [row for row in rows if row["mode"] == mode]
+            of_mode = [row for row in rows if row["mode"] == mode]
             style = "--" if mode in ("reset", "off") else "-"  # it may lie on another line
-            ends = [max(own[0]["from"], own[0]["to"] / 2), *(row["to"] for row in own)]  # the axis is for what follows
-            bits = [row.get("bits_per_byte", math.nan) for row in own]
+            ends = [max(of_mode[0]["from"], of_mode[0]["to"] / 2), *(row["to"] for row in of_mode)]
+            bits = [row.get("bits_per_byte", math.nan) for row in of_mode]
             axis.stairs(bits, ends, baseline=None, linestyle=style, label=f"memory {mode}")
         axis.set_xscale("log", base=2)
         axis.set_xlabel("tokens read")

@@ -62,8 +62,8 @@ def capacity(depth: int, correlation: float, pairs: int, width: int = 16, heads:
     weights = _weights(depth, width, heads)
     weights[-1].zero_()
     after, _ = _write(k, v, weights, chunk=1)
-    found = retrieve(k.expand(len(THETAS), -1, -1, -1), after, MemoryForm())
-    errors = _errors((found - v).square().sum(-1), v)
+    retrieved = retrieve(k.expand(len(THETAS), -1, -1, -1), after, MemoryForm())
+    errors = _errors((retrieved - v).square().sum(-1), v)
     return {"depth": depth, "correlation": correlation, "pairs": pairs, **errors}
 
 
@@ -102,10 +102,10 @@ def _write(k: Tensor, v: Tensor, weights: list[Tensor], chunk: int) -> tuple[tup
 def _errors(losses: Tensor, v: Tensor) -> dict[str, Any]:
     """losses `[R, T, H]` -> by theta, None where it is not a number; and the least of them with its theta."""
     errors = (losses.sum((1, 2)) / v.square().sum()).tolist()
-    known = {theta: error for theta, error in zip(THETAS, errors, strict=True) if math.isfinite(error)}
-    best = min(known, key=known.__getitem__, default=None)
-    by_theta = {f"{theta:g}": known.get(theta) for theta in THETAS}
-    return {"error": None if best is None else known[best], "theta": best, "by_theta": by_theta}
+    finite = {theta: error for theta, error in zip(THETAS, errors, strict=True) if math.isfinite(error)}
+    best = min(finite, key=finite.__getitem__, default=None)
+    by_theta = {f"{theta:g}": finite.get(theta) for theta in THETAS}
+    return {"error": None if best is None else finite[best], "theta": best, "by_theta": by_theta}
 
 
 # ------------------------------------------------------------------------------------------------ command
@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
     least = {n: least_of_linear(n, width) for n in pairs}
     result = {"settings": sizes, "stream": streams, "capacity": capacities, "least_of_linear": least}
     write_json(out, {**provenance(command), **result})
-    figure(streams, capacities, least, out.with_suffix(".png"))
+    plot(streams, capacities, least, out.with_suffix(".png"))
     console.print(_stream_table(streams), _capacity_table(capacities, least))
 
 
@@ -155,8 +155,8 @@ def _stream_table(rows: list[dict[str, Any]]) -> Table:
         table.add_row(
             f"{row['depth']}",
             f"{row['chunk']}",
-            _told(row["by_theta"][f"{SHOWN:g}"]),
-            _told(row["error"], row["theta"]),
+            _format_error(row["by_theta"][f"{SHOWN:g}"]),
+            _format_error(row["error"], row["theta"]),
         )
     return table
 
@@ -165,21 +165,19 @@ def _capacity_table(rows: list[dict[str, Any]], least: dict[int, float]) -> Tabl
     title = "error (theta) on pairs written once, by depth and correlation of the keys"
     columns = list(itertools.product(CAPACITY_DEPTHS, CORRELATIONS))
     table = Table("pairs", *(f"{depth}, {rho:g}" for depth, rho in columns), "best linear map", title=title)
-    found = {(r["depth"], r["correlation"], r["pairs"]): _told(r["error"], r["theta"]) for r in rows}
+    errors = {(r["depth"], r["correlation"], r["pairs"]): _format_error(r["error"], r["theta"]) for r in rows}
     for n, floor in least.items():
-        table.add_row(f"{n}", *(found[*column, n] for column in columns), f"{floor:.3f}")
+        table.add_row(f"{n}", *(errors[*column, n] for column in columns), f"{floor:.3f}")
     return table
 
 
-def _told(error: float | None, theta: float | None = None) -> str:
+def _format_error(error: float | None, theta: float | None = None) -> str:
     return (
         "diverges" if error is None or error > DIVERGES else f"{error:.3f}" + ("" if theta is None else f" ({theta:g})")
     )
 
 
-def figure(
-    streams: list[dict[str, Any]], capacities: list[dict[str, Any]], least: dict[int, float], path: Path
-) -> None:
+def plot(streams: list[dict[str, Any]], capacities: list[dict[str, Any]], least: dict[int, float], path: Path) -> None:
     """Left the stream's error by chunk, a line per depth; right capacity by pairs, colours for correlations."""
     with figure_file(path, 1, 2, figsize=(11, 4.5), dpi=120) as (left, right):
         for depth in STREAM_DEPTHS:

@@ -207,8 +207,8 @@ class Reader:
         """Which file is there now: each writing makes another. None: there is none."""
         if self.memory is None or not self.memory.exists():
             return None
-        found = self.memory.stat()
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        status = self.memory.stat()
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     @contextmanager
     def _abandoning(self) -> Iterator[None]:
@@ -224,8 +224,8 @@ class Reader:
         if self.tokenizer is None and isinstance(text, Path | str):
             raise ValueError("a reader without a tokenizer reads tokens, not texts")
         if isinstance(text, Path):
-            found = examine(text, self.errors)
-            return Source(name_of(text)[-NAME_LENGTH:], found.size, found.sha256, self.mode)
+            file = examine(text, self.errors)
+            return Source(name_of(text)[-NAME_LENGTH:], file.size, file.sha256, self.mode)
         if isinstance(text, str):
             content = text.encode()
         elif _is_tokens(text):
@@ -239,18 +239,18 @@ class Reader:
 
     def _plan(self, sources: list[Source]) -> tuple[list[Source], int]:
         """How far each is, where a reading of them was interrupted, else not begun; and where their records begin."""
-        known = self.state.sources
-        open_ = next((i for i, s in enumerate(known) if not (s.done or s.abandoned)), None)
-        if open_ is None:
-            self.state.sources = [*known, *sources]
-            return sources, len(known)
-        for first in range(open_, -1, -1):
-            old = known[first:]
+        records = self.state.sources
+        interrupted = next((i for i, s in enumerate(records) if not (s.done or s.abandoned)), None)
+        if interrupted is None:
+            self.state.sources = [*records, *sources]
+            return sources, len(records)
+        for first in range(interrupted, -1, -1):
+            old = records[first:]
             if len(old) == len(sources) and all(map(_same, old, sources)):
                 return old, first
-        missing = known[open_]
+        record = records[interrupted]
         raise ValueError(
-            f"this memory is in the middle of {missing.name} ({missing.tokens:,} tokens read, mode {missing.mode}): "
+            f"this memory is in the middle of {record.name} ({record.tokens:,} tokens read, mode {record.mode}): "
             f"give the same texts again to go on, or abandon that reading"
         )
 
@@ -287,14 +287,14 @@ class Reader:
         else:
             parts = [text] if isinstance(text, str) or _is_tokens(text) else iter(text)
         for part in parts:
-            content, words = part if isinstance(part, tuple) and isinstance(text, Path) else (None, part)
-            if not isinstance(words, str):
-                ids = self._tokens(words)
+            content, piece = part if isinstance(part, tuple) and isinstance(text, Path) else (None, part)
+            if not isinstance(piece, str):
+                ids = self._tokens(piece)
             elif self.tokenizer is None:
                 raise ValueError("a reader without a tokenizer reads tokens, not texts")
             else:
-                ids = self._tokens(encode(self.tokenizer, words))
-                content = words.encode() if content is None else content
+                ids = self._tokens(encode(self.tokenizer, piece))
+                content = piece.encode() if content is None else content
             yield ids.tobytes() if content is None else content, ids
 
     def _tokens(self, ids: object) -> NDArray[np.int64]:
@@ -320,9 +320,11 @@ class Reader:
         if len(ids):
             state.frozen = self.mode == "frozen"
             tokens = torch.from_numpy(ids)[None].to(self.model.device)
-            told = self.model.config.surprise_threshold is None  # else what is not written need not be computed
-            kept = 1 if self.on_tokens is None else 0
-            out = self.model(tokens, past_key_values=state, logits_to_keep=kept, output_surprise=told)
+            with_surprise = self.model.config.surprise_threshold is None  # else unwritten tokens need none
+            logits_to_keep = 1 if self.on_tokens is None else 0
+            out = self.model(
+                tokens, past_key_values=state, logits_to_keep=logits_to_keep, output_surprise=with_surprise
+            )
             state.frozen = False
             if out.surprise:
                 surprise = torch.stack([s.loss.mean() for s in out.surprise]).mean()

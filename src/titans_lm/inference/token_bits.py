@@ -27,9 +27,9 @@ class TokenBits:
         self._next = logits[-1:].detach()
         bits = np.zeros(len(ids))
         if len(before):
-            wanted = torch.from_numpy(ids[-len(before) :]).to(before.device)
+            targets = torch.from_numpy(ids[-len(before) :]).to(before.device)
             nats = F.cross_entropy(
-                before.to(torch.promote_types(before.dtype, torch.float32)), wanted, reduction="none"
+                before.to(torch.promote_types(before.dtype, torch.float32)), targets, reduction="none"
             )
             bits[-len(before) :] = nats.double().cpu().numpy() / math.log(2)
         return bits

@@ -93,8 +93,8 @@ def _study(tree: Any, stem: str, changes: list[str]) -> Study:
     if not models:
         raise ValueError("models must name at least one, such as {mag: {model.variant: mag}}")
     seeds = tree.get("seeds", [0])
-    whole = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
-    if not whole or len(set(seeds)) < len(seeds):
+    valid = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not valid or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be a list of whole numbers, each once, got {seeds!r}")
     tests = _tests(tree)
     shared = {
@@ -162,13 +162,13 @@ def _tests(tree: dict[str, Any], default: list[dict[str, Any]] | None = None) ->
 
 
 def _named(tree: dict[str, Any], key: str, default: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    found = _mapping(tree.get(key, default), key)
-    for name in found:
+    entries = _mapping(tree.get(key, default), key)
+    for name in entries:
         if "/" in str(name) or str(name) in (".", ".."):
             raise ValueError(f"{key}: the name {name!r} cannot have a slash, nor be . or ..; a run's folder has it")
-    if len({str(name) for name in found}) < len(found):
-        raise ValueError(f"{key}: the names must differ as texts, got {list(found)}")
-    return {str(name): _mapping({} if value is None else value, f"{key}.{name}") for name, value in found.items()}
+    if len({str(name) for name in entries}) < len(entries):
+        raise ValueError(f"{key}: the names must differ as texts, got {list(entries)}")
+    return {str(name): _mapping({} if value is None else value, f"{key}.{name}") for name, value in entries.items()}
 
 
 def _mapping(value: Any, name: str) -> dict[Any, Any]:

@@ -35,7 +35,7 @@ def write_report(study: Study, rows: list[dict[str, Any]], results: Path, consol
         raise ValueError(f"{path} is not a table of this study; move it away")
     write_text(path, markdown(study.name, scores, rows))
     if study.figure is not None:
-        figure(rows, study.figure, results / f"{study.name}.png")
+        plot(rows, study.figure, results / f"{study.name}.png")
 
 
 def collect(rows: list[dict[str, Any]]) -> Scores:
@@ -77,10 +77,10 @@ def _cells(scores: Scores, rows: list[dict[str, Any]], task: str) -> tuple[list[
     for model in models:
         mine = [row for row in rows if (row["task"], row["model"]) == (task, model)]
         good = [row for row in mine if row["status"] == "ok"]
-        found = [mean_and_spread(values) if (values := scores[task, model].get(test)) else "-" for test in tests]
+        figures = [mean_and_spread(values) if (values := scores[task, model].get(test)) else "-" for test in tests]
         parameters = f"{good[0]['parameters']:,}" if good else "-"
         rate = f"{statistics.median(row['tokens_per_second'] for row in good):,.0f}" if good else "-"
-        lines.append([model, *found, parameters, rate, f"{len(good)}/{len(mine)}"])
+        lines.append([model, *figures, parameters, rate, f"{len(good)}/{len(mine)}"])
     return ["model", *tests, "parameters", "tokens/s in training", "runs"], lines
 
 
@@ -144,14 +144,14 @@ def _line(cells: Iterable[str]) -> str:
 _MARKERS, _DASHES = "os^vDPX*<>", ("-", "--", "-.", ":")
 
 
-def figure(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
+def plot(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
     """Each model's score along `axis`, an option of the tests; the band is least and most over seeds."""
     panels: dict[str, dict[str, dict[float, list[float]]]] = {}
     for row in rows:
         for score in (score for score in row["scores"] if axis in score):
             others = {key: value for key, value in score.items() if key != axis}
-            told = "" if words(others) == "score" else words(others)
-            panel = panels.setdefault(", ".join(filter(None, [row["task"], told])), {})
+            label = "" if words(others) == "score" else words(others)
+            panel = panels.setdefault(", ".join(filter(None, [row["task"], label])), {})
             panel.setdefault(row["model"], {}).setdefault(score[axis], []).append(figure_of(score))
     with figure_file(
         path, 1, max(len(panels), 1), figsize=(2 + 4 * max(len(panels), 1), 4), squeeze=False, layout="tight"

@@ -55,7 +55,7 @@ def run_cells(
                 while waiting and len(running) < processes:
                     running.append(_start(waiting.pop(0), job, runs, command))
                 names = ", ".join(one.cell.name for one in running)
-                bar.update(task, description=names, left=_left(seconds, len(waiting) + len(running), processes))
+                bar.update(task, description=names, left=_time_left(seconds, len(waiting) + len(running), processes))
                 ended = wait([one.answer for one in running])  # it answers, or is no more
                 for one in [one for one in running if one.answer in ended]:
                     running.remove(one)
@@ -63,7 +63,7 @@ def run_cells(
                     lines.add({**one.cell.about(), **row})
                     seconds.append(time.monotonic() - one.begun)
                     bar.advance(task)
-                    bar.console.print(f"{one.cell.name}: {_told(row)}")
+                    bar.console.print(f"{one.cell.name}: {_outcome(row)}")
         except KeyboardInterrupt:
             for one in running:  # each saves a checkpoint; Ctrl-C has told them already, other signals have not
                 one.process.terminate()
@@ -79,7 +79,7 @@ def _bar(console: Console) -> Progress:
     )  # fmt: skip
 
 
-def _left(seconds: list[float], count: int, processes: int) -> str:
+def _time_left(seconds: list[float], count: int, processes: int) -> str:
     """Those that run are taken to be half done."""
     if not seconds or not count:
         return ""
@@ -87,7 +87,7 @@ def _left(seconds: list[float], count: int, processes: int) -> str:
     return f"about {rest / 60:.0f} min left"
 
 
-def _told(row: dict[str, Any]) -> str:
+def _outcome(row: dict[str, Any]) -> str:
     if row["status"] != "ok":
         return f"{row['status']}: {row['error']}"
     scores = [f"{score['score']:.3f}" for score in row["scores"] if "score" in score]

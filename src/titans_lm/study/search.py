@@ -57,16 +57,17 @@ def search_cell(cell: Cell, runs: Path, command: str, space: dict[str, Any], tri
 
     trainer = trainer_for(settings, make)
     trainer.hyperparameter_search(
-        hp_space=lambda trial: _arguments(suggested(trial, space)), compute_objective=lambda found: found["eval_loss"],
+        hp_space=lambda trial: _arguments(suggested(trial, space)),
+        compute_objective=lambda metrics: metrics["eval_loss"],
         n_trials=max(trials - done, 0), direction="minimize", backend="optuna", catch=(NotFinite, ValueError),
         study_name="search", storage=storage, load_if_exists=True, sampler=sampler,
     )  # fmt: skip
-    found = optuna.load_study(study_name="search", storage=storage)
+    search_study = optuna.load_study(study_name="search", storage=storage)
     Path(storage.removeprefix("sqlite:///")).unlink()
-    tried = [{"loss": t.value, "state": t.state.name.lower(), **t.params} for t in found.trials]
+    tried = [{"loss": t.value, "state": t.state.name.lower(), **t.params} for t in search_study.trials]
     return {
-        **provenance(command), "status": "ok", "error": None, "scores": [], "loss": found.best_value,
-        "best": found.best_params, "trials": tried, "seconds": round(time.monotonic() - begun, 1),
+        **provenance(command), "status": "ok", "error": None, "scores": [], "loss": search_study.best_value,
+        "best": search_study.best_params, "trials": tried, "seconds": round(time.monotonic() - begun, 1),
     }  # fmt: skip
 
 

@@ -85,11 +85,11 @@ def make_task(options: dict[str, Any]) -> Task:
         raise ValueError(f"a task needs a name, one of: {', '.join(TASKS)}")
     name = str(options["name"])
     kind = task_class(name)
-    known = inspect.signature(kind).parameters
+    options_of_kind = inspect.signature(kind).parameters
     for key in options:
-        if key != "name" and key not in known:
-            raise ValueError(f"task {name} has no option {key!r}; it has {', '.join(known)}")
-    missing = [key for key, p in known.items() if p.default is inspect.Parameter.empty and key not in options]
+        if key != "name" and key not in options_of_kind:
+            raise ValueError(f"task {name} has no option {key!r}; it has {', '.join(options_of_kind)}")
+    missing = [key for key, p in options_of_kind.items() if p.default is inspect.Parameter.empty and key not in options]
     if missing:
         raise ValueError(f"task {name} needs {' and '.join(missing)}")
     try:

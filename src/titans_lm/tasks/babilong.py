@@ -177,26 +177,26 @@ class _Data(NamedTuple):
 @lru_cache(maxsize=64)
 def _data(babi: str, task: str, split: str, tokenizer: str) -> _Data:
     files = {name: parse(text, f"{babi}: {name}") for name, text in _texts(babi, task).items()}
-    here = next((found for name, found in files.items() if name.endswith(f"_{split}.txt")), None)
-    if not here:
+    examples = next((file for name, file in files.items() if name.endswith(f"_{split}.txt")), None)
+    if not examples:
         raise ValueError(
             f"{babi} has no question of {task} to {split}: there is no {task}_..._{split}.txt, or nothing in it"
         )
-    answers = {example.answer for found in files.values() for example in found}
+    answers = {example.answer for file in files.values() for example in file}
     room = max(len(_encoded(tokenizer, _answer(Example((), "", answer)))) for answer in answers)
     sizes = [
         sum(len(_encoded(tokenizer, _fact(fact))) for fact in example.facts)
         + len(_encoded(tokenizer, _question(example)))
         + room
-        for example in here
+        for example in examples
     ]
     labels = {part for answer in answers for part in members(answer)}
-    return _Data(here, np.asarray(sizes, np.int64), tuple(sorted(labels)), room)
+    return _Data(examples, np.asarray(sizes, np.int64), tuple(sorted(labels)), room)
 
 
 def parse(text: str, name: str) -> list[Example]:
     """Every question of a bAbI file. Raises ValueError for a line that is not bAbI's, with the `name` of the file."""
-    found: list[Example] = []
+    examples: list[Example] = []
     facts: list[str] = []
     for number, line in enumerate(text.splitlines(), 1):
         match = re.fullmatch(r"(\d+) ([^\t]+)(?:\t([^\t]+)(?:\t[\d ]*)?)?", line)
@@ -207,8 +207,8 @@ def parse(text: str, name: str) -> list[Example]:
         if match[3] is None:
             facts.append(match[2].strip())
         else:
-            found.append(Example(tuple(facts), match[2].strip(), match[3].strip()))
-    return found
+            examples.append(Example(tuple(facts), match[2].strip(), match[3].strip()))
+    return examples
 
 
 def members(answer: str) -> list[str]:
@@ -222,37 +222,37 @@ def _texts(babi: str, task: str) -> dict[str, str]:
     path = Path(babi)
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a folder with bAbI's files, or the archive of them")
-    wanted = re.compile(rf"{task}_.*_(train|test)\.txt")
-    found = _in_folder(path, wanted) if path.is_dir() else _in_archive(path, wanted)
-    if not found:
+    pattern = re.compile(rf"{task}_.*_(train|test)\.txt")
+    texts = _in_folder(path, pattern) if path.is_dir() else _in_archive(path, pattern)
+    if not texts:
         raise ValueError(f"{path} has no file of {task} ({task}_..._test.txt)")
     best: dict[str, str] = {}
-    for place in sorted(found, key=lambda place: _rank(path, place)):
-        best.setdefault(place.name, found[place])
+    for place in sorted(texts, key=lambda place: _rank(path, place)):
+        best.setdefault(place.name, texts[place])
     return best
 
 
 def _rank(path: Path, place: PurePath) -> tuple[int, str]:
     """The folder itself, then the English ones, then others (bAbI's Hindi and shuffled ones)."""
     folder = place.parent.name
-    known = 0 if place.parent == path else 1 + FOLDERS.index(folder) if folder in FOLDERS else 1 + len(FOLDERS)
-    return known, str(place)
+    rank = 0 if place.parent == path else 1 + FOLDERS.index(folder) if folder in FOLDERS else 1 + len(FOLDERS)
+    return rank, str(place)
 
 
-def _in_folder(path: Path, wanted: re.Pattern[str]) -> dict[PurePath, str]:
-    return {file: read_text(file) for file in path.rglob("*.txt") if wanted.fullmatch(file.name)}
+def _in_folder(path: Path, pattern: re.Pattern[str]) -> dict[PurePath, str]:
+    return {file: read_text(file) for file in path.rglob("*.txt") if pattern.fullmatch(file.name)}
 
 
-def _in_archive(path: Path, wanted: re.Pattern[str]) -> dict[PurePath, str]:
-    found: dict[PurePath, str] = {}
+def _in_archive(path: Path, pattern: re.Pattern[str]) -> dict[PurePath, str]:
+    texts: dict[PurePath, str] = {}
     try:
         with tarfile.open(path) as archive:
             for member in archive:
-                if wanted.fullmatch(PurePath(member.name).name) and (file := archive.extractfile(member)):
-                    found[PurePath(member.name)] = file.read().decode()
+                if pattern.fullmatch(PurePath(member.name).name) and (file := archive.extractfile(member)):
+                    texts[PurePath(member.name)] = file.read().decode()
     except (tarfile.TarError, EOFError, UnicodeDecodeError):
         raise ValueError(f"{path} is neither a folder nor an archive of bAbI's files, or it is damaged") from None
-    return found
+    return texts
 
 
 # ------------------------------------------------------------------------------------------------ background

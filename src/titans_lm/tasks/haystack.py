@@ -157,8 +157,8 @@ def _repeated(kind: str, files: tuple[str, ...], tokenizer: str, times: int) -> 
     if kind == "noise":
         sentences = [[("" if i else "\n") + word for i, word in enumerate(re.findall(r" ?\S+", NOISE))]]
     elif kind == "words":
-        known = [f" {word}" for word in (*ADJECTIVES, *NOUNS, *VERBS, *PEOPLE)]
-        sentences = [[known[i]] for i in np.random.default_rng(0).integers(len(known), size=_WORDS)]
+        vocabulary = [f" {word}" for word in (*ADJECTIVES, *NOUNS, *VERBS, *PEOPLE)]
+        sentences = [[vocabulary[i]] for i in np.random.default_rng(0).integers(len(vocabulary), size=_WORDS)]
     else:
         sentences = [[f" {word}" for word in sentence.split()] for file in files for sentence in _sentences(file)]
     return _haystack(sentences, encoder(tokenizer))
@@ -183,6 +183,6 @@ def _sentences(source: str) -> list[str]:
         texts = [text for file in stdlib_files() for text in _DOCSTRING.findall(read_text(file))]
     else:
         texts = [read_text(file) for file in text_files([source], SUFFIXES)]
-    found = [sentence for text in texts for sentence in _END.split(text)]
-    short = [part for s in found for part in (s.splitlines() if len(s) > _LONG else [s])]
+    sentences = [sentence for text in texts for sentence in _END.split(text)]
+    short = [part for s in sentences for part in (s.splitlines() if len(s) > _LONG else [s])]
     return [sentence for sentence in short if sentence.strip()]

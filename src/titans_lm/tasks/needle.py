@@ -106,10 +106,14 @@ class Needle:
         self._haystack(0)  # a file that cannot be read is told now
 
     def _check_values(self) -> None:
-        for name, known in (("kind", get_args(Kind)), ("haystack", (None, *get_args(Hay))), ("style", get_args(Style))):
-            if getattr(self, name) not in known:
-                words = ", ".join(word for word in known if word)
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of: {words}")
+        for name, choices in (
+            ("kind", get_args(Kind)),
+            ("haystack", (None, *get_args(Hay))),
+            ("style", get_args(Style)),
+        ):
+            if getattr(self, name) not in choices:
+                names = ", ".join(word for word in choices if word)
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of: {names}")
         at_least(1, length=self.length, digits=self.digits)
         at_least(1, answer=self.kept)
         if self.digits > _MOST_DIGITS:
@@ -151,8 +155,8 @@ class Needle:
         """What a model is asked: prompts of `length - kept` tokens. Each is drawn after the other, so that rows in
         twos are the same as in fours. Raises ValueError as `check_examples` does."""
         self.check_examples()
-        found = [self._row(rng, self.kept) for _ in range(rows)]
-        return Examples(np.stack([prompt for prompt, _, _ in found]), [value for _, _, value in found])
+        drawn = [self._row(rng, self.kept) for _ in range(rows)]
+        return Examples(np.stack([prompt for prompt, _, _ in drawn]), [value for _, _, value in drawn])
 
     def decode(self, ids: Tokens) -> str:
         """The text of ids `[T]`, without special tokens."""
@@ -192,13 +196,13 @@ class Needle:
         """-> a prompt that leaves `kept` tokens (None: as many as the value has), the value's tokens, the value"""
         for _ in range(_TRIES):
             key, value = _key(rng), self._value(rng)
-            said = self._encoder.fresh(FORMS[self.style].value.format(value=value))
-            says = Prompt(self.kind, self.style, self._hay, self._encoder, key, said)
-            length = self.length - (len(said) if kept is None else kept)
-            room = length - says.least
+            value_ids = self._encoder.fresh(FORMS[self.style].value.format(value=value))
+            parts = Prompt(self.kind, self.style, self._hay, self._encoder, key, value_ids)
+            length = self.length - (len(value_ids) if kept is None else kept)
+            room = length - parts.least
             window = self._haystack(room).window(rng, room, self._encoder)
             if value not in window.text:
-                return says.around(window, self._place(rng, len(window.borders) - 1), length), said, value
+                return parts.around(window, self._place(rng, len(window.borders) - 1), length), value_ids, value
         raise ValueError(f"digits={self.digits} is too few: the haystack has nearly every such number")
 
     def _value(self, rng: np.random.Generator) -> str:

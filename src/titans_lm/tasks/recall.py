@@ -168,12 +168,12 @@ def _blank(rows: int, length: int) -> Batch:
 def _distinct(rng: np.random.Generator, rows: int, count: int, low: int, high: int) -> Tokens:
     """`count` numbers of [low, high) in each row, no two alike, every choice and order as likely as any other (Floyd's
     sampling: its cost does not depend on the range). -> `[rows, count]`"""
-    found = np.empty((rows, count), np.int64)
+    numbers = np.empty((rows, count), np.int64)
     for i, last in enumerate(range(high - low - count, high - low)):
         drawn = rng.integers(0, last, rows, endpoint=True)
-        taken = (found[:, :i] == drawn[:, None]).any(axis=1)
-        found[:, i] = np.where(taken, last, drawn)
-    return low + rng.permuted(found, axis=1)
+        taken = (numbers[:, :i] == drawn[:, None]).any(axis=1)
+        numbers[:, i] = np.where(taken, last, drawn)
+    return low + rng.permuted(numbers, axis=1)
 
 
 def _by_power_law(rng: np.random.Generator, rows: int, count: int, slots: int, power: float) -> Tokens:

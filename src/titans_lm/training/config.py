@@ -285,8 +285,8 @@ def check_resumed(checkpoint: Path, settings: Settings) -> None:
         other = {key: value for key, value in other.items() if not key.startswith("model.")}
     fixed = {key: value for key, value in other.items() if key not in {f"training.{name}" for name in MAY_CHANGE}}
     if fixed:
-        words = ", ".join(f"{key}={ours.get(key)!r} (was {value!r})" for key, value in fixed.items())
-        raise ValueError(f"{words} cannot change on resume; keep it, or train in another training.output_dir")
+        changes = ", ".join(f"{key}={ours.get(key)!r} (was {value!r})" for key, value in fixed.items())
+        raise ValueError(f"{changes} cannot change on resume; keep it, or train in another training.output_dir")
 
 
 def _flat(settings: Settings) -> dict[str, Any]:

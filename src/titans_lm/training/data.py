@@ -110,8 +110,8 @@ class StreamedBlocks(IterableDataset[dict[str, Tensor]]):
             else:
                 self.skipped += 1
                 if self.skipped == 1:
-                    told = f"row {number} of the data set has no text (null): such rows are left out"
-                    warnings.warn(told, stacklevel=2)
+                    message = f"row {number} of the data set has no text (null): such rows are left out"
+                    warnings.warn(message, stacklevel=2)
 
 
 def streamed(name: str, config: str | None, split: str, data_files: list[str] | None) -> Iterable[dict[str, Any]]:

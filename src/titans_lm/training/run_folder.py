@@ -49,8 +49,8 @@ def step_of(checkpoint: Path) -> int:
 
 def _numbered(output: Path) -> list[Path]:
     """Folders with a checkpoint's name, by their steps. `checkpoint-best` is not such a name."""
-    found = (p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir())
-    return sorted(found, key=step_of)
+    folders = (p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir())
+    return sorted(folders, key=step_of)
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -93,8 +93,8 @@ def check_checkpoint(folder: Path) -> None:
             with safe_globals():
                 torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many kinds; all mean that this is not such a file
-            words = str(error).split(". ")[0].split("\n")[0]
-            raise ValueError(f"{folder} is damaged: {name} cannot be read ({words})") from error
+            reason = str(error).split(". ")[0].split("\n")[0]
+            raise ValueError(f"{folder} is damaged: {name} cannot be read ({reason})") from error
 
 
 @contextlib.contextmanager
@@ -135,8 +135,8 @@ def _finish(checkpoint: Path) -> None:
 
 def is_begun(output: Path) -> bool:
     """Whether a run was killed there before its first checkpoint, and nothing else is in the folder."""
-    found = list(output.iterdir()) if output.is_dir() else []
-    return bool(found) and all(map(_is_leftover, found))
+    paths = list(output.iterdir()) if output.is_dir() else []
+    return bool(paths) and all(map(_is_leftover, paths))
 
 
 def _is_leftover(path: Path) -> bool:

@@ -106,9 +106,9 @@ def _check_size(config: PreTrainedConfig) -> None:
             size = sum(p.nbytes for p in build(config).parameters())
     except (RuntimeError, TypeError, OverflowError):  # a tensor of more numbers than torch can count
         size = 2**63
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else size
-    if size > there:
-        raise ValueError(f"model: its weights take {size / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f}")
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else size
+    if size > available:
+        raise ValueError(f"model: its weights take {size / 2**30:,.0f} GiB, this machine has {available / 2**30:,.0f}")
 
 
 def _tokenizer(settings: Settings) -> PreTrainedTokenizerBase | None:
@@ -174,10 +174,10 @@ def earlier(settings: Settings) -> Path | None:
     """What an earlier run of these settings left in output_dir: output_dir itself, with its model, where it ended; else
     its last checkpoint, where it has one. Raises ValueError for what a run of others left."""
     output = Path(settings.training.output_dir)
-    found = output if (output / RUN).is_file() else last_checkpoint(output)
-    if found is not None:
-        check_same(found, settings)
-    return found
+    saved = output if (output / RUN).is_file() else last_checkpoint(output)
+    if saved is not None:
+        check_same(saved, settings)
+    return saved
 
 
 def _checkpoint(output: Path, settings: Settings) -> Path | None:

@@ -40,7 +40,7 @@ class _Clock(TrainerCallback, ExportableState):
 
     def __init__(self, max_steps: int, max_minutes: float | None):
         self.max_steps, self.limit, self.begun = max_steps, (max_minutes or math.inf) * 60, time.monotonic()
-        self.bar = Progress(*Progress.get_default_columns(), TextColumn("{task.fields[found]}", markup=False))
+        self.bar = Progress(*Progress.get_default_columns(), TextColumn("{task.fields[status]}", markup=False))
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"seconds": self.elapsed()}}
@@ -54,7 +54,7 @@ class _Clock(TrainerCallback, ExportableState):
         self.begun = time.monotonic() - (before if state.global_step else 0)
         if self.limit < math.inf:
             self.bar.start()
-            self.bar.add_task("training", total=self.limit, found="")
+            self.bar.add_task("training", total=self.limit, status="")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         if self.elapsed() > self.limit:
@@ -64,9 +64,9 @@ class _Clock(TrainerCallback, ExportableState):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
         if logs and "loss" in logs:
-            words = f"step {state.global_step}, loss {logs['loss']:.3f}, {logs['tokens_per_second']:,} tokens/s"
+            status = f"step {state.global_step}, loss {logs['loss']:.3f}, {logs['tokens_per_second']:,} tokens/s"
             for task in self.bar.task_ids:
-                self.bar.update(task, found=words)
+                self.bar.update(task, status=status)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         self.bar.stop()

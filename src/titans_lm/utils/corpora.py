@@ -20,25 +20,25 @@ def text_files(paths: Iterable[str], suffixes: Iterable[str]) -> list[Path]:
 
     Raises ValueError for a path that does not exist or has no such file.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for name in paths:
         path = Path(name)
         if name == STDLIB:
-            found += stdlib_files()
+            files += stdlib_files()
         elif path.is_dir():
-            inside = sorted(p for s in suffixes for p in path.rglob(f"*{s}") if p.is_file())
-            if not inside:
+            candidates = sorted(p for s in suffixes for p in path.rglob(f"*{s}") if p.is_file())
+            if not candidates:
                 raise ValueError(f"{path} has no file that ends in {' or '.join(suffixes)}")
-            if not (written := [p for p in inside if not is_blank(p)]):
+            if not (with_text := [p for p in candidates if not is_blank(p)]):
                 raise ValueError(f"{path} has only empty files that end in {' or '.join(suffixes)}")
-            if len(written) < len(inside):
-                _log.warning("%s: %d empty files are left out", path, len(inside) - len(written))
-            found += written
+            if len(with_text) < len(candidates):
+                _log.warning("%s: %d empty files are left out", path, len(candidates) - len(with_text))
+            files += with_text
         elif path.exists():
-            found.append(path)
+            files.append(path)
         else:
             raise ValueError(f"{path} does not exist; give text files, folders or {STDLIB!r}")
-    return found
+    return files
 
 
 def stdlib_files() -> list[Path]:

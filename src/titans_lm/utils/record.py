@@ -38,10 +38,10 @@ def _commit() -> str:
     """ "unknown" without git, or where the package is not in a repository."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
-        told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     except OSError:
         return "unknown"
-    return told.stdout.strip() or "unknown"
+    return result.stdout.strip() or "unknown"
 
 
 class Stopped(KeyboardInterrupt):

@@ -47,14 +47,14 @@ def examine(path: Path, errors: Errors = "strict") -> Content:
     """
     if is_standard_input(path):
         return Content(-1, "")
-    found = _stat(path)
-    if not stat.S_ISREG(found.st_mode):
+    status = _stat(path)
+    if not stat.S_ISREG(status.st_mode):
         return Content(-1, "")
     digest, size = hashlib.sha256(), 0
-    for raw, _ in decoded(path, errors=errors, limit=found.st_size or None):
+    for raw, _ in decoded(path, errors=errors, limit=status.st_size or None):
         digest.update(raw)
         size += len(raw)
-    return Content(size, digest.hexdigest()) if found.st_size else Content(-1, "")  # /proc has files of no size
+    return Content(size, digest.hexdigest()) if status.st_size else Content(-1, "")  # /proc has files of no size
 
 
 def decoded(
@@ -101,14 +101,14 @@ def is_blank(path: Path) -> bool:
 
 def _stat(path: Path) -> os.stat_result:
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; give the path of a text file") from None
     except (OSError, ValueError) as error:  # a NUL in a name is a ValueError
         raise OSError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if stat.S_ISDIR(found.st_mode):
+    if stat.S_ISDIR(status.st_mode):
         raise ValueError(f"{path} is a folder; give a text file")
-    return found
+    return status
 
 
 @contextmanager

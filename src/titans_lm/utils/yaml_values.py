@@ -50,22 +50,22 @@ def typed(value: Any, hint: Any, name: str) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
-    wanted = next(o for o in options if o is not type(None))
-    if wanted is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+    kind = next(o for o in options if o is not type(None))
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
             if not math.isnan(number := float(value)):
                 return number
-    elif typing.get_origin(wanted) is dict:
+    elif typing.get_origin(kind) is dict:
         if isinstance(value, dict) and all(isinstance(v, str) for v in value):
             return value
-    elif typing.get_origin(wanted) is list:
-        (kind,) = typing.get_args(wanted)
+    elif typing.get_origin(kind) is list:
+        (item,) = typing.get_args(kind)
         values = value if isinstance(value, list) else [value]
-        if all(type(v) is kind for v in values):
+        if all(type(v) is item for v in values):
             return values
-    elif isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"{name} must be {_NAMES.get(wanted) or _NAMES[typing.get_origin(wanted)]}, got {value!r}")
+    raise ValueError(f"{name} must be {_NAMES.get(kind) or _NAMES[typing.get_origin(kind)]}, got {value!r}")
 
 
 _NAMES: dict[Any, str] = {

@@ -89,21 +89,23 @@ def summary(curves: Curves) -> dict[str, Any]:
     }
 
 
-def tell(found: dict[str, Any], console: Console) -> None:
+def print_summary(results: dict[str, Any], console: Console) -> None:
     """The table, and what surprised most."""
     columns = {"on": "memory on", "frozen": "memory frozen", "zlib": "gzip"}
-    table = Table("bytes read", *columns.values(), title=f"bits per byte of {found['bytes']:,} bytes never seen before")
-    for row in found["buckets"]:
+    table = Table(
+        "bytes read", *columns.values(), title=f"bits per byte of {results['bytes']:,} bytes never seen before"
+    )
+    for row in results["buckets"]:
         table.add_row(f"{row['from']:,} to {row['to']:,}", *(f"{row[key]:.2f}" for key in columns))
     table.add_section()
-    table.add_row("all", *(f"{found['bits_per_byte'][key]:.2f}" for key in columns))
+    table.add_row("all", *(f"{results['bits_per_byte'][key]:.2f}" for key in columns))
     console.print(table)
     console.print("What surprised most (bits per byte, line):")
-    for line in found["surprising"]:
+    for line in results["surprising"]:
         console.print(f"  {line['bits_per_byte']:5.2f}  {line['number']:6,}  {line['text'][:90]}")
 
 
-def picture(curves: Curves, path: Path) -> None:
+def plot(curves: Curves, path: Path) -> None:
     """Bits per byte along the text."""
     data = curves.stream.data
     edges = [*range(0, max(len(data) - BIN // 2, 1), BIN), len(data)]

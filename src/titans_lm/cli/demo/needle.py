@@ -71,9 +71,9 @@ def show(folder: Path, task: Needle, seed: int, console: Console) -> tuple[Hidde
         f"The value is asked for at the end.",
     )
     reading, state = read_through(model, hidden.ids[:, :-1], console)
-    found = summary(hidden, reading, ask(model, tokenizer, state, hidden))
-    tell(hidden, reading, found, console)
-    return hidden, reading, {**identity(model), **found}
+    results = summary(hidden, reading, ask(model, tokenizer, state, hidden))
+    print_summary(hidden, reading, results, console)
+    return hidden, reading, {**identity(model), **results}
 
 
 # ------------------------------------------------------------------------------------------------ the haystack
@@ -121,9 +121,9 @@ def read_through(model: TitansForCausalLM, ids: Tensor, console: Console) -> tup
     state, done = model.initial_state(1), 0
     reading = Reading(np.zeros(ids.shape[1], np.float32))
     columns = [TextColumn("reading"), BarColumn(), TaskProgressColumn(),
-               TextColumn("{task.fields[told]}", markup=False), TimeRemainingColumn()]  # fmt: skip
+               TextColumn("{task.fields[status]}", markup=False), TimeRemainingColumn()]  # fmt: skip
     with Progress(*columns, console=console) as bars:
-        bar = bars.add_task("", total=ids.shape[1], told="")
+        bar = bars.add_task("", total=ids.shape[1], status="")
         for part, out in read(model, ids, state):
             if out.surprise:
                 loss = torch.stack([one.loss.mean((0, 2)) for one in out.surprise]).mean(0)
@@ -131,7 +131,7 @@ def read_through(model: TitansForCausalLM, ids: Tensor, console: Console) -> tup
             done += part.shape[1]
             reading.seconds = bars.tasks[0].elapsed or 0.0
             _note(reading, done, state)
-            bars.update(bar, completed=done, told=_told(reading))
+            bars.update(bar, completed=done, status=_status(reading))
     return reading, state
 
 
@@ -141,11 +141,11 @@ def _note(reading: Reading, tokens: int, state: TitansState) -> None:
     reading.resident_bytes.append(resident())
 
 
-def _told(reading: Reading) -> str:
+def _status(reading: Reading) -> str:
     rate = reading.tokens[-1] / max(reading.seconds, 1e-9)
-    words = f"{rate:,.0f} tokens/s, memory {reading.state_bytes[-1] / 1024:,.1f} KiB"
+    status = f"{rate:,.0f} tokens/s, memory {reading.state_bytes[-1] / 1024:,.1f} KiB"
     process = reading.resident_bytes[-1]
-    return words if process is None else f"{words}, process {process / 2**20:,.0f} MiB"
+    return status if process is None else f"{status}, process {process / 2**20:,.0f} MiB"
 
 
 def ask(model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, state: TitansState, hidden: Hidden) -> str:
@@ -155,8 +155,8 @@ def ask(model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, state: Tit
     ids = go_on(
         model, tokenizer, state, hidden.ids[:, -1:], max_new_tokens=count, min_new_tokens=count, do_sample=False
     )
-    said: str = tokenizer.decode(ids[0, 1:], skip_special_tokens=True)
-    return said
+    answer: str = tokenizer.decode(ids[0, 1:], skip_special_tokens=True)
+    return answer
 
 
 # ------------------------------------------------------------------------------------------------ what is shown
@@ -169,11 +169,11 @@ def stretches(hidden: Hidden, surprise: NDArray[np.float32]) -> tuple[NDArray[np
     return whole.reshape(-1, hidden.length).mean(1), hidden.start // hidden.length
 
 
-def summary(hidden: Hidden, reading: Reading, said: str) -> dict[str, Any]:
+def summary(hidden: Hidden, reading: Reading, answer: str) -> dict[str, Any]:
     """What came of it, as numbers. `rank` 1: no stretch of the text surprised more than the needle did."""
     means, needle = stretches(hidden, reading.surprise)
     return {
-        "key": hidden.key, "value": hidden.value, "said": said, "right": begins(hidden.value, said),
+        "key": hidden.key, "value": hidden.value, "said": answer, "right": begins(hidden.value, answer),
         "needle_at": hidden.start, "tokens_read": reading.tokens[-1], "seconds": round(reading.seconds, 3),
         "state_bytes": {"least": min(reading.state_bytes), "most": max(reading.state_bytes)},
         "resident_bytes": {"after_first_piece": reading.resident_bytes[0], "at_the_end": reading.resident_bytes[-1]},
@@ -199,11 +199,11 @@ def chart(means: NDArray[np.float32], needle: int) -> Iterator[str]:
     yield " " * column + "^ the needle"
 
 
-def tell(hidden: Hidden, reading: Reading, found: Mapping[str, Any], console: Console) -> None:
+def print_summary(hidden: Hidden, reading: Reading, results: Mapping[str, Any], console: Console) -> None:
     """Memory, answer and surprise, in words."""
-    state, process, surprise = found["state_bytes"], found["resident_bytes"], found["surprise"]
+    state, process, surprise = results["state_bytes"], results["resident_bytes"], results["surprise"]
     size = f"{state['most']:,} bytes throughout" if state["least"] == state["most"] else f"{state} bytes, which CHANGED"
-    lines = [f"Read {found['tokens_read']:,} tokens in {found['seconds']:.1f} s. The memory took {size}."]
+    lines = [f"Read {results['tokens_read']:,} tokens in {results['seconds']:.1f} s. The memory took {size}."]
     if process["at_the_end"] is not None:
         first, last = (process[name] / 2**20 for name in ("after_first_piece", "at_the_end"))
         lines.append(f"The process took {first:,.1f} MiB after {reading.tokens[0]:,} tokens, {last:,.1f} at the end.")
@@ -212,13 +212,13 @@ def tell(hidden: Hidden, reading: Reading, found: Mapping[str, Any], console: Co
         f"The needle: {surprise['needle']:.3g}, number {surprise['rank']:,} of {surprise['stretches']:,} stretches of "
         f"{hidden.length} tokens; the median is {surprise['median']:.3g}, the highest {surprise['most']:.3g}."
     )
-    verdict = "right" if found["right"] else "WRONG: the model did not find it"
-    lines += ["", f"Asked:   {hidden.key}", f"Truth:   {hidden.value}", f"Answer:  {found['said']}   {verdict}", ""]
+    verdict = "right" if results["right"] else "WRONG: the model did not find it"
+    lines += ["", f"Asked:   {hidden.key}", f"Truth:   {hidden.value}", f"Answer:  {results['said']}   {verdict}", ""]
     for line in lines:
         console.print(line)
 
 
-def picture(hidden: Hidden, reading: Reading, path: Path) -> None:
+def plot(hidden: Hidden, reading: Reading, path: Path) -> None:
     """Surprise along the text with the needle marked, and what reading took."""
     means, needle = stretches(hidden, reading.surprise)
     most = highest(means, BINS)

@@ -163,10 +163,10 @@ class Stops:
     def push(self, text: str) -> str:
         """The characters before which no stop string can begin."""
         self.held += text
-        found = [at for s in self.strings if (at := self.held.find(s)) >= 0]
-        if found:
+        places = [at for s in self.strings if (at := self.held.find(s)) >= 0]
+        if places:
             self.found = True
-            text, self.held = self.held[: min(found)], ""
+            text, self.held = self.held[: min(places)], ""
             return text
         end = len(self.held) - self._begun()
         text, self.held = self.held[:end], self.held[end:]

@@ -161,8 +161,8 @@ class Gate:
     def _refusal(self, scope: Scope) -> Refused | None:
         headers = Headers(scope=scope)
         if self.expected is not None and scope["path"] != "/health":
-            given = headers.get("authorization", "").encode()
-            if not hmac.compare_digest(given, self.expected):
+            key = headers.get("authorization", "").encode()
+            if not hmac.compare_digest(key, self.expected):
                 return Refused(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self.limits.body_bytes:

@@ -97,15 +97,15 @@ class Question(Strict):
 
     def sampling(self, limits: Limits, tokens: int) -> Sampling:
         """`tokens`: where the request does not say. Raises Refused for what is over the limits."""
-        field, asked = self.tokens()
-        if asked is not None and asked > limits.max_tokens:
-            raise Refused(400, f"{field}: must be at most {limits.max_tokens}, got {asked}", field)
+        field, max_tokens = self.tokens()
+        if max_tokens is not None and max_tokens > limits.max_tokens:
+            raise Refused(400, f"{field}: must be at most {limits.max_tokens}, got {max_tokens}", field)
         if self.stop is not None and len(self.stop) > limits.stops:
             raise Refused(400, f"stop: at most {limits.stops} strings, got {len(self.stop)}", "stop")
         if self.stream_options is not None and not self.stream:
             raise Refused(400, "stream_options: only with stream", "stream_options")
         return Sampling(
-            asked or min(tokens, limits.max_tokens),
+            max_tokens or min(tokens, limits.max_tokens),
             1.0 if self.temperature is None else self.temperature,
             1.0 if self.top_p is None else self.top_p,
             self.seed,
@@ -154,8 +154,8 @@ def describe(error: dict[str, Any]) -> tuple[str, str]:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return field, f"{field}: {message}"
-    found = repr(error["input"])
-    return field, f"{field}: {message}, got {found if len(found) <= 80 else found[:80] + '...'}"
+    value = repr(error["input"])
+    return field, f"{field}: {message}, got {value if len(value) <= 80 else value[:80] + '...'}"
 
 
 # ------------------------------------------------------------------------------------------------ answers

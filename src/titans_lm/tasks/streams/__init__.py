@@ -14,7 +14,7 @@ import numpy as np
 from titans_lm.models.tokenizer import load_tokenizer
 from titans_lm.tasks import Batch, Task, at_least, make_task
 from titans_lm.tasks.streams import chains, disguises, languages, logs, tables
-from titans_lm.tasks.streams.parts import Given, Part, Source
+from titans_lm.tasks.streams.parts import Part, Source, SourceInputs
 from titans_lm.tasks.streams.texts import Bytes, Files, Texts, load_texts
 from titans_lm.utils.corpora import STDLIB
 
@@ -116,9 +116,9 @@ class Streams:
         at = np.searchsorted(np.array(list(shares.values())), rng.random(), "right")
         name = list(shares)[int(at)]
         (own,) = rng.spawn(1)
-        given = Given(own, self._texts, length, lambda rng: self._begin(rng, self._others, length))
+        inputs = SourceInputs(own, self._texts, length, lambda rng: self._begin(rng, self._others, length))
         task = self._tasks.get(name)
-        return Part(name, SOURCES[name](given) if task is None else _examples(task[0], own))
+        return Part(name, SOURCES[name](inputs) if task is None else _examples(task[0], own))
 
     @cached_property
     def _shares(self) -> dict[str, float]:
@@ -160,15 +160,15 @@ def _examples(task: Task, rng: np.random.Generator) -> Iterator[Bytes]:
         yield task.batch(rng, 1).input_ids[0].astype(np.uint8)
 
 
-def _weights(name: str, given: Any) -> dict[str, float]:
+def _weights(name: str, weights: Any) -> dict[str, float]:
     """One name, a list, or name -> weight. Those of weight 0 are left out."""
-    given = [given] if isinstance(given, str) else given
-    if not isinstance(given, Mapping):
-        given = dict.fromkeys(given, 1.0) if isinstance(given, Sequence) and all(map(_is_text, given)) else {}
-    for key, weight in given.items():
+    weights = [weights] if isinstance(weights, str) else weights
+    if not isinstance(weights, Mapping):
+        weights = dict.fromkeys(weights, 1.0) if isinstance(weights, Sequence) and all(map(_is_text, weights)) else {}
+    for key, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
             raise ValueError(f"{name}: the weight of {key} must be a number of at least 0, got {weight!r}")
-    kept = {str(key): float(weight) for key, weight in given.items() if weight}
+    kept = {str(key): float(weight) for key, weight in weights.items() if weight}
     if not kept:
         raise ValueError(f"{name} must be a name, a list of names, or names with weights above 0")
     return kept

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from titans_lm.tasks.streams.parts import Given, log_uniform, symbols
+from titans_lm.tasks.streams.parts import SourceInputs, log_uniform, symbols
 from titans_lm.tasks.streams.texts import Bytes
 
 BLOCK = 1024
@@ -27,15 +27,15 @@ class Chain:
 
     def walk(self, length: int) -> NDArray[np.int64]:
         """The next symbols, `[length]`, each below `count`."""
-        found, follows, context = [], self.follows, self.context
+        drawn, follows, context = [], self.follows, self.context
         for u in self.rng.random(length).tolist():
             if context not in follows:
                 follows[context] = self._distribution()
             symbol = min(bisect(follows[context], u), self.count - 1)  # a sum may end below 1
-            found.append(symbol)
+            drawn.append(symbol)
             context = (context * self.count + symbol) % self.contexts
         self.context = context
-        return np.array(found, np.int64)
+        return np.array(drawn, np.int64)
 
     def _distribution(self) -> list[float]:
         if not self._drawn:  # many at once take the time of a few
@@ -44,9 +44,9 @@ class Chain:
         return self._drawn.pop()
 
 
-def markov(given: Given) -> Iterator[Bytes]:
+def markov(inputs: SourceInputs) -> Iterator[Bytes]:
     """A random Markov chain over 2 to 24 symbols, of order 1 to 3; some all but fixed, some all but free."""
-    rng = given.rng
+    rng = inputs.rng
     count = int(rng.integers(2, 25))
     chain = Chain(rng, int(rng.integers(1, 4)), count, log_uniform(rng, 0.02, 1.0))
     names = symbols(rng, count)
@@ -72,18 +72,18 @@ class Automaton:
 
     def walk(self, length: int) -> NDArray[np.int64]:
         """The next symbols, `[length]`."""
-        found, edges, state = [], self.edges, self.state
+        drawn, edges, state = [], self.edges, self.state
         for u in self.rng.random(length).tolist():
             ways = edges[state]
             symbol, state = ways[int(u * len(ways))]
-            found.append(symbol)
+            drawn.append(symbol)
         self.state = state
-        return np.array(found, np.int64)
+        return np.array(drawn, np.int64)
 
 
-def automata(given: Given) -> Iterator[Bytes]:
+def automata(inputs: SourceInputs) -> Iterator[Bytes]:
     """A random automaton, whose symbols are bytes, or words of a few bytes."""
-    rng = given.rng
+    rng = inputs.rng
     automaton, longest = Automaton(rng), int(rng.choice([1, 1, 4]))
     names = symbols(rng, automaton.count)
     words = [names[rng.integers(len(names), size=rng.integers(1, longest + 1))] for _ in names]
@@ -92,10 +92,10 @@ def automata(given: Given) -> Iterator[Bytes]:
         yield names[walked] if longest == 1 else np.concatenate([words[symbol] for symbol in walked])
 
 
-def letters(given: Given) -> Iterator[Bytes]:
+def letters(inputs: SourceInputs) -> Iterator[Bytes]:
     """Two to six letters, nearly even but for what the last few make likely, as in DNA: passages come again, changed
     here and there, some backwards with each letter exchanged for its partner; in lines or not."""
-    rng = given.rng
+    rng = inputs.rng
     count = int(rng.choice([2, 4, 4, 4, 5, 6]))
     names = symbols(rng, count)
     if count == 4 and rng.random() < 0.5:
@@ -127,9 +127,9 @@ def _in_lines(text: Bytes, width: int, column: int) -> tuple[Bytes, int]:
     return np.insert(text, ends, ord("\n")), (column + len(text)) % width
 
 
-def noise(given: Given) -> Iterator[Bytes]:
+def noise(inputs: SourceInputs) -> Iterator[Bytes]:
     """Bytes drawn evenly: of all 256, or of some of them."""
-    rng = given.rng
+    rng = inputs.rng
     names = np.arange(256, dtype=np.uint8)
     if rng.random() < 0.4:
         names = symbols(rng, int(log_uniform(rng, 2, 95)))

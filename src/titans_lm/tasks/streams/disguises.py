@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from titans_lm.tasks.streams.parts import Given, log_uniform
+from titans_lm.tasks.streams.parts import SourceInputs, log_uniform
 from titans_lm.tasks.streams.texts import Bytes
 
 PRINTABLE = np.arange(32, 127)
@@ -17,29 +17,29 @@ BLOCKS = [
 """Of code points that UTF-8 writes in two bytes (letters of Europe and the Near East), three (Asia) and four."""
 
 
-def text(given: Given) -> Iterator[Bytes]:
+def text(inputs: SourceInputs) -> Iterator[Bytes]:
     """From a place of the texts on, as they are."""
-    return given.texts().reading(given.rng)
+    return inputs.texts().reading(inputs.rng)
 
 
-def cipher(given: Given) -> Iterator[Bytes]:
+def cipher(inputs: SourceInputs) -> Iterator[Bytes]:
     """A text of which each character stands for another: the 95 printable ones, or letters alone, the small as the
     large ones, so that spaces and signs stay what they are."""
-    rng = given.rng
+    rng = inputs.rng
     table = np.arange(256, dtype=np.uint8)
     if rng.random() < 0.7:
         table[PRINTABLE] = rng.permutation(PRINTABLE)
     else:
         order = rng.permutation(26)
         table[65:91], table[97:123] = 65 + order, 97 + order
-    for piece in given.texts().reading(rng):
+    for piece in inputs.texts().reading(rng):
         yield table[piece]
 
 
-def alphabets(given: Given) -> Iterator[Bytes]:
+def alphabets(inputs: SourceInputs) -> Iterator[Bytes]:
     """A text whose letters are those of another alphabet, in UTF-8 or another code; or any byte stands for any."""
-    rng = given.rng
-    reading = given.texts().reading(rng)
+    rng = inputs.rng
+    reading = inputs.texts().reading(rng)
     kind = rng.random()
     if kind < 0.4:
         table = rng.permutation(256).astype(np.uint8)
@@ -61,14 +61,14 @@ def _at(rng: np.random.Generator) -> int:
     return int(rng.integers(1 << 14))
 
 
-def repeat(given: Given) -> Iterator[Bytes]:
+def repeat(inputs: SourceInputs) -> Iterator[Bytes]:
     """A passage of another source, something else, the passage again, now and then several times, or at once."""
-    rng = given.rng
+    rng = inputs.rng
     while True:
-        passage = given.other(rng).take(round(log_uniform(rng, 16, min(given.length / 4, 1 << 14))))
-        between = given.other(rng)
+        passage = inputs.other(rng).take(round(log_uniform(rng, 16, min(inputs.length / 4, 1 << 14))))
+        between = inputs.other(rng)
         yield passage
         for _ in range(1 if rng.random() < 0.7 else int(rng.integers(2, 7))):
             if rng.random() < 0.7:
-                yield between.take(round(log_uniform(rng, 8, given.length / 2)))
+                yield between.take(round(log_uniform(rng, 8, inputs.length / 2)))
             yield passage

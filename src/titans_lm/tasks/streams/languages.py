@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from titans_lm.tasks.streams.chains import Chain
-from titans_lm.tasks.streams.parts import Given, as_bytes, log_uniform
+from titans_lm.tasks.streams.parts import SourceInputs, as_bytes, log_uniform
 from titans_lm.tasks.streams.texts import Bytes
 
 BLOCK = 256
@@ -30,12 +30,12 @@ class Language:
 
     def text(self, count: int) -> str:
         """The next sentences, of `count` words or a few more."""
-        found = []
+        sentences = []
         while count > 0:
             size = 1 + int(self.rng.exponential(self._sentence))
-            found.append(self._said(size))
+            sentences.append(self._said(size))
             count -= size
-        return "".join(found)
+        return "".join(sentences)
 
     def _said(self, size: int) -> str:
         words, liked, word = [], self.rng.random((size, 2)).tolist(), self._word
@@ -72,8 +72,8 @@ def _letters(rng: np.random.Generator) -> str:
     return "".join(map(chr, [*latin.tolist(), *accented.tolist()]))
 
 
-def language(given: Given) -> Iterator[Bytes]:
+def language(inputs: SourceInputs) -> Iterator[Bytes]:
     """Sentences of a language of its own."""
-    made = Language(given.rng)
+    made = Language(inputs.rng)
     while True:
         yield as_bytes(made.text(BLOCK))

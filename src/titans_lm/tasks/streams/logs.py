@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from itertools import accumulate
 from random import Random
 
-from titans_lm.tasks.streams.parts import Given, as_bytes
+from titans_lm.tasks.streams.parts import SourceInputs, as_bytes
 from titans_lm.tasks.streams.slots import Slot, Slots
 from titans_lm.tasks.streams.texts import Bytes
 
@@ -106,13 +106,13 @@ class Log:
         self._order()
 
     def lines(self, count: int) -> str:
-        found = []
+        lines = []
         for _ in range(count):
             self.at = self._next()
             self.clock.go_on()
             template = self.templates[self.at]
-            found.append(self._head(template) + template.message() + self.end)
-        return "".join(found)
+            lines.append(self._head(template) + template.message() + self.end)
+        return "".join(lines)
 
     # ------------------------------------------------------------------------------------------ order
 
@@ -253,10 +253,10 @@ def _component(slot: Slot) -> Callable[[Template], str]:
     return lambda template: f"{template.component}[{slot()}]"
 
 
-def logs(given: Given) -> Iterator[Bytes]:
+def logs(inputs: SourceInputs) -> Iterator[Bytes]:
     """A log of 3 to 30 templates."""
-    rng = given.rng
-    log = Log(Random(int(rng.integers(1 << 62))), given.texts().words(rng))
+    rng = inputs.rng
+    log = Log(Random(int(rng.integers(1 << 62))), inputs.texts().words(rng))
     count = 8
     while True:
         yield as_bytes(log.lines(count))

@@ -26,7 +26,7 @@ class Part:
         return joined[:count]
 
 
-class Given(NamedTuple):
+class SourceInputs(NamedTuple):
     """What a source makes its pieces from."""
 
     rng: np.random.Generator
@@ -38,7 +38,7 @@ class Given(NamedTuple):
     """Begins another source, drawn as the streams draw theirs."""
 
 
-Source = Callable[[Given], Iterator[Bytes]]
+Source = Callable[[SourceInputs], Iterator[Bytes]]
 
 
 def log_uniform(rng: np.random.Generator, low: int | float, high: int | float) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from random import Random
 
-from titans_lm.tasks.streams.parts import Given, as_bytes
+from titans_lm.tasks.streams.parts import SourceInputs, as_bytes
 from titans_lm.tasks.streams.slots import Slot, Slots
 from titans_lm.tasks.streams.texts import Bytes
 
@@ -56,10 +56,10 @@ class Records:
         return f"INSERT INTO {name} VALUES (", parts, f"{quote});\n", ""
 
 
-def tables(given: Given) -> Iterator[Bytes]:
+def tables(inputs: SourceInputs) -> Iterator[Bytes]:
     """A table without end, most often with a first line that names the columns."""
-    random = Random(int(given.rng.integers(1 << 62)))
-    words = given.texts().words(given.rng)
+    random = Random(int(inputs.rng.integers(1 << 62)))
+    words = inputs.texts().words(inputs.rng)
     records = Records(random, Slots(random, random.sample(words, min(len(words), 100))))
     if random.random() < 0.8:
         yield as_bytes(records.head)

@@ -73,19 +73,19 @@ def held_out_texts(path: str, suffixes: Sequence[str] = (".txt",), held_out: int
     """Names and texts that `load_texts` leaves out of this path."""
     if path == STDLIB:
         return [(str(file), read_text(file)) for file in stdlib_held_out()]
-    found = _all(path, tuple(suffixes))
-    return found[len(found) - held_out :]
+    texts = _all(path, tuple(suffixes))
+    return texts[len(texts) - held_out :]
 
 
 def _kept(path: str, suffixes: tuple[str, ...], held_out: int) -> list[tuple[str, str]]:
     if path == STDLIB:
         return [(str(file), read_text(file)) for file in stdlib_files() if not is_held_out(file)]
-    found = _all(path, suffixes)
+    texts = _all(path, suffixes)
     if not held_out or not (Path(path).is_dir() or _is_archive(path)):
-        return found
-    if held_out >= len(found):
-        raise ValueError(f"held_out={held_out} leaves nothing of {path}: it has {len(found)} files")
-    return found[:-held_out]
+        return texts
+    if held_out >= len(texts):
+        raise ValueError(f"held_out={held_out} leaves nothing of {path}: it has {len(texts)} files")
+    return texts[:-held_out]
 
 
 def _is_archive(path: str) -> bool:
@@ -99,12 +99,12 @@ def _all(path: str, suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
     try:
         with tarfile.open(path) as archive:
             members = [m for m in archive.getmembers() if m.isfile() and m.name.endswith(suffixes)]
-            found = [(m.name, _decoded(path, m.name, archive.extractfile(m))) for m in members]
+            texts = [(m.name, _decoded(path, m.name, archive.extractfile(m))) for m in members]
     except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read as an archive: {error}") from error
-    if not found:
+    if not texts:
         raise ValueError(f"{path} has no file that ends in {' or '.join(suffixes)}")
-    return sorted(found)
+    return sorted(texts)
 
 
 def _decoded(path: str, name: str, file: object) -> str:
