@@ -243,9 +243,9 @@ def test_sentences_of_a_log_are_its_lines_and_of_prose_end_with_a_full_stop(tmp_
     (prompt,), (value,) = task.examples(np.random.default_rng(0), 1)
     before, after = context_of(task.decode(prompt), task, value)
     assert abs(before.count("request") - after.count("request")) <= 1
-    from titans_lm.tasks.haystack import haystack
+    from titans_lm.tasks.haystack import make_haystack
 
-    found = haystack("text", (str(letter),), "bytes", 0)
+    found = make_haystack("text", (str(letter),), "bytes", 0)
     starts = [found.letters[word] for word in found.sentences]
     parts = [found.text[a:b] for a, b in itertools.pairwise(starts)]
     assert parts == [' He said "No."', " She left.", " Why?", " A title", " Then"]

@@ -105,7 +105,7 @@ run training.seed=4294967296 | training.seed must be from 0 to 2**32 - 1
 run training.batch_size=100000 | too few for 100000 rows
 run training.tbptt_steps=null | training.tbptt_steps must be a whole number, or a list of them
 task training.tbptt_steps=3 | training.tbptt_steps above 1 needs data.files
-run training.resume=yes | out has no checkpoint to go on from
+run training.resume=yes | out has no checkpoint to resume from
 run training.resume=maybe | training.resume must be true or false
 """
 """`titans train FILE.yaml --set CHANGE`, and words of what it says."""

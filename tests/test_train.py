@@ -282,7 +282,7 @@ def test_only_linear_maps_decay(texts, tmp_path):
         ("data.held_out=9", "data.held_out=9 leaves nothing"),
         ("data.sequence_length=99999", "fewer than one block"),
         ("data.tokenizer=no/such", "tokenizer 'no/such' cannot be loaded"),
-        ("training.resume=true", "no checkpoint to go on from"),
+        ("training.resume=true", "no checkpoint to resume from"),
         ("training.output_dir=", "training.output_dir"),
         ("training", "must be section.key=value"),
     ],

@@ -81,7 +81,7 @@ def _check(arguments: argparse.Namespace) -> None:
             "nothing to do: give --prompt TEXT or --interactive, or --context FILE with --save-memory FILE"
         )
     if arguments.prompt and not all(arguments.prompt):
-        raise ValueError("--prompt is empty: give at least one character to go on from")
+        raise ValueError("--prompt is empty: give at least one character to continue from")
     if arguments.stop and not all(arguments.stop):
         raise ValueError("--stop is empty: give at least one character to stop at")
     if arguments.interactive and any(map(is_standard_input, arguments.context)):

@@ -1,1 +1,1 @@
-"""Reading and answering with a memory: texts of any length, prompts, a server."""
+"""Inference with a memory: read texts of any length, answer prompts, serve."""

@@ -1,4 +1,4 @@
-"""Tokens and prompts to a model that remembers: read on from a state, go on from it, answer."""
+"""Generation from a memory: read tokens into a state, continue from it, answer prompts."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,18 +12,19 @@ from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import encode
 
 PIECE = 4096
-"""Tokens of one call: enough to keep the processor busy; memory use does not depend on the text's length."""
+"""Tokens per forward call of a prefill: enough to keep a processor busy. Memory use does not depend on the text's
+length."""
 _GIVEN = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "past_key_values")
-"""Options of `generate` that prompts and memory stand for."""
+"""Options of `generate` that prompts and memory determine."""
 _MORE_THAN_TEXT = (
     "return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states",
 )  # fmt: skip
-"""Options of `generate` by which it returns what texts have no place for."""
+"""Options of `generate` that make it return more than texts."""
 
 
 @torch.no_grad()
 def read(model: TitansForCausalLM, ids: Tensor, state: TitansState, piece: int = PIECE) -> Iterator[tuple[Tensor, Any]]:
-    """Read ids `[B, T]` on from `state`, which is updated, `piece` tokens a call; yields (ids, output) of each call.
+    """Prefill ids `[B, T]` from `state`, which is updated, `piece` tokens per call. Yields (ids, output) of each call.
 
     Outputs have all logits and the surprise of each layer.
     """
@@ -34,9 +35,9 @@ def read(model: TitansForCausalLM, ids: Tensor, state: TitansState, piece: int =
 def go_on(
     model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, state: TitansState, prompt: Tensor, **options: Any
 ) -> Tensor:
-    """Generate after `prompt` `[1, T]`, T >= 1, which the state has not read; returns prompt and continuation.
+    """Generate after `prompt` `[1, T]`, T >= 1, which the state has not read yet. Returns prompt and continuation.
 
-    `options` are those of transformers' `generate`. The state itself is left as it is.
+    `options` are those of transformers' `generate`. Does not change `state`.
     """
     return model.generate(prompt, past_key_values=state.continuation(), pad_token_id=tokenizer.pad_token_id, **options)
 
@@ -44,16 +45,15 @@ def go_on(
 def answer(
     model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, state: TitansState, prompts: list[str], **options: Any
 ) -> tuple[list[str], TitansState]:
-    """What the model says after each prompt, row by row of `state` (as many as prompts), which reads them.
+    """Generate an answer to each prompt, row by row of `state`, which has a row per prompt.
 
-    `options` are those of transformers' `generate`; greedy unless they say otherwise. -> the texts, as many for each
-    prompt as `num_return_sequences` says, one after another; and the memory after prompts and answers, a row for each
-    text. Raises ValueError for a prompt without tokens, and for options that change what is read or returned.
-    """
+    `options` are those of transformers' `generate`; greedy by default. Returns the texts, `num_return_sequences` in a
+    row for each prompt, and the memory after prompts and answers, a row for each text. Does not change `state`. Raises
+    ValueError for a prompt without tokens, and for options that change what is read or returned."""
     _check_options(options)
     ids = [encode(tokenizer, prompt) for prompt in prompts]
     if not all(len(row) for row in ids):
-        raise ValueError("a prompt is empty: give at least one character to go on from")
+        raise ValueError("a prompt is empty: give at least one character to continue from")
     width = max(map(len, ids))
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
     padded = torch.stack(
@@ -74,7 +74,7 @@ def answer(
 def _check_options(options: dict[str, Any]) -> None:
     for name in _GIVEN:
         if name in options:
-            raise ValueError(f"{name} cannot be passed: prompts and memory stand for it; use model.generate")
+            raise ValueError(f"{name} cannot be passed: prompts and memory determine it; use model.generate")
     for name in _MORE_THAN_TEXT:
         if options.get(name):
             raise ValueError(

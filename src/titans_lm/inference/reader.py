@@ -1,7 +1,7 @@
-"""`Reader`, and `titans read`: texts of any length into a memory, once, in bounded space; stopped and resumed anywhere.
+"""`Reader`: read texts of any length into a memory, in bounded space, with interruption and resumption at any point.
 
-Where a text is cut into pieces depends on the text alone, and what is saved is the memory between two pieces. So a
-reading that was interrupted, by whatever, and resumed ends in the same memory to the last bit.
+The cuts between pieces depend on the text alone, and the memory is saved between pieces. So a reading that was
+interrupted and resumed ends in the same memory, to the last bit.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from titans_lm.inference.answer import PIECE, answer
-from titans_lm.inference.answer import go_on as go_on  # also had from here
+from titans_lm.inference.answer import go_on as go_on  # importable from here too
 from titans_lm.inference.answer import read as read
 from titans_lm.inference.token_bits import TokenBits
 from titans_lm.models.cache import TitansState
@@ -34,47 +34,47 @@ from titans_lm.utils.text_file import Errors, decoded, examine, is_standard_inpu
 Mode = Literal["learning", "frozen", "reset"]
 Tokens = Tensor | NDArray[np.integer[Any]] | Sequence[int]
 Text = Path | str | Tokens | Iterable[str] | Iterable[Tokens]
-"""A file (a pipe or a FIFO too; `Path("-")` is standard input); a text; tokens `[T]`; or a stream of texts or of
-tokens, each encoded by itself."""
+"""A file (also a pipe or FIFO; `Path("-")` is standard input), a text, tokens `[T]`, or an iterable of texts or of
+tokens, each encoded separately."""
 
 
 class Progress(NamedTuple):
-    """How far a reading is, after a piece."""
+    """Progress of a reading after a piece."""
 
     source: Source
-    """The text that is being read, and how many of its tokens were."""
+    """The record of the text being read, with the number of its tokens read so far."""
     tokens: int
-    """Read since the reading began or was resumed."""
+    """Tokens read since the reading started or resumed."""
     rate: float
-    """Tokens a second, since then."""
+    """Tokens per second, since then."""
     left: float | None
-    """Seconds, for all texts; None where one is a stream, whose end is not known."""
+    """Estimated seconds left for all texts; None if one is a stream, whose length is unknown."""
     surprise: float | None
-    """Mean reconstruction loss of what was read since then; None without a memory that learns, and with a threshold,
-    where it is not computed for what is not written."""
+    """Mean reconstruction loss since then; None without a learning memory, and with a threshold, which skips the loss
+    of unwritten tokens."""
 
 
 class Reader:
-    """Reads texts with a model, on and on, and keeps what was learned.
+    """Reads texts into a memory, and keeps it in a file.
 
         reader = Reader(model, tokenizer, memory="book.memory")
-        reader.read(Path("book.txt"))          # Ctrl-C, kill -9: the same again goes on where it was
-        print(reader.ask("Who did it?"))       # is not remembered
+        reader.read(Path("book.txt"))          # after Ctrl-C or kill -9 the same call resumes
+        print(reader.ask("Who did it?"))       # does not change the memory
 
     Args:
         model: a Titans model, on any device.
-        tokenizer: what makes tokens of texts; None: only tokens can be read.
-        memory: a file to begin with, if it exists, and to save to: every `save_seconds`, at the end, and at an
-            interruption. None: what was learned is in `state` alone.
-        mode: "learning" writes what is read. "frozen" reads without writing. "reset" forgets before each text.
-        save_seconds: so much work is lost at most when the process is killed.
-        piece: tokens of one call of the model. Not a limit of anything.
-        on_tokens: called after each piece with the text's record, the piece's tokens `[T]` and the bits that each took,
-            given all before it: how a text is watched while it is read. None: these bits are not computed.
-        errors: "strict" refuses files that are not UTF-8; "replace" reads them with U+FFFD in place of what is not.
+        tokenizer: encodes texts; None: only tokens can be read.
+        memory: a file to load, if it exists, and to save to: every `save_seconds`, at the end, and at an interruption.
+            None: the memory is in `state` only.
+        mode: "learning" writes to the memory. "frozen" reads without writing. "reset" resets it before each text.
+        save_seconds: time between saves; at most this much work is lost if the process is killed.
+        piece: tokens per forward call. Does not limit the text.
+        on_tokens: called after each piece with the text's record, the piece's tokens `[T]`, and the bits `[T]` of each
+            token given all before it. None: these bits are not computed.
+        errors: "strict" refuses files that are not UTF-8; "replace" reads invalid bytes as U+FFFD.
 
-    Raises ValueError for a memory file of another model or a damaged one, and for values that make no sense. While it
-    reads, a reader holds a lock on the memory file.
+    Raises ValueError for a memory file that is damaged or of another model, and for invalid values. Holds a lock on the
+    memory file while it reads.
     """
 
     def __init__(
@@ -107,18 +107,17 @@ class Reader:
             self.state = TitansState.load(self.memory, model) if self.memory and self._found else model.initial_state(1)
 
     def read(self, *texts: Text) -> "Reader":
-        """Read these to their end. Raises as `reading` does."""
+        """Read texts to their end. Raises as `reading` does."""
         for _ in self.reading(*texts):
             pass
         return self
 
     def reading(self, *texts: Text) -> Generator[Progress, None, None]:
-        """Read these, piece by piece. If the memory holds a reading of the same that was interrupted, it goes on.
+        """Read texts piece by piece, yielding progress. Resumes an interrupted reading of the same texts.
 
-        Raises ValueError for a text that is empty, or cannot be read, before anything is read (a stream when its turn
-        comes); where another reader holds the memory file; and where the memory holds an interrupted reading of
-        something else (`abandon` forgets that there was one). A text that fails when some of it was read is abandoned.
-        """
+        Raises ValueError for a text that is empty or unreadable, before anything is read (for a stream, at its turn);
+        if another reader holds the memory file; and if the memory holds an interrupted reading of other texts
+        (`abandon` drops it). A text that fails partway is abandoned."""
         with self._locked():
             if sum(isinstance(text, Path) and is_standard_input(text) for text in texts) > 1:
                 raise ValueError("standard input can be read once only; give - once")
@@ -147,17 +146,16 @@ class Reader:
                     self.state.sources = before
 
     def abandon(self) -> None:
-        """Forget that a reading was interrupted, not what was learned of it."""
+        """Drop an interrupted reading: keep what was learned, and do not resume it."""
         self.state.sources = [replace(s, abandoned=not s.done) for s in self.state.sources if s.tokens]
 
     def ask(self, *prompts: str, frozen: bool = False, remember: bool = False, **options: Any) -> list[str]:
-        """What the model says after each prompt, each to a fork of this memory. `options` are those of `generate`.
+        """Answer each prompt with a fork of this memory. `options` are those of `generate`.
 
-        What a fork learns of its prompt is gone afterwards, unless there is one prompt and `remember`: then prompt and
-        answer were read, to the last token. `frozen`: it learns nothing of it in the first place. There are
-        `num_return_sequences` answers for each prompt, one after another. Raises ValueError without a tokenizer, for an
-        empty prompt, for several answers to remember, and for options that have no effect on texts.
-        """
+        A fork is discarded, unless there is one prompt and `remember`: then the memory has read prompt and answer to
+        the last token. `frozen`: the fork does not write. Returns `num_return_sequences` answers in a row for each
+        prompt. Raises ValueError without a tokenizer, for an empty prompt, for several answers to remember, and for
+        options that have no effect on texts."""
         if not prompts:
             raise ValueError("there is no prompt to answer")
         if remember and (frozen or len(prompts) != 1):
@@ -175,8 +173,8 @@ class Reader:
         return answers
 
     def save(self) -> None:
-        """Write the memory file, if there is one; whole or not at all. Raises ValueError where another process, or
-        reader, has written it since this one loaded it, and what that learned would be lost."""
+        """Write the memory file, if there is one, atomically. Raises ValueError if another process or reader has
+        written it since this one loaded it."""
         if self.memory is None:
             return
         with self._locked():
@@ -187,7 +185,7 @@ class Reader:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """The memory file is this reader's alone, and as it knows it."""
+        """Lock the memory file. Raises ValueError if it is not the one that this reader loaded or wrote."""
         if self.memory is None or self._lock is not None:
             yield
             return
@@ -195,7 +193,7 @@ class Reader:
             if self._on_disk() not in (None, self._found):
                 raise ValueError(
                     f"{self.memory} was written by another since this reader loaded it: "
-                    f"make a new Reader to go on with what it holds"
+                    f"make a new Reader to continue with its content"
                 )
             self._lock = lock
             try:
@@ -204,7 +202,7 @@ class Reader:
                 self._lock = None
 
     def _on_disk(self) -> tuple[int, ...] | None:
-        """Which file is there now: each writing makes another. None: there is none."""
+        """Identity of the memory file, which changes with each write; None if there is none."""
         if self.memory is None or not self.memory.exists():
             return None
         status = self.memory.stat()
@@ -212,7 +210,7 @@ class Reader:
 
     @contextmanager
     def _abandoning(self) -> Iterator[None]:
-        """A text that fails does not keep the memory from reading another. An interruption is no failure."""
+        """Abandon the reading if a text fails, so that the memory can read another. An interruption is no failure."""
         try:
             yield
         except (ValueError, TypeError, IndexError, OSError):
@@ -220,7 +218,7 @@ class Reader:
             raise
 
     def _source(self, text: Text) -> Source:
-        """The record of a text before it is read; raises ValueError or OSError for one that cannot be."""
+        """The record of an unread text. Raises ValueError or OSError if it cannot be read."""
         if self.tokenizer is None and isinstance(text, Path | str):
             raise ValueError("a reader without a tokenizer reads tokens, not texts")
         if isinstance(text, Path):
@@ -238,7 +236,7 @@ class Reader:
         return Source(name, len(content), hashlib.sha256(content).hexdigest(), self.mode)
 
     def _plan(self, sources: list[Source]) -> tuple[list[Source], int]:
-        """How far each is, where a reading of them was interrupted, else not begun; and where their records begin."""
+        """Records of the texts, with the progress of an interrupted reading, and the index of the first record."""
         records = self.state.sources
         interrupted = next((i for i, s in enumerate(records) if not (s.done or s.abandoned)), None)
         if interrupted is None:
@@ -251,11 +249,11 @@ class Reader:
         record = records[interrupted]
         raise ValueError(
             f"this memory is in the middle of {record.name} ({record.tokens:,} tokens read, mode {record.mode}): "
-            f"give the same texts again to go on, or abandon that reading"
+            f"give the same texts again to resume, or abandon that reading"
         )
 
     def _pieces(self, text: Text, source: Source) -> Iterator[tuple[NDArray[np.int64], float, Source]]:
-        """Tokens not read before, the share of the text that is read with them, and the record then."""
+        """Yields pieces not read yet: tokens, the fraction of the text read after them, and the record then."""
         stream, digest, tokens, units, rest = source.size < 0, hashlib.sha256(), 0, 0, source.tokens
         for content, ids in self._encoded(text, source.size):
             digest.update(content)
@@ -265,7 +263,7 @@ class Reader:
                 skipped = min(rest, len(part))
                 rest -= skipped
                 if stream and tokens == source.tokens and digest.hexdigest() != source.sha256:
-                    raise ValueError(f"{source.name} is not the stream that this memory began to read")
+                    raise ValueError(f"{source.name} is not the stream that this memory started to read")
                 if skipped < len(part):
                     done = (units + len(content) * (start + len(part)) / len(ids)) / max(source.size, 1)
                     known = digest.hexdigest() if stream else source.sha256
@@ -280,7 +278,7 @@ class Reader:
         yield nothing, 1.0, replace(source, tokens=tokens, done=True, sha256=found)
 
     def _encoded(self, text: Text, size: int) -> Iterator[tuple[bytes, NDArray[np.int64]]]:
-        """Content and its tokens, bit by bit, the same bits each time; of a file `size` bytes, where that is known."""
+        """Yields content and its tokens in parts, always the same ones; of a file at most `size` bytes, if known."""
         parts: Iterable[object]
         if isinstance(text, Path):
             parts = decoded(text, errors=self.errors, limit=size if size >= 0 else None)
@@ -298,7 +296,8 @@ class Reader:
             yield ids.tobytes() if content is None else content, ids
 
     def _tokens(self, ids: object) -> NDArray[np.int64]:
-        """Raises ValueError for what is not a row of tokens that the model knows."""
+        """Convert to an array `[T]`. Raises ValueError for other shapes and types, and tokens outside the
+        vocabulary."""
         array = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
         if array.ndim != 1 or (len(array) and not np.issubdtype(array.dtype, np.integer)):
             raise ValueError(f"tokens must be whole numbers [T], got {array.dtype} {list(array.shape)}")
@@ -310,7 +309,7 @@ class Reader:
 
     @torch.no_grad()
     def _read(self, ids: NDArray[np.int64], record: int, source: Source) -> Tensor | None:
-        """One piece, and its record, together or not at all. -> the mean surprise"""
+        """Read one piece and update its record, both or neither. Returns the mean surprise."""
         state, surprise = self.state.shared(), None
         if self.mode == "reset" and not self.state.sources[record].tokens:
             sources = state.sources
@@ -329,14 +328,14 @@ class Reader:
             if out.surprise:
                 surprise = torch.stack([s.loss.mean() for s in out.surprise]).mean()
         state.sources[record] = replace(source, when=datetime.now(UTC).isoformat(timespec="seconds"))
-        self.state = state  # nothing above changed it
+        self.state = state  # the code above did not change it
         if self.on_tokens is not None and len(ids):
             self.on_tokens(source, ids, self._bits.of(ids, out.logits[0]))
         return surprise
 
 
 class _Clock:
-    """Rate and what is left."""
+    """Estimates rate and remaining time."""
 
     def __init__(self, plan: list[Source]):
         self.sizes = [0 if s.done else s.size for s in plan]
@@ -351,7 +350,7 @@ class _Clock:
         left = None
         if min(self.sizes) >= 0:
             read = sum(self.sizes[:i]) + self.sizes[i] * share
-            if not self.started:  # what an earlier process read is not this one's work
+            if not self.started:  # exclude what an earlier process read
                 self.first, self.started = read - self.sizes[i] * share * min(1.0, tokens / max(source.tokens, 1)), True
             left = seconds * (sum(self.sizes) - read) / max(read - self.first, 1e-9)
         return Progress(
@@ -363,14 +362,14 @@ class _Clock:
 
 
 def _same(old: Source, new: Source) -> bool:
-    """Whether the record `old` is of the text `new`. A stream is compared when it is read."""
+    """Whether both records are of the same text. A stream is compared when it is read."""
     return (old.name, old.size, old.mode) == (new.name, new.size, new.mode) and (
         new.size < 0 or old.sha256 == new.sha256
     )
 
 
 def _is_tokens(text: object) -> TypeGuard[Tokens]:
-    """Nothing at all is no stream either."""
+    """Also for an empty sequence, which is not a stream."""
     return isinstance(text, Tensor | np.ndarray) or (
         isinstance(text, Sequence) and not isinstance(text, str) and (not text or isinstance(text[0], Integral))
     )

@@ -1,4 +1,4 @@
-"""The lines of a text that a model did not expect: bits per byte of each, the highest kept while it reads."""
+"""The most surprising lines of a text, by bits per byte, collected while it is read."""
 
 import heapq
 from typing import NamedTuple
@@ -7,25 +7,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHOWN = 300
-"""Bytes of a line that are kept, so that a line of any length takes bounded space."""
+"""Maximum bytes kept of a line, so that a line of any length takes bounded space."""
 
 
 class Line(NamedTuple):
-    """One line of a text, without its end."""
+    """A line of a text, without its line end."""
 
     bits_per_byte: float
     number: int
-    """From 1, of the text it is in."""
+    """Line number in its text, from 1."""
     text: str
-    """Its beginning, at most `SHOWN` bytes; bytes that are no UTF-8 are replaced."""
+    """Its beginning, at most `SHOWN` bytes, with invalid UTF-8 replaced."""
     source: str = ""
     """The text's name."""
 
 
 class SurprisingLines:
-    """Takes a text piece by piece, keeps its `count` lines with the most bits per byte. Constant size.
+    """Keeps the `count` lines with the most bits per byte of a text that arrives piece by piece. Constant size.
 
-    Empty lines do not count; a line's end belongs to it. Raises ValueError for a count below 1.
+    Ignores empty lines; a line includes its line end. Raises ValueError for a count below 1.
     """
 
     def __init__(self, count: int):
@@ -38,12 +38,12 @@ class SurprisingLines:
         self._open()
 
     def begin(self, source: str) -> None:
-        """Another text begins; the line that was open ends."""
+        """Start another text. Ends the open line."""
         self.end()
         self.source, self.number = source, 1
 
     def add(self, data: bytes, bits: NDArray[np.float64]) -> None:
-        """More of the text: its bytes, and the bits that each took, `[len(data)]`."""
+        """Add a piece of the text: its bytes, and the bits of each, `[len(data)]`."""
         total = np.concatenate([[0.0], np.cumsum(bits)])
         first = 0
         for part in _lines(data):
@@ -56,7 +56,7 @@ class SurprisingLines:
             first = last
 
     def end(self) -> None:
-        """The line that is open is over, as at the end of a text."""
+        """End the open line, as at the end of a text."""
         if self._shown.strip():
             line = Line(self._bits / self._bytes, self.number, self._text(), self.source)
             keep = heapq.heappush if len(self._kept) < self.count else heapq.heappushpop
@@ -67,7 +67,7 @@ class SurprisingLines:
         self._open()
 
     def most(self) -> list[Line]:
-        """The lines kept, the most surprising first; of equals the earlier."""
+        """The lines kept, most surprising first; equal ones in text order."""
         return [line for *_, line in sorted(self._kept, reverse=True)]
 
     def _open(self) -> None:
@@ -78,7 +78,7 @@ class SurprisingLines:
 
 
 def _lines(data: bytes) -> list[bytes]:
-    """Parts that end with a line feed, and the rest: a carriage return alone ends no line."""
+    """Split after each line feed. A carriage return alone does not end a line."""
     parts = [part + b"\n" for part in data.split(b"\n")]
     parts[-1] = parts[-1][:-1]
     return [part for part in parts if part]

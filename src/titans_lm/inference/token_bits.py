@@ -1,4 +1,4 @@
-"""Bits that each token of a text takes, given all before it, while the text is read piece by piece."""
+"""Bits of each token given all before it, for a text that is read piece by piece."""
 
 import math
 
@@ -12,17 +12,17 @@ from transformers import PreTrainedTokenizerBase
 from titans_lm.models.tokenizer import is_bytes
 
 LOGITS = 2**25
-"""Numbers that one call of a model may return: pieces of fewer tokens where there are many words."""
+"""Maximum number of logits per forward call: a large vocabulary makes pieces shorter."""
 
 
 class TokenBits:
-    """Takes the logits of one piece after another. Before the first, nothing is known of the next token."""
+    """Takes the logits of one piece after another."""
 
     def __init__(self) -> None:
         self._next: Tensor | None = None
 
     def of(self, ids: NDArray[np.int64], logits: Tensor) -> NDArray[np.float64]:
-        """Bits `[T]` of the tokens `ids` `[T]` whose logits are `[T, V]`; 0 for one of which nothing is known."""
+        """Bits `[T]` of the tokens `ids` `[T]`, whose logits are `[T, V]`; 0 for the first token of the text."""
         before = logits[:-1] if self._next is None else torch.cat([self._next, logits[:-1]])
         self._next = logits[-1:].detach()
         bits = np.zeros(len(ids))
@@ -38,7 +38,7 @@ class TokenBits:
 def by_bytes(
     tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int64], bits: NDArray[np.float64]
 ) -> tuple[bytes, NDArray[np.float64]]:
-    """The bytes that tokens stand for, and the bits of each byte: a token's are all counted for its first byte."""
+    """The bytes of tokens, and the bits of each byte: the first byte of a token has all its bits."""
     if is_bytes(tokenizer):
         return ids.astype(np.uint8).tobytes(), bits
     parts = [tokenizer.decode([token]).encode() or b" " for token in ids.tolist()]

@@ -1,7 +1,7 @@
-"""Tasks whose data is made as it is needed, with the answers: recall, state tracking, needles, facts in a text.
+"""Synthetic tasks with labels: recall, state tracking, needles, facts in a text, streams.
 
-A task is a frozen dataclass. Its fields are its options, all of them plain values, so that a task is told in a YAML
-file (`data.task: {name: mqar, pairs: 8}`) and changed for a test (`dataclasses.replace(task, length=1024)`).
+A task is a frozen dataclass. Its fields are its options, all of them plain values: a YAML file names them
+(`data.task: {name: mqar, pairs: 8}`), and a test changes them (`dataclasses.replace(task, length=1024)`).
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 IGNORED = -100
-"""The label of a position that is not asked about, as in transformers."""
+"""The label of a position without loss, as in transformers."""
 
 
 class Batch(NamedTuple):
-    """Rows of one length. `labels` are as transformers takes them: `labels[:, t]` is what the logits at t - 1 should
-    say; it is not always the token that follows. `IGNORED` where nothing is asked."""
+    """Rows of one length. `labels` are those of transformers: the logits at t - 1 should predict `labels[:, t]`, which
+    is not always the token at t. `IGNORED` where there is no question."""
 
     input_ids: NDArray[np.int64]  # [B, T]
     labels: NDArray[np.int64]  # [B, T]
@@ -32,26 +32,26 @@ class Batch(NamedTuple):
 
 @runtime_checkable
 class Task(Protocol):
-    """Raises ValueError when made with values that cannot be, naming the field."""
+    """A task. Its constructor raises ValueError for an invalid value, naming the field."""
 
     @property
     def length(self) -> int:
-        """Tokens T of every row, exactly."""
+        """Tokens T of every row."""
 
     @property
     def vocab_size(self) -> int:
-        """Tokens are below it."""
+        """Number of tokens of the vocabulary."""
 
     def batch(self, rng: np.random.Generator, rows: int) -> Batch:
-        """`rows` examples; the same generator state, the same bytes."""
+        """`rows` examples. The same generator state gives the same bytes."""
 
 
 @runtime_checkable
 class StreamTask(Task, Protocol):
-    """One whose examples may be of any length, and go on from row to row. Every token is asked."""
+    """A task whose examples have any length and continue from row to row. Every token has a label."""
 
     def stream(self, rng: np.random.Generator, length: int) -> NDArray[np.uint8]:
-        """Tokens `[length]` of one example; the same generator state, the same tokens."""
+        """Tokens `[length]` of one example. The same generator state gives the same tokens."""
 
 
 TASKS = {
@@ -68,11 +68,11 @@ TASKS = {
     "mixed": "mixed.Mixed",
     "streams": "streams.Streams",
 }
-"""Name -> file of this folder and class."""
+"""Name -> module of this package, and class."""
 
 
 def task_class(name: str) -> type[Any]:
-    """Raises ValueError for a name that no task has."""
+    """The class of a task. Raises ValueError for an unknown name."""
     if name not in TASKS:
         raise ValueError(f"task {name!r} is not one of: {', '.join(TASKS)}")
     file, _, kind = TASKS[name].partition(".")
@@ -80,7 +80,7 @@ def task_class(name: str) -> type[Any]:
 
 
 def make_task(options: dict[str, Any]) -> Task:
-    """`{"name": "mqar", "pairs": 8}` -> the task. Raises ValueError naming the option that is wrong."""
+    """Build a task from options such as `{"name": "mqar", "pairs": 8}`. Raises ValueError naming the wrong option."""
     if "name" not in options:
         raise ValueError(f"a task needs a name, one of: {', '.join(TASKS)}")
     name = str(options["name"])
@@ -100,7 +100,7 @@ def make_task(options: dict[str, Any]) -> Task:
 
 
 _MOST = 2**40
-"""Counts above it are mistakes, and too large for numpy's sizes."""
+"""The largest count: larger ones are mistakes, and too large for numpy."""
 
 
 def at_least(least: int, **values: int) -> None:
@@ -113,8 +113,8 @@ def at_least(least: int, **values: int) -> None:
 
 
 class Rows(IterableDataset[dict[str, Tensor]]):
-    """Examples without end, for training; each `rows` of them are a batch and have one length, the task's, or one drawn
-    between `shortest` and it, evenly in its logarithm. Batch n is made from (seed, n) alone."""
+    """Endless examples for training, `rows` per batch. A batch has the task's length, or one drawn log-uniformly
+    between `shortest` and it. Batch n depends on (seed, n) only."""
 
     def __init__(self, task: Task, rows: int, seed: int, shortest: int | None = None):
         self.task, self.rows, self.seed, self.shortest = task, rows, seed, shortest
@@ -131,10 +131,10 @@ class Rows(IterableDataset[dict[str, Tensor]]):
 
 
 class StreamRows(IterableDataset[dict[str, Tensor]]):
-    """Rows without end, each a part of a stream that goes on in the same row of the next batch: for as many batches as
-    `spans` say of the row (they are taken in turn), or until those of the longest are over. Then another begins.
+    """Endless rows for truncated BPTT: row i of a batch continues the stream of row i of the batch before.
 
-    The trainer's memories begin anew where streams do. A stream is made from (seed, row, which of the row's) alone.
+    A stream ends after as many batches as `spans` gives its row (values are taken in turn), or when the longest span
+    ends. The trainer resets memories at the same batches. A stream depends on (seed, row, its number in the row) only.
     """
 
     def __init__(self, task: StreamTask, spans: Sequence[int], rows: int, seed: int):
@@ -142,7 +142,7 @@ class StreamRows(IterableDataset[dict[str, Tensor]]):
         self.spans = [spans[row % len(spans)] for row in range(rows)]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        streams: dict[int, tuple[int, Tensor]] = {}  # row -> which of the row's is at hand, [span, length]
+        streams: dict[int, tuple[int, Tensor]] = {}  # row -> number of its stream, [span, length]
         for number in itertools.count():
             for row, span in enumerate(self.spans):
                 which, part = self._place(number, span)
@@ -152,7 +152,7 @@ class StreamRows(IterableDataset[dict[str, Tensor]]):
                 yield {"input_ids": ids, "labels": ids}
 
     def _place(self, number: int, span: int) -> tuple[int, int]:
-        """-> which of its row's streams batch `number` is of, and which part of it."""
+        """-> the number of the stream in its row that batch `number` is part of, and the number of the part."""
         turns, within = divmod(number, max(self.spans))
         return turns * math.ceil(max(self.spans) / span) + within // span, within % span
 
@@ -162,6 +162,6 @@ class StreamRows(IterableDataset[dict[str, Tensor]]):
 
 
 def with_length(task: Task, length: int) -> Task:
-    """The same task in rows of another length."""
+    """The task with another row length."""
     changed: Task = dataclasses.replace(task, length=length)  # type: ignore[type-var]
     return changed

@@ -1,4 +1,4 @@
-"""bAbI's facts in a long text (BABILong, arXiv:2406.10149): what was said, in order, among sentences of books.
+"""bAbI's facts in a long text (BABILong, arXiv:2406.10149): facts in order among sentences of books.
 
 A bAbI file holds stories. Each line is numbered, 1 begins a story, and a line with tabs is a question: its text, the
 answer, and the numbers of the facts that support it. Each question is an example; its facts are all lines before it.
@@ -81,19 +81,19 @@ class Babilong:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What can be answered in this task, as its files tell; of lists, what can be in them. In order."""
+        """All answers of the task's files, sorted; for answers that are lists, their members."""
         return self._data.labels
 
     @property
     def examples(self) -> list[Example]:
-        """Those that fit, in the file's order."""
+        """Examples that fit into a row, in the file's order."""
         return [
             example for example, size in zip(self._data.examples, self._data.sizes, strict=True) if size <= self.length
         ]
 
     @property
     def answer_tokens(self) -> int:
-        """Of the longest answer; so many are kept free in `prompt`."""
+        """Tokens of the longest answer, which `prompt` reserves."""
         return self._data.room
 
     def batch(self, rng: np.random.Generator, rows: int) -> Batch:
@@ -109,7 +109,7 @@ class Babilong:
         return Batch(ids, labels)
 
     def prompt(self, example: Example, rng: np.random.Generator) -> Tokens:
-        """What an example is asked with, `[T]`: T = `length` - `answer_tokens`, or what it takes without background."""
+        """Tokens `[T]` of a prompt: T = `length` - `answer_tokens`; without background, facts and question only."""
         size = self.length - self.answer_tokens if self.background else None
         return np.concatenate(self._context(example, rng, size))
 
@@ -147,7 +147,7 @@ class Babilong:
         return (self.background,) if isinstance(self.background, str) else tuple(self.background)
 
 
-# ------------------------------------------------------------------------------------------------ how it is told
+# ------------------------------------------------------------------------------------------------ templates
 
 
 def _fact(fact: str) -> str:
@@ -195,7 +195,7 @@ def _data(babi: str, task: str, split: str, tokenizer: str) -> _Data:
 
 
 def parse(text: str, name: str) -> list[Example]:
-    """Every question of a bAbI file. Raises ValueError for a line that is not bAbI's, with the `name` of the file."""
+    """Parse all questions of a bAbI file. Raises ValueError for a malformed line, with the `name` of the file."""
     examples: list[Example] = []
     facts: list[str] = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -212,13 +212,14 @@ def parse(text: str, name: str) -> list[Example]:
 
 
 def members(answer: str) -> list[str]:
-    """Of a list (qa8: "apple,milk") its members; a way (qa19: "n,w") is one answer, as in BABILong."""
+    """The members of an answer that is a list (qa8: "apple,milk"). A path (qa19: "n,w") is one answer, as in
+    BABILong."""
     return answer.split(",") if len(answer) > len("n,w") else [answer]
 
 
 @lru_cache(maxsize=64)
 def _texts(babi: str, task: str) -> dict[str, str]:
-    """The task's files by name, each from the best folder that has it. Raises ValueError where there are none."""
+    """The task's files by name, each from the preferred folder that has it. Raises ValueError if there are none."""
     path = Path(babi)
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a folder with bAbI's files, or the archive of them")
@@ -285,5 +286,5 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 @lru_cache(maxsize=1 << 16)
 def _encoded(tokenizer: str, text: str) -> Tokens:
-    """Of a fact, a question or an answer: there are few, told again and again."""
+    """Tokens of a fact, a question or an answer. There are few, and they repeat: cached."""
     return encode(_tokenizer(tokenizer), text)

@@ -1,7 +1,7 @@
-"""Haystacks: long texts as tokens that know where their words and sentences begin.
+"""Haystacks: long texts as tokens, with the positions at which words and sentences begin.
 
-A text is encoded word by word, each with the space or line break before it, and so is all that is put between. The
-tokens of parts are then those of the whole, whatever the tokenizer would join if it saw the parts together.
+Texts, and what is inserted into them, are encoded word by word, each with the space or line break before it. So the
+tokens of the parts are the tokens of the whole, even if the tokenizer would merge across parts.
 """
 
 import math
@@ -23,47 +23,47 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 PROSE = "prose"
 """In place of a path: sentences made by a small grammar."""
 SUFFIXES = (".txt", ".md")
-"""Of a folder, the files with these names are read."""
+"""File name endings that are read from a folder."""
 _SENTENCES, _WORDS = 1 << 14, 1 << 17
-"""Of prose, of random words; more are the same again."""
+"""Number of sentences of prose and of random words; longer texts repeat them."""
 _LONG = 400
-"""Letters. What has so many and no full stop has sentences where its lines end, such as a log."""
+"""Letters. A longer text without a full stop, such as a log, is split into sentences at line ends."""
 _END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["')\]\u201d\u2019]))\s+|\n\s*\n""")
 _DOCSTRING = re.compile(r'"""(.+?)"""', re.DOTALL)
 _SAMPLE = ("\nOne of the special magic uuids for", " brave-otter", " is:", " 1f0e-43a7", ".", "\nWhat is")
 
 
 class Encoder:
-    """Parts of texts to tokens, in any order, each by itself.
+    """Encodes parts of texts separately, in any order.
 
-    Raises ValueError for a tokenizer from whose tokens the text does not come back, or that has no token for a gap.
+    Raises ValueError for a tokenizer that does not decode to the same text, or has no single token for a gap.
     """
 
     def __init__(self, name: str):
         self.tokenizer = load_tokenizer(name)
         self._bytes, self._anchor, self._known = is_bytes(self.tokenizer), "", dict[str, NDArray[np.int64]]()
         if self.decode(np.tile(self.fresh("x"), 2)) != "xx":
-            self._anchor = "\n"  # it marks where a text begins: no part may begin there
+            self._anchor = "\n"  # prepended, because some tokenizers encode the start of a text differently
         if self.decode(np.concatenate([self.fresh(part) for part in _SAMPLE])).strip() != "".join(_SAMPLE).strip():
             raise ValueError(f"tokenizer {name!r} does not give back the text it is given; no answer could be found")
         gaps = [ids for ids in map(self.fresh, ("\n", " ", ".")) if len(ids) == 1]
         if not gaps:
             raise ValueError(f"tokenizer {name!r} has no single token for a line break, a space or a full stop")
         self.gap = int(gaps[0][0])
-        """A token that says nothing, to fill what no word fits in."""
+        """A token without meaning that fills gaps."""
 
     def __call__(self, part: str) -> NDArray[np.int64]:
-        """Tokens `[T]`, kept for the next time."""
+        """Tokens `[T]`, cached."""
         if part not in self._known:
             self._known[part] = self.fresh(part)
         return self._known[part]
 
     def fresh(self, part: str) -> NDArray[np.int64]:
-        """Tokens `[T]` of what will not come again."""
+        """Tokens `[T]`, not cached."""
         return self._encode([part])[0]
 
     def each(self, parts: Sequence[str]) -> list[NDArray[np.int64]]:
-        """Tokens of many, which are encoded at once: that is faster than one by one. Kept as well."""
+        """Tokens of many parts, encoded in one call, which is faster. Cached."""
         new = sorted(set(parts) - self._known.keys())
         self._known.update(zip(new, self._encode(new), strict=True))
         return [self._known[part] for part in parts]
@@ -105,7 +105,7 @@ class Haystack(NamedTuple):
     sentences: NDArray[np.int64]  # [S + 1], the word at which each begins, and W
 
     def repeated(self, times: int) -> "Haystack":
-        """The same again and again."""
+        """The text repeated `times` times."""
 
         def along(starts: NDArray[np.int64]) -> NDArray[np.int64]:
             each = starts[:-1] + starts[-1] * np.arange(times)[:, None]
@@ -115,8 +115,8 @@ class Haystack(NamedTuple):
         return Haystack(self.text * times, np.tile(self.ids, times), *starts)
 
     def window(self, rng: np.random.Generator, room: int, encode: Encoder) -> Window:
-        """From a sentence drawn evenly, as many words as fit in `room` tokens, also when the first follows a line break
-        in place of a space. There are at least `room` tokens."""
+        """From a sentence drawn uniformly, as many words as fit in `room` tokens, also if a line break replaces the
+        space before the first. Needs at least `room` tokens."""
         starts = self.words[self.sentences[:-1]]
         sentence = int(rng.integers(np.searchsorted(starts, len(self.ids) - room, "right")))
         word = int(self.sentences[sentence])
@@ -134,19 +134,19 @@ class Haystack(NamedTuple):
 
 @lru_cache(maxsize=8)
 def encoder(tokenizer: str) -> Encoder:
-    """Of this name, folder or "bytes"; raises ValueError as `Encoder` and `data.load_tokenizer` do."""
+    """The encoder of a tokenizer, cached. Raises ValueError as `Encoder` and `models.tokenizer.load_tokenizer` do."""
     return Encoder(tokenizer)
 
 
-def haystack(kind: str, files: tuple[str, ...], tokenizer: str, room: int) -> Haystack:
-    """Of a kind "noise" (`NOISE`, line after line), "words" (random ones, a sentence each) or "text" (`files`), with
-    enough tokens for windows of `room` tokens to begin at many places.
+def make_haystack(kind: str, files: tuple[str, ...], tokenizer: str, room: int) -> Haystack:
+    """Build a haystack of a kind: "noise" (`NOISE`, line after line), "words" (random ones, a sentence each) or "text"
+    (`files`). It has enough tokens for windows of `room` tokens to begin at many places.
 
-    `files` are text files, folders, `PROSE`, or `data.STDLIB`, whose docstrings are read. Raises ValueError for a path
-    that does not exist, is empty or is not text.
+    `files` are text files, folders, `PROSE`, or `STDLIB`, whose docstrings are read. Raises ValueError for a path that
+    does not exist, is empty or is not text.
     """
     once = _repeated(kind, files, tokenizer, 1)
-    doublings = max(0, math.ceil(math.log2(max(1, 2 * room) / len(once.ids))))  # few sizes, so that few are kept
+    doublings = max(0, math.ceil(math.log2(max(1, 2 * room) / len(once.ids))))  # few sizes, so that the cache is small
     return _repeated(kind, files, tokenizer, 2**doublings)
 
 

@@ -1,4 +1,4 @@
-"""Several tasks in turn, for a model that is to do them all."""
+"""Several tasks, for a model that learns all of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from titans_lm.tasks import Batch, Task, make_task
 
 @dataclass(frozen=True)
 class Mixed:
-    """Each batch is of one of `tasks`, drawn evenly.
+    """Each batch is of one of `tasks`, drawn uniformly.
 
-    Raises ValueError where there are fewer than two, one is wrong, or their tokens are made by different tokenizers.
+    Raises ValueError for fewer than two tasks, an invalid one, or different tokenizers.
     """
 
     tasks: Sequence[Mapping[str, Any]]
     """The options of each, such as {name: mqar, pairs: 8}."""
     length: int | None = None
-    """Tokens of a row of every task; None: of each its own."""
+    """Tokens of a row of every task; None: each task has its own length."""
 
     def __post_init__(self) -> None:
         if isinstance(self.tasks, str) or len(self.tasks) < 2 or not all(isinstance(t, Mapping) for t in self.tasks):
@@ -38,7 +38,7 @@ class Mixed:
 
     @property
     def tokenizer(self) -> str | None:
-        """That of all; None where tokens are numbers."""
+        """The tokenizer of all tasks; None if tokens are numbers."""
         name: str | None = getattr(self._made[0], "tokenizer", None)
         return name
 

@@ -1,9 +1,9 @@
-"""A needle in a haystack: a sentence with a key and a value in a long text, and at the end the question for the value.
+"""A needle in a haystack: a sentence with a key and a value in a long text, which ends with a question for the value.
 
 The three kinds are RULER's `niah_single_1`, `niah_single_2` and `niah_single_3` (arXiv:2404.06654; its repository for
 the words of the prompt, the 40 depths and the 128 tokens that are kept for the answer), over any text and tokenizer.
-What differs: a row has `length` tokens exactly, and every row has a part of the text of its own; RULER's have at most
-so many, from the beginning of the same essays. Keys are of our own words.
+Differences: a row has exactly `length` tokens and a part of the text of its own; RULER's rows have at most `length`
+tokens, from the beginning of the same essays. Keys are made of other words.
 """
 
 import uuid
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from titans_lm.tasks import IGNORED, Batch, at_least
-from titans_lm.tasks.haystack import PROSE, Encoder, Haystack, Window, encoder, haystack
+from titans_lm.tasks.haystack import PROSE, Encoder, Haystack, Window, encoder, make_haystack
 from titans_lm.tasks.words import ADJECTIVES, NOUNS
 from titans_lm.utils.corpora import STDLIB
 
@@ -34,8 +34,8 @@ _TRIES = 100
 
 
 class Form(NamedTuple):
-    """The words of a prompt. What stands between bars is encoded by itself: key and value are the same tokens wherever
-    they are. `lead` is the space or the line break that stands before a sentence."""
+    """Templates of a prompt. Text between bars is encoded separately, so that key and value are the same tokens
+    everywhere. `lead` is the space or the line break before a sentence."""
 
     intro: str
     needle: str
@@ -57,7 +57,7 @@ FORMS = {
 
 
 class Examples(NamedTuple):
-    """Prompts that end where the answer begins, and what it should say."""
+    """Prompts that end where the answer begins, and the right answers."""
 
     prompts: Tokens  # [B, T - kept]
     values: list[str]
@@ -67,11 +67,11 @@ class Examples(NamedTuple):
 class Needle:
     """Rows of exactly `length` tokens: an introduction (ruler), haystack with the needle, filling, question, value.
 
-    The needle is there once, and the value nowhere else. The haystack begins with a sentence and ends where a word
-    does; less than a word is filled with line breaks. Of its n sentences (noise: lines; words: words), the last of
-    which may be cut, floor(n * depth / 100) stand before the needle.
+    The needle occurs once, and the value nowhere else. The haystack begins at a sentence and ends at a word; line
+    breaks fill the rest. Of its n sentences (noise: lines; words: words), the last of which may be cut, floor(n * depth
+    / 100) come before the needle.
 
-    Raises ValueError for a length in which needle, question and answer have no place, naming the least.
+    Raises ValueError for a length too short for needle, question and answer, naming the minimum.
     """
 
     length: int = 1024
@@ -79,22 +79,22 @@ class Needle:
     kind: Kind = "passkey"
     """A number in noise, a number in text, a uuid in text: S-NIAH-1, 2, 3."""
     haystack: Hay | None = None
-    """One line again and again, random words, or text from `files`. None: as the kind has it."""
+    """One line repeated, random words, or text from `files`. None: the default of the kind."""
     files: Sequence[str] = (PROSE, STDLIB)
     """Text files, folders, "prose" (made by a grammar), "python-stdlib" (its docstrings)."""
     digits: int = 7
     depth: int | float | None = None
-    """Of the needle, in percent; 0 is the beginning. None: drawn, one of RULER's 40 depths in text, any place between
-    words in words, the place of any line in noise."""
+    """Depth of the needle in percent; 0 is the beginning. None: drawn from RULER's 40 depths in text, uniform over
+    words or lines otherwise."""
     style: Style = "ruler"
-    """RULER's sentences, or no more than `key=value.` and `key=`, for rows of few tokens."""
+    """RULER's sentences, or `key=value.` and `key=` only, for short rows."""
     tokenizer: str = "bytes"
     """ "bytes", or the name or folder of any Hugging Face tokenizer."""
     everywhere: bool = False
-    """Every token of a batch is asked, as in language modelling; else the value's alone."""
+    """Label every token of a batch, as in language modelling; else the value's tokens only."""
     answer: int | None = None
-    """Tokens of a row kept for what a model says (`examples`). None: RULER's 128, or, short, as many as the value has
-    characters, which is enough for any tokenizer."""
+    """Tokens of a row reserved for the model's answer (`examples`). None: RULER's 128, or with style short as many as
+    the value has characters, which is enough for any tokenizer."""
 
     def __post_init__(self) -> None:
         files = (self.files,) if isinstance(self.files, str) else tuple(self.files)
@@ -103,7 +103,7 @@ class Needle:
         if self.depth is not None:
             object.__setattr__(self, "depth", float(self.depth))
         self._check_length(self._value_length)
-        self._haystack(0)  # a file that cannot be read is told now
+        self._haystack(0)  # raises for a file that cannot be read
 
     def _check_values(self) -> None:
         for name, choices in (
@@ -128,7 +128,7 @@ class Needle:
         if self._hay == "text" and not self.files:
             raise ValueError("files: a haystack of text needs at least one")
 
-    # ------------------------------------------------------------------------------------------ what is given
+    # ------------------------------------------------------------------------------------------ examples
 
     @property
     def vocab_size(self) -> int:
@@ -136,13 +136,13 @@ class Needle:
 
     @property
     def kept(self) -> int:
-        """Tokens of a row that `examples` leaves for the answer."""
+        """Tokens of a row that `examples` reserves for the answer."""
         if self.answer is not None:
             return self.answer
         return RULER_ANSWER if self.style == "ruler" else self._value_length
 
     def batch(self, rng: np.random.Generator, rows: int) -> Batch:
-        """Labels are of the value's tokens alone, unless `everywhere`."""
+        """A batch whose labels are the value's tokens only, unless `everywhere`."""
         ids = np.empty((rows, self.length), np.int64)
         labels = np.full_like(ids, IGNORED)
         for i in range(rows):
@@ -152,8 +152,8 @@ class Needle:
         return Batch(ids, ids.copy() if self.everywhere else labels)
 
     def examples(self, rng: np.random.Generator, rows: int) -> Examples:
-        """What a model is asked: prompts of `length - kept` tokens. Each is drawn after the other, so that rows in
-        twos are the same as in fours. Raises ValueError as `check_examples` does."""
+        """Prompts of `length - kept` tokens. Rows are drawn one after another, so that the batch size changes nothing.
+        Raises ValueError as `check_examples` does."""
         self.check_examples()
         drawn = [self._row(rng, self.kept) for _ in range(rows)]
         return Examples(np.stack([prompt for prompt, _, _ in drawn]), [value for _, _, value in drawn])
@@ -163,7 +163,7 @@ class Needle:
         return self._encoder.decode(ids)
 
     def check_examples(self) -> None:
-        """Raises ValueError for a length in which the tokens kept for the answer have no place."""
+        """Raises ValueError for a length too short for the tokens reserved for the answer."""
         self._check_length(self.kept)
 
     # ------------------------------------------------------------------------------------------ parts
@@ -178,11 +178,11 @@ class Needle:
 
     @property
     def _value_length(self) -> int:
-        """Its letters, with the space before it; a tokenizer needs no more tokens than that."""
+        """Characters of the value, with the space before it. No tokenizer needs more tokens."""
         return (_UUID if self.kind == "uuid" else self.digits) + len(FORMS[self.style].value.format(value=""))
 
     def _haystack(self, room: int) -> Haystack:
-        return haystack(self._hay, tuple(self.files), self.tokenizer, room)
+        return make_haystack(self._hay, tuple(self.files), self.tokenizer, room)
 
     def _check_length(self, answer: int) -> None:
         least = _least(self.kind, self.style, self._hay, self.tokenizer) + self._value_length + answer
@@ -211,7 +211,7 @@ class Needle:
         return str(rng.integers(10 ** (self.digits - 1), 10**self.digits))
 
     def _place(self, rng: np.random.Generator, count: int) -> int:
-        """How many of `count` sentences stand before the needle."""
+        """How many of `count` sentences come before the needle."""
         if self.depth is not None:
             return int(count * self.depth / 100)
         if self._hay == "text":
@@ -234,7 +234,7 @@ def _least(kind: str, style: str, hay: str, tokenizer: str) -> int:
 
 
 class Prompt(NamedTuple):
-    """What stands around a haystack, as tokens."""
+    """The parts of a prompt around the haystack, as tokens."""
 
     kind: str
     style: str

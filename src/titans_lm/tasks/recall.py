@@ -1,4 +1,4 @@
-"""Recall: what was assigned to a key, and which symbols there were among the noise.
+"""Recall: the value assigned to a key, and the symbols among noise.
 
 Token 0 is blank. The lower half of the vocabulary are keys, the upper half values, as in Zoology (arXiv:2312.04927).
 """
@@ -19,13 +19,13 @@ class MQAR:
     """Multi-query associative recall (arXiv:2312.04927; generator `multiquery_ar` of HazyResearch/zoology).
 
     A row begins with `pairs` distinct keys, each followed by its value; the values are distinct too. Then every key
-    stands once more, and there the answer is its value. What follows the pairs are slots of two tokens: slot g = 1, 2,
-    ... is asked with a weight of g^(power - 1), each at most once, and the rest is blank.
+    occurs once more, with its value as the label. After the pairs come slots of two tokens: slot g = 1, 2, ... holds a
+    question with a weight of g^(power - 1), each at most one; the rest is blank.
 
     Published are (length, pairs) = (64, 4), (128, 8), (256, 16), (512, 64), without filler, with 100,000 rows to train
-    on and 3,000 to test. Small vocabularies work too. `pairs` tokens of a row are asked.
+    on and 3,000 to test. Small vocabularies work too. A row has `pairs` labels.
 
-    Raises ValueError naming the field that is wrong.
+    Raises ValueError naming the invalid field.
     """
 
     length: int = 64
@@ -33,7 +33,7 @@ class MQAR:
     pairs: int = 4
     vocab_size: int = 8192
     power: float = 0.01
-    """Above 0; 1 asks anywhere alike, less asks sooner."""
+    """Above 0. 1: questions are uniform over slots; less: they come sooner."""
     filler: bool = False
     """Random tokens of the whole vocabulary in place of blanks. The pairs at the beginning alone are assignments."""
 
@@ -53,8 +53,8 @@ class MQAR:
 
     def batch(self, rng: np.random.Generator, rows: int) -> Batch:
         slots = _by_power_law(rng, rows, self.pairs, (self.length - 2 * self.assigned) // 2, self.power)
-        asked = 2 * self.assigned + 2 * slots
-        return _recall(rng, self.length, self.vocab_size, self.assigned, asked, self.filler)
+        questions = 2 * self.assigned + 2 * slots
+        return _recall(rng, self.length, self.vocab_size, self.assigned, questions, self.filler)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ForgettingMQAR(MQAR):
     latest value is the answer (after `forgetting_mqar` of HazyResearch/zoology). A row needs 4 tokens a pair and 2 more
     for each that is assigned again.
 
-    Raises ValueError naming the field that is wrong.
+    Raises ValueError naming the invalid field.
     """
 
     again: float = 0.5
@@ -83,9 +83,9 @@ class ForgettingMQAR(MQAR):
 @dataclass(frozen=True)
 class BlankGap:
     """Pairs of distinct keys and values, then blank tokens, then every key once more in another order, each followed by
-    a blank. There the answer is its value: `pairs` tokens of a row are asked.
+    a blank. There its value is the label: a row has `pairs` labels.
 
-    Raises ValueError naming the field that is wrong.
+    Raises ValueError naming the invalid field.
     """
 
     length: int = 116
@@ -114,16 +114,16 @@ class SelectiveCopying:
     section 4.1.1; generator `copying` of state-spaces/s4, with variable places).
 
     Noise is token 0, the marker is the last token, the others are symbols, drawn with repetition. A row ends with
-    `symbols` markers, at each of which a symbol is asked, and one more marker. Published are 4,096 tokens of noise and
-    symbols, 16 symbols, a vocabulary of 16.
+    `symbols` markers, at each of which a symbol is questions, and one more marker. Published are 4,096 tokens of noise
+    and symbols, 16 symbols, a vocabulary of 16.
 
-    Raises ValueError naming the field that is wrong.
+    Raises ValueError naming the invalid field.
     """
 
     length: int = 4096
     """Tokens T of a row, at least 2 a symbol and 1."""
     symbols: int = 16
-    """How many are to be copied."""
+    """Number of symbols to copy."""
     vocab_size: int = 16
 
     def __post_init__(self) -> None:
@@ -142,10 +142,10 @@ class SelectiveCopying:
 
 
 def _recall(
-    rng: np.random.Generator, length: int, vocab_size: int, assigned: int, asked: Tokens, filler: bool
+    rng: np.random.Generator, length: int, vocab_size: int, assigned: int, questions: Tokens, filler: bool
 ) -> Batch:
-    """Rows in which key i stands again at asked[:, i]; the pairs beyond one a key assign some of the keys anew."""
-    rows, pairs = asked.shape
+    """Rows in which key i occurs again at `questions[:, i]`; pairs beyond one per key assign some keys again."""
+    rows, pairs = questions.shape
     keys = _distinct(rng, rows, pairs, 1, vocab_size // 2)
     values = _distinct(rng, rows, assigned, vocab_size // 2, vocab_size)
     again = _distinct(rng, rows, assigned - pairs, 0, pairs)
@@ -154,8 +154,8 @@ def _recall(
     ids, labels = _blank(rows, length)
     ids[:, 0 : 2 * assigned : 2] = np.concatenate([keys, np.take_along_axis(keys, again, axis=1)], axis=1)
     ids[:, 1 : 2 * assigned : 2] = values
-    np.put_along_axis(ids, asked, keys, axis=1)
-    np.put_along_axis(labels, asked + 1, answers, axis=1)
+    np.put_along_axis(ids, questions, keys, axis=1)
+    np.put_along_axis(labels, questions + 1, answers, axis=1)
     if filler:
         ids = np.where(ids == 0, rng.integers(0, vocab_size, ids.shape), ids)
     return Batch(ids, labels)
@@ -166,8 +166,8 @@ def _blank(rows: int, length: int) -> Batch:
 
 
 def _distinct(rng: np.random.Generator, rows: int, count: int, low: int, high: int) -> Tokens:
-    """`count` numbers of [low, high) in each row, no two alike, every choice and order as likely as any other (Floyd's
-    sampling: its cost does not depend on the range). -> `[rows, count]`"""
+    """`count` distinct numbers of [low, high) in each row, uniform over choices and orders (Floyd's sampling, whose
+    cost does not depend on the range). -> `[rows, count]`"""
     numbers = np.empty((rows, count), np.int64)
     for i, last in enumerate(range(high - low - count, high - low)):
         drawn = rng.integers(0, last, rows, endpoint=True)

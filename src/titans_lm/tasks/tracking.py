@@ -1,7 +1,6 @@
-"""State tracking: what is the case after everything read so far? Asked after every token, but for the last, after which
-no label stands: of a row of T tokens T - 1 answers are asked.
+"""State tracking: predict the state after every token but the last. A row of T tokens has T - 1 labels.
 
-Longer rows are the same task with another `length`.
+For longer rows, change `length`.
 """
 
 import functools
@@ -19,7 +18,7 @@ Tokens = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Parity:
-    """Bits; is the number of ones so far odd? Raises ValueError naming the field that is wrong."""
+    """Bits. The label is the parity of the ones so far. Raises ValueError naming the invalid field."""
 
     length: int = 40
     """Tokens T of a row, at least 2."""
@@ -30,16 +29,16 @@ class Parity:
 
     def batch(self, rng: np.random.Generator, rows: int) -> Batch:
         ids = rng.integers(0, 2, (rows, self.length))
-        return _asked_everywhere(ids, _walk(_sums(2), ids))
+        return _labelled_everywhere(ids, _walk(_sums(2), ids))
 
 
 @dataclass(frozen=True)
 class Modular:
-    """Numbers below `modulus`, tokens of the same number; what is their sum so far, modulo it?
+    """Numbers below `modulus`, each its own token. The label is their sum so far, modulo `modulus`.
 
     With `operators` numbers alternate with +, - and *, which are the tokens modulus, modulus + 1 and modulus + 2, and
-    the value so far is asked after each number: T // 2 answers. It is worked out from left to right, which takes
-    `modulus` states; the task of this name in neural_networks_chomsky_hierarchy (arXiv:2207.02098) lets * go first.
+    each number has the value so far as its label: T // 2 labels. Operators apply from left to right, which takes
+    `modulus` states; in the task of this name in neural_networks_chomsky_hierarchy (arXiv:2207.02098) * binds first.
 
     Raises ValueError naming the field that is wrong.
     """
@@ -63,7 +62,7 @@ class Modular:
         if self.operators:
             return self._expressions(rng, rows)
         ids = rng.integers(0, self.modulus, (rows, self.length))
-        return _asked_everywhere(ids, _walk(_sums(self.modulus), ids))
+        return _labelled_everywhere(ids, _walk(_sums(self.modulus), ids))
 
     def _expressions(self, rng: np.random.Generator, rows: int) -> Batch:
         m = self.modulus
@@ -82,8 +81,8 @@ class Modular:
 
 @dataclass(frozen=True)
 class _Word:
-    """The word problem of a symmetric group (arXiv:2404.08819): tokens are permutations, carried out one after another;
-    what is their product so far?
+    """The word problem of a symmetric group (arXiv:2404.08819): tokens are permutations, applied one after another.
+    The label is their product so far.
 
     A permutation's token is its rank in lexicographic order: token 0 changes nothing, and what token g makes of i is
     entry i of the g-th of `itertools.permutations(range(of))`.
@@ -101,7 +100,7 @@ class _Word:
 
     def batch(self, rng: np.random.Generator, rows: int) -> Batch:
         ids = rng.integers(0, self.vocab_size, (rows, self.length))
-        return _asked_everywhere(ids, _walk(_products(self.of), ids))
+        return _labelled_everywhere(ids, _walk(_products(self.of), ids))
 
 
 class S3(_Word):
@@ -116,8 +115,8 @@ class S5(_Word):
     of, vocab_size = 5, 120
 
 
-def _asked_everywhere(ids: Tokens, answers: Tokens) -> Batch:
-    """`answers[:, t]` is to be said after ids[:, t]."""
+def _labelled_everywhere(ids: Tokens, answers: Tokens) -> Batch:
+    """A batch in which `answers[:, t]` is the label after token ids[:, t]."""
     return Batch(ids, np.concatenate([np.full_like(ids[:, :1], IGNORED), answers[:, :-1]], axis=1))
 
 
@@ -135,12 +134,12 @@ def _sums(modulus: int) -> Tokens:
 
 @functools.cache
 def _products(of: int) -> Tokens:
-    """table[a, b]: permutation b carried out after a."""
+    """table[a, b]: permutation b applied after a."""
     elements = np.array(list(itertools.permutations(range(of))))
     products = elements[np.arange(len(elements))[:, None], elements[:, None]]  # [a, b, i] = elements[b, elements[a, i]]
     return np.searchsorted(_numbers(elements), _numbers(products))
 
 
 def _numbers(permutations: Tokens) -> Tokens:
-    """Entries as digits: the lexicographic order."""
+    """A number per permutation that orders them lexicographically: entries as digits."""
     return permutations @ (10 ** np.arange(permutations.shape[-1])[::-1])

@@ -1,4 +1,4 @@
-"""Common English words for keys, and a small grammar that makes plain prose of them."""
+"""Common English words for keys, and a small grammar that generates plain prose."""
 
 import random
 
@@ -58,7 +58,7 @@ _AFTER_A = tuple(word for word in ADJECTIVES if word[0] not in _VOWELS)
 
 
 def prose(count: int, seed: int = 0) -> list[str]:
-    """So many sentences, each of 5 to 20 words; the same seed, the same sentences. No digit is in them."""
+    """Generate `count` sentences of 5 to 20 words, without digits. The same seed gives the same sentences."""
     draw = random.Random(seed)
     return [_sentence(draw) for _ in range(count)]
 

@@ -1,4 +1,9 @@
-"""What a training run is told, from a YAML file and `--set`: strict, every error with the key's full name."""
+"""The settings of a training run, from a YAML file and `--set`. Every key is checked; an error gives its full name.
+
+jsonargparse and tyro would replace `change_tree`, `_build` and `utils.yaml_values.typed` (about 70 lines). They are not
+used: their errors are usages of many lines rather than one with the key's name, and the checks, the model's section and
+the comparison on resume, which are the rest of this file, would stay.
+"""
 
 import dataclasses
 import logging
@@ -26,16 +31,16 @@ RENAMED = {"training": {"carried_steps": "tbptt_steps"}}
 
 @dataclass
 class DataSettings:
-    """Where the tokens come from: `files`, `dataset`, or a `task` that makes them."""
+    """The data: exactly one of `files`, `dataset` and `task`."""
 
     files: list[str] = field(default_factory=list)
     """Text files, folders, or "python-stdlib"."""
     suffixes: list[str] = field(default_factory=lambda: [".txt"])
-    """Which files of a folder."""
+    """File name endings that are read from a folder."""
     held_out: int = 1
-    """How many of the files, the last in order, are for evaluation only. 0: no evaluation."""
+    """Number of files, the last in order, that are used for evaluation only. 0: no evaluation."""
     dataset: str | None = None
-    """A Hugging Face data set, streamed; "json" or "parquet" with data_files for local ones."""
+    """Name of a Hugging Face data set, which is streamed; "json" or "parquet" with data_files for local files."""
     dataset_config: str | None = None
     dataset_split: str = "train"
     data_files: list[str] | None = None
@@ -44,9 +49,9 @@ class DataSettings:
     """ "bytes", or any Hugging Face tokenizer."""
     sequence_length: int = 1024
     task: dict[str, Any] = field(default_factory=dict)
-    """A synthetic task and its options, such as {name: mqar, pairs: 8} (`titans_lm.tasks`)."""
+    """Name and options of a synthetic task, such as {name: mqar, pairs: 8} (`titans_lm.tasks`)."""
     shortest: int | None = None
-    """With a task: each batch has a length drawn between this and the task's, evenly in its logarithm."""
+    """With a task: draw the length of each batch log-uniformly between this and the task's length."""
 
     def check(self) -> None:
         if sum(map(bool, (self.files, self.dataset, self.task))) != 1:
@@ -63,7 +68,7 @@ class DataSettings:
         _at_least("data.sequence_length", self.sequence_length, 2)
 
     def _refuse_given(self, keys: tuple[str, ...], needed: str) -> None:
-        """Refuse settings that would have no effect."""
+        """Raises ValueError for settings that would have no effect."""
         defaults = DataSettings()
         for key in keys:
             if getattr(self, key) != getattr(defaults, key):
@@ -86,21 +91,21 @@ class DataSettings:
 
 @dataclass
 class TrainingSettings:
-    """How it is trained: AdamW, warm-up, cosine down to a part of the rate."""
+    """The optimization: AdamW, linear warm-up, cosine decay to `final_rate`."""
 
     output_dir: str = ""
     max_steps: int = 1000
     max_minutes: float | None = None
-    """Stop, with the schedule at its end, when this time is over (or max_steps are done)."""
+    """Time limit. The schedule ends with it, or at max_steps if that comes first."""
     batch_size: int = 8
-    """Sequences a device and step."""
+    """Sequences per device and forward pass."""
     accumulation: int = 1
-    """Steps whose gradients make one update."""
+    """Gradient accumulation: batches per update."""
     learning_rate: float = 1e-3
     final_rate: float = 0.1
-    """The last learning rate, as a part of the first."""
+    """The last learning rate as a fraction of the peak."""
     warmup: float = 0.01
-    """The part of the run in which the rate rises."""
+    """Fraction of the run in which the learning rate rises."""
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     bf16: bool = False
@@ -115,10 +120,10 @@ class TrainingSettings:
     logging_steps: int = 10
     eval_steps: int = 200
     eval_blocks: int = 32
-    """At most so many held-out sequences an evaluation."""
+    """Maximum number of held-out sequences in an evaluation."""
     save_steps: int = 200
     resume: bool = False
-    """Go on from the last checkpoint in output_dir."""
+    """Resume from the last checkpoint in output_dir."""
 
     def check(self) -> None:
         if not self.output_dir:
@@ -159,9 +164,9 @@ _COUNTS = (
 class Settings:
     """A whole run: `model`, `data`, `training`.
 
-    `model` has fields of TitansConfig, and may have a `size` of the presets, a `baseline` (`baselines.NAMES`), and
-    `parameters`, to which the MLP's width brings it. Or it has `pretrained` alone: the folder, or the name, of the
-    model whose weights training begins with.
+    `model` has fields of TitansConfig and may have a `size` of the presets, a `baseline` (`baselines.NAMES`), and
+    `parameters`: the MLP's width is chosen to reach this count. Or it has `pretrained` alone: folder or name of the
+    model whose weights training starts from.
     """
 
     model: dict[str, Any]
@@ -186,7 +191,7 @@ class Settings:
 
     @property
     def pretrained(self) -> str | None:
-        """The model whose weights training begins with, if one is given."""
+        """Folder or name of the model whose weights training starts from, if any."""
         return self.model.get("pretrained")
 
 
@@ -195,8 +200,7 @@ _WITH_CORE = ("mac", "mag", "mal")
 
 
 def _typed_field(key: str, value: Any) -> Any:
-    """The value of a number of the model's section. Raises ValueError for what is none; other types are checked by
-    TitansConfig."""
+    """Parse a number of the model's section. Raises ValueError for another value; TitansConfig checks other types."""
     hint: Any = float | None if key == "parameters" else _FIELDS.get(TitansConfig.attribute_map.get(str(key), str(key)))
     options = set(typing.get_args(hint) or [hint]) - {type(None)}
     if options not in ({int}, {float}):
@@ -218,7 +222,7 @@ def _config(fields: dict[str, Any]) -> PreTrainedConfig:
     if baseline is not None:
         if baseline not in NAMES:
             raise ValueError(f"baseline {baseline!r} is not one of: {', '.join(NAMES)}")
-        fields = {**fields, **BASELINES[baseline]}  # what makes it what it is, no other key changes
+        fields = {**fields, **BASELINES[baseline]}  # no other key changes these
     size, parameters = fields.pop("size", None), fields.pop("parameters", None)
     if parameters is not None:
         fields = fields if size is None else {**SIZES[size], **fields}
@@ -227,7 +231,7 @@ def _config(fields: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _pretrained_config(model: Any, others: list[str]) -> PreTrainedConfig:
-    """The configuration that weights were saved with; no key changes it, because the weights would not fit."""
+    """The configuration that the weights were saved with. No key may change it: the weights would not fit."""
     if not isinstance(model, str) or not model:
         raise ValueError(f"model.pretrained must be a folder or a shipped model's name, got {model!r}")
     if others:
@@ -240,7 +244,7 @@ def _pretrained_config(model: Any, others: list[str]) -> PreTrainedConfig:
 
 
 def load_settings(path: Path, changes: list[str]) -> Settings:
-    """A YAML file, with `section.key=value` changes on top. Raises ValueError naming the file and the key."""
+    """Read a YAML file and apply `section.key=value` changes. Raises ValueError naming the file and the key."""
     tree = read_yaml(path, "configs/titans.yaml")
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must have the sections model, data and training")
@@ -253,12 +257,12 @@ def load_settings(path: Path, changes: list[str]) -> Settings:
 
 
 def save_settings(settings: Settings, folder: Path) -> None:
-    """As `run.yaml`, which `load_settings` reads."""
+    """Write `run.yaml`, which `load_settings` reads."""
     (folder / RUN).write_text(yaml.dump(dataclasses.asdict(settings), Dumper=Dumper, sort_keys=False))
 
 
 def check_same(folder: Path, settings: Settings) -> None:
-    """Raises ValueError where what a run left in `folder` is not of these settings, or does not say of which."""
+    """Raises ValueError if the run in `folder` has other settings, or no run.yaml."""
     ours, theirs = _flat(settings), _flat(load_settings(folder / RUN, []))
     other = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if other:
@@ -269,19 +273,19 @@ MAY_CHANGE = (
     "max_steps", "max_minutes", "learning_rate", "final_rate", "warmup", "weight_decay", "max_grad_norm", "bf16",
     "activation_checkpointing", "logging_steps", "eval_steps", "eval_blocks", "save_steps",
 )  # fmt: skip
-"""Of `training`: what a run that goes on may have other than the run before. It takes effect from there on."""
+"""Keys of `training` that may change on resume. They take effect from there on."""
 
 
 def check_resumed(checkpoint: Path, settings: Settings) -> None:
-    """Raises ValueError where a run of these settings cannot go on from `checkpoint`: another model or other data, or
-    another order of it, would be two runs in one."""
-    if not (checkpoint / RUN).is_file():  # of an early version
-        logging.getLogger(__name__).warning("%s does not say with which settings it was made", checkpoint)
+    """Raises ValueError if a run of these settings cannot resume from `checkpoint`: with another model, other data or
+    another order of it, the result would be of neither run."""
+    if not (checkpoint / RUN).is_file():  # written by an early version
+        logging.getLogger(__name__).warning("%s has no run.yaml: its settings cannot be compared", checkpoint)
         return
     before = load_settings(checkpoint / RUN, [])
     ours, theirs = _flat(settings), _flat(before)
     other = {key: theirs.get(key) for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)}
-    if settings.config().to_dict() == before.config().to_dict():  # the same model, in other words
+    if settings.config().to_dict() == before.config().to_dict():  # the same model under other key names
         other = {key: value for key, value in other.items() if not key.startswith("model.")}
     fixed = {key: value for key, value in other.items() if key not in {f"training.{name}" for name in MAY_CHANGE}}
     if fixed:
@@ -290,14 +294,14 @@ def check_resumed(checkpoint: Path, settings: Settings) -> None:
 
 
 def _flat(settings: Settings) -> dict[str, Any]:
-    """Dotted key -> value; but where the run is and whether it goes on."""
+    """Dotted key -> value, without `output_dir` and `resume`."""
     sections = dataclasses.asdict(settings)
     del sections["training"]["output_dir"], sections["training"]["resume"]
     return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
 
 
 def parse_settings(tree: dict[str, Any]) -> Settings:
-    """Sections to `Settings`, everything checked."""
+    """Build `Settings` from sections and check everything. Raises ValueError with the key's full name."""
     sections = [f.name for f in dataclasses.fields(Settings)]
     for name, section in tree.items():
         if name not in sections:
@@ -355,7 +359,7 @@ def with_current_keys(values: dict[str, Any], section: str) -> dict[str, Any]:
 
 
 def change_tree(tree: dict[str, Any], change: str) -> None:
-    """Set `section.key=value` in sections. Raises ValueError for what is not of that form."""
+    """Set `section.key=value` in sections. Raises ValueError for another form."""
     key, equals, value = change.partition("=")
     section, dot, name = key.partition(".")
     if not (equals and dot and name):

@@ -1,4 +1,4 @@
-"""Texts to blocks of equal length, in the order in which batches have them; Hugging Face data sets as they stream."""
+"""Blocks of tokens from texts and streamed Hugging Face data sets, and the order in which batches take them."""
 
 import warnings
 from collections.abc import Iterable, Iterator
@@ -15,14 +15,14 @@ from titans_lm.models.tokenizer import encode
 
 
 def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[NDArray[np.int64]]:
-    """Each text's tokens, closed by the end token if the tokenizer has one."""
+    """The tokens of each text, followed by the end token if the tokenizer has one."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for text in texts:
         yield np.concatenate([encode(tokenizer, text), np.asarray(end, np.int64)])
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
-    """Texts one after another, cut into blocks of `length` tokens; what is left at the end is dropped."""
+    """Concatenate texts and cut them into blocks of `length` tokens. Drops the remainder at the end."""
 
     def __init__(self, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int):
         stream = np.concatenate([np.zeros(0, np.int64), *token_stream(texts, tokenizer)])
@@ -40,15 +40,18 @@ class Blocks(Dataset[dict[str, Tensor]]):
 
 
 class TBPTTSampler(Sampler[int]):
-    """Which blocks a batch has, so that its rows' texts go on for `carried` batches, then others begin; shuffled anew
-    each epoch. `carried` = 1 is plain shuffling. Blocks that fill no whole round are left out, others in each epoch."""
+    """Order blocks for truncated BPTT: each row of a batch continues its text for `steps` batches, then starts another.
 
-    def __init__(self, count: int, batch: int, carried: int, seed: int):
-        self.batch, self.carried, self.seed, self.epoch = batch, carried, seed, 0
-        self.runs = count // carried
+    Shuffles anew each epoch; `steps` = 1 is plain shuffling. Leaves out blocks that fill no whole round, others in each
+    epoch. Raises ValueError for fewer than `batch` runs of `steps` blocks.
+    """
+
+    def __init__(self, count: int, batch: int, steps: int, seed: int):
+        self.batch, self.steps, self.seed, self.epoch = batch, steps, seed, 0
+        self.runs = count // steps
         if self.runs < batch:
             raise ValueError(
-                f"the text has {count} blocks, too few for {batch} rows that go on for {carried}; "
+                f"the text has {count} blocks, too few for {batch} rows of {steps} blocks each; "
                 "take a smaller training.batch_size, training.tbptt_steps or data.sequence_length"
             )
 
@@ -56,17 +59,17 @@ class TBPTTSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.runs // self.batch * self.batch * self.carried
+        return self.runs // self.batch * self.batch * self.steps
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.runs, generator=generator)[: self.runs // self.batch * self.batch]
-        runs = order.view(-1, 1, self.batch) * self.carried + torch.arange(self.carried)[:, None]  # [rounds, n, B]
+        runs = order.view(-1, 1, self.batch) * self.steps + torch.arange(self.steps)[:, None]  # [rounds, n, B]
         return iter(runs.flatten().tolist())
 
 
 class StreamedBlocks(IterableDataset[dict[str, Tensor]]):
-    """The same over a Hugging Face data set that is read as it is needed; the order is the data set's own."""
+    """Blocks of a streamed Hugging Face data set, in its own order."""
 
     def __init__(self, rows: Iterable[dict[str, Any]], column: str, tokenizer: PreTrainedTokenizerBase, length: int):
         self.rows, self.column, self.tokenizer, self.length = rows, column, tokenizer, length
@@ -92,11 +95,11 @@ class StreamedBlocks(IterableDataset[dict[str, Tensor]]):
             yield from self.rows
         except (ValueError, OSError):
             raise
-        except Exception as error:  # the library raises many kinds; all mean that there is no next row to be had
+        except Exception as error:  # the library raises many kinds; all mean that the next row cannot be read
             raise ValueError(f"the data set cannot be read on: {error}") from error
 
     def _texts(self) -> Iterator[str]:
-        """Of the rows that have one; of the first that has none a warning is given, and `skipped` counts them."""
+        """The texts of rows that have one. Counts the others in `skipped`, and warns of the first."""
         for number, row in enumerate(self._read()):
             if self.column not in row:
                 raise ValueError(f"data.text_column={self.column!r} is not in the data set; it has {', '.join(row)}")
@@ -116,10 +119,10 @@ class StreamedBlocks(IterableDataset[dict[str, Tensor]]):
 
 def streamed(name: str, config: str | None, split: str, data_files: list[str] | None) -> Iterable[dict[str, Any]]:
     """The rows of a Hugging Face data set, or of local files ("json", "parquet", "text" with `data_files`)."""
-    from datasets import load_dataset  # two seconds, only where it is needed
+    from datasets import load_dataset  # takes two seconds
 
     try:
         options = {"keep_default_na": False} if name == "csv" else {}  # a text "null" or "NA" is a text
         return load_dataset(name, config, split=split, data_files=data_files, streaming=True, **options)
-    except Exception as error:  # the library raises many kinds; all mean that this data set is not to be had
+    except Exception as error:  # the library raises many kinds; all mean that this data set cannot be loaded
         raise ValueError(f"data set {name!r} cannot be loaded: {error}") from error

@@ -1,6 +1,6 @@
-"""The folder of a training run: its checkpoints, what an interrupted run left there, and the lock against a second run.
+"""The folder of a training run: checkpoints, leftovers of an interrupted run, and the lock against a second run.
 
-Only what a run wrote itself is ever removed: folders such as `checkpoint-best` are the user's.
+Only files that a run wrote are ever removed: folders such as `checkpoint-best` belong to the user.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ from titans_lm.models.hub import RUN
 from titans_lm.models.model_files import DIGESTS, check_digests
 
 STATE = "trainer_state.json"
-"""The last file of a checkpoint: without it the checkpoint is not whole."""
+"""The last file of a checkpoint: a checkpoint without it is incomplete."""
 LOCK = ".training.lock"
 UNFINISHED = ".unfinished-checkpoint"
-"""A checkpoint is written within this folder, then moved out of it: one with its final name is whole."""
+"""A checkpoint is written in this folder, then moved out of it: one with its final name is complete."""
 STATE_DIGESTS = "training_digests.json"
-"""In a checkpoint: the SHA-256 of the optimizer's, the scheduler's and the random generators' states."""
+"""File in a checkpoint: the SHA-256 of the states of optimizer, scheduler and random generators."""
 LOGS = "runs"
 KEPT = 2
-"""Checkpoints that a run keeps."""
+"""Number of checkpoints that a run keeps."""
 _STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 _MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
@@ -48,23 +48,23 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _numbered(output: Path) -> list[Path]:
-    """Folders with a checkpoint's name, by their steps. `checkpoint-best` is not such a name."""
+    """Folders named `checkpoint-NUMBER`, by step."""
     folders = (p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir())
     return sorted(folders, key=step_of)
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """The whole ones, by their steps."""
+    """Complete checkpoints, by step."""
     return [p for p in _numbered(output) if (p / STATE).is_file()]
 
 
 def last_checkpoint(output: Path) -> Path | None:
-    """The last whole one, where there is one."""
+    """The last complete checkpoint, if any."""
     return max(checkpoints(output), key=step_of, default=None)
 
 
 def check_names_free(output: Path) -> None:
-    """Raises ValueError for a folder in the way of a checkpoint: it is not whole, so it may be anyone's."""
+    """Raises ValueError for an incomplete checkpoint folder, which may be the user's and would be overwritten."""
     last = last_checkpoint(output)
     for folder in _numbered(output):
         if not (folder / STATE).is_file() and (last is None or step_of(folder) > step_of(last)):
@@ -72,7 +72,7 @@ def check_names_free(output: Path) -> None:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Raises ValueError for a checkpoint that is damaged or lacks a file, naming it. Nothing in it is executed."""
+    """Raises ValueError, naming the file, for a checkpoint that is damaged or incomplete. Executes nothing in it."""
     check_digests(folder)
     check_digests(folder, STATE_DIGESTS)
     for name in (STATE, *_STATES):
@@ -92,17 +92,17 @@ def check_checkpoint(folder: Path) -> None:
         try:
             with safe_globals():
                 torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises many kinds; all mean that this is not such a file
+        except Exception as error:  # torch raises many kinds; all mean that the file is damaged
             reason = str(error).split(". ")[0].split("\n")[0]
             raise ValueError(f"{folder} is damaged: {name} cannot be read ({reason})") from error
 
 
 @contextlib.contextmanager
 def unfinished(output: Path) -> Iterator[Path]:
-    """A folder in which a checkpoint is written; on success what is in it is moved to `output`, and of older
-    checkpoints only the last `KEPT` stay.
+    """Yields a folder to write a checkpoint in. On success moves it to `output` and removes all but the last `KEPT`
+    checkpoints.
 
-    Raises OSError where it cannot be written, and then leaves nothing behind.
+    Raises OSError if it cannot be written, and then leaves nothing behind.
     """
     folder = output / UNFINISHED
     try:
@@ -111,7 +111,7 @@ def unfinished(output: Path) -> Iterator[Path]:
         for made in _numbered(folder):
             _finish(made)
             os.replace(made, output / made.name)
-    except (RuntimeError, OSError) as error:  # torch and safetensors say in their own words that a disk is full
+    except (RuntimeError, OSError) as error:  # torch and safetensors report a full disk as RuntimeError
         raise OSError(f"cannot write to {output}: {error}; the last whole checkpoint there is untouched") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -120,7 +120,7 @@ def unfinished(output: Path) -> Iterator[Path]:
 
 
 def _finish(checkpoint: Path) -> None:
-    """Write the digests, and all of it to the disk."""
+    """Write the digests, and flush all files to the disk."""
     digests = {}
     for path in sorted(checkpoint.iterdir()):
         with path.open("rb") as file:
@@ -134,7 +134,7 @@ def _finish(checkpoint: Path) -> None:
 
 
 def is_begun(output: Path) -> bool:
-    """Whether a run was killed there before its first checkpoint, and nothing else is in the folder."""
+    """Whether the folder holds only what a run killed before its first checkpoint leaves."""
     paths = list(output.iterdir()) if output.is_dir() else []
     return bool(paths) and all(map(_is_leftover, paths))
 
@@ -146,7 +146,7 @@ def _is_leftover(path: Path) -> bool:
 
 
 def remove_run(output: Path, model: bool = True) -> None:
-    """Remove a run's checkpoints and logs, and its `model`. What else is in the folder stays."""
+    """Remove a run's checkpoints and logs, and its `model`. Keeps all other files."""
     for folder in [*checkpoints(output), output / UNFINISHED]:
         shutil.rmtree(folder, ignore_errors=True)
     for trial in (p for p in output.glob("run-*") if re.fullmatch(r"run-\d+", p.name) and p.is_dir()):  # of a search
@@ -161,10 +161,9 @@ def remove_run(output: Path, model: bool = True) -> None:
 
 
 class RunLock:
-    """Keeps a second run out of a folder while the first one writes there. The lock ends with the process, however that
-    ends.
+    """A context that keeps a second run out of a folder. The lock ends with the process.
 
-    Raises ValueError where another process has the lock, naming it; OSError where the folder cannot be made.
+    Raises ValueError, naming the process, if another one has the lock; OSError if the folder cannot be made.
     """
 
     def __init__(self, output: Path):

@@ -1,4 +1,4 @@
-"""Train a language model as its settings say, on transformers' `Trainer`."""
+"""Train a language model from its settings, with transformers' `Trainer`."""
 
 import itertools
 import os
@@ -34,21 +34,21 @@ from titans_lm.utils.record import Stopped, on_stop
 from titans_lm.utils.text_file import read_text
 
 EVALUATION_SEED = 2_000_003
-"""Where a search compares trials on examples of a task, they are made from this seed."""
+"""Seed of the task examples on which a search compares trials."""
 
 
 def train(settings: Settings) -> PreTrainedModel:
-    """Train what `settings` say, and save model, tokenizer and run.yaml in output_dir.
+    """Train a model and save model, tokenizer and run.yaml in output_dir.
 
-    Raises ValueError for settings or texts that do not work, NotFinite where the loss stops being a number, OSError
-    where a file cannot be written, KeyboardInterrupt after Ctrl-C, SIGTERM or SIGHUP, when a checkpoint has been saved.
-    Nothing is written before everything was checked, and nothing is removed but what this run was writing.
+    Checks everything before it writes anything, and removes nothing but its own unfinished files. Raises ValueError for
+    invalid settings or texts, NotFinite if the loss becomes NaN or infinite, OSError if a file cannot be written, and
+    KeyboardInterrupt after Ctrl-C, SIGTERM or SIGHUP, once a checkpoint is saved.
     """
     output = Path(settings.training.output_dir)
     _checkpoint(output, settings)
     trainer = trainer_for(settings)
     with RunLock(output), _Interruptible(trainer) as interruption:
-        checkpoint = _checkpoint(output, settings)  # again: another run may have ended there meanwhile
+        checkpoint = _checkpoint(output, settings)  # again: another run may have ended there since
         shutil.rmtree(output / UNFINISHED, ignore_errors=True)
         if checkpoint is not None:
             trainer.add_callback(Resume(trainer, checkpoint))
@@ -59,15 +59,15 @@ def train(settings: Settings) -> PreTrainedModel:
         except NotFinite as error:
             raise error.after(last_checkpoint(output)) from None
     if interruption.asked:
-        raise Stopped(interruption.asked, f"saved in {output}; go on with --set training.resume=true")
+        raise Stopped(interruption.asked, f"saved in {output}; continue with --set training.resume=true")
     model: PreTrainedModel = trainer.model
     return model
 
 
 def trainer_for(settings: Settings, make: Callable[[Any], PreTrainedModel] | None = None) -> TitansTrainer:
-    """The trainer of what `settings` say, all of it checked.
+    """Build the trainer. Raises ValueError for invalid settings.
 
-    `make` gives a model for each trial of a search. Trials are compared on examples that are not trained on.
+    `make` returns a model for each trial of a search. Trials are compared on examples that are not trained on.
     """
     tokenizer = _tokenizer(settings)
     model = model_for(settings) if make is None else make
@@ -78,7 +78,7 @@ def trainer_for(settings: Settings, make: Callable[[Any], PreTrainedModel] | Non
 
 
 def model_for(settings: Settings) -> PreTrainedModel:
-    """The model with its first weights. Raises ValueError for a vocabulary below the data's."""
+    """Build the model with its initial weights. Raises ValueError for a vocabulary smaller than the data's."""
     config, tokenizer, task = settings.config(), _tokenizer(settings), settings.data.task
     least = make_task(task).vocab_size if task else len(tokenizer or ())
     if least > config.vocab_size:
@@ -100,7 +100,7 @@ def model_for(settings: Settings) -> PreTrainedModel:
 
 
 def _check_size(config: PreTrainedConfig) -> None:
-    """Raises ValueError for a model that this machine cannot hold: filling its memory first would take minutes."""
+    """Raises ValueError for a model larger than this machine's memory, before minutes are spent on filling it."""
     try:
         with torch.device("meta"):
             size = sum(p.nbytes for p in build(config).parameters())
@@ -112,7 +112,7 @@ def _check_size(config: PreTrainedConfig) -> None:
 
 
 def _tokenizer(settings: Settings) -> PreTrainedTokenizerBase | None:
-    """What makes the tokens of texts; None for a task whose tokens are numbers."""
+    """The tokenizer of the data; None for a task whose tokens are numbers."""
     name: str | None = settings.data.tokenizer
     if settings.data.task:
         name = getattr(make_task(settings.data.task), "tokenizer", None)
@@ -125,7 +125,7 @@ def _save(trainer: TitansTrainer, settings: Settings, output: Path) -> None:
         trainer.save_model()
         trainer.save_state()
         save_settings(settings, output)
-    except (SafetensorError, RuntimeError, OSError) as error:  # a full disk, in three libraries' words
+    except (SafetensorError, RuntimeError, OSError) as error:  # a full disk, as three libraries report it
         raise OSError(f"cannot write to {output}: {error}; the last whole checkpoint there is untouched") from error
 
 
@@ -142,7 +142,7 @@ def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> tupl
     files, held_out = split_held_out(text_files(data.files, data.suffixes), data.held_out)
     blocks = Blocks((read_text(f) for f in files), tokenizer, data.sequence_length)
     training = settings.training
-    TBPTTSampler(len(blocks), training.batch_size, max(training.tbptt_steps), training.seed)  # are they enough?
+    TBPTTSampler(len(blocks), training.batch_size, max(training.tbptt_steps), training.seed)  # raises for too few
     if not held_out:
         return blocks, None
     evaluation = Blocks((read_text(f) for f in held_out), tokenizer, data.sequence_length)
@@ -151,7 +151,7 @@ def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> tupl
 
 
 def _rows(settings: Settings) -> Rows | StreamRows:
-    """Of a task; with `tbptt_steps` its streams go on over so many batches."""
+    """The rows of a task. With `tbptt_steps` its streams continue over that many batches."""
     task, training = make_task(settings.data.task), settings.training
     if max(training.tbptt_steps) > 1:
         assert isinstance(task, StreamTask)  # settings were checked
@@ -160,7 +160,7 @@ def _rows(settings: Settings) -> Rows | StreamRows:
 
 
 def _examples(settings: Settings) -> list[dict[str, Any]]:
-    """Of a task, for the trials of a search."""
+    """Examples of a task on which the trials of a search are compared."""
     if not settings.data.task:
         raise ValueError("a search needs a task, or files of which some are held out (data.held_out)")
     rows = Rows(make_task(settings.data.task), settings.training.batch_size, EVALUATION_SEED)
@@ -171,8 +171,8 @@ def _examples(settings: Settings) -> list[dict[str, Any]]:
 
 
 def earlier(settings: Settings) -> Path | None:
-    """What an earlier run of these settings left in output_dir: output_dir itself, with its model, where it ended; else
-    its last checkpoint, where it has one. Raises ValueError for what a run of others left."""
+    """What an earlier run of these settings saved: output_dir if it ended, else its last checkpoint, else None. Raises
+    ValueError for a run of other settings."""
     output = Path(settings.training.output_dir)
     saved = output if (output / RUN).is_file() else last_checkpoint(output)
     if saved is not None:
@@ -181,28 +181,28 @@ def earlier(settings: Settings) -> Path | None:
 
 
 def _checkpoint(output: Path, settings: Settings) -> Path | None:
-    """The last checkpoint, to go on from, checked; None to begin. A run that is there is not overwritten."""
+    """The checkpoint to resume from, checked; None to start. Raises ValueError rather than overwrite another run."""
     training, last = settings.training, last_checkpoint(output)
     check_names_free(output)
     if training.resume and last is not None:
         check_checkpoint(last)
         if step_of(last) >= training.max_steps:
-            raise ValueError(f"training.max_steps={training.max_steps} are done in {output}; give more to go on")
+            raise ValueError(f"training.max_steps={training.max_steps} are done in {output}; give more to continue")
         check_resumed(last, settings)
         return last
     if is_begun(output):  # and killed before its first checkpoint
         return None
     if training.resume:
-        raise ValueError(f"training.resume: {output} has no checkpoint to go on from")
+        raise ValueError(f"training.resume: {output} has no checkpoint to resume from")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(
-            f"training.output_dir={output} is not empty; give another, or --set training.resume=true to go on there"
+            f"training.output_dir={output} is not empty; give another, or --set training.resume=true to resume there"
         )
     return None
 
 
 class _Interruptible:
-    """Ctrl-C, SIGTERM and SIGHUP ask the trainer to save and stop after the step; a second Ctrl-C stops at once."""
+    """On Ctrl-C, SIGTERM or SIGHUP the trainer saves and stops after the step; a second Ctrl-C stops at once."""
 
     def __init__(self, trainer: Trainer):
         self.asked = 0

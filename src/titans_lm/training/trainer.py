@@ -1,4 +1,4 @@
-"""`TitansTrainer`: transformers' `Trainer` with our schedule, weight decay, carried memory and clock."""
+"""`TitansTrainer`: transformers' `Trainer` with truncated BPTT for the memory and a time limit."""
 
 import math
 import time
@@ -35,8 +35,8 @@ CARRIED = "memory.safetensors"
 
 
 class _Clock(TrainerCallback, ExportableState):
-    """Stops when the time is over; says, and where there is a time limit shows, how much of the run is done. The time
-    is that of all parts of an interrupted run: checkpoints have it."""
+    """Stops the run at the time limit, and shows its progress. Counts the time of all parts of an interrupted run:
+    checkpoints record it."""
 
     def __init__(self, max_steps: int, max_minutes: float | None):
         self.max_steps, self.limit, self.begun = max_steps, (max_minutes or math.inf) * 60, time.monotonic()
@@ -49,7 +49,7 @@ class _Clock(TrainerCallback, ExportableState):
         return time.monotonic() - self.begun
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        state.compute_steps(args, state.max_steps)  # a checkpoint brings the intervals of the run that wrote it
+        state.compute_steps(args, state.max_steps)  # a checkpoint holds the intervals of the run that wrote it
         before = state.stateful_callbacks.setdefault("_Clock", self.state())["attributes"]["seconds"]
         self.begun = time.monotonic() - (before if state.global_step else 0)
         if self.limit < math.inf:
@@ -76,7 +76,7 @@ class _Clock(TrainerCallback, ExportableState):
 
 
 class Resume(TrainerCallback):
-    """Completes what `Trainer` loads of a checkpoint, when optimizer and scheduler are there."""
+    """Completes what `Trainer` loads from a checkpoint, after the optimizer and the scheduler."""
 
     def __init__(self, trainer: "TitansTrainer", checkpoint: Path):
         self.trainer, self.checkpoint = trainer, checkpoint
@@ -86,7 +86,7 @@ class Resume(TrainerCallback):
 
 
 class NotFinite(ValueError):
-    """The loss is not a number."""
+    """The loss is NaN or infinite."""
 
     def __init__(self, step: int, kept: str = ""):
         self.step = step
@@ -96,14 +96,15 @@ class NotFinite(ValueError):
         )
 
     def after(self, checkpoint: Path | None) -> "NotFinite":
-        """The same, which names the last good checkpoint, if there is one."""
+        """The same error, naming the last checkpoint, which is good, if there is one."""
         return NotFinite(self.step, "" if checkpoint is None else f"; {checkpoint} is from before, and good")
 
 
 class TitansTrainer(Trainer):
-    """`Trainer` with our schedule, our weight decay, memory carried across pieces, and rates in the log.
+    """`Trainer` with a schedule that may end by time, weight decay for linear maps only, the memory carried across
+    batches (truncated BPTT), and tokens per second in the log.
 
-    `model` may be a function that makes one for a trial, as of `Trainer.hyperparameter_search`.
+    `model` may be a function that returns one for a trial (`Trainer.hyperparameter_search`).
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class TitansTrainer(Trainer):
             callbacks=[self.clock],
             model_init=None if whole else model,
         )
-        self.remove_callback(PrinterCallback)  # where the clock shows the progress
+        self.remove_callback(PrinterCallback)  # `_Clock` shows the progress
 
     def _start(self) -> None:
         self.batches = 0  # read so far
@@ -146,11 +147,11 @@ class TitansTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002
-        """Linear warm-up, then a cosine, over the steps or the minutes, whichever end first."""
+        """Linear warm-up, then cosine decay, over the steps or the minutes, whichever ends first."""
         if getattr(self, "lr_scheduler", None) is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
-                lambda step: self._rate(step),  # a plain function is not put into checkpoints
+                lambda step: self._rate(step),  # a plain function is not saved in checkpoints
             )
         return self.lr_scheduler
 
@@ -160,7 +161,7 @@ class TitansTrainer(Trainer):
         return rise * (s.final_rate + (1 - s.final_rate) * (1 + math.cos(math.pi * done)) / 2)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """The weights of linear maps; not norms, biases, embeddings, convolutions, persistent tokens, nor M_0."""
+        """The weights of linear maps: no norms, biases, embeddings, convolutions, persistent tokens, nor M_0."""
         tied = model.get_input_embeddings().weight  # type: ignore[operator]
         return [
             f"{name}.weight"
@@ -169,7 +170,7 @@ class TitansTrainer(Trainer):
         ]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As `Trainer`'s; texts in the order in which rows continue from batch to batch."""
+        """As `Trainer`'s, but blocks of texts come in the order of `TBPTTSampler`."""
         sampler = self._sampler()
         if sampler is None:
             return super().get_train_dataloader()
@@ -184,7 +185,7 @@ class TitansTrainer(Trainer):
         return prepared
 
     def _sampler(self) -> TBPTTSampler | None:
-        """None for a task and for a streamed data set: they have an order of their own."""
+        """None for a task or a streamed data set: these have an order of their own."""
         if not isinstance(self.train_dataset, Blocks):
             return None
         s = self.settings
@@ -233,10 +234,10 @@ class TitansTrainer(Trainer):
             self.carried.reset(over)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer`'s, with the tokenizer's files under the digests too."""
+        """As `Trainer`'s, with digests of the tokenizer's files too."""
         super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or self.args.output_dir)
-        if self.processing_class is not None and (folder / DIGESTS).is_file():  # a baseline of others has none
+        if self.processing_class is not None and (folder / DIGESTS).is_file():  # models of transformers have none
             add_digests(folder, self.processing_class.save_pretrained(folder))
 
     # Trainer has no public hook around the writing of a checkpoint (`on_save` comes after it). These two methods write
@@ -316,7 +317,7 @@ class TitansTrainer(Trainer):
 
 
 def _asks_some(settings: Settings) -> bool:
-    """Whether the loss is that of some tokens only, as of most tasks."""
+    """Whether only some tokens have labels, as in most tasks."""
     return bool(settings.data.task) and not isinstance(make_task(settings.data.task), StreamTask)
 
 
@@ -337,7 +338,7 @@ def _arguments(settings: Settings, evaluate: bool) -> TrainingArguments:
         activation_checkpointing=s.activation_checkpointing,
         logging_steps=s.logging_steps,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # what is not a number is to be seen
+        logging_nan_inf_filter=False,  # show NaN
         eval_strategy="steps" if evaluate else "no",
         eval_steps=s.eval_steps,
         save_steps=s.save_steps,

@@ -1,4 +1,4 @@
-"""One request's answer, token by token: which tokens the model reads next, and what its logits become."""
+"""The answer to one request, token by token: the next input of the model, and the text from its logits."""
 
 import secrets
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, Temperatu
 from titans_lm.models.cache import TitansState
 
 PIECE = 512
-"""Tokens of a prompt that are read in one call: others are served between two of them."""
+"""Prompt tokens per forward call: other requests get their turn in between."""
 GREEDY = 1e-5
-"""A temperature below this takes the likeliest token: dividing logits by less would overflow."""
+"""Below this temperature decoding is greedy: dividing logits by less would overflow."""
 
 
 class Sampling(NamedTuple):
-    """How an answer is drawn, and where it ends."""
+    """Sampling parameters and stop conditions."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -28,15 +28,15 @@ class Sampling(NamedTuple):
 
 
 class Answer:
-    """The answer to one prompt. Its memory, random numbers and text are its own: other answers do not change it.
+    """The answer to one prompt, with its own memory, random numbers and text.
 
         while answer.finish_reason is None:
             text += answer.take(model(answer.next_ids()[None], past_key_values=answer.state).logits[0, -1])
 
     Args:
         ids: the prompt `[T]`, T >= 1.
-        state: of one row; the model's call advances it.
-        ends: tokens after which the answer is over.
+        state: one row; the forward call updates it.
+        ends: tokens that end the answer.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class Answer:
     ):
         self.ids, self.state, self.sampling, self.ends = ids, state, sampling, ends
         self.finish_reason: str | None = None
-        """ "stop" or "length", when it is over."""
+        """ "stop" or "length" when the answer is complete."""
         self.read, self.count = 0, 0
-        """Tokens of the prompt that were read; tokens of the answer."""
+        """Prompt tokens read, and answer tokens generated."""
         self._last = 0
         self._decoder, self._stops = Decoder(tokenizer), Stops(sampling.stop)
         self._warpers = LogitsProcessorList()
@@ -63,15 +63,15 @@ class Answer:
 
     @property
     def is_reading(self) -> bool:
-        """Some of the prompt was not read yet."""
+        """Whether part of the prompt is unread."""
         return self.read < len(self.ids)
 
     def next_ids(self) -> Int[Tensor, " T"]:
-        """What the model is to read next: a piece of the prompt, or the last token of the answer."""
+        """The next input of the model: a piece of the prompt, or the last token of the answer."""
         return self.ids[self.read : self.read + PIECE] if self.is_reading else torch.tensor([self._last])
 
     def take(self, logits: Float[Tensor, " V"]) -> str:
-        """The text that is certain now that the model read `next_ids()`, and gave these logits after the last of them.
+        """Take the logits after `next_ids()`, and return the text that is final now.
 
         Raises ValueError for logits that are not finite.
         """
@@ -103,19 +103,19 @@ class Answer:
 
 
 class Decoder:
-    """Tokens to text, as soon as it is whole characters: several byte tokens may be one."""
+    """Decodes tokens to text as soon as characters are complete: one may take several byte tokens."""
 
     WINDOW, HELD = 32, 64
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.window: list[int] = []
-        """The last tokens: some tokenizers write a token otherwise at the beginning of a text."""
+        """The last tokens: some tokenizers decode a token differently at the start of a text."""
         self.done = 0
-        """Characters of the window's text that were given out."""
+        """Characters of the window's text already returned."""
 
     def push(self, token: int) -> str:
-        """The characters that no later token changes."""
+        """Add a token; return the characters that no later token changes."""
         self.window.append(token)
         text = self._text()
         certain = self._certain(text)
@@ -126,7 +126,7 @@ class Decoder:
         return new
 
     def flush(self) -> str:
-        """What is left: part of a character, as U+FFFD."""
+        """Return the rest: an incomplete character as U+FFFD."""
         new = self._text()[self.done :]
         self.done += len(new)
         return new
@@ -135,13 +135,13 @@ class Decoder:
         return self.tokenizer.decode(self.window, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _certain(self, text: str) -> str:
-        """Bytes that begin a character become U+FFFD at the end, in some tokenizers with all bytes before them, for as
-        long as the rest is not there. It may never come: so many are no beginning."""
+        """The text without an incomplete character at its end, which decodes to U+FFFD, in some tokenizers together
+        with bytes before it. More than `HELD` of them are invalid bytes, not an incomplete character."""
         kept = text.rstrip("\ufffd")
         return kept if len(text) - len(kept) <= self.HELD else text[:-3]
 
     def _shorten(self) -> None:
-        """To the last whole characters."""
+        """Shorten the window to its last complete characters."""
         whole = self.window
         for count in range(1, len(whole)):
             self.window = whole[-count:]
@@ -153,7 +153,7 @@ class Decoder:
 
 
 class Stops:
-    """Text up to the first of some strings. What may be the beginning of one is held back."""
+    """Cuts text at the first stop string, holding back what may be the beginning of one."""
 
     def __init__(self, strings: Sequence[str]):
         self.strings = strings
@@ -161,7 +161,7 @@ class Stops:
         self.found = False
 
     def push(self, text: str) -> str:
-        """The characters before which no stop string can begin."""
+        """Add text; return the characters that cannot be part of a stop string."""
         self.held += text
         places = [at for s in self.strings if (at := self.held.find(s)) >= 0]
         if places:
@@ -177,7 +177,7 @@ class Stops:
         return text
 
     def _begun(self) -> int:
-        """How many of the last characters begin a stop string."""
+        """Number of last characters that are the beginning of a stop string."""
         longest = min(len(self.held), max(map(len, self.strings), default=1) - 1)
         ends = (self.held[-n:] for n in range(longest, 0, -1))
         return next((len(end) for end in ends if any(s.startswith(end) for s in self.strings)), 0)

@@ -1,4 +1,4 @@
-"""The server, an ASGI application: who may ask, how much, and the coroutines that pass answers on."""
+"""The server, an ASGI application: authentication, limits, and the routes."""
 
 import asyncio
 import hmac
@@ -39,16 +39,16 @@ from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import encode
 
 MESSAGES = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-"""How a conversation becomes a text, for a tokenizer that has no chat template."""
+"""Chat template for tokenizers that have none."""
 SPARE_SECONDS = 5
-"""After all requests were ended, for what still holds a connection: a client that does not read, for one."""
+"""Time after the last request for open connections, such as a client that does not read."""
 
 
-# ------------------------------------------------------------------------------------------------ what is served
+# ------------------------------------------------------------------------------------------------ service
 
 
 class Service:
-    """A model, the memory that every stream begins with (None: the model's first one), and what clients may have."""
+    """A model, the memory that each request forks (None: the model's initial one), and the limits."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Service:
         api_key: str | None = None,
     ):
         if memory is not None and memory.batch_size != 1:
-            raise ValueError(f"streams can begin with a memory of one row, this one has {memory.batch_size}")
+            raise ValueError(f"the memory must have one row, this one has {memory.batch_size}")
         self.model, self.tokenizer, self.api_key = model, tokenizer, api_key
         self.limits = limits or Limits()
         with torch.no_grad():
@@ -69,7 +69,7 @@ class Service:
         self.ends = frozenset([] if end is None else end if isinstance(end, list) else [end])
 
     def answer(self, prompt: str | list[int], field: str, sampling: Sampling) -> Answer:
-        """To a fork of the memory. `field`: what to name in an error. Raises Refused."""
+        """Prepare the answer to a prompt with a fork of the memory. Errors name `field`. Raises Refused."""
         vocabulary, limit = self.model.config.vocab_size, self.model.config.max_position_embeddings
         if not isinstance(prompt, str) and not 0 <= min(prompt) <= max(prompt) < vocabulary:
             raise Refused(
@@ -77,16 +77,16 @@ class Service:
             )
         ids = torch.as_tensor(encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt)
         if not len(ids):
-            raise Refused(400, f"{field}: is empty; give at least one character to go on from", field)
+            raise Refused(400, f"{field}: is empty; give at least one character to continue from", field)
         total = int(self.memory.position[0]) + len(ids) + sampling.max_tokens
         if limit is not None and total > limit:
             raise Refused(
-                400, f"{field}: {total} tokens with memory and answer, this model has room for {limit}", field
+                400, f"{field}: {total} tokens with memory and answer, this model takes at most {limit}", field
             )
         return Answer(ids, self.memory.shared(), sampling, self.tokenizer, self.ends)
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """A conversation as a text, by the tokenizer's own template. Raises Refused for one that it does not take."""
+        """A conversation as text, by the tokenizer's template. Raises Refused if the template rejects it."""
         template = self.tokenizer.chat_template or MESSAGES
         try:
             text = self.tokenizer.apply_chat_template(
@@ -125,7 +125,7 @@ def create(service: Service) -> FastAPI:
 
 
 class Server(uvicorn.Server):
-    """Ends in bounded time: requests have the limits' seconds to end by themselves, then they are ended."""
+    """Shuts down in bounded time: cancels requests that take longer than the limit."""
 
     def __init__(self, service: Service):
         self.service = service
@@ -135,16 +135,17 @@ class Server(uvicorn.Server):
         )
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """uvicorn's, which waits for requests."""
+        """As uvicorn's, which waits for requests."""
         asyncio.get_running_loop().call_later(self.service.limits.shutdown_seconds, self.service.worker.close)
         await super().shutdown(sockets)
 
 
-# ------------------------------------------------------------------------------------------------ who may ask
+# ---------------------------------------------------------------------------------------- authentication and limits
 
 
 class Gate:
-    """Looks at a request before its body is read: at its key, at its size and, while it comes, at the time."""
+    """Middleware that checks the key and the size of a request before its body is read, and the time while it
+    arrives."""
 
     def __init__(self, app: ASGIApp, service: Service):
         self.app, self.limits = app, service.limits
@@ -219,15 +220,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _failed(_: Request, error: Exception) -> Response:
-    """A mistake of ours; its traceback goes to the log."""
+    """An internal error; its traceback goes to the log."""
     return _error(Refused(500, f"the server failed: {type(error).__name__}"))
 
 
 # ------------------------------------------------------------------------------------------------ answers
 
 
-class Passed:
-    """The texts of one job, from the worker's thread to a coroutine. The client's leaving cancels the job."""
+class JobStream:
+    """Passes the texts of a job from the worker's thread to a coroutine. Cancels the job if the client disconnects."""
 
     def __init__(self, service: Service, request: Request, answer: Answer):
         loop, self.events = asyncio.get_running_loop(), asyncio.Queue[str | End]()
@@ -241,7 +242,7 @@ class Passed:
         self.watch = asyncio.create_task(self._cancel_when_left())  # from now on: a stream may never be begun
 
     async def texts(self) -> AsyncIterator[str]:
-        """Raises Refused where the answer has no end of its own."""
+        """Yields the texts. Raises Refused if the answer ends early."""
         try:
             while not isinstance(event := await self.events.get(), End):
                 yield event
@@ -260,16 +261,16 @@ class Passed:
         return usage(len(self.answer.ids), self.answer.count)
 
 
-async def _reply(passed: Passed, question: Question, reply: CompletionReply) -> Response:
+async def _reply(stream: JobStream, question: Question, reply: CompletionReply) -> Response:
     if question.stream:
-        events = _events(passed, reply, question.wants_usage())
+        events = _events(stream, reply, question.wants_usage())
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    text = "".join([text async for text in passed.texts()])
-    return JSONResponse(reply.whole(text, passed.answer.finish_reason, passed.usage()))
+    text = "".join([text async for text in stream.texts()])
+    return JSONResponse(reply.whole(text, stream.answer.finish_reason, stream.usage()))
 
 
-async def _events(passed: Passed, reply: CompletionReply, with_usage: bool) -> AsyncIterator[str]:
-    """Server-sent events. An error is one of them, for the status was sent before."""
+async def _events(stream: JobStream, reply: CompletionReply, with_usage: bool) -> AsyncIterator[str]:
+    """Server-sent events. An error is an event too, because the status was already sent."""
 
     def event(body: dict[str, Any]) -> str:
         return f"data: {json.dumps(body)}\n\n"
@@ -277,15 +278,15 @@ async def _events(passed: Passed, reply: CompletionReply, with_usage: bool) -> A
     try:
         for body in reply.first():
             yield event(body)
-        async for text in passed.texts():
+        async for text in stream.texts():
             yield event(reply.chunk(text))
-        yield event(reply.chunk("", passed.answer.finish_reason))
+        yield event(reply.chunk("", stream.answer.finish_reason))
         if with_usage:
-            yield event(reply.last(passed.usage()))
+            yield event(reply.last(stream.usage()))
     except Refused as error:
         yield f"data: {bytes(_error(error).body).decode()}\n\n"
     finally:
-        passed.job.cancel()
+        stream.job.cancel()
     yield "data: [DONE]\n\n"
 
 
@@ -330,8 +331,8 @@ async def chat(question: ChatQuestion, request: Request, service: Served) -> Res
 async def _answer(
     service: Service, request: Request, question: Question, prepare: Callable[[], Answer], reply: CompletionReply
 ) -> Response:
-    service.worker.check_room()  # before the work of making tokens
-    return await _reply(Passed(service, request, await run_in_threadpool(prepare)), question, reply)
+    service.worker.check_room()  # before the prompt is encoded
+    return await _reply(JobStream(service, request, await run_in_threadpool(prepare)), question, reply)
 
 
 @router.get("/v1/models")
@@ -355,7 +356,7 @@ async def health(service: Served) -> dict[str, str]:
 
 @router.post("/reset")
 async def reset(service: Served) -> dict[str, int]:
-    """End all requests that are being answered: for who has the key, and not without one."""
+    """Cancel all running requests. Needs a server with an API key."""
     if service.api_key is None:
         raise Refused(403, "needs a server that was started with an API key")
     return {"ended": service.worker.cancel_all(Refused(503, "the server was reset"))}

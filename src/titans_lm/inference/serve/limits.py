@@ -1,11 +1,11 @@
-"""How much of the server one client may have."""
+"""Limits of the server."""
 
 import math
 from dataclasses import dataclass
 
 
 class Refused(Exception):
-    """Why a request is not answered: an HTTP status, a message, and the field that is wrong, if it is one."""
+    """A refused request: HTTP status, message, and the invalid field, if any."""
 
     def __init__(self, status: int, message: str, field: str | None = None):
         super().__init__(message)
@@ -14,20 +14,20 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """Raises ValueError for values that make no sense."""
+    """Raises ValueError for invalid values."""
 
     max_tokens: int = 4096
-    """Of one answer."""
+    """Maximum tokens of an answer."""
     prompt_bytes: int = 4 * 2**20
-    """Of one prompt, or all messages together."""
+    """Maximum bytes of a prompt, or of all messages together."""
     stops: int = 4
-    """Stop strings of one request."""
+    """Maximum stop strings of a request."""
     requests: int = 64
-    """That are being answered at once. Each holds a memory, of constant size."""
+    """Maximum concurrent requests. Each holds a memory of constant size."""
     seconds: float = 600.0
-    """A request that takes longer is ended; so is one whose body does not arrive in this time."""
+    """Time limit of a request, and of the arrival of its body."""
     shutdown_seconds: float = 10.0
-    """After SIGTERM, for the requests that are being answered; then they are ended."""
+    """Time for running requests to finish after SIGTERM."""
 
     def __post_init__(self) -> None:
         for option, value in (
@@ -46,5 +46,5 @@ class Limits:
 
     @property
     def body_bytes(self) -> int:
-        """Of a request as it is sent: JSON may write one byte of text as six."""
+        """Maximum bytes of a request body: JSON may take six bytes for one byte of text."""
         return 6 * self.prompt_bytes + 2**16

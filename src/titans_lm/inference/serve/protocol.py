@@ -1,7 +1,6 @@
-"""What clients ask, checked field by field, and what they are told: OpenAI's completions and chat completions.
+"""Requests and replies of OpenAI's completions and chat completions, validated field by field.
 
-A field is obeyed or refused. Of fields that this server does not have, those that clients send with a value that asks
-for nothing are let pass with it.
+A field is obeyed or refused. Unsupported fields that clients send anyway are accepted with their neutral value only.
 """
 
 import time
@@ -14,14 +13,14 @@ from titans_lm.inference.serve.answer import Sampling
 from titans_lm.inference.serve.limits import Limits, Refused
 
 NAME = "titans"
-"""What clients call the model."""
+"""Model name in requests and replies."""
 COMPLETION_TOKENS = 16
-"""Of a completion that does not say `max_tokens`, as OpenAI has it. A chat's may be as long as the server allows."""
+"""Default `max_tokens` of a completion, as OpenAI's. A chat's default is the server's limit."""
 STOP_LENGTH = 256
 
 
 def _is_unicode(text: str) -> str:
-    """Half of a surrogate pair, which JSON can say, is no character."""
+    """Raises UnicodeEncodeError for a lone surrogate, which JSON can encode."""
     text.encode()
     return text
 
@@ -37,7 +36,7 @@ def _prompt(prompt: Any) -> str | list[int]:
 
 
 def _content(content: Any) -> Any:
-    """Parts of text, as one."""
+    """Join the text parts of a message."""
     if not isinstance(content, list):
         return content
     for part in content:
@@ -54,7 +53,7 @@ Empty = Annotated[list[Any], Field(max_length=0)]
 
 
 class Strict(BaseModel):
-    """Numbers are numbers, not texts of them, and a field that is not there is an error."""
+    """Strict types, and no unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -69,7 +68,7 @@ class Message(Strict):
 
 
 class Question(Strict):
-    """What both kinds of request have. None is as if it were not there: some clients send it."""
+    """Fields of both kinds of request. None is the same as a missing field: some clients send it."""
 
     model: Literal["titans"]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -85,18 +84,18 @@ class Question(Strict):
     ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None  # says who asks, and asks for nothing
+    user: str | None = None  # identifies the user; has no effect
     n: Literal[1] | None = None
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
     def tokens(self) -> tuple[str, int | None]:
-        """The field that says how many tokens the answer may have, and what it says."""
+        """Name and value of the field that limits the answer's tokens."""
         return "max_tokens", self.max_tokens
 
     def sampling(self, limits: Limits, tokens: int) -> Sampling:
-        """`tokens`: where the request does not say. Raises Refused for what is over the limits."""
+        """Sampling parameters; `tokens` is the default limit. Raises Refused for values over the limits."""
         field, max_tokens = self.tokens()
         if max_tokens is not None and max_tokens > limits.max_tokens:
             raise Refused(400, f"{field}: must be at most {limits.max_tokens}, got {max_tokens}", field)
@@ -113,7 +112,7 @@ class Question(Strict):
         )
 
     def wants_usage(self) -> bool:
-        """At the end of a stream."""
+        """Whether the stream ends with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
@@ -133,7 +132,7 @@ class ChatQuestion(Question):
     tool_choice: Literal["none"] | None = None
 
     def tokens(self) -> tuple[str, int | None]:
-        """The newer name of it comes first."""
+        """`max_completion_tokens`, the newer name, takes precedence."""
         if self.max_completion_tokens is None:
             return super().tokens()
         if self.max_tokens not in (None, self.max_completion_tokens):
@@ -144,7 +143,7 @@ class ChatQuestion(Question):
 
 
 def describe(error: dict[str, Any]) -> tuple[str, str]:
-    """One of pydantic's errors -> the field, and a message that names it and what was found."""
+    """Convert an error of pydantic to the field and a message that names field and value."""
     places = [str(part)[:80] for part in error["loc"] if part != "body" and "[" not in str(part)]
     field = ".".join(places).encode("ascii", "backslashreplace").decode() or "body"  # a client's own words
     if error["type"] == "extra_forbidden":
@@ -166,7 +165,7 @@ def usage(prompt: int, answer: int) -> dict[str, int]:
 
 
 class CompletionReply:
-    """The bodies that answer one request."""
+    """The response bodies of one request."""
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
@@ -184,14 +183,14 @@ class CompletionReply:
         return self._body(self.whole_object, [self._choice(text, reason)], used)
 
     def first(self) -> list[dict[str, Any]]:
-        """What a stream begins with."""
+        """First chunks of a stream."""
         return []
 
     def chunk(self, text: str, reason: str | None = None) -> dict[str, Any]:
         return self._body(self.chunk_object, [self._choice(text, reason)], None)
 
     def last(self, used: dict[str, int]) -> dict[str, Any]:
-        """What says at a stream's end how many tokens it was."""
+        """Last chunk of a stream, with the usage."""
         return self._body(self.chunk_object, [], used)
 
 

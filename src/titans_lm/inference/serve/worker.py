@@ -1,4 +1,4 @@
-"""One model, shared by all requests: a thread that gives every answer a token, and one prompt a piece, turn by turn."""
+"""A thread that shares one model among requests: each turn gives every answer a token, and one prompt a piece."""
 
 import logging
 import threading
@@ -16,13 +16,13 @@ LOG = logging.getLogger(__name__)
 
 
 class End(NamedTuple):
-    """After the last text: nothing, or why there is no more."""
+    """Sent after the last text, with the reason if the answer is incomplete."""
 
     refused: Refused | None = None
 
 
 class Job:
-    """An answer in the making. `deliver` is called from the worker's thread, with texts and then one `End`."""
+    """A running answer. The worker's thread calls `deliver` with texts and then one `End`."""
 
     def __init__(self, answer: Answer, deliver: Callable[[str | End], None], seconds: float):
         self.answer, self.deliver = answer, deliver
@@ -30,11 +30,11 @@ class Job:
         self._refused: Refused | None = None
 
     def cancel(self, reason: Refused | None = None) -> None:
-        """From any thread: no more work is done for it, beyond the call that runs."""
+        """Stop the job after the running call. Thread-safe."""
         self._refused = self._refused or reason or Refused(499, "the client left")
 
     def over(self) -> End | None:
-        """How it ended, if it did."""
+        """Its `End` if the job is over, else None."""
         if self._refused is None and self.answer.finish_reason is None and time.monotonic() > self.deadline:
             self.cancel(Refused(504, f"this took longer than {self.seconds:g} seconds"))
         if self._refused is not None:
@@ -43,9 +43,9 @@ class Job:
 
 
 class Worker:
-    """Runs the jobs that are submitted, in turns.
+    """Runs submitted jobs in turns, one forward call per job.
 
-    One call of the model is for one job. A later one may be for several: all answers of a turn read one token each.
+    All answers of a turn read one token each, so a later version may batch them.
     """
 
     def __init__(self, model: TitansForCausalLM, limits: Limits):
@@ -63,14 +63,14 @@ class Worker:
         return self._thread.is_alive() and not self._closed
 
     def check_room(self) -> None:
-        """Raises Refused where one more job is too many, or the server ends."""
+        """Raises Refused if there are too many jobs, or the server is shutting down."""
         if self._closed:
             raise Refused(503, "the server is shutting down")
         if len(self.jobs) >= self.limits.requests:
             raise Refused(429, f"{len(self.jobs)} requests are being answered; try again later")
 
     def submit(self, answer: Answer, deliver: Callable[[str | End], None]) -> Job:
-        """From any thread. Raises Refused as `check_room` does."""
+        """Add a job. Thread-safe. Raises Refused as `check_room` does."""
         job = Job(answer, deliver, self.limits.seconds)
         with self._changed:
             self.check_room()
@@ -79,14 +79,14 @@ class Worker:
         return job
 
     def cancel_all(self, reason: Refused) -> int:
-        """-> how many there were."""
+        """Cancel all jobs, and return their number."""
         with self._changed:
             for job in self.jobs:
                 job.cancel(reason)
             return len(self.jobs)
 
     def close(self) -> None:
-        """Ends all jobs, and takes no other."""
+        """Cancel all jobs and refuse new ones."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -104,7 +104,8 @@ class Worker:
             self.turn()
 
     def turn(self) -> None:
-        """One token for each answer, one piece of the prompt that waited longest; what is over is let go."""
+        """Run one turn: a token for each answer, a piece of the prompt that waited longest. Removes jobs that are
+        over."""
         with self._changed:
             jobs = list(self.jobs)
         reading = next((job for job in jobs if job.answer.is_reading and not job.over()), None)
@@ -121,7 +122,7 @@ class Worker:
             job.deliver(end)
 
     def _step(self, job: Job) -> None:
-        """What goes wrong ends this job alone."""
+        """One forward call. An error ends only this job."""
         if job.over() is not None:
             return
         answer = job.answer

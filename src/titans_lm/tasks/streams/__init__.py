@@ -1,8 +1,7 @@
-"""Streams of bytes that only reading makes predictable: each follows rules of its own, which come in no other stream.
+"""Streams of bytes that become predictable only by reading them: each follows rules that no other stream has.
 
-A stream is of one source, or changes now and then from one to another. It may be longer than a row: a model that
-carries its memory then reads it over many batches.
-"""
+A stream has one source, or switches between several. It may be longer than a row: truncated BPTT then reads it over
+many batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,35 +34,35 @@ WEIGHTS = {
     "text": 4.0, "cipher": 2.0, "alphabets": 1.0, "language": 1.0, "logs": 4.0, "tables": 1.0, "markov": 1.0,
     "automata": 0.5, "letters": 0.7, "noise": 0.3, "repeat": 2.0,
 }  # fmt: skip
-"""How often a stream is of each source, where nothing else is said."""
+"""The default weights of the sources."""
 RETURN = 1 / 3
-"""How often a change of sources goes back to an earlier one of the stream."""
+"""Probability that a switch returns to an earlier source of the stream."""
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Every row begins a stream of its own. Every token is asked: labels are the tokens.
+    """Each row of a batch is the beginning of a stream. Labels are the tokens.
 
-    Raises ValueError for a source that does not exist, and for files that cannot be read.
+    Raises ValueError for an unknown source and for files that cannot be read.
     """
 
     length: int = 1024
     """Tokens of a row."""
     sources: Any = None
-    """Name -> weight, or the name of one, or a list of several that are as frequent as one another. None: `WEIGHTS`."""
+    """Name -> weight; or one name, or a list of names with equal weights. None: `WEIGHTS`."""
     files: Any = (STDLIB,)
-    """Where texts are from: text files, folders, archives (.tar.xz and the like), "python-stdlib". A list, or path ->
-    weight. Within one, passages are drawn evenly by bytes."""
+    """Sources of text: text files, folders, archives (.tar.xz and the like), "python-stdlib". A list, or path ->
+    weight. Within one, passages are drawn uniformly by bytes."""
     suffixes: Any = (".txt", ".md", ".py")
-    """Which files of a folder or an archive."""
+    """File name endings that are read from a folder or an archive."""
     held_out: int = 0
-    """So many files of each folder and archive, the last in the order of their names, are not read. Of the standard
-    library a fixed share is never read (`data.stdlib_held_out`)."""
+    """Number of files of each folder and archive, the last by name, that are not read. Of the standard library a fixed
+    share is never read (`utils.corpora.stdlib_held_out`)."""
     tasks: Any = ()
-    """Examples of other tasks, one after another, as sources too: the options of each, with a `weight` beside those of
-    the sources, such as {name: needle, length: 4096, weight: 1}. Their tokens must be bytes."""
+    """Other tasks as further sources, each one example after another: their options with a `weight` relative to those
+    of the sources, such as {name: needle, length: 4096, weight: 1}. Their tokens must be bytes."""
     switch: int = 0
-    """Bytes, on average, after which a stream changes to another source, or back to an earlier one. 0: never."""
+    """Mean number of bytes after which a stream switches to another source or back to an earlier one. 0: never."""
 
     def __post_init__(self) -> None:
         at_least(1, length=self.length)
@@ -78,7 +77,7 @@ class Streams:
                 raise ValueError(f"sources: {name!r} is not one of: {', '.join(SOURCES)}")
         object.__setattr__(self, "files", _weights("files", self.files))
         _ = self._tasks
-        self._texts()  # a file that cannot be read is told now
+        self._texts()  # raises for a file that cannot be read
 
     @property
     def tokenizer(self) -> str:
@@ -105,7 +104,7 @@ class Streams:
         return np.concatenate(pieces)
 
     def _next(self, rng: np.random.Generator, parts: list[Part], length: int) -> Part:
-        """A new part, or an earlier one that goes on; `parts` are those so far, the last the one at work."""
+        """A new part, or an earlier one that continues. `parts` are those so far; the last one is running."""
         if len(parts) > 1 and rng.random() < RETURN:
             parts.append(parts.pop(int(rng.integers(len(parts) - 1))))
         else:
@@ -161,7 +160,7 @@ def _examples(task: Task, rng: np.random.Generator) -> Iterator[Bytes]:
 
 
 def _weights(name: str, weights: Any) -> dict[str, float]:
-    """One name, a list, or name -> weight. Those of weight 0 are left out."""
+    """Parse one name, a list, or name -> weight. Drops names of weight 0."""
     weights = [weights] if isinstance(weights, str) else weights
     if not isinstance(weights, Mapping):
         weights = dict.fromkeys(weights, 1.0) if isinstance(weights, Sequence) and all(map(_is_text, weights)) else {}

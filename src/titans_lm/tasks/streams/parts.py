@@ -1,4 +1,4 @@
-"""What all sources of streams share: what they are given, and how bytes are taken from them."""
+"""Common parts of the sources of streams: their inputs, and how bytes are taken from them."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from titans_lm.tasks.streams.texts import Bytes, Texts
 
 
 class Part:
-    """A source at work: its pieces as one stream, from which bytes are taken as they are needed."""
+    """A running source: its pieces as one stream of bytes."""
 
     def __init__(self, name: str, pieces: Iterator[Bytes]):
         self.name, self._pieces, self._rest = name, pieces, np.zeros(0, np.uint8)
@@ -27,27 +27,27 @@ class Part:
 
 
 class SourceInputs(NamedTuple):
-    """What a source makes its pieces from."""
+    """The inputs from which a source makes its pieces."""
 
     rng: np.random.Generator
-    """Its own."""
+    """The source's own generator."""
     texts: Callable[[], Texts]
     length: int
-    """Bytes of the stream that it is a part of."""
+    """Bytes of the stream that the source is a part of."""
     other: Callable[[np.random.Generator], Part]
-    """Begins another source, drawn as the streams draw theirs."""
+    """Starts another source, drawn with the stream's weights."""
 
 
 Source = Callable[[SourceInputs], Iterator[Bytes]]
 
 
 def log_uniform(rng: np.random.Generator, low: int | float, high: int | float) -> float:
-    """Drawn evenly in its logarithm."""
+    """A log-uniform draw."""
     return math.exp(rng.uniform(math.log(low), math.log(max(low, high))))
 
 
 def symbols(rng: np.random.Generator, count: int) -> Bytes:
-    """So many different bytes: printable ones or any."""
+    """`count` different bytes: printable ones or any."""
     low, high = (33, 127) if rng.random() < 0.5 else (0, 256)
     return (low + rng.permutation(high - low)[:count]).astype(np.uint8)
 

@@ -1,4 +1,4 @@
-"""Texts to take passages from: files, folders, archives, the standard library; some are held out."""
+"""Texts to draw passages from: files, folders, archives, the standard library; some are held out."""
 
 import re
 import tarfile
@@ -22,14 +22,14 @@ _ARCHIVES = (".tar", ".tgz", ".txz", ".tar.gz", ".tar.xz", ".tar.bz2")
 
 
 class Files(NamedTuple):
-    """Where texts are: a path or "python-stdlib", and how often a passage is from there."""
+    """A path or "python-stdlib", and the weight with which passages are drawn from it."""
 
     path: str
     weight: float
 
 
 class Texts:
-    """Texts in groups, each with its weight; a passage is from anywhere in a group, evenly by bytes."""
+    """Groups of texts with weights. A passage is drawn uniformly by bytes within a group."""
 
     def __init__(self, groups: Sequence[Bytes], weights: Sequence[float]):
         self.groups = groups
@@ -56,7 +56,7 @@ class Texts:
 @lru_cache(maxsize=4)
 def load_texts(files: tuple[Files, ...], suffixes: tuple[str, ...], held_out: int) -> Texts:
     """The texts of all `files` but those held out: of each folder and archive the last `held_out` in the order of their
-    names, of the standard library always those that `data.stdlib_held_out` lists.
+    names, of the standard library always those that `utils.corpora.stdlib_held_out` lists.
 
     Raises ValueError for a path that does not exist, has no text, or of which nothing is left.
     """
