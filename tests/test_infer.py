@@ -272,7 +272,7 @@ def test_learning_goes_on_where_it_was_interrupted(text, tmp_path, capsys, monke
     with monkeypatch.context() as patch:
         patch.setattr(TitansTrainer, "log", interrupted)
         assert main([*command, str(tmp_path / "cut")]) == 130
-    assert said(capsys)[1] == f"titans learn: interrupted: saved in {tmp_path}/cut/model; the same again goes on"
+    assert said(capsys)[1] == f"titans learn: interrupted: saved in {tmp_path}/cut/model; the same command continues"
     assert main([*command, str(tmp_path / "cut")]) == 0
     whole, cut = (json.loads((tmp_path / name / "model/trainer_state.json").read_text()) for name in ("whole", "cut"))
     assert [log["step"] for log in cut["log_history"] if "loss" in log] == [1, 2, 3, 4, 5, 6]
@@ -316,7 +316,7 @@ def test_an_interrupted_stability_goes_on(tmp_path, capsys):
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 130, told
     assert told.startswith("titans stability: interrupted: ")
-    assert told.endswith(f"of 4 runs are in {out}; the same again goes on\n")
+    assert told.endswith(f"of 4 runs are in {out}; the same command continues\n")
     before = json.loads(out.read_text())["runs"]
     assert 0 < len(before) < 4
     assert subprocess.run(command, check=False).returncode == 0

@@ -145,7 +145,7 @@ def test_an_interruption_loses_no_cell(folder, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(TitansForCausalLM, "forward", interrupted)
         assert main(arguments(folder, out)) == 130
-    assert f"interrupted: the same again goes on with {out}" in capsys.readouterr().err
+    assert f"interrupted: the same command continues with {out}" in capsys.readouterr().err
     done = rows(out)
     assert 0 < len(done) < 8
     assert main(arguments(folder, out)) == 0

@@ -156,7 +156,7 @@ def test_an_interrupted_study_goes_on_to_the_same_results(write):
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "the same again goes on" in said
+    assert "the same command continues" in said
     assert not Path("results/small.jsonl").exists()
     assert cli.main(["study", study, "--runs", "a"]) == 0
     interrupted = figures(lines())

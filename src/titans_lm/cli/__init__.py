@@ -1,4 +1,4 @@
-"""`titans <verb>`: finds the verb, imports only what it needs, and turns what a user did wrong into one line."""
+"""`titans <verb>`: import only what the verb needs, and report a user's error in one line."""
 
 import argparse
 import importlib
@@ -11,10 +11,10 @@ from titans_lm.utils.terminal import shown
 
 VERBS = {
     "train": "train a model from a YAML file",
-    "infer": "read a text of any length, remember it, answer or go on",
-    "read": "read texts into a memory file; go on after an interruption",
+    "infer": "read a text of any length into a memory, answer prompts or continue",
+    "read": "read texts into a memory file; resume after an interruption",
     "memory": "show, verify, fork and compare memory files",
-    "serve": "an OpenAI-compatible server whose clients begin with one memory",
+    "serve": "an OpenAI-compatible server; each request forks one memory",
     "evaluate": "needle, BABILong, perplexity, harness tasks, recall and state tracking",
     "study": "a grid of models, seeds and tests from a YAML file, resumable",
     "stability": "which forms of the memory stay finite on text that repeats",
@@ -22,16 +22,16 @@ VERBS = {
     "demo": "find a needle in a haystack of any length with a model that is shipped",
     "learn": "train a small model, read a long text, see what memory adds",
 }
-"""Each is a module of this package with `run(arguments)`, which may return a status, and `add_arguments(parser)`, where
-`flags` has no function of its name."""
+"""Each verb is a module of this package with `run(arguments)`, which may return a status, and `add_arguments(parser)`
+unless `flags` has a function of its name."""
 _OF_KINDS = ("evaluate", "bench")
-"""Verbs that load only the kind that is asked for."""
+"""Verbs with kinds, of which only the requested one is loaded."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `titans` with `arguments` (default: the process's).
 
-    -> 0, 2 for a user's error, 130 for Ctrl-C, 143 and 129 for SIGTERM and SIGHUP.
+    Returns 0, 2 for a user's error, 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser("titans", description="Language models that keep learning while they read.")
@@ -55,9 +55,9 @@ def _run(verb: str, arguments: list[str]) -> int:
     try:
         with on_stop(stop):
             status = run(parsed) or 0
-            sys.stdout.flush()  # a full disk is told here, not when the process ends
+            sys.stdout.flush()  # reports a full disk now, not at exit
             return status
-    except BrokenPipeError:  # `titans ... | head`: nobody reads on
+    except BrokenPipeError:  # `titans ... | head`: the reader has gone
         _drop_output()
         return 128 + 13  # SIGPIPE, as a shell has it
     except KeyboardInterrupt as interruption:
@@ -85,14 +85,14 @@ def _parsed(verb: str, arguments: list[str]) -> argparse.Namespace:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """torch has a class for a GPU's memory, and only words for a CPU's."""
+    """torch has an exception class for GPU memory, and only a message for CPU memory."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _drop_output() -> None:
-    """What cannot be written to standard output would be tried again, and told with a traceback, at the end."""
+    """Discard unwritten output: flushing it again at exit would end in a traceback."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -100,7 +100,7 @@ def _drop_output() -> None:
 
 
 def _no_more_threads_than_cores() -> None:
-    """More threads than the cores this process may use slow small matmuls a hundredfold."""
+    """Limit threads to the cores of this process: more slow small matmuls a hundredfold."""
     import torch
 
     from titans_lm.utils.record import cores

@@ -1,4 +1,4 @@
-"""Flags of the verbs whose modules load torch: help and errors of a command line need nothing but these."""
+"""Flags of verbs whose modules load torch, so that help and argument errors do not load it."""
 
 import argparse
 import os
@@ -8,9 +8,9 @@ from typing import get_args
 from titans_lm.models.model_files import MODEL_HELP
 from titans_lm.utils.text_file import Errors
 
-ERRORS_HELP = "replace: what is not UTF-8 in a file is read as U+FFFD; strict: such a file is refused"
+ERRORS_HELP = "strict: refuse files that are not UTF-8; replace: read invalid bytes as U+FFFD"
 READ_MODES = ("learning", "frozen", "reset")
-"""`Mode` of the reader, which loads torch."""
+"""The values of `Mode` of the reader, which loads torch."""
 LEARN_BYTES = 1_000_000
 
 
@@ -23,21 +23,23 @@ def train(parser: argparse.ArgumentParser) -> None:
 def infer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument("--context", type=Path, nargs="+", default=[], help="texts to read first; -: standard input")
-    parser.add_argument("--prompt", nargs="+", help="text to go on from; of several each has a fork of the memory")
-    parser.add_argument("--interactive", action="store_true", help="converse: a prompt a line, all in one memory")
-    parser.add_argument("--load-memory", type=Path, help="go on from this memory file")
-    parser.add_argument("--save-memory", type=Path, help="write what was learned from the context to this file")
-    parser.add_argument("--frozen", action="store_true", help="prompts are read without writing to the memory")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--prompt", nargs="+", help="text to continue; each of several gets a fork of the memory")
+    parser.add_argument(
+        "--interactive", action="store_true", help="read prompts from standard input, one per line, into one memory"
+    )
+    parser.add_argument("--load-memory", type=Path, help="start from this memory file")
+    parser.add_argument("--save-memory", type=Path, help="write the memory after the context to this file")
+    parser.add_argument("--frozen", action="store_true", help="read prompts without writing to the memory")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="maximum tokens of an answer")
     parser.add_argument(
         "--stop",
         nargs="+",
         metavar="TEXT",
-        help=r"an answer ends with one of these; \n, \t, \r and \\ are as in Python",
+        help=r"end an answer at one of these; \n, \t, \r and \\ as in Python",
     )
     parser.add_argument("--errors", choices=get_args(Errors), default="strict", help=ERRORS_HELP)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
 
 
 def read(parser: argparse.ArgumentParser) -> None:
@@ -45,22 +47,27 @@ def read(parser: argparse.ArgumentParser) -> None:
         "texts", type=Path, nargs="+", metavar="FILE", help="text files, read in this order; -: standard input"
     )
     parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
-    parser.add_argument("--memory", type=Path, help="the file to go on from, if it exists, and to write")
-    listed = "list the N lines that took most bits per byte: with a memory of earlier texts, what is new since then"
+    parser.add_argument("--memory", type=Path, help="memory file to load, if it exists, and to write")
+    listed = "list the N lines with most bits per byte; after earlier texts in the memory, these are new"
     parser.add_argument("--surprising", type=int, metavar="N", help=listed)
-    parser.add_argument("--mode", choices=READ_MODES, default="learning", help="reset: forget before each text")
-    parser.add_argument("--save-seconds", type=float, default=30.0, help="at most so much is lost at a kill")
+    parser.add_argument(
+        "--mode",
+        choices=READ_MODES,
+        default="learning",
+        help="learning: write; frozen: read only; reset: reset the memory before each text",
+    )
+    parser.add_argument("--save-seconds", type=float, default=30.0, help="time between saves")
     parser.add_argument("--errors", choices=get_args(Errors), default="strict", help=ERRORS_HELP)
-    parser.add_argument("--abandon", action="store_true", help="do not go on with what was interrupted")
+    parser.add_argument("--abandon", action="store_true", help="drop an interrupted reading instead of resuming it")
 
 
 def memory(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="show|verify|fork|diff")
-    show = commands.add_parser("show", help="what a file remembers: model, texts, sizes")
-    verify = commands.add_parser("verify", help="whether a file is whole, finite, and belongs to a model")
+    show = commands.add_parser("show", help="show model, texts and sizes of a memory file")
+    verify = commands.add_parser("verify", help="check that a file is complete, finite, and of this model")
     verify.add_argument("--model", type=Path, help=MODEL_HELP)
-    fork = commands.add_parser("fork", help="a copy to go on from, which says where it came from")
-    diff = commands.add_parser("diff", help="where two files differ; exit status 1 if they do")
+    fork = commands.add_parser("fork", help="copy a file; the copy records its origin")
+    diff = commands.add_parser("diff", help="compare two files; exit status 1 if they differ")
     for command in (show, verify, fork, diff):
         command.add_argument("file", type=Path)
     fork.add_argument("to", type=Path, help="the file to write; it must not exist")
@@ -68,17 +75,15 @@ def memory(parser: argparse.ArgumentParser) -> None:
 
 
 def learn(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output", type=Path, default=Path("learn"), help="folder for the model, the memory, the picture"
-    )
-    parser.add_argument("--minutes", type=float, default=2.0, help="time to train")
-    parser.add_argument("--bytes", type=int, default=LEARN_BYTES, help="length of the text that is read")
+    parser.add_argument("--output", type=Path, default=Path("learn"), help="folder for model, memory and figure")
+    parser.add_argument("--minutes", type=float, default=2.0, help="training time")
+    parser.add_argument("--bytes", type=int, default=LEARN_BYTES, help="length of the text to read")
 
 
 def stability(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=5000, help="training steps of each run")
+    parser.add_argument("--steps", type=int, default=5000, help="training steps per run")
     parser.add_argument("--sweep", action="store_true", help="all forms, steps, depths and chunks")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs side by side, one thread each")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="parallel runs, one thread each")
     parser.add_argument(
-        "--output", type=Path, required=True, help="the JSON file, written after each run; continued if it exists"
+        "--output", type=Path, required=True, help="JSON file, written after each run; an existing one is continued"
     )

@@ -1,4 +1,4 @@
-"""`titans infer`: answer prompts, or converse, with a memory of what was read before."""
+"""`titans infer`: answer prompts, or converse, with a memory of texts read before."""
 
 import argparse
 import io
@@ -23,14 +23,14 @@ from titans_lm.utils.memory_lock import MemoryLock
 from titans_lm.utils.terminal import PlainConsole
 from titans_lm.utils.text_file import examine, is_standard_input
 
-HELP = "/save FILE writes the memory, /reset goes back to where this conversation began, /quit or Ctrl-D ends it"
+HELP = "/save FILE writes the memory, /reset restores the memory of the beginning, /quit or Ctrl-D ends"
 
 
 def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     console = PlainConsole(stderr=True)
     for path in arguments.context:
-        examine(path, arguments.errors)  # all can be read, before the work begins
+        examine(path, arguments.errors)  # fail before the model is loaded
     model, tokenizer = load(arguments.model)
     with MemoryLock(arguments.save_memory) if arguments.save_memory else nullcontext() as lock:
         state = _remember(arguments, model, tokenizer, console, lock)
@@ -51,7 +51,7 @@ def _remember(
     console: Console,
     lock: MemoryLock | None,
 ) -> TitansState:
-    """The memory that is loaded, with what the context adds; saved, if it is to be, when interrupted too."""
+    """Load the memory and read the context into it. Save it if requested, also when interrupted."""
     reader = Reader(model, tokenizer, errors=arguments.errors)
     if arguments.load_memory:
         reader.state = TitansState.load(arguments.load_memory, model)
@@ -62,7 +62,9 @@ def _remember(
         if not arguments.save_memory:
             raise
         reader.state.save(arguments.save_memory, lock)
-        raise KeyboardInterrupt(f"what was read is in {arguments.save_memory}; --load-memory goes on with it") from None
+        raise KeyboardInterrupt(
+            f"the memory so far is in {arguments.save_memory}; continue with --load-memory"
+        ) from None
     state = reader.state
     console.print(f"{int(state.position[0]):,} tokens read; the memory takes {state.nbytes / 2**20:.1f} MiB")
     if arguments.save_memory:
@@ -91,16 +93,16 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Of `generate`."""
+    """Options of `generate`."""
     sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature else {}
     stop = {"stop_strings": [_unescaped(text) for text in arguments.stop]} if arguments.stop else {}
     return {"max_new_tokens": arguments.max_new_tokens, **sampling, **stop}
 
 
 def _unescaped(text: str) -> str:
-    """A shell passes `\n` between quotes as a backslash and an n. What is no escape sequence stays as it is."""
-    meant = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
-    return re.sub(r"\\([ntr\\])", lambda match: meant[match[1]], text)
+    """Replace the escape sequences of newline, tab, carriage return and backslash, which a shell passes unchanged."""
+    escapes = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return re.sub(r"\\([ntr\\])", lambda match: escapes[match[1]], text)
 
 
 def _answer(
@@ -110,7 +112,7 @@ def _answer(
     prompts: list[str],
     options: dict[str, Any],
 ) -> TitansState:
-    """Prompt and answer on the screen, as they come where there is one. -> the memory after them"""
+    """Print prompts and answers, streaming a single one. Returns the memory after them."""
     if len(prompts) == 1:
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)
         _, state = answer(model, tokenizer, state, prompts, streamer=streamer, **options)
@@ -129,7 +131,7 @@ def _converse(
     console: Console,
     options: dict[str, Any],
 ) -> None:
-    """Prompts from standard input, one a line, until it ends."""
+    """Answer prompts from standard input, one per line, until it ends."""
     state = begin
     console.print(HELP)
     while line := _line(console):
@@ -145,21 +147,21 @@ def _converse(
 
 
 def _line(console: Console) -> str | None:
-    """The next line with something on it; None at the end."""
+    """The next non-blank line; None at the end."""
     while True:
         if sys.stdin.isatty():
             console.print("> ", end="")
         line = sys.stdin.readline()
         if not line:
             return None
-        if any("\udc80" <= c <= "\udcff" for c in line):  # bytes that cannot be decoded, by surrogateescape
+        if any("\udc80" <= c <= "\udcff" for c in line):  # invalid bytes, by surrogateescape
             console.print("this line is not text and was not read: it is not UTF-8 (--errors replace reads it)")
         elif line.strip():
             return line
 
 
 def _save(state: TitansState, file: str, console: Console) -> None:
-    """What is wrong does not end the conversation."""
+    """Save the memory. Prints an error rather than end the conversation."""
     try:
         if not file:
             raise ValueError("/save needs the name of a file")

@@ -1,6 +1,6 @@
-"""`titans learn`: train a small model, read a long text it has never seen, and see what its memory adds.
+"""`titans learn`: train a small model, read a long held-out text, and measure what its memory adds.
 
-Everything is on text that every Python has: the standard library's own source files, the last of them held out.
+Uses the source files of the Python standard library; the last ones are held out.
 """
 
 import argparse
@@ -29,18 +29,18 @@ from titans_lm.utils.terminal import PlainConsole
 from titans_lm.utils.text_file import read_text
 
 PIECE = 4096
-"""Bytes after which the third reading forgets, and over which bits are averaged."""
+"""Bytes after which the third reading resets its memory, and over which bits are averaged."""
 ROWS = 4
-"""Pieces that the third reading reads side by side: they do not know of each other."""
+"""Pieces that the third reading reads as rows of a batch: they are independent."""
 
 
 @dataclass
 class Reading:
-    """What came of reading the text once."""
+    """The results of reading the text once."""
 
     bits: Tensor  # [N], bits per byte of each piece
     surprise: Tensor | None  # [N], mean reconstruction loss of each piece
-    state: TitansState | None  # what is remembered at the end
+    state: TitansState | None  # the memory at the end
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -63,30 +63,30 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"Reading {ids.shape[1]:,} bytes of {len(held_out)} files that were not trained on, as one stream.")
     readings = read_three_ways(model, ids)
     console.print(_table(readings))
-    same, sample = _save_load_go_on(model, tokenizer, readings["learning"], output / "memory.safetensors")
-    console.print(f"Memory saved, loaded, and continued with: {'identical' if same else 'DIFFERENT'}. It goes on:")
+    same, sample = _save_load_continue(model, tokenizer, readings["learning"], output / "memory.safetensors")
+    console.print(f"Memory saved, loaded, and continued with: {'identical' if same else 'DIFFERENT'}. It continues:")
     console.print(sample, style="dim")
     plot(readings, output / "learn.png")
     command = f"titans learn --minutes {arguments.minutes:g} --bytes {arguments.bytes}"
     write_json(output / "learn.json", {**provenance(command), **summary(readings), "identical_after_loading": same})
-    console.print(f"The picture is {output}/learn.png, the figures are in {output}/learn.json.")
+    console.print(f"The figure is {output}/learn.png; the numbers are in {output}/learn.json.")
     if not same:
         raise ValueError("the loaded memory did not continue as the saved one did; please report this")
 
 
 def _train(settings: Settings) -> None:
-    """From the beginning, or on from where it was interrupted."""
+    """Train, or resume an interrupted training."""
     settings.training.resume = earlier(settings) is not None
     try:
         train(settings)
     except KeyboardInterrupt as interruption:
         if interruption.args:  # a checkpoint was saved
-            raise KeyboardInterrupt(f"saved in {settings.training.output_dir}; the same again goes on") from None
+            raise KeyboardInterrupt(f"saved in {settings.training.output_dir}; the same command continues") from None
         raise
 
 
 def _held_out(size: int) -> tuple[int, list[Path]]:
-    """How many files there are, and the last of them, of `size` bytes together at least."""
+    """Number of files, and the last of them, which have at least `size` bytes in total."""
     files = stdlib_files()
     count = total = 0
     while total < size and count < len(files) // 2:
@@ -114,8 +114,8 @@ def _settings(output: Path, minutes: float, held_out: int) -> Settings:
 
 
 def read_three_ways(model: TitansForCausalLM, ids: Tensor) -> dict[str, Reading]:
-    """Read ids `[1, T]` with the memory learning, frozen (nothing written), and reset every `PIECE` tokens. The first
-    token of a piece is not counted, in any of them: the third has nothing to predict it from."""
+    """Read ids `[1, T]` with the memory learning, frozen (no writes), and reset every `PIECE` tokens. The first token
+    of a piece is never counted: the third reading has no context for it."""
     learning, frozen = model.initial_state(1), model.initial_state(1)
     frozen.frozen = True
     pieces = ids[:, : ids.shape[1] // PIECE * PIECE].view(-1, PIECE)
@@ -128,7 +128,7 @@ def read_three_ways(model: TitansForCausalLM, ids: Tensor) -> dict[str, Reading]
 
 @torch.no_grad()
 def _read(model: TitansForCausalLM, batches: Any, state: TitansState | None, name: str) -> Reading:
-    """Batches `[R, PIECE]`, one after another; with no state each row begins anew."""
+    """Read batches `[R, PIECE]` one after another; without a state each row starts anew."""
     bits, surprise = [], []
     for batch in track(batches, f"{name:25}"):
         ((_, out),) = read(model, batch, state if state is not None else model.initial_state(len(batch)))
@@ -140,10 +140,10 @@ def _read(model: TitansForCausalLM, batches: Any, state: TitansState | None, nam
 
 
 @torch.no_grad()
-def _save_load_go_on(
+def _save_load_continue(
     model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, reading: Reading, path: Path
 ) -> tuple[bool, str]:
-    """Save the memory, load it, and go on from both: are they the same, to the last bit? And what it says."""
+    """Save and load the memory, and continue from both. Returns whether they agree to the last bit, and the text."""
     assert reading.state is not None
     reading.state.save(path)
     prompt = torch.as_tensor(encode(tokenizer, "\n    def "))[None]
@@ -155,7 +155,7 @@ def _save_load_go_on(
     return same, tokenizer.decode(before.sequences[0])
 
 
-# ------------------------------------------------------------------------------------------------ what is shown
+# ------------------------------------------------------------------------------------------------ output
 
 
 def tenths(values: Tensor) -> list[float]:
@@ -187,7 +187,7 @@ def plot(readings: dict[str, Reading], path: Path) -> None:
         for (name, reading), colour in zip(readings.items(), ("C0", "C3", "C1"), strict=True):
             kilobytes = (torch.arange(len(reading.bits)) + 0.5) * PIECE / 1000
             above.plot(kilobytes, reading.bits, color=colour, alpha=0.2, linewidth=0.8)
-            style = "--" if name == "reset" else "-"  # it may lie on the line below
+            style = "--" if name == "reset" else "-"  # lines may coincide
             above.plot(kilobytes, _smooth(reading.bits), style, color=colour, label=f"memory {name}")
         above.set_ylabel("bits per byte")
         above.legend(frameon=False)
@@ -202,7 +202,7 @@ def plot(readings: dict[str, Reading], path: Path) -> None:
 
 
 def _smooth(values: Tensor, width: int = 15) -> Tensor:
-    """A running mean, shorter at the ends."""
+    """Running mean with a shorter window at the ends."""
     ones = torch.ones(1, 1, width)
     total = torch.nn.functional.conv1d(values[None, None], ones, padding=width // 2)
     count = torch.nn.functional.conv1d(torch.ones_like(values)[None, None], ones, padding=width // 2)

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int | None:
 
 
 def describe(tensors: dict[str, Tensor], card: Card) -> str:
-    """A card in words."""
+    """A memory file's card as text."""
     rows, total = tensors["position"].tolist(), sum(t.nbytes for t in tensors.values())
     lines = {
         "model": shown(card.model),
@@ -71,15 +71,15 @@ def _diff(console: Console, one: tuple[dict[str, Tensor], Card], two: tuple[dict
     for part in ("model", "configuration", "weights"):
         if getattr(first, part) != getattr(second, part):
             console.print(shown(f"{part}: {getattr(first, part)} and {getattr(second, part)}"))
-    known = {(s.name, s.sha256, s.tokens) for s in first.sources}
+    old = {(s.name, s.sha256, s.tokens) for s in first.sources}
     new = {(s.name, s.sha256, s.tokens) for s in second.sources}
-    for sign, only in (("-", known - new), ("+", new - known)):
+    for sign, only in (("-", old - new), ("+", new - old)):
         for name, sha256, tokens in sorted(only):
             console.print(shown(f"{sign} {name} ({tokens:,} tokens, {sha256[:16]})"))
     table = Table("tensor", "relative difference")
     for name in sorted(a.keys() | b.keys()):
         if name not in a or name not in b or a[name].shape != b[name].shape:
-            table.add_row(shown(name), "only in one, or of another shape")
+            table.add_row(shown(name), "only in one file, or of another shape")
         elif not torch.equal(a[name], b[name]):
             apart = (a[name].double() - b[name].double()).norm() / a[name].double().norm().clamp(min=1e-30)
             table.add_row(shown(name), f"{float(apart):.3e}")

@@ -1,4 +1,4 @@
-"""`titans read`: texts into a memory file, and which of their lines were new."""
+"""`titans read`: read texts into a memory file, and list their most surprising lines."""
 
 import argparse
 import time
@@ -43,9 +43,9 @@ def run(arguments: argparse.Namespace) -> None:
         reader.save()
     try:
         show(reader, arguments.texts, console)
-    finally:  # what was found before an interruption too
+    finally:  # also after an interruption
         if lines is not None:
-            _tell(lines, several=len(arguments.texts) > 1)
+            _print_lines(lines, several=len(arguments.texts) > 1)
     state = reader.state
     holds = "" if arguments.memory is None else f"; {arguments.memory} holds {state.nbytes / 2**20:.1f} MiB"
     console.print(f"{int(state.position[0]):,} tokens read{holds}")
@@ -58,7 +58,7 @@ def _watch(
     ids: NDArray[np.int64],
     bits: NDArray[np.float64],
 ) -> None:
-    """A reading that goes on does not know how many lines came before: they count from there, and it is said."""
+    """Add a piece to `lines`. A resumed reading counts lines from where it resumed, and names that place."""
     before = source.tokens - len(ids)
     if before == 0:
         lines.begin(source.name)
@@ -67,8 +67,8 @@ def _watch(
     lines.add(*by_bytes(tokenizer, ids, bits))
 
 
-def _tell(lines: SurprisingLines, several: bool) -> None:
-    """Bits per byte, the line's number, with several texts whose, and the line: one a line, on standard output."""
+def _print_lines(lines: SurprisingLines, several: bool) -> None:
+    """Print bits per byte, line number (with several texts also the text), and the line."""
     lines.end()
     for line in lines.most():
         place = f"{shown(line.source)}:{line.number}" if several or ", from token " in line.source else line.number
@@ -76,12 +76,12 @@ def _tell(lines: SurprisingLines, several: bool) -> None:
 
 
 def show(reader: Reader, texts: list[Path], console: Console) -> None:
-    """Read, with rate, surprise and, where no text is a stream, time left."""
+    """Read with a progress bar: rate, surprise and, unless a text is a stream, the time left."""
     columns = [TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
                TextColumn("{task.fields[status]}", markup=False), TimeElapsedColumn()]  # fmt: skip
     with Bars(*columns, console=console) as bars:
         bar = bars.add_task("reading", total=None, status="")
-        with closing(reader.reading(*texts)) as reading:  # saves first, whatever becomes of the screen
+        with closing(reader.reading(*texts)) as reading:  # saves before an error of the console propagates
             for progress in reading:
                 _update(bars, bar, progress)
 

@@ -1,4 +1,4 @@
-"""`titans serve`: an OpenAI-compatible server, each request a fork of one memory.
+"""`titans serve`: an OpenAI-compatible server; each request forks one memory.
 
     titans serve --model runs/titans --memory book.memory
     curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
@@ -19,24 +19,36 @@ from titans_lm.models.model_files import MODEL_HELP
 from titans_lm.utils.terminal import PlainConsole
 
 KEY = "TITANS_API_KEY"
-"""The environment variable that may hold the key: the command line is shown to every user of a machine."""
+"""Environment variable for the key: every user of a machine can see its command lines."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
-    parser.add_argument("--memory", type=Path, help="what every client's stream begins with")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reached from other machines; set a key then")
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
-    parser.add_argument("--api-key", help=f"clients must send it; default: the environment variable {KEY}, else none")
+    parser.add_argument("--memory", type=Path, help="memory file that each request forks")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: from other machines too; then set a key"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0: any free port")
+    parser.add_argument(
+        "--api-key", help=f"key that clients must send (default: the environment variable {KEY}, if set)"
+    )
     limits = parser.add_argument_group("limits")
     default = Limits()
-    limits.add_argument("--max-tokens", type=int, default=default.max_tokens, help="of one answer")
-    limits.add_argument("--max-prompt-bytes", type=int, default=default.prompt_bytes)
-    limits.add_argument("--max-stops", type=int, default=default.stops, help="stop strings of one request")
-    limits.add_argument("--max-requests", type=int, default=default.requests, help="at once; one more is answered 429")
-    limits.add_argument("--request-seconds", type=float, default=default.seconds, help="then a request is ended")
+    limits.add_argument("--max-tokens", type=int, default=default.max_tokens, help="maximum tokens of an answer")
+    limits.add_argument("--max-prompt-bytes", type=int, default=default.prompt_bytes, help="maximum bytes of a prompt")
+    limits.add_argument("--max-stops", type=int, default=default.stops, help="maximum stop strings of a request")
     limits.add_argument(
-        "--shutdown-seconds", type=float, default=default.shutdown_seconds, help="for requests to end, after SIGTERM"
+        "--max-requests",
+        type=int,
+        default=default.requests,
+        help="maximum concurrent requests; more are answered with 429",
+    )
+    limits.add_argument("--request-seconds", type=float, default=default.seconds, help="time limit of a request")
+    limits.add_argument(
+        "--shutdown-seconds",
+        type=float,
+        default=default.shutdown_seconds,
+        help="time for running requests to finish after SIGTERM",
     )
 
 
@@ -68,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _api_key(argument: str | None) -> str | None:
-    """Raises ValueError for a key that no client could send."""
+    """The key, if any. Raises ValueError for one that no client could send."""
     name, key = ("--api-key", argument) if argument is not None else (KEY, os.environ.get(KEY))
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
         raise ValueError(f"{name} must be one word of ASCII characters, and not empty")
@@ -76,7 +88,7 @@ def _api_key(argument: str | None) -> str | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to the address. Raises OSError for one that cannot be had."""
+    """Bind a socket to the address. Raises OSError if that fails."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)

@@ -1,7 +1,7 @@
 """`titans stability`: which forms of the memory stay finite when they train on text that repeats.
 
-A key that comes again and again within a chunk is what makes a memory diverge (README of `ops`), so the text is phrases
-that repeat. It is also a task: after a phrase was seen once, a memory that works predicts it.
+A key that repeats within a chunk makes a memory diverge (README of `ops`), so the text consists of repeated phrases. It
+is also a task: after one repetition a working memory predicts the phrase.
 """
 
 import argparse
@@ -31,14 +31,15 @@ BASE = {
     "intermediate_size": 128, "memory_head_dim": 64, "memory_dim": 128, "num_persistent_tokens": 4,
 }  # fmt: skip
 
-# The sweep changes one thing at a time from the default, and the pairs that are said to matter together.
+# The sweep changes one thing at a time from the default, and pairs that are expected to interact.
 FORMS = [{"memory_form": f, "memory_clip": c} for f in ("plain", "residual") for c in (None, 1.0)]
 STEPS_OF_MEMORY = [0.1, 1.0]
 DEPTHS, CHUNKS = (1, 2, 3, 4), (1, 16, 64)
 
 
 def phrases(batch: int, tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random phrases of 8 to LONGEST_PHRASE tokens, each repeated to `tokens`; True where a token was to be known."""
+    """Random phrases of 8 to LONGEST_PHRASE tokens, each repeated to `tokens` tokens; and a mask, True where a token is
+    predictable."""
     length = torch.randint(8, LONGEST_PHRASE + 1, (batch, 1), generator=generator)
     phrase = torch.randint(0, VOCABULARY, (batch, LONGEST_PHRASE), generator=generator)
     time_ = torch.arange(tokens)
@@ -48,10 +49,10 @@ def phrases(batch: int, tokens: int, generator: torch.Generator) -> tuple[Tensor
 def train_on_phrases(
     changes: dict[str, Any], steps: int, read: int, dtype: str = "float32", seed: int = 0
 ) -> dict[str, Any]:
-    """Train a small memory model `steps` steps; what came of it: losses in nats, outer gradient norms.
+    """Train a small memory model for `steps` steps. Returns losses in nats and outer gradient norms.
 
-    `dtype` "bfloat16" trains under autocast. At the end one token is read `read` times. Stops at the first loss or
-    gradient that is not finite.
+    `dtype` "bfloat16" trains under autocast. At the end one token is read `read` times. Stops at the
+    first loss or gradient that is not finite.
     """
     torch.manual_seed(seed)
     torch.set_num_threads(1)
@@ -61,7 +62,7 @@ def train_on_phrases(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
     losses_of_known, largest, begun = [], 0.0, time.perf_counter()
     finite, step = True, 0
-    for step in range(1, steps + 1):  # noqa: B007 - told at the end
+    for step in range(1, steps + 1):  # noqa: B007 - reported at the end
         ids, mask = phrases(BATCH, TOKENS, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             logits = model(ids, use_cache=False).logits[:, :-1].float()
@@ -87,7 +88,7 @@ def train_on_phrases(
 
 @torch.no_grad()
 def _read_long(model: TitansForCausalLM, tokens: int, piece: int = 4096) -> dict[str, Any]:
-    """One token repeated `tokens` times, read as one stream: are all logits and the whole memory finite?"""
+    """Read one token `tokens` times as one stream: are all logits and the whole memory finite?"""
     model.eval()
     state, finite = model.initial_state(1), True
     for _ in range(-(-tokens // piece)):
@@ -102,7 +103,7 @@ def _read_long(model: TitansForCausalLM, tokens: int, piece: int = 4096) -> dict
 
 
 Run = tuple[dict[str, Any], int, int, str]
-"""What `train_on_phrases` is asked for: changes, steps, tokens to read, dtype."""
+"""Arguments of `train_on_phrases`: changes, steps, tokens to read, dtype."""
 
 
 def sweep(steps: int) -> list[Run]:
@@ -135,19 +136,19 @@ def run(arguments: argparse.Namespace) -> None:
         _fill(record, runs, arguments)
     except KeyboardInterrupt:
         done = f"{len(record['runs'])} of {len(runs)} runs are in {arguments.output}"
-        raise KeyboardInterrupt(f"{done}; the same again goes on") from None
+        raise KeyboardInterrupt(f"{done}; the same command continues") from None
     PlainConsole().print(_table(record["runs"]))
 
 
 def _record(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What is in the file, or will be. Raises ValueError for one of other settings, or of something else."""
+    """The record in the output file, or a new one. Raises ValueError for other settings or another kind of file."""
     path, settings = arguments.output, f"titans stability --steps {arguments.steps}{' --sweep' * arguments.sweep}"
     if not path.exists():
         return {**provenance(f"{settings} --output {path}"), "base": BASE, "runs": []}
     try:
         record: dict[str, Any] = json.loads(path.read_text())
         same = record["base"] == BASE and record["command"].partition(" --output ")[0] == settings
-        same = same and all(map(_place, record["runs"]))
+        same = same and all(map(_key_of, record["runs"]))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is not a result file of this command; give another name") from None
     if not same:
@@ -156,19 +157,19 @@ def _record(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _fill(record: dict[str, Any], runs: list[Run], arguments: argparse.Namespace) -> None:
-    """Make the runs that `record` does not have, and write it after each."""
+    """Run what `record` lacks, and write it after each run."""
     order = [(changes, dtype) for changes, _, _, dtype in runs]
-    done = [_place(result) for result in record["runs"]]
+    done = [_key_of(result) for result in record["runs"]]
     missing = [run for run, place in zip(runs, order, strict=True) if place not in done]
     with (
         Progress() as progress,
-        ProcessPoolExecutor(arguments.processes, initializer=_die_in_silence) as pool,
+        ProcessPoolExecutor(arguments.processes, initializer=_default_signals) as pool,
     ):
         bar = progress.add_task("training", total=len(runs), completed=len(done))
         try:
             for future in as_completed([pool.submit(train_on_phrases, *run) for run in missing]):
                 record["runs"].append(future.result())
-                record["runs"].sort(key=lambda result: order.index(_place(result)))
+                record["runs"].sort(key=lambda result: order.index(_key_of(result)))
                 write_json(arguments.output, record)
                 progress.advance(bar)
         except KeyboardInterrupt:
@@ -178,14 +179,14 @@ def _fill(record: dict[str, Any], runs: list[Run], arguments: argparse.Namespace
             raise
 
 
-def _die_in_silence() -> None:
-    """A worker leaves it to the command to say that it was interrupted."""
+def _default_signals() -> None:
+    """Initializer of a worker, which leaves it to the command to report an interruption."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
 
-def _place(result: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """What makes a run this one and no other."""
+def _key_of(result: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The key of a run."""
     return result["changes"], result["dtype"]
 
 

@@ -1,7 +1,7 @@
-"""`titans study STUDY.yaml`: models x tasks x seeds, each trained and tested by itself; a table and a figure of them.
+"""`titans study STUDY.yaml`: train and test each combination of models, tasks and seeds; print a table and a figure.
 
-A result is a line of `results/NAME.jsonl`, and is never made twice: an interrupted study goes on, one with another
-model or seed only makes what is missing. A run that fails is a line as well.
+A result is a line of `results/NAME.jsonl` and is never computed twice: an interrupted study resumes, and one with a new
+model or seed runs only what is missing. A failed run is a line too.
 """
 
 import argparse
@@ -12,14 +12,16 @@ from titans_lm.utils.terminal import PlainConsole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", type=Path, help="a YAML file, such as studies/parity.yaml")
-    change = "change a value for all runs, such as training.max_steps=100; may be repeated"
+    parser.add_argument("study", type=Path, help="YAML file, such as studies/parity.yaml")
+    change = "change a value of all runs, such as training.max_steps=100; repeatable"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help=change)
-    parser.add_argument("--processes", type=int, default=cores(), help="runs side by side")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder for lines, table, figure")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for models in training")
+    parser.add_argument("--processes", type=int, default=cores(), help="parallel runs")
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), help="folder for result lines, table and figure"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for runs in progress")
     parser.add_argument("--keep", action="store_true", help="keep the trained models")
-    parser.add_argument("--search", type=int, metavar="TRIALS", help="instead: look for each model's best values")
+    parser.add_argument("--search", type=int, metavar="TRIALS", help="search for each model's best values instead")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -99,7 +99,7 @@ def _evaluate(lm: Any, tasks: dict[str, list[Any]], lines: Lines, options: dict[
         try:
             results = simple_evaluate(lm, tasks=task, bootstrap_iters=DRAWS, log_samples=False, **options)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{lines.path} has the tasks that are done; the same command goes on") from None
+            raise KeyboardInterrupt(f"{lines.path} has the tasks that are done; the same command continues") from None
         lines.add({"task": name, "seconds": round(time.monotonic() - begun, 1), "results": _results(results)})
 
 

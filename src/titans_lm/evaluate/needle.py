@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         _fill(lines, model, cells, arguments, console)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"the same again goes on with {arguments.out}") from None
+        raise KeyboardInterrupt(f"the same command continues with {arguments.out}") from None
     rows = [row for cell in cells if (row := lines.find(**_place(cell))) is not None]
     for kind in arguments.kind:
         console.print(_table(kind, [row for row in rows if row["kind"] == kind]))

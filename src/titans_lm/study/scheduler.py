@@ -69,7 +69,7 @@ def run_cells(
                 one.process.terminate()
             for one in running:
                 one.process.join()
-            raise KeyboardInterrupt(f"{len(lines.rows)} results are in {lines.path}; the same again goes on") from None
+            raise KeyboardInterrupt(f"{len(lines.rows)} results are in {lines.path}; the same command continues") from None
 
 
 def _bar(console: Console) -> Progress:

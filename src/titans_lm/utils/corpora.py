@@ -1,4 +1,4 @@
-"""Which files texts are in: files, folders, and the standard library of Python; which of them are held out."""
+"""Lists of text files: from files, folders and the Python standard library, and which of them are held out."""
 
 import logging
 import sysconfig
@@ -10,15 +10,14 @@ from titans_lm.utils.text_file import is_blank, read_text
 
 _log = logging.getLogger(__name__)
 STDLIB = "python-stdlib"
-"""In place of a path: the source files of Python's own standard library, which every machine has."""
+"""In place of a path: the source files of the Python standard library, which every machine has."""
 _NOT_PROSE = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "__pycache__"}
 
 
 def text_files(paths: Iterable[str], suffixes: Iterable[str]) -> list[Path]:
-    """The files among `paths`, and those with one of `suffixes` in folders among them, in sorted order, but for those
-    in folders that have nothing but white space in them.
+    """The files among `paths`, and for each folder, sorted, its files with one of `suffixes` that are not blank.
 
-    Raises ValueError for a path that does not exist or has no such file.
+    Raises ValueError for a path that does not exist or a folder without such a file.
     """
     files: list[Path] = []
     for name in paths:
@@ -42,15 +41,15 @@ def text_files(paths: Iterable[str], suffixes: Iterable[str]) -> list[Path]:
 
 
 def stdlib_files() -> list[Path]:
-    """The standard library's own modules that hold text, in sorted order; its tests and bundled packages left out."""
+    """The non-empty modules of the standard library, sorted, without its tests and bundled packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = (p for p in sorted(root.rglob("*.py")) if not _NOT_PROSE & set(p.relative_to(root).parts))
     return [p for p in files if _is_text(p)]
 
 
 def stdlib_held_out() -> list[Path]:
-    """Those of `stdlib_files` that tasks do not train on, about one in ten: which they are hangs on their names alone,
-    so that they are held out on every machine and in every version of Python."""
+    """About one in ten of `stdlib_files`, on which tasks do not train. The choice depends on names only, so it is the
+    same on every machine and in every version of Python."""
     return [path for path in stdlib_files() if is_held_out(path)]
 
 
@@ -68,7 +67,7 @@ def _is_text(path: Path) -> bool:
 
 
 def split_held_out(files: list[Path], held_out: int) -> tuple[list[Path], list[Path]]:
-    """By file, never by line: the last `held_out` files in order are not trained on."""
+    """Split files into those to train on and the last `held_out`. Raises ValueError if none is left to train on."""
     if held_out >= len(files):
         raise ValueError(f"data.held_out={held_out} leaves nothing to train on: there are {len(files)} files")
     return files[: len(files) - held_out], files[len(files) - held_out :]

@@ -1,7 +1,6 @@
-"""One process at a time writes a memory file: a lock beside it, which says who holds it.
+"""A lock file beside a memory file, so that one process at a time writes it.
 
-The lock is the kernel's (`flock`): it ends with the process that holds it, however that ends, so that a file which a
-killed process left here stops nobody.
+The kernel releases the lock (`flock`) when its process ends, so a file left by a killed process blocks nobody.
 """
 
 import hashlib
@@ -20,11 +19,11 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 NAME_BYTES = 255
-"""Of a file's name, on the usual file systems."""
+"""Maximum length of a file name on common file systems."""
 
 
 def beside(path: Path, ending: str) -> Path:
-    """A hidden file in the folder of `path` that belongs to it; its name is never too long."""
+    """Path of a hidden file beside `path`, with a name that is never too long."""
     name = f".{path.name}.{ending}"
     if len(os.fsencode(name)) > NAME_BYTES:
         name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.{ending}"
@@ -32,11 +31,10 @@ def beside(path: Path, ending: str) -> Path:
 
 
 class MemoryLock:
-    """A context in which no other process, and no other reader of this one, writes the memory file `memory`.
+    """A context in which no other process and no other reader writes the memory file `memory`.
 
-    Entering raises ValueError, with who holds the lock, where another does; OSError where no file can be made beside
-    the memory file. Where the system has no such locks, a warning says so.
-    """
+    Entering raises ValueError, naming the holder, if the lock is taken, and OSError if no lock file can be made. Warns
+    on a system without such locks."""
 
     def __init__(self, memory: Path):
         self.memory = memory
@@ -56,12 +54,12 @@ class MemoryLock:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._file >= 0:
             with suppress(OSError):
-                self._path.unlink()  # who waits with the old file open finds that it is no longer here
+                self._path.unlink()  # a waiter that has the old file open notices that it is gone
             os.close(self._file)
             self._file = -1
 
     def _locked(self) -> int:
-        """The open file with the lock; -1 where it was removed meanwhile, by who held it before."""
+        """The descriptor of the locked file; -1 if the previous holder removed it meanwhile."""
         try:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         except OSError as error:

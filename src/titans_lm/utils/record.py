@@ -1,5 +1,4 @@
-"""Result files: what was found, with when, where and from which source; written whole or not at all. Also the process
-that a command is."""
+"""Result files with provenance, written atomically; and signals, cores and memory of a command's process."""
 
 import argparse
 import contextlib
@@ -21,8 +20,8 @@ from titans_lm.utils.memory_lock import beside
 
 
 def provenance(command: str) -> dict[str, str]:
-    """The command, the day, the commit, the machine and the torch that made a result."""
-    import torch  # what else is here, the command line needs before a verb's torch
+    """Command, date, commit, machine, threads and version of torch of a result."""
+    import torch  # the rest of this module is used before torch is loaded
 
     return {
         "command": command,
@@ -35,7 +34,7 @@ def provenance(command: str) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """ "unknown" without git, or where the package is not in a repository."""
+    """ "unknown" without git or outside a repository."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
@@ -45,7 +44,7 @@ def _commit() -> str:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked this process to end; `number` says which one."""
+    """Interrupted by the signal `number`."""
 
     def __init__(self, number: int, *words: str):
         super().__init__(*words)
@@ -53,7 +52,7 @@ class Stopped(KeyboardInterrupt):
 
     @classmethod
     def status(cls, interruption: BaseException) -> int:
-        """128 and the signal's number, as a shell has it; of another KeyboardInterrupt that of the one it came from."""
+        """Exit status 128 + signal number, also of a KeyboardInterrupt raised while a Stopped was handled."""
         cause: BaseException | None = interruption
         while cause is not None:
             if isinstance(cause, cls):
@@ -63,14 +62,14 @@ class Stopped(KeyboardInterrupt):
 
 
 def stop(number: int, frame: Any) -> None:  # noqa: ARG001 - a signal handler
-    """Ends what runs here as Ctrl-C does."""
+    """Signal handler that raises Stopped."""
     raise Stopped(number)
 
 
 @contextlib.contextmanager
 def on_stop(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP call `handler` within. One that is ignored, as SIGHUP under nohup, stays ignored.
-    Python has handlers in the main thread only; elsewhere nothing changes."""
+    """A context in which SIGINT, SIGTERM and SIGHUP call `handler`. Ignored signals (SIGHUP under nohup) stay ignored.
+    Has no effect outside the main thread, where Python allows no handlers."""
     names = ("SIGINT", "SIGTERM", "SIGHUP")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     here = threading.current_thread() is threading.main_thread()
@@ -85,12 +84,12 @@ def on_stop(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def command_line(verb: str, arguments: argparse.Namespace, positional: Iterable[str] = ()) -> str:
-    """`titans VERB ...` in full, defaults too. `positional` are the arguments whose names are not written."""
+    """The full command line, defaults included. `positional` names the arguments without a flag."""
     words = ["titans", *verb.split()]
     for name in positional:
         value = getattr(arguments, name)
@@ -107,17 +106,17 @@ def command_line(verb: str, arguments: argparse.Namespace, positional: Iterable[
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """As `write_text`."""
+    """Write JSON as `write_text` writes text."""
     write_text(path, json.dumps(result, indent=1) + "\n")
 
 
 RESULTS = Path("results")
-"""Where results go by default; the folder is made when the first is written."""
+"""Default folder of results, created with the first one."""
 
 
 def check_output(out: Path, *, picture: bool = False, ours: bool = True) -> None:
-    """Raises ValueError where a result cannot be written to `out`, or something else is there, or where its `picture`
-    would be. `ours`: a file that is there must be a result of this package; else the caller checks that."""
+    """Raises ValueError if a result cannot be written to `out`, or if another file is there or at its `picture`'s path.
+    `ours`: check that an existing file is a result of this package; else the caller checks it."""
     if out.exists() and not out.is_file():
         raise ValueError(f"--out {out} is not a file; give the name of one, such as {out / 'result.json'}")
     if picture and out.suffix == ".png":
@@ -142,7 +141,7 @@ def _is_result(path: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Beside, then renamed. A link stays, and what it leads to is written; a file that was there keeps its mode."""
+    """Write atomically: to a file beside, then rename. Follows a link, and keeps the mode of an existing file."""
     path = Path(os.path.realpath(path))
     if path.parent == RESULTS.absolute():
         path.parent.mkdir(exist_ok=True)
@@ -157,19 +156,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 class Lines:
-    """Results as JSON lines, one a cell, after a first line of `settings` and provenance: what is there is not computed
-    again, so that long work is interrupted and resumed. The file is whole at every moment.
+    """Results as JSON lines, one per cell, after a first line with `settings` and provenance. Long work resumes from
+    them.
 
-    Raises ValueError where `path` has results of other settings, or is something else, and then changes nothing.
+    Every write is atomic. Raises ValueError, and changes nothing, if `path` holds results of other settings or another
+    kind of file.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], command: str):
         self.path, self.rows = path, list[dict[str, Any]]()
         self.head = {**provenance(command), "settings": json.loads(json.dumps(settings))}
         if path.exists():
-            self._go_on()
+            self._load()
 
-    def _go_on(self) -> None:
+    def _load(self) -> None:
         try:
             head, *rows = map(json.loads, self.path.read_text().splitlines())
             other = {key: value for key, value in head["settings"].items() if self.head["settings"].get(key) != value}
@@ -183,7 +183,7 @@ class Lines:
         self.head, self.rows = head, rows
 
     def find(self, **key: Any) -> dict[str, Any] | None:
-        """The first row that has these values."""
+        """The first row with these values, or None."""
         return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
 
     def add(self, row: dict[str, Any]) -> None:
@@ -192,14 +192,14 @@ class Lines:
 
 
 def keep_freed_memory() -> None:
-    """What is freed stays with this process (up to 2 GiB at a time) instead of going back to the system.
+    """Keep freed memory (up to 2 GiB at a time) in this process instead of returning it to the system.
 
-    On a CPU each step of a model frees and takes the same memory again; the system zeroes every page of it anew, which
-    can take a third of the time. Pieces of different sizes leave gaps: a step may take a third
-    more memory at its most. For the commands' own processes, and where the C library is glibc.
+    On a CPU each step of a model frees and allocates the same memory. The system zeroes its pages each time, which can
+    take a third of the time. Fragmentation may raise peak memory by a third. Used for the commands' own processes; has
+    an effect with glibc only.
     """
     trim_threshold, mmap_max = -1, -4  # of malloc.h
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)  # nothing is mapped by itself, to be given back when it is freed
+        libc.mallopt(mmap_max, 0)  # no allocation of its own mapping, which free would return
         libc.mallopt(trim_threshold, 2**31 - 1)

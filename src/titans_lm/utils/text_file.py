@@ -1,7 +1,7 @@
-"""Text files as they are: regular files, pipes, FIFOs and standard input, read in pieces of bounded size.
+"""Text from regular files, pipes, FIFOs and standard input, in pieces of bounded size.
 
-A file is cut as bytes, where a line ends, and each piece is decoded by itself. So the cuts depend on the content alone,
-invalid bytes have a place that can be named, and the bytes that were read can be hashed whatever is decoded of them.
+Files are cut as bytes, at line ends, and each piece is decoded separately. So the cuts depend on the content alone,
+errors name the position of an invalid byte, and the bytes can be hashed independently of their decoding.
 """
 
 import hashlib
@@ -14,36 +14,36 @@ from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
 STANDARD_INPUT = Path("-")
-"""In place of a file's path."""
+"""Path that stands for standard input."""
 PIECE_BYTES = 1 << 20
 Errors = Literal["strict", "replace"]
-"""What becomes of bytes that are not UTF-8, and of NUL: a ValueError that names their place, or U+FFFD."""
+"""Handling of invalid UTF-8 and of NUL: a ValueError with the position, or U+FFFD."""
 _BOM = b"\xef\xbb\xbf"
 
 
 class Content(NamedTuple):
-    """What a file holds, found before its text is used."""
+    """Size and digest of a file, determined before its text is used."""
 
     size: int
-    """Bytes; -1 for a stream (a pipe, a FIFO, a terminal), which can be read only once."""
+    """In bytes; -1 for a stream (pipe, FIFO, terminal), which can be read only once."""
     sha256: str
-    """Of these bytes; empty for a stream."""
+    """SHA-256 of the bytes; empty for a stream."""
 
 
 def is_standard_input(path: Path) -> bool:
-    """Whether `path` is `-` or a name of the system's for this process's standard input."""
+    """Whether `path` is `-` or a system path of this process's standard input."""
     return path == STANDARD_INPUT or str(path) in ("/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 
 
 def name_of(path: Path) -> str:
-    """What to call it in records: the file's name, "stdin" for standard input."""
+    """Name for records: the file's name, or "stdin"."""
     return "stdin" if is_standard_input(path) else path.name
 
 
 def examine(path: Path, errors: Errors = "strict") -> Content:
-    """Read a regular file once to its end, to know that all of it can be read. A stream is not touched.
+    """Read a regular file to its end, to check that all of it can be read. Does not touch a stream.
 
-    Raises ValueError for what is missing, a folder, without text, or not text; OSError for what cannot be read.
+    Raises ValueError for a missing file, a folder, an empty file and invalid text; OSError for an unreadable file.
     """
     if is_standard_input(path):
         return Content(-1, "")
@@ -60,12 +60,11 @@ def examine(path: Path, errors: Errors = "strict") -> Content:
 def decoded(
     path: Path, size: int = PIECE_BYTES, errors: Errors = "strict", limit: int | None = None
 ) -> Iterator[tuple[bytes, str]]:
-    """The bytes of a text file, opened once, in pieces, each with its text.
+    """Yields the bytes of a text file in pieces, each with its text. Opens the file once.
 
-    A piece ends where a line ends and has about `size` bytes, at most twice as many; a longer line is cut before a
-    space or else between two characters. Of a byte order mark there are bytes and no text. `limit`: bytes to read at
-    most, so that a file that grows ends where it ended when `limit` was found. Raises as `examine` does.
-    """
+    A piece ends at a line end and has about `size` bytes, at most twice as many. A longer line is cut before a space,
+    or else between characters. A byte order mark has bytes but no text. `limit`: maximum bytes to read, so that a
+    growing file ends where it ended when it was examined. Raises as `examine` does."""
     offset, blank = 0, True
     try:
         with _opened(path) as file:
@@ -81,17 +80,17 @@ def decoded(
 
 
 def text_pieces(path: str | Path, size: int = PIECE_BYTES, errors: Errors = "strict") -> Iterator[str]:
-    """The text of one file in pieces: see `decoded`."""
+    """Yields the text of a file in pieces (see `decoded`)."""
     return (text for _, text in decoded(Path(path), size, errors))
 
 
 def read_text(path: str | Path, errors: Errors = "strict") -> str:
-    """The whole text of one file. Raises as `examine` does."""
+    """The whole text of a file. Raises as `examine` does."""
     return "".join(text_pieces(path, errors=errors))
 
 
 def is_blank(path: Path) -> bool:
-    """Whether a file has nothing but white space in it, as an `__init__.py` may."""
+    """Whether a file has only white space."""
     with path.open("rb") as file:
         return all(block.isspace() for block in iter(lambda: file.read(1 << 16), b""))
 
@@ -113,7 +112,7 @@ def _stat(path: Path) -> os.stat_result:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """Standard input stays open for who reads it afterwards."""
+    """Open a file. Standard input stays open afterwards."""
     if not is_standard_input(path):
         _stat(path)
         with path.open("rb") as file:
@@ -125,7 +124,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _blocks(read: Callable[[int], bytes], size: int, limit: int | None) -> Iterator[bytes]:
-    """Blocks of `size` bytes, the last one shorter, whatever the parts in which a pipe delivers them."""
+    """Yields blocks of `size` bytes, the last one shorter, however a pipe delivers them."""
     left = sys.maxsize if limit is None else limit
     while left and (data := read(min(size, left))):
         left -= len(data)
@@ -133,12 +132,12 @@ def _blocks(read: Callable[[int], bytes], size: int, limit: int | None) -> Itera
 
 
 def _cut(blocks: Iterator[bytes], size: int) -> Iterator[bytes]:
-    """The same bytes, cut where a line ends; within a line that is longer than `size`."""
+    """Recut blocks at line ends, or within a line longer than `size`."""
     rest = b""
     for data in blocks:
         rest += data
         end = rest.rfind(b"\n") + 1 or (_within_a_line(rest) if len(rest) >= size else 0)
-        if end and not (rest.isspace() and len(rest) < size):  # white space goes with the text after it
+        if end and not (rest.isspace() and len(rest) < size):  # white space joins the text after it
             yield rest[:end]
             rest = rest[end:]
     if rest:
@@ -146,7 +145,8 @@ def _cut(blocks: Iterator[bytes], size: int) -> Iterator[bytes]:
 
 
 def _within_a_line(line: bytes) -> int:
-    """Where to cut: before its last space, else before an incomplete character at its end. 0: nowhere yet."""
+    """Where to cut a long line: before its last space, else before an incomplete character at its end. 0: nowhere
+    yet."""
     space = line.rfind(b" ")
     if space > 0:
         return space
@@ -159,7 +159,7 @@ def _within_a_line(line: bytes) -> int:
 
 
 def _decode(raw: bytes, offset: int, path: Path, errors: Errors) -> str:
-    """Raises ValueError that names the place of what is not text."""
+    """Decode a piece. Raises ValueError with the position of an invalid byte."""
     if offset == 0:
         start = len(_BOM) if raw.startswith(_BOM) else 0
         raw, offset = raw[start:], start

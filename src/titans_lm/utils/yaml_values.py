@@ -1,4 +1,4 @@
-"""YAML read safely, and its values as the types that settings have."""
+"""Safe YAML, and conversion of its values to the types of settings."""
 
 import contextlib
 import math
@@ -12,11 +12,11 @@ import yaml
 
 
 class Loader(yaml.SafeLoader):
-    """1e-3 is a number, as in YAML 1.2; PyYAML follows 1.1, where it is a text."""
+    """Reads 1e-3 as a number, as YAML 1.2 does; PyYAML follows 1.1, where it is a string."""
 
 
 class Dumper(yaml.SafeDumper):
-    """Puts a text such as "1e-3" in quotes, so that `Loader` reads a text."""
+    """Quotes a string such as "1e-3", so that `Loader` reads a string."""
 
 
 for _kind in (Loader, Dumper):
@@ -26,7 +26,7 @@ for _kind in (Loader, Dumper):
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML text says. Raises yaml.YAMLError."""
+    """Parse YAML. Raises yaml.YAMLError."""
     try:
         return yaml.load(text, Loader)
     except RecursionError:
@@ -36,7 +36,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_yaml(path: Path, example: str) -> Any:
-    """What a YAML file says. Raises ValueError naming it, and an `example` where it does not exist."""
+    """Parse a YAML file. Raises ValueError with its path, and with an `example` if it does not exist."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist or is not a file; give a YAML file such as {example}")
     try:
@@ -46,7 +46,8 @@ def read_yaml(path: Path, example: str) -> Any:
 
 
 def typed(value: Any, hint: Any, name: str) -> Any:
-    """`value` if it is of the type, where a whole number or a text such as 1e-3 is a number as well."""
+    """Convert `value` to the type `hint`; a float may be an int or a string such as 1e-3. Raises ValueError with
+    `name`."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None

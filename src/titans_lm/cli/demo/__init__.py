@@ -1,4 +1,4 @@
-"""`titans demo`: shipped models find a needle in a haystack of any length, and learn a text while they read it."""
+"""`titans demo`: shipped models find a needle in a haystack of any length, and learn a text while reading it."""
 
 import argparse
 from pathlib import Path
@@ -8,20 +8,24 @@ from titans_lm.utils.record import command_line, provenance, write_json
 from titans_lm.utils.terminal import PlainConsole
 
 TEXT_TOKENS = 65_536
-"""Of the texts that are read."""
+"""Default number of tokens of the texts."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = "source files of Python's own library that the model was not trained on"
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help=f"texts to read then (default: {default})")
-    parser.add_argument("--tokens", type=int, default=100_000, help="of the haystack, question and answer included")
-    parser.add_argument("--haystack", default="words", help="words: random ones; noise: a line repeated; text")
-    parser.add_argument("--depth", type=float, default=30.0, help="of the needle, in percent; 0 is the beginning")
-    parser.add_argument("--seed", type=int, default=0, help="another key, value and haystack for each")
-    parser.add_argument("--model", type=Path, default=Path("needle"), help=f"of the haystack: {MODEL_HELP}")
-    parser.add_argument("--text-model", type=Path, default=Path("streams"), help="of the texts")
-    parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS, help="read at most so many; 0: no text")
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for the pictures and the figures")
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help=f"texts for the second part (default: {default})"
+    )
+    parser.add_argument("--tokens", type=int, default=100_000, help="tokens of the haystack, with question and answer")
+    parser.add_argument("--haystack", default="words", help="words: random words; noise: one line repeated; text")
+    parser.add_argument("--depth", type=float, default=30.0, help="depth of the needle in percent; 0 is the beginning")
+    parser.add_argument("--seed", type=int, default=0, help="of key, value and haystack")
+    parser.add_argument("--model", type=Path, default=Path("needle"), help=f"for the haystack: {MODEL_HELP}")
+    parser.add_argument("--text-model", type=Path, default=Path("streams"), help="model for the texts")
+    parser.add_argument(
+        "--text-tokens", type=int, default=TEXT_TOKENS, help="maximum tokens of the texts; 0: skip the second part"
+    )
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for figures and results")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
-"""The demo's second part: a model reads a text that it has never seen, and the bits that each byte takes fall.
+"""Second part of the demo: a model reads an unseen text, and its bits per byte fall.
 
-Memory on against memory frozen, with the same weights, and zlib (what gzip is made of) beside them.
+Compares memory on and memory frozen, with the same weights, and zlib (the algorithm of gzip).
 """
 
 import itertools
@@ -26,34 +26,34 @@ from titans_lm.utils.figures import figure_file
 
 MODES = ("on", "frozen")
 BUCKET, BIN = 1024, 1024
-"""Tokens of the table's first row, and of a point of the picture."""
+"""Tokens of the table's first row, and of a step of the figure."""
 LINES = 3
-"""Surprising lines that are shown."""
+"""Number of surprising lines shown."""
 
 
 class Curves(NamedTuple):
-    """Bits of each token of a text, `[T]`, by what read it."""
+    """Bits `[T]` of each token of a text, by memory mode."""
 
     stream: Stream
     bits: dict[str, NDArray[np.float64]]
     lines: list[Line]
-    """The most surprising, with the memory on."""
+    """The most surprising lines, with memory on."""
 
 
 def text_files_of(files: Sequence[Path]) -> list[Path]:
-    """The files that a user named; else those of the standard library that the model was not trained on."""
+    """The user's files; else files of the standard library that the model was not trained on."""
     return list(files) or stdlib_held_out()
 
 
 def read_text(
     model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, files: Sequence[Path], tokens: int, console: Console
 ) -> Curves:
-    """Read the first `tokens` tokens of the files, one after another, in each mode.
+    """Read the first `tokens` tokens of the concatenated files in each mode.
 
     Raises ValueError for a model whose tokens are not bytes, and for files that cannot be read.
     """
     if not is_bytes(tokenizer):
-        raise ValueError("the demo shows bits per byte as they are read: it needs a model whose tokens are bytes")
+        raise ValueError("the demo shows bits of each byte: it needs a model whose tokens are bytes")
     name = ", ".join(path.name for path in files) if files else STDLIB
     stream = read_streams(text_files_of(files), tokenizer, tokens)._replace(name=name)
     bits = {mode: np.zeros(len(stream.data)) for mode in MODES}
@@ -71,7 +71,7 @@ def read_text(
 
 
 def summary(curves: Curves) -> dict[str, Any]:
-    """Bits per byte by buckets whose ends double, and of the whole; the most surprising lines."""
+    """Bits per byte in total and in buckets of doubling ends; the most surprising lines."""
     data, edges = curves.stream.data, perplexity.bucket_edges(len(curves.stream.data), BUCKET)
     zlib = compressed_bits("zlib", data, edges[1:])
     rows = [
@@ -90,17 +90,15 @@ def summary(curves: Curves) -> dict[str, Any]:
 
 
 def print_summary(results: dict[str, Any], console: Console) -> None:
-    """The table, and what surprised most."""
+    """Print the table and the most surprising lines."""
     columns = {"on": "memory on", "frozen": "memory frozen", "zlib": "gzip"}
-    table = Table(
-        "bytes read", *columns.values(), title=f"bits per byte of {results['bytes']:,} bytes never seen before"
-    )
+    table = Table("bytes read", *columns.values(), title=f"bits per byte of {results['bytes']:,} unseen bytes")
     for row in results["buckets"]:
         table.add_row(f"{row['from']:,} to {row['to']:,}", *(f"{row[key]:.2f}" for key in columns))
     table.add_section()
     table.add_row("all", *(f"{results['bits_per_byte'][key]:.2f}" for key in columns))
     console.print(table)
-    console.print("What surprised most (bits per byte, line):")
+    console.print("Most surprising lines (bits per byte, number, line):")
     for line in results["surprising"]:
         console.print(f"  {line['bits_per_byte']:5.2f}  {line['number']:6,}  {line['text'][:90]}")
 
@@ -122,5 +120,5 @@ def plot(curves: Curves, path: Path) -> None:
         axis.set_ylim(0, None)
         axis.set_xlabel("bytes read")
         axis.set_ylabel("bits per byte")
-        axis.set_title("A text that the model has never seen, as it reads it")
+        axis.set_title("Bits per byte while reading an unseen text")
         axis.legend(frameon=False, ncols=3)

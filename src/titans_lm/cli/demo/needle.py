@@ -1,6 +1,6 @@
-"""The demo's first part: a shipped model reads a haystack of any length, once, and is asked for the needle in it.
+"""First part of the demo: a shipped model reads a haystack of any length once, and answers the question for its needle.
 
-While it reads, what it carries stays of one size; its surprise is drawn along the text. Another needle for each seed.
+Its state keeps one size while it reads. Its surprise is plotted along the text. Each seed gives another needle.
 """
 
 import re
@@ -29,46 +29,46 @@ from titans_lm.tasks.needle import Needle
 from titans_lm.utils.figures import figure_file
 
 COLUMNS = 60
-"""Of the chart in the terminal."""
+"""Columns of the chart in the terminal."""
 BINS = 1000
-"""Of the picture, at most; 100 of the figures."""
+"""Maximum points of the figure."""
 BARS = "▁▂▃▄▅▆▇█"
 
 
 class Hidden(NamedTuple):
     """A haystack with its needle."""
 
-    ids: Tensor  # [1, T], up to where the answer begins
+    ids: Tensor  # [1, T], up to the answer
     value: str
     key: str
-    """The question's last word, with the sign after it."""
+    """The last word of the question, with the equals sign."""
     start: int
     """Tokens before the needle."""
     length: int
-    """Tokens of the needle: space, key, value and full stop."""
+    """Tokens of the needle: space, key, equals sign, value and full stop."""
 
 
 @dataclass
 class Reading:
-    """What was seen while reading, after each piece."""
+    """Measurements after each piece."""
 
     surprise: NDArray[np.float32]  # [T], reconstruction loss, mean over layers and heads
     tokens: list[int] = field(default_factory=list)
     state_bytes: list[int] = field(default_factory=list)
     resident_bytes: list[int | None] = field(default_factory=list)
-    """Of the process; None where the system does not tell."""
+    """Resident memory of the process; None if the system does not report it."""
     seconds: float = 0.0
 
 
 def show(folder: Path, task: Needle, seed: int, console: Console) -> tuple[Hidden, Reading, dict[str, Any]]:
-    """Hide a needle, read, ask and tell. -> what was hidden, what was seen, and what came of it"""
+    """Hide a needle, read, ask and print. Returns the haystack, the measurements and the results."""
     model, tokenizer = load(folder)
     if model.config.variant == "attention":
         raise ValueError(f"--model {folder} has no memory to show")
     hidden = hide(task, seed)
     console.print(
-        f"A needle, {hidden.key}{hidden.value}, is hidden after {hidden.start:,} of {task.length:,} tokens. "
-        f"The value is asked for at the end.",
+        f"The needle {hidden.key}{hidden.value} is hidden after {hidden.start:,} of {task.length:,} tokens. "
+        f"The question comes at the end.",
     )
     reading, state = read_through(model, hidden.ids[:, :-1], console)
     results = summary(hidden, reading, ask(model, tokenizer, state, hidden))
@@ -80,7 +80,7 @@ def show(folder: Path, task: Needle, seed: int, console: Console) -> tuple[Hidde
 
 
 def task_for(folder: Path, tokens: int, haystack: str, depth: float) -> Needle:
-    """Prompts for the model in `folder`, with as many digits as its run.yaml says that it was trained on; else 7.
+    """The task for the model in `folder`, with the number of digits of its run.yaml; else 7.
 
     Raises ValueError for a length, haystack or depth that `Needle` refuses.
     """
@@ -89,7 +89,7 @@ def task_for(folder: Path, tokens: int, haystack: str, depth: float) -> Needle:
 
 
 def _digits(folder: Path) -> int:
-    """Of the first needles in the run that made the model."""
+    """Digits of the first needle task in the model's run.yaml."""
     if not (folder / RUN).is_file():
         return Needle.digits
     try:
@@ -102,11 +102,11 @@ def _digits(folder: Path) -> int:
 
 
 def hide(task: Needle, seed: int) -> Hidden:
-    """The first example of this seed, and where its needle lies."""
+    """The first example of this seed, with the position of its needle."""
     (prompt,), (value,) = task.examples(np.random.default_rng(seed), 1)
     question = re.search(r"(\s\S+)=$", task.decode(prompt[-100:]))
     assert question is not None
-    parts = (question[1], "=", value, ".")  # each encoded by itself, as in the task
+    parts = (question[1], "=", value, ".")  # each encoded separately, as in the task
     needle = np.concatenate([encoder(task.tokenizer).fresh(part) for part in parts])
     (start,) = np.flatnonzero((np.lib.stride_tricks.sliding_window_view(prompt, len(needle)) == needle).all(1))
     return Hidden(torch.from_numpy(prompt)[None], value, question[0].strip(), int(start), len(needle))
@@ -117,7 +117,7 @@ def hide(task: Needle, seed: int) -> Hidden:
 
 @torch.no_grad()
 def read_through(model: TitansForCausalLM, ids: Tensor, console: Console) -> tuple[Reading, TitansState]:
-    """Read ids `[1, T]`, piece by piece, with rate and time left. -> what was seen, and what is remembered"""
+    """Read ids `[1, T]` piece by piece, with rate and time left. Returns the measurements and the memory."""
     state, done = model.initial_state(1), 0
     reading = Reading(np.zeros(ids.shape[1], np.float32))
     columns = [TextColumn("reading"), BarColumn(), TaskProgressColumn(),
@@ -149,7 +149,7 @@ def _status(reading: Reading) -> str:
 
 
 def ask(model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, state: TitansState, hidden: Hidden) -> str:
-    """What follows the question, greedily: as many tokens as the value has letters. `state` has read all but the last
+    """Decode the answer greedily: as many tokens as the value has characters. `state` has read all but the last
     token."""
     count = len(hidden.value)
     ids = go_on(
@@ -159,18 +159,18 @@ def ask(model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, state: Tit
     return answer
 
 
-# ------------------------------------------------------------------------------------------------ what is shown
+# ------------------------------------------------------------------------------------------------ output
 
 
 def stretches(hidden: Hidden, surprise: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
-    """Mean surprise `[N]` of stretches as long as the needle, one of which is the needle, and which one that is."""
+    """Mean surprise `[N]` of stretches as long as the needle, and the number of the one that is the needle."""
     first = hidden.start % hidden.length
     whole = surprise[first : first + (len(surprise) - first) // hidden.length * hidden.length]
     return whole.reshape(-1, hidden.length).mean(1), hidden.start // hidden.length
 
 
 def summary(hidden: Hidden, reading: Reading, answer: str) -> dict[str, Any]:
-    """What came of it, as numbers. `rank` 1: no stretch of the text surprised more than the needle did."""
+    """The results as numbers. `rank` 1: no stretch of the text is more surprising than the needle."""
     means, needle = stretches(hidden, reading.surprise)
     return {
         "key": hidden.key, "value": hidden.value, "said": answer, "right": begins(hidden.value, answer),
@@ -186,12 +186,12 @@ def summary(hidden: Hidden, reading: Reading, answer: str) -> dict[str, Any]:
 
 
 def highest(means: NDArray[np.float32], parts: int) -> NDArray[np.float32]:
-    """The highest of each of so many parts of the text (of each stretch, where they are fewer), `[<= parts]`."""
+    """The maximum of each of `parts` parts of the text, or of each stretch if they are fewer, `[<= parts]`."""
     return np.array([part.max() for part in np.array_split(means, min(parts, len(means)))], np.float32)
 
 
 def chart(means: NDArray[np.float32], needle: int) -> Iterator[str]:
-    """Two lines: bars, each the highest of its part of the text, from the lowest to the highest; the needle's place."""
+    """Two lines: bars for the maximum of each part of the text, and a mark at the needle."""
     bars = highest(means, COLUMNS)
     levels = (bars - means.min()) / max(float(np.ptp(means)), 1e-9) * (len(BARS) - 1)
     yield "".join(BARS[round(float(level))] for level in levels)
@@ -200,7 +200,7 @@ def chart(means: NDArray[np.float32], needle: int) -> Iterator[str]:
 
 
 def print_summary(hidden: Hidden, reading: Reading, results: Mapping[str, Any], console: Console) -> None:
-    """Memory, answer and surprise, in words."""
+    """Print memory, answer and surprise."""
     state, process, surprise = results["state_bytes"], results["resident_bytes"], results["surprise"]
     size = f"{state['most']:,} bytes throughout" if state["least"] == state["most"] else f"{state} bytes, which CHANGED"
     lines = [f"Read {results['tokens_read']:,} tokens in {results['seconds']:.1f} s. The memory took {size}."]
@@ -219,10 +219,10 @@ def print_summary(hidden: Hidden, reading: Reading, results: Mapping[str, Any], 
 
 
 def plot(hidden: Hidden, reading: Reading, path: Path) -> None:
-    """Surprise along the text with the needle marked, and what reading took."""
+    """Plot surprise along the text with the needle marked, and memory use."""
     means, needle = stretches(hidden, reading.surprise)
     most = highest(means, BINS)
-    parts = np.array_split(np.arange(len(means)), len(most))  # as `highest` has them
+    parts = np.array_split(np.arange(len(means)), len(most))  # as in `highest`
     at = np.array([part.mean() + 0.5 for part in parts]) * hidden.length + hidden.start % hidden.length
     with figure_file(path, 2, 1, figsize=(9, 5), sharex=True, height_ratios=(3, 1)) as (above, below):
         above.plot(at, most, color="C0", linewidth=0.8)
