@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import tiny_config, tiny_model
 from titans_lm import TitansForCausalLM
 from titans_lm.cli import main
-from titans_lm.evaluate.babilong import TOKENS, babilong, exact, score, substring
+from titans_lm.evaluate.babilong import TOKENS, babilong_rule, exact, score, substring
 from titans_lm.models.tokenizer import byte_tokenizer, load_tokenizer
 from titans_lm.tasks import IGNORED, Task, make_task
 from titans_lm.tasks.babilong import Babilong, Example, parse, sentences
@@ -264,7 +264,7 @@ WHO = Example((), "Who gave the football to Bill?", "Fred")
     ],
 )
 def test_scores_of_one_answer(said, theirs, loose, alone):
-    assert babilong(said, WHO, LABELS) is theirs
+    assert babilong_rule(said, WHO, LABELS) is theirs
     assert substring(said, WHO) is loose
     assert exact(said, WHO) is alone
 
@@ -273,13 +273,13 @@ def test_scores_of_lists_and_ways():
     carrying = Example((), "What is Zoe carrying?", "lamp,vase")
     labels = ("lamp", "nothing", "vase")
     for said, right in (("vase and lamp", True), ("lamp,vase", True), ("lamp", False), ("nothing, lamp, vase", False)):
-        assert babilong(said, carrying, labels) is right, said
+        assert babilong_rule(said, carrying, labels) is right, said
         assert substring(said, carrying) is ("lamp,vase" in said)
     way = Example((), "How do you go from the attic to the loft?", "n,w")
     for said, right in ((" n,w.", True), (" w,n.", False), (" n,w,n", False)):
-        assert babilong(said, way, ("n,n", "n,w", "w,n")) is right, said
+        assert babilong_rule(said, way, ("n,n", "n,w", "w,n")) is right, said
     none = Example((), "How many?", "none")
-    assert not babilong(" none.", none, ("none", "one"))  # as published: see there
+    assert not babilong_rule(" none.", none, ("none", "one"))  # as published: see there
     assert exact(" none.", none)
 
 

@@ -208,7 +208,7 @@ def test_a_contender_that_dies_is_a_row_and_the_others_go_on():
     large = {**SMALL_OP, "tokens": 10**13}
     entrants = [Entrant(str(o["tokens"]), "op", "ours", op.ACTIONS, o) for o in (large, SMALL_OP)]
     rows = []
-    race.race([Heat("heat", entrants, 2)], Setting(), rows, Console(quiet=True))
+    race.run_heats([Heat("heat", entrants, 2)], Setting(), rows, Console(quiet=True))
     assert [row["error"] is None for row in rows] == [False, True]
     assert "memory" in rows[0]["error"]
     assert rows[0]["actions"] == {}
@@ -262,7 +262,7 @@ def test_a_memory_left_out_learns_nothing_and_comes_back():
 def test_the_meter_sees_the_memory_that_an_action_takes():
     meter = Meter(Setting())
     size = 64 * 2**20
-    found = meter.measure(Action(lambda _: torch.ones(size // 4).sum(), tell=lambda x: {"sum": float(x)}))
+    found = meter.measure(Action(lambda _: torch.ones(size // 4).sum(), report=lambda x: {"sum": float(x)}))
     assert found["sum"] == size // 4
     if found["peak_bytes"] is not None:
         assert 0.9 * size < found["peak_bytes"] < 2 * size
@@ -290,7 +290,7 @@ def test_who_needs_patience_is_measured_once(monkeypatch):
     monkeypatch.setattr(race, "Worker", _Slow)
     rows = []
     entrants = [Entrant("slow", "op", "ours", ["forward"])]
-    race.race([Heat("heat", entrants, 5, patience=-1.0)], Setting(), rows, Console(quiet=True))
+    race.run_heats([Heat("heat", entrants, 5, patience=-1.0)], Setting(), rows, Console(quiet=True))
     assert rows[0]["actions"]["forward"]["runs"] == 1
 
 

@@ -19,7 +19,7 @@ from conftest import tiny_config
 from titans_lm import TitansForCausalLM, cli
 from titans_lm.cli.demo.learning import read_text
 from titans_lm.cli.demo.needle import Reading, chart, hide, read_through, stretches, summary, task_for
-from titans_lm.inference.answer import PIECE
+from titans_lm.inference.generate import PIECE
 from titans_lm.models.hub import load, ship
 from titans_lm.models.model_files import NAMES, SHIPPED, find
 from titans_lm.models.tokenizer import byte_tokenizer, load_tokenizer

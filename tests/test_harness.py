@@ -151,7 +151,7 @@ def test_what_is_done_is_not_done_again(folder, tasks, tmp_path, capsys):
     names = ("tiny_answer", "tiny_rolling")
     assert evaluate(folder, tasks, out, *names) == 130
     stop.unlink()
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     before = out.read_text()
     assert [row["task"] for row in rows_of(out)[1:]] == ["tiny_answer"]
     assert evaluate(folder, tasks, out, *names) == 0

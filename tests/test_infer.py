@@ -16,7 +16,7 @@ from conftest import tiny_config
 from titans_lm import TitansForCausalLM, TitansState
 from titans_lm.cli import main
 from titans_lm.cli.learn import PIECE, read_three_ways, tenths
-from titans_lm.inference.answer import go_on, read
+from titans_lm.inference.generate import go_on, read
 from titans_lm.models.hub import load
 from titans_lm.models.tokenizer import byte_tokenizer, encode
 

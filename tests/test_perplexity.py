@@ -120,7 +120,7 @@ def test_where_there_is_no_memory_some_modes_make_no_sense():
         model = tiny_model(kind)
         assert possible_modes(model) == ["on", "reset"]
         for mode in ("frozen", "off"):
-            with pytest.raises(ValueError, match=f"mode '{mode}' asks for a memory, and this model .* has none"):
+            with pytest.raises(ValueError, match=f"mode '{mode}' needs a memory, and this model .* has none"):
                 perplexity(model, ids, ["on", mode])
         assert {row["mode"] for row in perplexity(model, ids, possible_modes(model))} == {"on", "reset"}
     assert all(possible_modes(tiny_model(kind)) == list(MODES) for kind in TITANS)
@@ -298,7 +298,7 @@ def test_what_is_wrong_is_one_line(folder, tmp_path, capsys):
         (text, {"--reset-every": "0"}, "--reset-every must be a whole number of at least 1, got 0"),
         (text, {"--out": str(tmp_path / "no" / "out.json")}, "folder"),
         (text, {"--out": str(other)}, "other.json is not a result file of this command"),
-        (text, {"--model": str(attention), "--modes": "off"}, "mode 'off' asks for a memory"),
+        (text, {"--model": str(attention), "--modes": "off"}, "mode 'off' needs a memory"),
     ]:
         given_ = [word for pair in {**options, **changed}.items() for word in pair]
         assert main(["evaluate", "perplexity", str(path), *given_]) == 2

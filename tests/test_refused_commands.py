@@ -186,8 +186,8 @@ study study.yaml --processes 0 | --processes must be at least 1
 study study.yaml --results nope | this folder does not exist
 study study.yaml --search 3 | the study has no search section
 study study.yaml --set model.parameters=8e5x | model.parameters must be a number
-study study.yaml --set training.seed=5 | training.seed is the study's own
-study study.yaml --set training.output_dir=x | training.output_dir is the study's own
+study study.yaml --set training.seed=5 | training.seed is set by the study
+study study.yaml --set training.output_dir=x | training.output_dir is set by the study
 study study.yaml --set shared.x=1 | unknown key 'shared' in shared
 study models.yaml | models.a must be keys and values, got 5
 study shared.yaml | shared.model must be keys and values, got 5

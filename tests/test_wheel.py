@@ -1,9 +1,10 @@
-"""The package works where only its wheel is."""
+"""The package builds from its sdist, and works from its wheel alone."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -24,18 +25,36 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which the wheel of a copy of the sources is installed: building leaves files beside them."""
-    sources, wheels, target = (tmp_path_factory.mktemp(name) for name in ("sources", "wheels", "target"))
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with sdist and wheel of a copy of the sources: building leaves files beside them. `build` makes the
+    wheel from the sdist."""
+    sources, target = (tmp_path_factory.mktemp(name) for name in ("sources", "built"))
     for part in PARTS:
         if (ROOT / part).is_dir():
             shutil.copytree(ROOT / part, sources / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         else:
             shutil.copy(ROOT / part, sources / part)
-    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    run([*pip, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(wheels), "."], sources)
-    run([*pip, "install", "--no-deps", "--no-index", "--target", str(target), *map(str, wheels.iterdir())], wheels)
+    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(target), "."], sources)
     return target
+
+
+@pytest.fixture(scope="module")
+def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which the wheel is installed."""
+    target = tmp_path_factory.mktemp("target")
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    run([*pip, "install", "--no-deps", "--no-index", "--target", str(target), *map(str, built.glob("*.whl"))], built)
+    return target
+
+
+def test_build_makes_an_sdist_with_all_sources_and_a_wheel(built: Path):
+    (sdist,), (wheel,) = built.glob("*.tar.gz"), built.glob("*.whl")
+    assert sdist.name.removesuffix(".tar.gz") == "-".join(wheel.name.split("-")[:2])
+    with tarfile.open(sdist) as archive:
+        members = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
+    source = ROOT / "src" / "titans_lm"
+    modules = {path.relative_to(ROOT) for path in source.rglob("*.py")}
+    assert {*map(Path, ("pyproject.toml", "README.md", "LICENSE")), *modules} <= members
 
 
 def test_a_wheel_has_what_is_not_python(installed: Path):

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 MOVED: dict[str, tuple[str, ...]] = {
-    "answer": ("inference.answer",),
+    "answer": ("inference.generate",),
     "arguments": ("models.arguments",),
     "associative": ("layers.associative",),
     "attention": ("layers.attention",),
@@ -52,7 +52,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "packing": ("models.packing",),
     "prediction": ("layers.predictor",),
     "read": ("cli.read",),
-    "reader": ("inference.answer", "inference.reader"),
+    "reader": ("inference.generate", "inference.reader"),
     "reading": ("models.reading",),
     "recompute": ("layers.checkpointing",),
     "record": ("utils.record",),

@@ -1,8 +1,7 @@
-"""`titans bench decode`: the time of a token after having read much, and its growth.
+"""`titans bench decode`: the time per decoded token after a long context, and its growth.
 
-Up to `--read-up-to` tokens are read; for positions beyond, the counters of a state that has read so many are set: its
-tensors have the same shapes, and no branch depends on what is in them. Full attention's keys and values, which do
-grow, are random numbers of the shape they would have.
+Reads up to `--read-up-to` tokens. For later positions it sets the counters of the state: its tensors have the same
+shapes, and no branch depends on their content. The keys and values of full attention, which grow, are random.
 """
 
 import argparse
@@ -27,7 +26,7 @@ Decode = Callable[[nn.Module, Tensor, Any], Any]
 
 
 def decoder(options: dict[str, Any], setting: Setting) -> Contender:
-    """A model at each position; an action decodes `tokens` tokens, one a call, from a fork."""
+    """A model at a position. The action decodes `tokens` tokens, one per call, from a fork of its state."""
     model = lm.build(options["kind"], options["size"], setting).eval()
     state, read = _state(model, options["position"], options["read_up_to"], setting)
     tokens = lm.ids(options["tokens"], model)
@@ -59,7 +58,7 @@ def _step_mamba2(model: nn.Module, token: Tensor, state: Any) -> Any:
 
 @torch.no_grad()
 def _state(model: nn.Module, position: int, read_up_to: int, setting: Setting) -> tuple[Any, int]:
-    """What a model carries after `position` tokens, and how many of them it has read."""
+    """The model's state at `position`, and how many tokens it has read."""
     read = min(position, read_up_to)
     full = isinstance(model, TitansForCausalLM) and model.config.variant == "attention" and not model.config.window_size
     if full:
@@ -96,10 +95,14 @@ BUILD = {"decoder": decoder}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--positions", type=int, nargs="+", default=[1024, 65536, 1048576], help="tokens before")
+    parser.add_argument(
+        "--positions", type=int, nargs="+", default=[1024, 65536, 1048576], help="positions at which to decode"
+    )
     parser.add_argument("--variants", nargs="+", choices=lm.TITANS, default=["mag", "mac"])
-    parser.add_argument("--tokens", type=int, default=64, help="tokens that a repetition decodes")
-    parser.add_argument("--read-up-to", type=int, default=65536, help="beyond, the position is set and not read to")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens decoded per repetition")
+    parser.add_argument(
+        "--read-up-to", type=int, default=65536, help="maximum tokens to read; later positions are set without reading"
+    )
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -107,8 +110,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError("--positions, --tokens and --read-up-to must be at least 1")
 
 
-def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noqa: ARG001 - the same for all commands
-    """Positions in turns too: their ratio is what is asked for."""
+def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noqa: ARG001 - the form of all kinds
+    """One heat, in which positions take turns too, because their ratio is the result."""
     names = [*arguments.variants, lm.WINDOW, *((lm.FULL, lm.MAMBA2) if arguments.peers else ())]
     entrants = [_entrant(name, position, arguments) for name in names for position in sorted(arguments.positions)]
     return [Heat("decode", entrants, arguments.runs)]
@@ -121,7 +124,7 @@ def _entrant(name: str, position: int, arguments: argparse.Namespace) -> Entrant
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians' ratios: the last position over the first, and each model over the sliding window at one position."""
+    """Ratios of medians: last position to first, and each model to the sliding window at the same position."""
     complete = [row for row in rows if row["actions"] and not row["error"]]
     seconds = {(row["kind"], row["position"]): row["actions"]["decode"]["seconds"] for row in complete}
     names = {name for name, _ in seconds}

@@ -1,5 +1,4 @@
-"""The models of the benchmarks: Titans' variants, attention of the same size, and transformers' Mamba2 of about as many
-parameters."""
+"""Models of the benchmarks: Titans' variants, attention of the same size, and transformers' Mamba2 of similar size."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -18,7 +17,7 @@ BASELINES = (WINDOW, FULL, MAMBA2)
 
 
 def build(name: str, size: str, setting: Setting) -> nn.Module:
-    """The model of this name: a variant, or a baseline."""
+    """Build a variant or a baseline by name."""
     torch.manual_seed(0)
     if name == MAMBA2:
         config = baselines.mamba2_config({"size": size, "vocab_size": SIZES[size].get("vocab_size", 32000)})
@@ -37,13 +36,13 @@ def parameters(model: nn.Module) -> int:
 
 
 def ids(tokens: int, model: nn.Module) -> Tensor:
-    """Random tokens: what anything costs does not depend on which they are."""
+    """Random tokens: costs do not depend on them."""
     device = next(model.parameters()).device
     return torch.randint(256, (1, tokens), device=device)
 
 
 def loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Of a training step."""
+    """The loss of a training step."""
     out: Any = model(tokens, labels=tokens, use_cache=False)
     return out.loss
 

@@ -1,4 +1,8 @@
-"""Time, CPU time and memory of one thing, and what a contender is: things that can be done again and again."""
+"""Seconds, CPU seconds and peak memory of an action, and the contenders that actions belong to.
+
+`torch.utils.benchmark` is not used: its timer measures neither CPU seconds nor memory, and it repeats one statement in
+one process, where contenders are to take turns in processes of their own.
+"""
 
 import contextlib
 import ctypes
@@ -13,45 +17,45 @@ from typing import Any
 import torch
 
 LEAST_SECONDS = 0.2
-"""What is done in less is done several times a repetition: a clock and a scheduler are not finer than that."""
+"""A shorter action is repeated within a repetition, for the resolution of clock and scheduler."""
 MATMUL = 2048
-"""Width of the large matmul whose rate is what the machine can do."""
+"""Width of the large matmul that measures what the machine can do."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contenders of a run have in common."""
+    """Settings that all contenders of a run share."""
 
     device: str = "cpu"
     dtype: str = "float32"
     backend: str = "auto"
     threads: int = 1
     memory_limit: float = 0.0
-    """GiB that a process may take on a CPU; 0: no limit."""
+    """GiB that a process may allocate on a CPU; 0: no limit."""
 
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
     def autocast(self) -> torch.autocast:
-        """Models keep float32 parameters and compute in the run's type, as `titans train` does."""
+        """Mixed precision as in `titans train`: float32 parameters, computation in the run's type."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
 @dataclass(frozen=True)
 class Action:
-    """Something that is timed: `run(prepare())`; `prepare` is not timed. `tell` says what came of it."""
+    """A timed action: `run(prepare())`. `prepare` is not timed. `report` returns figures of the result."""
 
     run: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
-    tell: Callable[[Any], dict[str, Any]] = lambda _: {}
+    report: Callable[[Any], dict[str, Any]] = lambda _: {}
     once: bool = False
-    """Never more than once a repetition."""
+    """Run once per repetition."""
 
 
 @dataclass
 class Contender:
-    """What a worker has built: its actions, and facts of it. `small` runs all code once on little, so that what is
-    loaded then does not count as memory that an action takes."""
+    """A contender in its worker: its actions and facts about it. `small` runs all code once on small inputs, so that
+    lazily loaded code does not count as an action's memory."""
 
     actions: dict[str, Action]
     about: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +63,7 @@ class Contender:
 
 
 def matmul(setting: Setting) -> Action:
-    """The large matmul, of the run's type."""
+    """The large matmul, in the run's type."""
     a, b = (torch.randn(MATMUL, MATMUL, dtype=setting.torch_dtype(), device=setting.device) for _ in "ab")
     out = torch.empty_like(a)
     return Action(lambda _: torch.mm(a, b, out=out))
@@ -69,26 +73,26 @@ MATMUL_OPERATIONS = 2 * MATMUL**3
 
 
 class Meter:
-    """Measures actions of one process. Memory is what the process takes above what it took when the meter was made."""
+    """Measures actions of one process. Memory is relative to that of the process when the meter was made."""
 
     def __init__(self, setting: Setting):
         self.cuda = setting.device == "cuda"
-        _give_back()
+        _trim()
         self.base = torch.cuda.memory_allocated() if self.cuda else _status("VmRSS")
         self.calls: dict[Action, int] = {}
 
     def measure(self, action: Action) -> dict[str, Any]:
-        """One repetition: seconds and CPU seconds of a call, peak bytes, what the action tells."""
+        """One repetition: seconds and CPU seconds per call, peak bytes, and the action's report."""
         calls = self.calls.get(action, 1)
         ready = action.prepare()
         self._forget_peak()
         before = time.process_time()
         seconds, result = (self._on_cuda if self.cuda else _on_cpu)(action, ready, calls)
         cpu = time.process_time() - before
-        if action not in self.calls:  # the first call also loads and allocates: the guess need not be good
+        if action not in self.calls:  # from the first call, which also loads and allocates: a rough guess
             self.calls[action] = 1 if action.once else max(1, min(1000, round(LEAST_SECONDS / max(seconds, 1e-6))))
         figures = {"seconds": seconds / calls, "cpu_seconds": cpu / calls, "peak_bytes": self._peak(), "calls": calls}
-        return {**figures, **action.tell(result)}
+        return {**figures, **action.report(result)}
 
     def _on_cuda(self, action: Action, ready: Any, calls: int) -> tuple[float, Any]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
@@ -104,8 +108,8 @@ class Meter:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
             return
-        with contextlib.suppress(OSError):  # not Linux, or not allowed: then the peak is that of the process so far
-            Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is taken now
+        with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then that since the process began
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current value
 
     def _peak(self) -> int | None:
         peak = torch.cuda.max_memory_allocated() if self.cuda else _status("VmHWM")
@@ -119,15 +123,15 @@ def _on_cpu(action: Action, ready: Any, calls: int) -> tuple[float, Any]:
     return time.perf_counter() - begun, result
 
 
-def _give_back() -> None:
-    """What was freed goes back to the system, so that it does not hide what is taken next."""
+def _trim() -> None:
+    """Return freed memory to the system, so that it does not hide later allocations."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(name: str) -> int | None:
-    """Bytes of a line of /proc/self/status; None where there is no such file."""
+    """Bytes of a line of /proc/self/status; None without that file."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -136,13 +140,13 @@ def _status(name: str) -> int | None:
 
 
 def resident() -> int | None:
-    """Bytes of memory that this process takes now."""
+    """Resident bytes of this process; None if unknown."""
     return _status("VmRSS")
 
 
 def limit_memory(setting: Setting) -> None:
-    """An allocation above the limit fails, which is an error to report; and if the machine runs out all the same, this
-    process is the one to end, not another."""
+    """Make allocations above the limit fail; and if the machine runs out of memory, make the system kill this process
+    first."""
     if setting.device != "cpu" or not Path("/proc/self").exists():
         return
     import resource
@@ -154,7 +158,7 @@ def limit_memory(setting: Setting) -> None:
 
 
 def available_memory() -> float:
-    """GiB that may be taken without others being pushed out; 0 where that is not known."""
+    """GiB of memory available without swapping; 0 if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -163,7 +167,7 @@ def available_memory() -> float:
 
 
 def summarise(repetitions: list[dict[str, Any]]) -> dict[str, Any]:
-    """Median, least and most of the repetitions; peak memory of the first, before anything is left behind."""
+    """Median, minimum and maximum over repetitions; peak memory of the first."""
     seconds = [r["seconds"] for r in repetitions]
     timed = seconds[1:] or seconds
     cpu = [r["cpu_seconds"] for r in repetitions][1:] or [repetitions[0]["cpu_seconds"]]

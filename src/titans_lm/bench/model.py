@@ -1,7 +1,7 @@
-"""`titans bench model`: a training step and prefill at several lengths, one sequence at a time.
+"""`titans bench model`: a training step and a prefill at several lengths, with one sequence per batch.
 
-The memory's share of a step is measured by leaving it out: the same step of the same model, in turns with the whole
-one, where each memory hands on its input (projections, convolutions and gates are part of the memory).
+The memory's share of a step is measured by a step of the same model that bypasses each memory, with its projections,
+convolutions and gates; both steps take turns.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from titans_lm.utils.terminal import red
 
 
 def trained(options: dict[str, Any], setting: Setting) -> Contender:
-    """A model that trains on, and reads, `tokens` tokens."""
+    """A model that trains on and prefills `tokens` tokens."""
     model = lm.build(options["kind"], options["size"], setting)
     if options["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -53,10 +53,10 @@ def _actions(model: nn.Module, length: int, setting: Setting) -> dict[str, Actio
         with memory_off(model):
             step(None)
 
-    def forget() -> None:
+    def zero_grad() -> None:
         model.zero_grad(set_to_none=True)
 
-    return {"prefill": Action(prefill), "step": Action(step, forget), WITHOUT: Action(without, forget)}
+    return {"prefill": Action(prefill), "step": Action(step, zero_grad), WITHOUT: Action(without, zero_grad)}
 
 
 WITHOUT = "step without memory"
@@ -71,10 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variants", nargs="+", choices=lm.TITANS, default=list(lm.TITANS))
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in training")
     parser.add_argument(
-        "--prefill-only", action="store_true", help="no training step: lengths for which one is too much"
+        "--prefill-only", action="store_true", help="skip training steps, for lengths at which they take too long"
     )
     parser.add_argument(
-        "--patience", type=float, default=300.0, help="seconds of a warm-up above which it is the only measurement"
+        "--patience",
+        type=float,
+        default=300.0,
+        help="maximum seconds of a warm-up; a slower one is the only measurement",
     )
 
 
@@ -85,7 +88,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--patience must be a number of seconds, got {arguments.patience}")
 
 
-def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noqa: ARG001 - the same for all commands
+def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noqa: ARG001 - the form of all kinds
     names = [*arguments.variants, *(lm.BASELINES if arguments.peers else ())]
     entrants = [_entrant(name, tokens, arguments) for tokens in sorted(arguments.lengths) for name in names]
     return [Heat("model", entrants, arguments.runs, patience=arguments.patience)]
@@ -98,13 +101,13 @@ def _entrant(name: str, tokens: int, arguments: argparse.Namespace) -> Entrant:
     return Entrant(f"{name}, {tokens:,} tokens", "model", "trained", actions, options)
 
 
-Found = dict[tuple[str, int], dict[str, Any]]
+Measured = dict[tuple[str, int], dict[str, Any]]
 SPENT = {"seconds": "", "cpu_seconds": ", CPU"}
-"""Ratios are told of both: on a machine that others use too, CPU seconds say less wrongly what one thread costs."""
+"""Ratios are reported for both: on a shared machine CPU seconds are the better measure of one thread's cost."""
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ratios of medians, of each action: what could be measured."""
+    """Ratios of medians per action, as far as measured."""
     measured = {(row["kind"], row["tokens"]): row["actions"] for row in rows if row["actions"]}
     return {
         "time_per_token_longest_over_shortest": _growth(measured),
@@ -118,8 +121,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _growth(measured: Found) -> dict[str, dict[str, Any]]:
-    """By model: time per token at the longest length that was measured, over that at the shortest."""
+def _growth(measured: Measured) -> dict[str, dict[str, Any]]:
+    """Time per token at the longest measured length relative to the shortest, by model."""
     growth = {}
     for name in sorted({n for n, _ in measured}):
         lengths = sorted(tokens for n, tokens in measured if n == name)
@@ -133,13 +136,13 @@ def _growth(measured: Found) -> dict[str, dict[str, Any]]:
 
 
 def _ratio(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-    """By action, of seconds and of CPU seconds."""
+    """Ratios of seconds and CPU seconds, by action."""
     both = [action for action in ("prefill", "step") if action in one and action in other]
     return {f"{a}{label}": one[a][key] / other[a][key] for key, label in SPENT.items() for a in both}
 
 
-def _over(measured: Found, one: str, other: str) -> dict[str, dict[str, float]]:
-    """By length: the time of `one` over that of `other`."""
+def _over(measured: Measured, one: str, other: str) -> dict[str, dict[str, float]]:
+    """The time of `one` relative to `other`, by length."""
     return {
         str(tokens): _ratio(measured[one, tokens], actions)
         for (name, tokens), actions in measured.items()
@@ -147,7 +150,7 @@ def _over(measured: Found, one: str, other: str) -> dict[str, dict[str, float]]:
     }
 
 
-def _peaks(measured: Found, one: str, other: str) -> dict[str, dict[str, float]]:
+def _peaks(measured: Measured, one: str, other: str) -> dict[str, dict[str, float]]:
     return {
         str(tokens): {
             action: measured[one, tokens][action]["peak_bytes"] / m["peak_bytes"]

@@ -1,7 +1,7 @@
-"""`titans bench op`: the memory operation, how near it comes to the rate of a large matmul, and its peers.
+"""`titans bench op`: the memory operation, its rate relative to a large matmul, and its peers.
 
-Operations are those of `ops/README.md`, section Cost; the backward pass counts as twice the forward pass, whatever it
-computes again.
+Operations are those of `ops/README.md`, section Cost; the backward pass counts as twice the forward pass, without
+recomputation.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from titans_lm.utils.terminal import red
 
 HEADS, WIDTH = 6, 64
 CLIP = 1.0
-"""Of the residual form, as models have it by default."""
+"""`memory_clip` of the residual form, as in models by default."""
 
 
 class Shape(NamedTuple):
-    """What is read: `rows` x HEADS memories of width WIDTH, with `hidden` between their `depth` layers."""
+    """Size of the operation: `rows` x HEADS memories of width WIDTH, with `depth` layers of hidden width `hidden`."""
 
     rows: int
     tokens: int
@@ -39,15 +39,15 @@ class Shape(NamedTuple):
         return list(itertools.pairwise([WIDTH, *[self.hidden] * (self.depth - 1), WIDTH]))
 
     def operations(self) -> int:
-        """Forward (`ops/README.md`, section Cost): a weight takes part in six multiplications and additions a token,
-        but for the first layer's, through which nothing goes back."""
+        """Forward (`ops/README.md`, section Cost): a weight has six multiply-adds per token, those of the first
+        layer five, because no gradient passes through it."""
         weights = [i * o for i, o in self.layers()]
         scores = sum(2 * self.chunk * (i + o) for i, o in self.layers())
         return self.rows * HEADS * self.tokens * (12 * sum(weights) - 2 * weights[0] + scores)
 
 
 class Inputs(NamedTuple):
-    """Tokens as the layer makes them (keys and queries of length 1, gates where they begin), and M_0."""
+    """Tokens as the layer makes them (unit keys and queries, gates at their initial values), and M_0."""
 
     q: Tensor
     k: Tensor
@@ -61,7 +61,7 @@ class Inputs(NamedTuple):
         return [*self[:6], *self.first]
 
     def trained(self) -> "Inputs":
-        """Leaves whose gradients are asked for."""
+        """The same values as leaves that require gradients."""
         return Inputs.of([x.detach().requires_grad_() for x in self.flat()])
 
     @classmethod
@@ -94,7 +94,7 @@ Read = Callable[[Inputs], tuple[Tensor, Any]]
 
 
 def reader(shape: Shape, setting: Setting, scan: Callable[..., Any] = memory_scan) -> Read:
-    """`memory_scan`, or what behaves as it does, from M_0: y and the state after."""
+    """A function that runs `memory_scan`, or `scan`, from M_0, and returns y and the state."""
     memory = form(shape.form, setting.device)
 
     def read(x: Inputs) -> tuple[Tensor, MemoryState]:
@@ -106,7 +106,7 @@ def reader(shape: Shape, setting: Setting, scan: Callable[..., Any] = memory_sca
 
 
 def both_ways(read: Read, x: Inputs) -> dict[str, Action]:
-    """Forward alone, without gradients; forward and backward, to every input and M_0."""
+    """Actions: forward without gradients; forward and backward to every input and M_0."""
     weight = torch.randn(*x.v.shape, dtype=x.v.dtype, device=x.v.device)
 
     def forward(_: Any) -> None:
@@ -115,25 +115,25 @@ def both_ways(read: Read, x: Inputs) -> dict[str, Action]:
 
     def training(leaves: Inputs) -> None:
         y = read(leaves)[0]
-        torch.autograd.grad(y, leaves.flat(), weight, allow_unused=True)  # a peer may have no use for a gate
+        torch.autograd.grad(y, leaves.flat(), weight, allow_unused=True)  # a peer may ignore a gate
 
     return {"forward": Action(forward), "training": Action(training, x.trained)}
 
 
 def profiled(training: Action) -> Action:
-    """Forward and backward once more, with a profiler: the largest shares of time by PyTorch operation."""
+    """Forward and backward under the profiler: the largest shares of time by PyTorch operation."""
 
     def run(leaves: Any) -> Any:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             training.run(leaves)
         return profile.key_averages()
 
-    def tell(events: Any) -> dict[str, Any]:
+    def report(events: Any) -> dict[str, Any]:
         spent = {event.key: event.self_cpu_time_total for event in events}
         largest = sorted(spent, key=lambda key: -spent[key])[:10]
         return {"shares": {key: round(spent[key] / sum(spent.values()), 3) for key in largest}}
 
-    return Action(run, training.prepare, tell, once=True)
+    return Action(run, training.prepare, report, once=True)
 
 
 def ours(options: dict[str, Any], setting: Setting, scan: Callable[..., Any] = memory_scan) -> Contender:
@@ -152,19 +152,19 @@ def ours(options: dict[str, Any], setting: Setting, scan: Callable[..., Any] = m
 
 
 def backend(shape: Shape, setting: Setting, x: Inputs) -> str:
-    """What the setting's backend is for this: "auto" chooses."""
+    """The backend that the setting resolves to."""
     state, memory = initial_state(x.first, shape.rows), form(shape.form, setting.device)
     call = ScanInputs(Tokens(*x[:6]), state, shape.chunk, memory, None, False, 0)
     return resolve_backend(setting.backend, call)  # type: ignore[arg-type]
 
 
 def compiled(options: dict[str, Any], setting: Setting) -> Contender:
-    """The same, by torch.compile. Not measured on a GPU."""
+    """The operation under torch.compile. Not measured on a GPU."""
     return ours(options, setting, torch.compile(memory_scan))
 
 
 def _peer(name: str) -> Callable[[dict[str, Any], Setting], Contender]:
-    """A contender of `peers`, whose packages only `--peers` needs."""
+    """A contender of `peers`, imported lazily because of its packages."""
 
     def make(options: dict[str, Any], setting: Setting) -> Contender:
         from titans_lm.bench import peers
@@ -187,7 +187,7 @@ ACTIONS = ["matmul", "forward", "training"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--hidden", type=int, nargs="+", default=[128, 256], help="hidden widths of the memory")
     parser.add_argument("--chunk", type=int, nargs="+", default=[64, 16], help="chunk sizes")
     parser.add_argument("--depth", type=int, nargs="+", default=[2], help="layers of the memory")
@@ -195,9 +195,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows", type=int, help=f"batch rows of {HEADS} heads (default: as many as threads; 8 on a GPU)"
     )
-    parser.add_argument("--profile", action="store_true", help="which PyTorch operations take the time")
+    parser.add_argument("--profile", action="store_true", help="profile PyTorch operations")
     parser.add_argument(
-        "--peer-tokens", type=int, default=256, help="tokens against titans-pytorch, which keeps weights for each"
+        "--peer-tokens", type=int, default=256, help="tokens for titans-pytorch, which stores weights per token"
     )
 
 
@@ -261,7 +261,8 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Adds to each row the rate and its part of the matmul's; ratios of each peer's time and memory to ours."""
+    """Add to each row its rate, absolute and relative to the matmul. Returns ratios of each peer's time and memory to
+    ours."""
     ratios_of_peers = []
     ours: dict[str, Any] = {}
     for row in rows:
@@ -283,7 +284,7 @@ def _ratio(theirs: dict[str, Any], ours: dict[str, Any], action: str, what: str)
 
 
 def _rates(row: dict[str, Any]) -> None:
-    """Each repetition over the matmul of the same repetition: what slows both for a while drops out."""
+    """Rates relative to the matmul of the same repetition, which cancels other load."""
     repetitions = row["repetitions"]
     large = repetitions.get("matmul", [])
     for action, passes in (("forward", 1), ("training", 3)):

@@ -1,4 +1,4 @@
-"""Other people's implementations beside ours: titans-pytorch, and on a GPU flash-linear-attention and attention.
+"""Other implementations: titans-pytorch, and on a GPU flash-linear-attention and attention.
 
 titans-pytorch's `NeuralMemory` takes its queries, keys, values and gates from projections of one sequence. Here that
 sequence is ours, side by side: [q, k, v, theta, eta's and alpha's logits], and a projection is a slice of it. With the
@@ -17,17 +17,17 @@ from titans_lm.bench.measure import Contender, Setting, matmul
 from titans_lm.bench.op import HEADS, WIDTH, Inputs, Read, Shape, both_ways, inputs, reader
 
 TOLERANCE = 1e-9
-"""Largest difference in float64, over the largest value, with which two programs compute the same function."""
+"""Maximum relative difference in float64 of two programs that compute the same function."""
 ACROSS_CHUNKS = 3
-"""Chunks of the check."""
+"""Number of chunks of the check."""
 
 
 class NotTheSame(ValueError):
-    """A peer that is to compute our function, and does not: then nothing about it may be reported."""
+    """A peer does not compute our function as it should; its figures must not be reported."""
 
 
 def require(package: str) -> None:
-    """Raises ValueError that says how to get it."""
+    """Raises ValueError with the installation command if the package is missing."""
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"--peers needs {package.replace('_', '-')}: pip install 'titans-lm[peers]'")
 
@@ -36,7 +36,7 @@ def require(package: str) -> None:
 
 
 class _PlainMemory(nn.Module):
-    """Our plain memory of depth 2, as titans-pytorch takes one: an MLP with SiLU."""
+    """Our plain memory of depth 2 in the form of titans-pytorch: an MLP with SiLU."""
 
     def __init__(self, hidden: int):
         super().__init__()
@@ -48,7 +48,7 @@ class _PlainMemory(nn.Module):
 
 
 class _Part(nn.Module):
-    """Channels of a sequence."""
+    """Selects channels of a sequence."""
 
     def __init__(self, first: int, size: int):
         super().__init__()
@@ -76,7 +76,7 @@ def _squares(output: Tensor, target: Tensor) -> Tensor:
 
 
 def _memory(hidden: int, store_chunk: int, batch: int | None) -> Any:
-    """Their layer with everything around the recurrence taken away."""
+    """Their layer, reduced to the recurrence."""
     from titans_pytorch import NeuralMemory
 
     inner = HEADS * WIDTH
@@ -101,7 +101,7 @@ def _sequence(x: Inputs) -> Tensor:
 def _titans_pytorch_reader(shape: Shape, store_chunk: int, batch: int | None, setting: Setting) -> Read:
     """Their layer reads our inputs from our M_0: y and, for each layer of the memory, its weights after all tokens."""
     layer = _memory(shape.hidden, store_chunk, batch).to(setting.device)
-    del layer.memory_model_parameters  # ours are put there for each call, so that gradients lead to them
+    del layer.memory_model_parameters  # each call sets ours, so that gradients reach them
 
     def read(x: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
         layer.memory_model_parameters = list(x.first)
@@ -113,7 +113,8 @@ def _titans_pytorch_reader(shape: Shape, store_chunk: int, batch: int | None, se
 
 
 def titans_pytorch(options: dict[str, Any], setting: Setting) -> Contender:
-    """chunk_size=`store_chunk`, batch_size=`batch`. Raises NotTheSame if it is to compute our function and does not."""
+    """chunk_size=`store_chunk`, batch_size=`batch`. Raises NotTheSame if it should compute our function and does
+    not."""
     own = {key: options[key] for key in Shape._fields}
     shape, variant = Shape(**own), (options["store_chunk"], options["batch"])
     same = variant == (1, shape.chunk)
@@ -138,7 +139,7 @@ def titans_pytorch(options: dict[str, Any], setting: Setting) -> Contender:
 
 
 def _difference(shape: Shape, variant: tuple[int, int | None], setting: Setting) -> float:
-    """Of outputs, last weights, and gradients to every input and M_0, in float64; largest over the largest value."""
+    """Largest relative difference of outputs, last weights and all gradients, in float64."""
     shape = shape._replace(rows=1, tokens=ACROSS_CHUNKS * shape.chunk)
     x = inputs(shape, torch.float64, setting.device).trained()
     results = []
@@ -151,7 +152,7 @@ def _difference(shape: Shape, variant: tuple[int, int | None], setting: Setting)
 
 
 def _steady(x: Tensor) -> Tensor:
-    """The same numbers for both: the weights of a loss in which everything has a part."""
+    """Fixed weights of a loss in which every element takes part."""
     return torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view(x.shape)
 
 

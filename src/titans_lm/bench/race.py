@@ -1,5 +1,5 @@
-"""Contenders in processes of their own, measured in turns (A B A B ...), so that what the machine does meanwhile hits
-all alike; one that dies is a row with its reason."""
+"""Contenders in processes of their own, measured in turns (A B A B ...), so that other load affects all alike. One that
+dies becomes a row with the reason."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ from titans_lm.bench.measure import Setting, summarise
 
 @dataclass
 class Entrant:
-    """A contender as it is announced: how a worker builds it, what it does in a repetition, in this order."""
+    """How a worker builds a contender, and its actions of a repetition, in order."""
 
     name: str
     module: str
@@ -33,18 +33,18 @@ class Entrant:
 
 @dataclass
 class Heat:
-    """Entrants that are measured in turns, `runs` repetitions after a warm-up."""
+    """Entrants measured in turns, `runs` repetitions after a warm-up."""
 
     name: str
     entrants: list[Entrant]
     runs: int
     warm_up: bool = True
     patience: float = float("inf")
-    """Who takes more seconds than this for its warm-up has that as its only measurement."""
+    """Maximum seconds of a warm-up; a slower entrant has it as its only measurement."""
 
 
 class Dead(Exception):
-    """A contender that cannot go on, and why."""
+    """A contender failed, with the reason."""
 
 
 class Worker:
@@ -56,13 +56,13 @@ class Worker:
             [sys.executable, "-m", "titans_lm.bench.worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(setting.threads), "HF_HUB_OFFLINE": "1"},
-            start_new_session=True,  # Ctrl-C is for this process, which ends the others
+            start_new_session=True,  # Ctrl-C reaches this process only, which ends the others
         )  # fmt: skip
         order = {k: getattr(entrant, k) for k in ("module", "contender", "options")}
         self._order = {**order, "setting": dataclasses.asdict(setting)}
 
     def begin(self) -> dict[str, Any]:
-        """Build it; facts of it."""
+        """Build the contender. Returns facts about it."""
         about: dict[str, Any] = self._ask(self._order)["about"]
         return about
 
@@ -77,7 +77,7 @@ class Worker:
 
     def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it has died: the empty answer says so
+        with contextlib.suppress(BrokenPipeError):  # it has died: the empty answer shows it
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -98,25 +98,25 @@ class Worker:
 
 
 class Lane:
-    """An entrant on its way: its worker while it lives, and what was measured."""
+    """A running entrant: its worker and its measurements."""
 
     def __init__(self, heat: Heat, entrant: Entrant, setting: Setting):
         self.entrant, self.left = entrant, heat.runs + heat.warm_up
-        self.found: dict[str, list[dict[str, Any]]] = {action: [] for action in entrant.actions}
+        self.repetitions: dict[str, list[dict[str, Any]]] = {action: [] for action in entrant.actions}
         self.seconds: list[float] = []
         self.row: dict[str, Any] = {"heat": heat.name, "name": entrant.name, **entrant.options, "error": None}
         self.setting = setting
         self.worker: Worker | None = None
 
     def turn(self, patience: float) -> None:
-        """One repetition of every action; the first also starts the worker."""
+        """Run one repetition of every action; the first call also starts the worker."""
         begun = time.monotonic()
         try:
             if self.worker is None:
                 self.worker = Worker(self.entrant, self.setting)
                 self.row.update(self.worker.begin())
                 begun = time.monotonic()
-            for action, repetitions in self.found.items():
+            for action, repetitions in self.repetitions.items():
                 repetitions.append(self.worker.measure(action))
             self.seconds.append(time.monotonic() - begun)
             self.left = 0 if self.seconds[0] > patience else self.left - 1
@@ -130,16 +130,16 @@ class Lane:
             self.worker.end()
 
     def result(self) -> dict[str, Any]:
-        done = {action: repetitions for action, repetitions in self.found.items() if repetitions}
+        done = {action: repetitions for action, repetitions in self.repetitions.items() if repetitions}
         return {**self.row, "actions": {action: summarise(r) for action, r in done.items()}, "repetitions": done}
 
     def remaining(self, usual: float) -> float:
-        """Seconds still to come."""
+        """Estimated seconds left."""
         return self.left * (statistics.median(self.seconds) if self.seconds else usual)
 
 
-def race(heats: list[Heat], setting: Setting, rows: list[dict[str, Any]], console: Console) -> None:
-    """Run heat after heat; `rows` gets each entrant's result, also of a heat that Ctrl-C ends."""
+def run_heats(heats: list[Heat], setting: Setting, rows: list[dict[str, Any]], console: Console) -> None:
+    """Run heats one after another. Adds each entrant's result to `rows`, also when Ctrl-C ends a heat."""
     columns = [
         TextColumn("{task.description}", markup=False),
         BarColumn(),

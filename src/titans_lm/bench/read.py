@@ -1,6 +1,7 @@
-"""`titans bench read`: a text of any length through the carried state, stretch by stretch, in bounded memory.
+"""`titans bench read`: read a text of any length through the carried state, in bounded memory, and measure each
+stretch.
 
-The text is the Python standard library's source files, again and again; the weights are random, or those of `--model`.
+The text is the source of the Python standard library, repeated; the weights are random, or those of `--model`.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from titans_lm.utils.text_file import read_text
 
 
 class Reader:
-    """A model on its way through the text."""
+    """A model that reads the text."""
 
     def __init__(self, options: dict[str, Any], setting: Setting):
         self.setting, self.piece = setting, options["piece"]
@@ -47,7 +48,7 @@ class Reader:
 
     @torch.no_grad()
     def read(self, tokens: int) -> None:
-        """Goes on for so many tokens."""
+        """Read the next `tokens` tokens."""
         for size in [self.piece] * (tokens // self.piece) + [tokens % self.piece] * (tokens % self.piece > 0):
             ids = torch.tensor([list(itertools.islice(self.text, size))], device=self.setting.device)
             with self.setting.autocast():
@@ -64,8 +65,8 @@ class Reader:
         logits: Tensor = out.logits
         return logits
 
-    def tell(self) -> dict[str, Any]:
-        """What is carried: how large it is, and whether all of it is a number."""
+    def report(self) -> dict[str, Any]:
+        """Size and norms of the state, and whether it is finite."""
         report: dict[str, Any] = {"resident_bytes": resident(), "finite": self.finite}
         if isinstance(self.state, TitansState):
             report |= {"state_bytes": self.state.nbytes, **_norms(self.state)}
@@ -77,7 +78,7 @@ NORMS = ("weights_norm", "momentum_norm")
 
 
 def _norms(state: TitansState) -> dict[str, float]:
-    """Largest Frobenius norm of a head's weights in a layer, and of their momentum."""
+    """Largest Frobenius norms of a head's weights and momentum over layers."""
     memories = [layer.memory.memory for layer in state.memories if layer.memory is not None]
     if not memories:
         return {}
@@ -86,14 +87,14 @@ def _norms(state: TitansState) -> dict[str, float]:
 
 
 def _text(tokenizer: Any) -> Iterator[int]:
-    """Tokens without end."""
+    """Yields tokens of the text, endlessly."""
     for file in itertools.cycle(stdlib_files()):
         yield from encode(tokenizer, read_text(file)).tolist()
 
 
 class Operation:
-    """The memory operation alone on its way: random keys, drawn anew for every piece, whose values are a fixed
-    nonlinear function of them; little is forgotten, for weights that have decayed to 0 learn no more."""
+    """The memory operation alone: random keys, whose values are a fixed nonlinear function of them. Forgetting is slow,
+    because weights that have decayed to 0 learn no more."""
 
     def __init__(self, options: dict[str, Any], setting: Setting):
         self.setting, self.piece, self.finite = setting, options["piece"], True
@@ -104,7 +105,7 @@ class Operation:
 
     @torch.no_grad()
     def read(self, tokens: int) -> None:
-        """Goes on for so many tokens."""
+        """Read the next `tokens` tokens."""
         for first in range(0, tokens, self.piece):
             shape = self.shape._replace(tokens=min(self.piece, tokens - first))
             x = inputs(shape, self.setting.torch_dtype(), self.setting.device)
@@ -115,7 +116,7 @@ class Operation:
             )
             self.finite = self.finite and lm.is_finite([y])
 
-    def tell(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         parts = zip(NORMS, (self.state.weights, self.state.momentum), strict=True)
         norms = {name: max(float(w.norm(dim=(-2, -1)).max()) for w in part) for name, part in parts}
         size = sum(w.nbytes for part in self.state[:3] for w in part)
@@ -124,20 +125,20 @@ class Operation:
 
 
 def operation(options: dict[str, Any], setting: Setting) -> Contender:
-    """An action reads the next stretch."""
+    """The action reads the next stretch."""
     one = Operation(options, setting)
-    action = Action(lambda _: one.read(options["stretch"]), tell=lambda _: one.tell(), once=True)
+    action = Action(lambda _: one.read(options["stretch"]), report=lambda _: one.report(), once=True)
     return Contender({"stretch": action}, {}, lambda: Operation(options, setting).read(options["piece"]))
 
 
 def reader(options: dict[str, Any], setting: Setting) -> Contender:
-    """An action reads the next stretch."""
+    """The action reads the next stretch."""
     one = Reader(options, setting)
 
     def warm() -> None:
         Reader(options, setting).read(min(options["piece"], options["stretch"]))
 
-    action = Action(lambda _: one.read(options["stretch"]), tell=lambda _: one.tell(), once=True)
+    action = Action(lambda _: one.read(options["stretch"]), report=lambda _: one.report(), once=True)
     return Contender({"stretch": action}, {"parameters": lm.parameters(one.model)}, warm)
 
 
@@ -150,10 +151,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--model", type=Path, help=f"{MODEL_HELP}; instead of random weights")
     parser.add_argument("--variants", nargs="+", choices=lm.TITANS, default=["mag"])
-    parser.add_argument("--operation", action="store_true", help="the memory operation alone, on random tokens")
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="of text in all")
-    parser.add_argument("--stretches", type=int, default=20, help="of the text, each with its figures")
-    parser.add_argument("--piece", type=int, default=4096, help="tokens a call")
+    parser.add_argument("--operation", action="store_true", help="measure the memory operation alone, on random tokens")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens in total")
+    parser.add_argument("--stretches", type=int, default=20, help="stretches of the text that are measured")
+    parser.add_argument("--piece", type=int, default=4096, help="tokens per forward call")
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -167,7 +168,7 @@ def check(arguments: argparse.Namespace) -> None:
         find(arguments.model)
 
 
-def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noqa: ARG001 - the same for all commands
+def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noqa: ARG001 - the form of all kinds
     names = [str(arguments.model)] if arguments.model else arguments.variants
     names = [*names, *((lm.WINDOW, lm.MAMBA2) if arguments.peers else ())]
     stretch = arguments.tokens // arguments.stretches
@@ -185,7 +186,7 @@ def _entrant(name: str, stretch: int, arguments: argparse.Namespace) -> Entrant:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """By model: rates of all, of the first and the last stretch; growth of memory after the first; norms."""
+    """By model: rate in total and last rate relative to first; growth of memory after the first stretch; norms."""
     return {row["name"]: _summary(row) for row in rows if row["repetitions"]}
 
 

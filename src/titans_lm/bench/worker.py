@@ -1,7 +1,7 @@
-"""One contender in a process of its own: `python -m titans_lm.bench.worker`, told what to do by lines of JSON.
+"""One contender in a process of its own: `python -m titans_lm.bench.worker`, controlled by lines of JSON.
 
-First line: {"module", "contender", "options", "setting"}; then {"do": action} each. Every line is answered by one,
-{"error"} or what was found. What the contender prints goes to standard error.
+First line: {"module", "contender", "options", "setting"}; then {"do": action} each. Each line gets a reply,
+{"error"} or the figures. Output of the contender goes to standard error.
 """
 
 import importlib
@@ -22,7 +22,7 @@ def build(order: dict[str, Any], setting: Setting) -> Contender:
 
 
 def serve(orders: TextIO, answers: TextIO) -> None:
-    """Until the orders end. An error is answered, and ends it."""
+    """Handle orders until they end. An error is reported and ends the loop."""
 
     def answer(words: dict[str, Any]) -> None:
         answers.write(json.dumps(words) + "\n")

@@ -1,5 +1,6 @@
-"""`titans bench write`: how much has to be written? Texts that can be predicted and texts that cannot, read by a
-trained model with one threshold after another: share of tokens written, bits per byte, speed beside no memory at all.
+"""`titans bench write`: the effect of `surprise_threshold` on predictable and unpredictable texts.
+
+Measures share of tokens written, bits per byte, and speed relative to a bypassed memory, for each threshold.
 """
 
 import argparse
@@ -32,7 +33,7 @@ PIECE = 4096
 
 
 def log(size: int) -> str:
-    """Lines of a server's log: the same but for a number that counts, and seldom another word."""
+    """Lines of a server's log: constant but for a counter and a rare other value."""
     draw = random.Random(0)
     lines = (
         f"2026-11-21 08:{i // 60 % 60:02d}:{i % 60:02d} INFO request {i:06d} served in "
@@ -43,12 +44,12 @@ def log(size: int) -> str:
 
 
 def haystack(size: int) -> str:
-    """One line again and again."""
+    """One line, repeated."""
     return _cut(itertools.repeat(NOISE + "\n"), size)
 
 
 def sources(size: int) -> str:
-    """The last of the Python standard library's source files, which training on `python-stdlib` may hold out."""
+    """The last source files of the Python standard library, which training on `python-stdlib` may hold out."""
     return _cut((read_text(file) for file in reversed(stdlib_files())), size)
 
 
@@ -63,7 +64,7 @@ TEXTS = {"log": log, "haystack": haystack, "sources": sources}
 
 
 def reading(options: dict[str, Any], setting: Setting) -> Contender:
-    """A model with a threshold (or with none, or without its memory) on its way through a text, each time anew."""
+    """A model with a threshold, without one, or with its memory bypassed, that reads a text."""
     model, tokenizer = load(Path(options["model"]))
     name = options["text"]
     text = TEXTS[name](options["tokens"]) if name in TEXTS else read_text(name)
@@ -79,12 +80,12 @@ def reading(options: dict[str, Any], setting: Setting) -> Contender:
         with memory_off(model) if without else contextlib.nullcontext():
             return bits(model, ids) * len(ids) / len(text.encode())
 
-    action = Action(read, tell=lambda value: {"bits_per_byte": value}, once=True)
+    action = Action(read, report=lambda value: {"bits_per_byte": value}, once=True)
     return Contender({"read": action}, {"tokens_read": len(ids), "written": written})
 
 
 def bits(model: TitansForCausalLM, ids: Tensor) -> float:
-    """Bits a token, in one stream; the first of each piece is not counted."""
+    """Bits per token of ids as one stream, without the first token of each piece."""
     state, total, count = model.initial_state(1), 0.0, 0
     for piece in ids.split(PIECE):
         logits = model(piece[None], past_key_values=state).logits[0, :-1]
@@ -95,7 +96,7 @@ def bits(model: TitansForCausalLM, ids: Tensor) -> float:
 
 @torch.no_grad()
 def share_written(model: TitansForCausalLM, ids: Tensor, threshold: float | None) -> float:
-    """Of the tokens of all layers and heads, how many have a surprise above the threshold."""
+    """Share of tokens, over layers and heads, whose surprise is above the threshold."""
     if threshold is None:
         return 1.0
     written: list[Tensor] = []
@@ -118,10 +119,10 @@ BUILD = {"reading": reading}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument(
-        "--texts", nargs="+", default=list(TEXTS), help=f"{', '.join(TEXTS)}, which are made on the spot, or text files"
+        "--texts", nargs="+", default=list(TEXTS), help=f"{', '.join(TEXTS)}, which are generated, or text files"
     )
-    parser.add_argument("--thresholds", type=float, nargs="+", required=True, help="surprise_threshold, each in turn")
-    parser.add_argument("--tokens", type=int, default=65536, help="of each text")
+    parser.add_argument("--thresholds", type=float, nargs="+", required=True, help="values of surprise_threshold")
+    parser.add_argument("--tokens", type=int, default=65536, help="tokens of each text")
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -135,7 +136,7 @@ def check(arguments: argparse.Namespace) -> None:
             read_text(text)
 
 
-def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noqa: ARG001 - the same for all commands
+def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noqa: ARG001 - the form of all kinds
     return [Heat(text, _entrants(text, arguments), arguments.runs, warm_up=False) for text in arguments.texts]
 
 
@@ -152,7 +153,7 @@ def _entrants(text: str, arguments: argparse.Namespace) -> list[Entrant]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per text: share written, bits per byte, tokens a second, and time beyond that of the model without memory."""
+    """By text and threshold: share written, bits per byte, tokens per second, and overhead over the bypassed memory."""
     results: dict[str, Any] = {}
     for row in rows:
         if not row["repetitions"]:

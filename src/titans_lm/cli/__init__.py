@@ -108,11 +108,11 @@ def _no_more_threads_than_cores() -> None:
     torch.set_num_threads(min(torch.get_num_threads(), cores()))
 
 
-def train() -> int:
+def main_train() -> int:
     """`titans-train`"""
     return _run("train", sys.argv[1:])
 
 
-def infer() -> int:
+def main_infer() -> int:
     """`titans-infer`"""
     return _run("infer", sys.argv[1:])

@@ -1,9 +1,8 @@
-"""`titans bench op | model | decode | write | read`: time and memory, ours and, with `--peers`, that of others.
+"""`titans bench op | model | decode | write | read`: time and memory, also of other implementations (`--peers`).
 
-Every contender has a process of its own. They are measured in turns, after a warm-up; told are medians, least and most,
-CPU seconds beside seconds, and the peak of memory above what the process takes before it begins. One thread by default:
-the memory's matmuls are small, and more threads than cores slow them a hundredfold (they wait for one another by
-spinning), so more than the cores of this process are refused.
+Every contender has a process of its own; they take turns after a warm-up. Reports median, minimum and maximum, seconds
+and CPU seconds, and peak memory above that of the process before the action. Uses one thread by default, and refuses
+more threads than cores: the memory's matmuls are small, and threads that wait by spinning slow them a hundredfold.
 """
 
 import argparse
@@ -16,49 +15,47 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+from titans_lm.cli.flags import add_kinds
+
 WHAT = {
     "op": "the memory operation, beside a large matmul; peers: titans-pytorch",
     "model": "training step and prefill at several lengths; peers: attention, Mamba2",
-    "decode": "a token's time after having read much; peers: full attention, Mamba2",
-    "write": "share of tokens written, quality and speed, by threshold, of a trained model",
-    "read": "a long text through the carried state, in bounded memory; peers: sliding window, Mamba2",
+    "decode": "time per token after a long context; peers: full attention, Mamba2",
+    "write": "share of tokens written, quality and speed of a trained model, by threshold",
+    "read": "a long text through the carried state; peers: sliding window, Mamba2",
 }
-"""Each is a module of this package: `add_arguments`, `check`, `heats`, `summary`, `table`, and `BUILD` for workers."""
+"""Each kind is a module of `titans_lm.bench`: `add_arguments`, `check`, `heats`, `summary`, `table`, `BUILD`."""
 WIDTH = 150
-"""Of tables that go to a file."""
+"""Width of tables that go to a file."""
 RUNS = {"op": 7, "model": 3, "decode": 5, "write": 2}
 
 
 def add_arguments(parser: argparse.ArgumentParser, chosen: str | None = None) -> None:
-    """Flags of each kind, or of the `chosen` one alone: its module loads torch."""
-    what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    for name, text in WHAT.items():
-        one = what.add_parser(name, help=text, description=text)
-        if chosen in (None, name):
-            _add_common(one, name)
-            importlib.import_module(f"titans_lm.bench.{name}").add_arguments(one)
+    """Flags of each kind, or of the `chosen` one only."""
+    add_kinds(parser, WHAT, chosen, _add_arguments_of)
 
 
-def _add_common(parser: argparse.ArgumentParser, name: str) -> None:
+def _add_arguments_of(parser: argparse.ArgumentParser, name: str) -> None:
     from titans_lm.ops import Backend
 
-    parser.add_argument("--peers", action="store_true", help="measure other implementations and architectures too")
+    parser.add_argument("--peers", action="store_true", help="also measure other implementations and architectures")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--backend", choices=get_args(Backend), default="auto", help="form of the memory operation")
-    parser.add_argument("--threads", type=int, default=1, help="of each contender, on a CPU; never more than cores")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each contender on a CPU, at most the cores")
     if name != "read":  # a text is read once
         parser.add_argument("--runs", type=int, default=RUNS[name], help="repetitions after the warm-up")
     parser.add_argument(
-        "--memory-limit", type=float, help="GiB a contender may take on a CPU (default: 0.8 of what is free)"
+        "--memory-limit", type=float, help="GiB that a contender may allocate on a CPU (default: 0.8 of what is free)"
     )
-    parser.add_argument("--out", type=Path, default=Path(f"results/bench_{name}.json"), help="the JSON file to write")
+    parser.add_argument("--out", type=Path, default=Path(f"results/bench_{name}.json"), help="JSON file to write")
+    importlib.import_module(f"titans_lm.bench.{name}").add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
-    from titans_lm.bench.race import race
+    from titans_lm.bench.race import run_heats
     from titans_lm.utils.record import command_line, provenance, write_json
     from titans_lm.utils.terminal import PlainConsole
 
@@ -69,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     console = PlainConsole(width=None if sys.stdout.isatty() else WIDTH)
     rows: list[dict[str, Any]] = []
     with _hold_interruption() as interruption:
-        race(command.heats(arguments, setting), setting, rows, console)
+        run_heats(command.heats(arguments, setting), setting, rows, console)
     results = command.summary(rows)
     record = {
         **provenance(command_line(f"bench {arguments.what}", arguments)),
@@ -88,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _hold_interruption() -> Iterator[list[KeyboardInterrupt]]:
-    """Holds Ctrl-C back until what was measured is written."""
+    """Hold Ctrl-C back until the measurements are written."""
     held: list[KeyboardInterrupt] = []
     try:
         yield held
@@ -98,7 +95,7 @@ def _hold_interruption() -> Iterator[list[KeyboardInterrupt]]:
 
 def _end(rows: list[dict[str, Any]], out: Path, interrupted: bool) -> None:
     if interrupted:
-        raise KeyboardInterrupt(f"what was measured before is in {out}")
+        raise KeyboardInterrupt(f"the measurements so far are in {out}")
     wrong = [row for row in rows if (row["error"] or "").startswith("NotTheSame")]
     if wrong:
         raise ValueError(f"{wrong[0]['heat']}, {wrong[0]['name']}: {wrong[0]['error']}")

@@ -1,17 +1,19 @@
-"""`titans evaluate ...`: the experiments of the paper and of its field, each a command that leaves a file of figures.
+"""`titans evaluate KIND`: experiments of the paper and of its field, each with a file of results.
 
-Everything is read through the carried state, so the length of a test is not limited by memory. Each kind is a module of
-this folder with `add_arguments(parser)` and `run(arguments)`.
+All read through the carried state, so memory does not limit the length of a test.
 """
 
 import argparse
 import importlib
+from types import ModuleType
+
+from titans_lm.cli.flags import add_kinds
 
 WHAT = {
     "needle": "a needle in a haystack: the three single-needle tasks of RULER, any length, depth, text and tokenizer",
     "babilong": "bAbI's facts in a long text (BABILong)",
     "perplexity": "bits per byte and perplexity along a stream: memory on, frozen, reset, off",
-    "adapt": "how fast a model learns a stream: bits per byte as it reads, beside compressors and dynamic evaluation",
+    "adapt": "how fast a model learns a stream, compared with compressors and dynamic evaluation",
     "harness": "tasks of lm-evaluation-harness, RULER and BABILong among them, with the carried state",
     "synthetic": "train and test on recall or state tracking: MQAR, copying, parity, word problems",
     "probes": "what an untrained memory can hold: a nonlinear stream, capacity",
@@ -19,14 +21,14 @@ WHAT = {
 
 
 def add_arguments(parser: argparse.ArgumentParser, chosen: str | None = None) -> None:
-    """Flags of each kind, or of the `chosen` one alone: its module loads torch."""
-    what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    for name, text in WHAT.items():
-        one = what.add_parser(name, help=text, description=text)
-        if chosen in (None, name):
-            importlib.import_module(f"titans_lm.evaluate.{name}").add_arguments(one)
+    """Flags of each kind, or of the `chosen` one only."""
+    add_kinds(parser, WHAT, chosen, lambda subparser, name: _module(name).add_arguments(subparser))
 
 
 def run(arguments: argparse.Namespace) -> int | None:
-    status: int | None = importlib.import_module(f"titans_lm.evaluate.{arguments.what}").run(arguments)
+    status: int | None = _module(arguments.what).run(arguments)
     return status
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"titans_lm.evaluate.{name}")

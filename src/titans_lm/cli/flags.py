@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -12,6 +13,20 @@ ERRORS_HELP = "strict: refuse files that are not UTF-8; replace: read invalid by
 READ_MODES = ("learning", "frozen", "reset")
 """The values of `Mode` of the reader, which loads torch."""
 LEARN_BYTES = 1_000_000
+
+
+def add_kinds(
+    parser: argparse.ArgumentParser,
+    kinds: dict[str, str],
+    chosen: str | None,
+    add_arguments: Callable[[argparse.ArgumentParser, str], None],
+) -> None:
+    """A subparser per kind, with flags only for the `chosen` one (None: for all), because its module loads torch."""
+    subparsers = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    for name, text in kinds.items():
+        subparser = subparsers.add_parser(name, help=text, description=text)
+        if chosen in (None, name):
+            add_arguments(subparser, name)
 
 
 def train(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from titans_lm.cli.read import show
-from titans_lm.inference.answer import answer
+from titans_lm.inference.generate import answer
 from titans_lm.inference.reader import Reader
 from titans_lm.models.cache import TitansState
 from titans_lm.models.cache_file import check_target

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from titans_lm.inference.answer import go_on, read
+from titans_lm.inference.generate import go_on, read
 from titans_lm.models.cache import TitansState
 from titans_lm.models.hub import load
 from titans_lm.models.modeling import TitansForCausalLM

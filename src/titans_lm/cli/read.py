@@ -13,7 +13,7 @@ from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, Tim
 from rich.progress import Progress as Bars
 from transformers import PreTrainedTokenizerBase
 
-from titans_lm.inference.answer import PIECE
+from titans_lm.inference.generate import PIECE
 from titans_lm.inference.reader import Progress, Reader
 from titans_lm.inference.surprising import SurprisingLines
 from titans_lm.inference.token_bits import LOGITS, by_bytes

@@ -39,9 +39,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--results {arguments.results}: this folder does not exist")
     command = command_line("study", argparse.Namespace(study=arguments.study, changes=arguments.changes), ["study"])
     if arguments.search is not None:
-        from titans_lm.study.search import search
+        from titans_lm.study.search import run_search
 
-        return search(study, arguments, command)
+        return run_search(study, arguments, command)
     lines = Lines(arguments.results / f"{study.name}.jsonl", {"study": study.name}, command)
     missing = [cell for cell in study.cells if cell.result(lines.rows) is None]
     check_output(lines.path, picture=study.figure is not None, ours=False)

@@ -1,14 +1,14 @@
-"""`titans evaluate adapt`: how fast a model learns each stream, as a prequential code length, beside what a user has.
+"""`titans evaluate adapt`: how fast a model learns a stream (prequential code length), compared with alternatives.
 
-Each file is a stream of its own, read from its first byte: the bits that each byte takes, given those before it, in
-buckets whose ends double. Read by
+Each file is a stream, read from its first byte. Measures the bits of each byte given those before it, in buckets of
+doubling ends, for these predictors:
 
 * the model with its memory "on", "frozen", "reset" every so many tokens, "off" (as `titans evaluate perplexity`);
 * "dynamic RATE": the same model without memory, all its weights trained on what it reads (`dynamic`);
 * compressors: "zlib", "bz2", "lzma", and "ppmd" where pyppmd is installed.
 
-Then each stream's passages are read a second time, after other text (`rereading`). Each row of the result file is
-written as it is found, and an interrupted run goes on after the last.
+Then reads passages of each stream a second time, after other text (`rereading`). Rows of the result file are written
+one by one, and an interrupted run resumes after the last.
 """
 
 import argparse
@@ -46,10 +46,10 @@ from titans_lm.utils.record import Lines, command_line
 from titans_lm.utils.terminal import PlainConsole
 
 RATES = (0.01, 0.1)
-"""Of dynamic evaluation: what is best differs from stream to stream, so each is told."""
+"""Learning rates of dynamic evaluation. The best one depends on the stream, so all are reported."""
 DYNAMIC = "dynamic"
 SUFFIXES = (".txt", ".log")
-"""Which files of a folder."""
+"""File name endings that are read from a folder."""
 
 
 class Stream(NamedTuple):
@@ -61,11 +61,11 @@ class Stream(NamedTuple):
     sizes: Tensor
     """`[T]`, the bytes of each token."""
     data: bytes
-    """The bytes that these tokens stand for."""
+    """The bytes of these tokens."""
 
 
 def read_stream(path: Path, tokenizer: PreTrainedTokenizerBase, most: int | None) -> Stream:
-    """At most `most` tokens of a file. A byte tokenizer takes any file as it is; others take UTF-8 text.
+    """Read at most `most` tokens of a file. A byte tokenizer reads any file; others read UTF-8 text.
 
     Raises ValueError for a file of fewer than two tokens, OSError for one that cannot be read.
     """
@@ -73,7 +73,7 @@ def read_stream(path: Path, tokenizer: PreTrainedTokenizerBase, most: int | None
 
 
 def read_streams(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, most: int | None) -> Stream:
-    """As `read_stream`, of files one after another."""
+    """As `read_stream`, for concatenated files."""
     if is_bytes(tokenizer):
         data = _first_bytes(paths, most)
         ids = torch.from_numpy(np.frombuffer(data, np.uint8).astype(np.int64))[None]
@@ -101,8 +101,8 @@ def _first_bytes(paths: Sequence[Path], most: int | None) -> bytes:
 
 
 def code_lengths(model: PreTrainedModel, stream: Stream, predictor: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The bits that `predictor` spends on a stream: `bits_per_byte` of all, of the `first_half` and of the `last_half`,
-    and by `buckets`, each `[from, to, bits per byte]` in tokens. `options`: bucket, reset_every."""
+    """Code lengths of a stream by `predictor`: `bits_per_byte` in total, of `first_half` and `last_half`, and
+    `buckets`, each `[from, to, bits per byte]` in tokens. `options`: bucket, reset_every."""
     length = stream.ids.shape[1]
     edges = perplexity.bucket_edges(length, options["bucket"])
     nats = np.zeros(length)
@@ -155,34 +155,36 @@ def nats_of(length: int, parts: Iterable[tuple[int, Tensor]]) -> NDArray[np.floa
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help='files, each a stream; folders; "python-stdlib"')
+    parser.add_argument("files", nargs="+", metavar="FILE", help='files, each one stream; folders; "python-stdlib"')
     parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
-    parser.add_argument("--tokens", type=int, help="read at most so many of each (default: all)")
+    parser.add_argument("--tokens", type=int, help="maximum tokens of each stream (default: all)")
     parser.add_argument("--modes", nargs="+", choices=perplexity.MODES, help="(default: all that the model has)")
     parser.add_argument(
-        "--rates", nargs="*", type=float, default=list(RATES), help="of dynamic evaluation; none: leave it out"
+        "--rates",
+        nargs="*",
+        type=float,
+        default=list(RATES),
+        help="learning rates of dynamic evaluation; none: skip it",
     )
+    parser.add_argument("--compressors", nargs="*", choices=installed(), default=installed(), help="none: skip them")
     parser.add_argument(
-        "--compressors", nargs="*", choices=installed(), default=installed(), help="none: leave them out"
+        "--bucket", type=int, default=perplexity.BUCKET, help="tokens of the first bucket; the ends double"
     )
-    parser.add_argument(
-        "--bucket", type=int, default=perplexity.BUCKET, help="tokens of the first; each next one ends twice as far"
-    )
-    parser.add_argument(
-        "--reset-every", type=int, default=perplexity.RESET, help="tokens after which mode reset forgets"
-    )
+    parser.add_argument("--reset-every", type=int, default=perplexity.RESET, help="tokens between resets of mode reset")
     parser.add_argument(
         "--lags",
         nargs="*",
         type=int,
         default=list(LAGS),
-        help="other tokens between two readings of a passage; none: leave it out",
+        help="tokens between two readings of a passage; none: skip this",
     )
-    parser.add_argument("--passage", type=int, default=PASSAGE, help="tokens that are read a second time")
-    parser.add_argument("--passages", type=int, default=PASSAGES, help="places of each stream where this is tried")
-    parser.add_argument("--suffixes", nargs="+", default=list(SUFFIXES), help="which files of a folder")
+    parser.add_argument("--passage", type=int, default=PASSAGE, help="tokens of a passage")
+    parser.add_argument("--passages", type=int, default=PASSAGES, help="passages per stream")
     parser.add_argument(
-        "--out", type=Path, default=Path("results/adapt.jsonl"), help="JSON lines; the figure is beside it"
+        "--suffixes", nargs="+", default=list(SUFFIXES), help="file name endings that are read from a folder"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/adapt.jsonl"), help="JSON lines; the figure is beside them"
     )
 
 
@@ -203,7 +205,7 @@ def run(arguments: argparse.Namespace) -> None:
     for table in (code_table(lines.rows), reading_table(lines.rows)):
         if table.row_count:
             console.print(table)
-    console.print(f"Figures are in {arguments.out}, the picture is {arguments.out.with_suffix('.png')}.")
+    console.print(f"Results are in {arguments.out}, the figure is {arguments.out.with_suffix('.png')}.")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -227,7 +229,7 @@ def _digest(stream: Stream) -> str:
 def _measure(
     model: TitansForCausalLM, streams: Sequence[Stream], predictors: Sequence[str], lags: Sequence[int], lines: Lines
 ) -> None:
-    """All that is not in `lines` yet, with progress."""
+    """Measure what is not in `lines` yet, with a progress bar."""
     work = list(_work(model, streams, predictors, lags, lines))
     with Progress() as bars:
         bar = bars.add_task("", total=sum(tokens for _, tokens, _ in work))
@@ -242,7 +244,7 @@ def _measure(
 def _work(
     model: TitansForCausalLM, streams: Sequence[Stream], predictors: Sequence[str], lags: Sequence[int], lines: Lines
 ) -> Iterator[tuple[dict[str, Any], int, Callable[[], dict[str, Any]]]]:
-    """Of each measurement: its key, about how many tokens it reads, and what makes it."""
+    """Yields key, approximate number of tokens, and function of each missing measurement."""
     options = lines.head["settings"]
     for stream in streams:
         for predictor in predictors:
@@ -257,17 +259,17 @@ def _work(
 
 
 def _rereading(model: TitansForCausalLM, stream: Stream, lag: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Bits per token of the first and the second reading, over all places."""
+    """Bits per token of the first and the second reading, averaged over passages."""
     rows = list(reread(model, stream.ids, lag, options["passage"], options["passages"]))
     first, second = (sum(row[key] for row in rows) / len(rows) / math.log(2) for key in ("first", "second"))
     return {"first": first, "second": second, "ratio": second / first, "places": len(rows)}
 
 
-# ------------------------------------------------------------------------------------------------ what is shown
+# ------------------------------------------------------------------------------------------------ output
 
 
 def code_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Bits per byte: a line for each stream, a column for each predictor; and the mean over streams."""
+    """Bits per byte: a row per stream, a column per predictor, and the mean over streams."""
     bits = {(row["stream"], row["predictor"]): row["bits_per_byte"] for row in rows if "predictor" in row}
     streams, predictors = (list(dict.fromkeys(key[i] for key in bits)) for i in (0, 1))
     table = Table("stream", *predictors, title="bits per byte")
@@ -281,7 +283,7 @@ def code_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def reading_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """A passage's second reading over its first, by stream and lag."""
+    """Ratio of a passage's second reading to its first, by stream and lag."""
     ratios = {(row["stream"], row["lag"]): row for row in rows if "lag" in row}
     lags = sorted({lag for _, lag in ratios})
     table = Table("stream", *(f"after {lag:,}" for lag in lags), title="second reading / first, bits of a passage")
@@ -292,7 +294,7 @@ def reading_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bits per byte along each stream: a panel for each, a line for each predictor."""
+    """Bits per byte along each stream: a panel per stream, a line per predictor."""
     measured = [row for row in rows if "predictor" in row]
     streams = list(dict.fromkeys(row["stream"] for row in measured))
     columns = min(3, max(len(streams), 1))

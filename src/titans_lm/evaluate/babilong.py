@@ -1,9 +1,9 @@
-"""`titans evaluate babilong`: bAbI's facts in a long text, asked for at its end.
+"""`titans evaluate babilong`: questions about bAbI's facts in a long text.
 
-Three scores, each the share of questions answered right (the functions of these names):
-* "babilong": that of BABILong itself (booydar/babilong, `metrics.py`).
-* "substring": that of lm-evaluation-harness' `babilong` tasks, looser: "kitchen or garden" is right for both.
-* "exact": nothing but the answer, as for models that were trained on the task.
+Reports three scores, each the share of right answers:
+* "babilong": the rule of BABILong (booydar/babilong, `metrics.py`).
+* "substring": the rule of lm-evaluation-harness' `babilong` tasks, looser: "kitchen or garden" is right for both.
+* "exact": only the answer, for models trained on the task.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from titans_lm.utils.terminal import PlainConsole
 
 SCORES = ("babilong", "substring", "exact")
 TOKENS = 32
-"""Of what a model says, or of the longest answer: more is not looked at."""
+"""Tokens of the model's output that are scored, at least those of the longest answer."""
 _EXAMPLES = ("<context>", "<example>")
-"""Where a model begins to make up the next question."""
+"""Texts at which a model starts to invent the next question."""
 
 
 class Answer(NamedTuple):
@@ -44,11 +44,11 @@ class Answer(NamedTuple):
 # ------------------------------------------------------------------------------------------------ scores
 
 
-def babilong(said: str, example: Example, labels: tuple[str, ...]) -> bool:
-    """Lower case, up to the first full stop: of all labels that occur in it, but not in the question, only the right
-    one is left, or of a list all that are in it.
+def babilong_rule(said: str, example: Example, labels: tuple[str, ...]) -> bool:
+    """BABILong's rule: up to the first full stop, in lower case, the labels that occur in the output but not in the
+    question are exactly the right ones.
 
-    A label occurs wherever its letters do, as in BABILong: "none" (qa7) has "one" in it, and is never right.
+    A label occurs wherever its letters do, as in BABILong: "none" (qa7) contains "one", and is never right.
     """
     said, question = said.lower(), example.question.lower()
     for end in (".", *_EXAMPLES):
@@ -59,12 +59,12 @@ def babilong(said: str, example: Example, labels: tuple[str, ...]) -> bool:
 
 
 def substring(said: str, example: Example) -> bool:
-    """The answer occurs, in any case, anywhere."""
+    """The answer occurs anywhere, ignoring case."""
     return example.answer.lower() in said.lower()
 
 
 def exact(said: str, example: Example) -> bool:
-    """In any case, what comes before the first full stop or the line's end is the answer."""
+    """The output up to the first full stop or line end is the answer, ignoring case."""
     return said.strip().lower().split("\n")[0].split(".")[0].strip() == example.answer.lower()
 
 
@@ -72,10 +72,10 @@ def exact(said: str, example: Example) -> bool:
 
 
 def score(model: PreTrainedModel, task: Babilong, samples: int, seed: int = 0, rows: int = 8) -> dict[str, Any]:
-    """Ask `samples` questions of the task, `rows` at a time, which changes nothing but the time it takes.
+    """Score `samples` questions of the task, `rows` at a time, which changes the speed only.
 
-    -> the three scores (0 to 1); `samples`; `examples`, of which they were drawn; and the `answers`, word for word.
-    Each example is asked once before one is asked again in another text. Raises ValueError for numbers below 1.
+    Returns the three scores in [0, 1], `samples`, the number of `examples`, and the `answers`. Uses every example once
+    before it uses one again in another text. Raises ValueError for numbers below 1.
     """
     return summary(task, list(answers(model, task, samples, seed, rows)))
 
@@ -90,7 +90,7 @@ def answers(model: PreTrainedModel, task: Babilong, samples: int, seed: int, row
 
 
 def _prompts(task: Babilong, samples: int, seed: int) -> Iterator[tuple[Example, Tokens]]:
-    """Each sample has random numbers of its own. Without a background they go in order of length."""
+    """Prompts, each with its own random generator. Without a background they are sorted by length."""
     fitting = task.examples
     order = np.random.default_rng(seed).permutation(len(fitting))
     drawn = ((fitting[order[i % len(order)]], np.random.default_rng([seed, i])) for i in range(samples))
@@ -99,7 +99,7 @@ def _prompts(task: Babilong, samples: int, seed: int) -> Iterator[tuple[Example,
 
 
 def _groups(prompts: Iterator[tuple[Example, Tokens]], rows: int) -> Iterator[list[tuple[Example, Tokens]]]:
-    """At most `rows` prompts of one length, made as they are needed."""
+    """Yields lists of at most `rows` prompts of one length."""
     group: list[tuple[Example, Tokens]] = []
     for pair in prompts:
         if group and (len(group) == rows or len(pair[1]) != len(group[0][1])):
@@ -114,7 +114,7 @@ def summary(task: Babilong, answers: list[Answer]) -> dict[str, Any]:
         return round(sum(right) / len(answers), 4)
 
     return {
-        "babilong": share(babilong(said, example, task.labels) for example, said in answers),
+        "babilong": share(babilong_rule(said, example, task.labels) for example, said in answers),
         "substring": share(substring(said, example) for example, said in answers),
         "exact": share(exact(said, example) for example, said in answers),
         "samples": len(answers),
@@ -128,16 +128,20 @@ def summary(task: Babilong, answers: list[Answer]) -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
-    parser.add_argument("--babi", type=Path, required=True, help="a folder of bAbI's files, or the archive of them")
+    parser.add_argument("--babi", type=Path, required=True, help="folder or archive of bAbI's files")
     parser.add_argument(
         "--background", nargs="+", default=[STDLIB], help='text files, folders of .txt files, or "python-stdlib"'
     )
     parser.add_argument("--tasks", nargs="+", default=["qa1", "qa2", "qa3", "qa4", "qa5"], help="qa1 to qa20")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[0, 1024, 4096], help="tokens; 0: facts alone")
-    parser.add_argument("--samples", type=int, default=50, help="questions of each task and length")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[0, 1024, 4096], help="tokens of the rows; 0: facts only"
+    )
+    parser.add_argument("--samples", type=int, default=50, help="questions per task and length")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=8, help="questions that are read side by side")
-    parser.add_argument("--out", type=Path, default=Path("results/babilong.jsonl"), help="continued if it exists")
+    parser.add_argument("--batch", type=int, default=8, help="questions per batch")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/babilong.jsonl"), help="JSON lines; an existing file is continued"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -160,7 +164,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _cells(arguments: argparse.Namespace) -> dict[tuple[str, int], Babilong]:
-    """By task and length."""
+    """Tasks by name and length."""
     cells: dict[tuple[str, int], Babilong] = {}
     for name in arguments.tasks:
         alone = Babilong(str(arguments.babi), name, 0, "test", (), str(find(arguments.model)))
@@ -181,7 +185,7 @@ def _settings(arguments: argparse.Namespace, weights: str) -> dict[str, Any]:
 
 
 def table(lines: Lines, cells: list[tuple[str, int]]) -> Table:
-    scores = Table("task", "tokens", *SCORES, title="answered right, in %")
+    scores = Table("task", "tokens", *SCORES, title="right answers, in %")
     for name, length in cells:
         if (row := lines.find(task=name, length=length)) is not None:
             scores.add_row(name, f"{length:,}", *(f"{100 * row[kind]:.0f}" for kind in SCORES))

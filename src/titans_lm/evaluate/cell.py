@@ -1,4 +1,4 @@
-"""One cell of an experiment: train what the settings say, test it, and tell what came of it, failure as well."""
+"""One cell of an experiment: train a model, test it, and return a row of results, also for a failure."""
 
 import dataclasses
 import itertools
@@ -24,18 +24,17 @@ from titans_lm.utils.corpora import split_held_out, text_files
 from titans_lm.utils.record import provenance
 
 SAMPLES, ROWS = 256, 32
-"""Examples of a test and rows read at once, where a test does not say."""
+"""Default number of examples of a test, and of rows per batch."""
 TEST_SEED = 1_000_003
-"""Tests are made from other seeds than training: this one and the cell's."""
+"""Added to the cell's seed for tests, so that they differ from training."""
 MEASURES = ("task", "perplexity", "adapt")
 
 
 def run_cell(settings: Settings, tests: list[dict[str, Any]], command: str) -> dict[str, Any]:
-    """Train, or go on with an interrupted training in `training.output_dir`, then test.
+    """Train, or resume an interrupted training in `training.output_dir`, then test.
 
-    Returns a row of plain values: `status` is "ok", or "not finite" where training ended so, with its `error`; `scores`
-    has a row for each test. Raises as `train` does for everything else.
-    """
+    Returns a row of plain values: `status` is "ok", or "not finite" with an `error`; `scores` has a row per test.
+    Raises as `train` does for other errors."""
     begun = time.monotonic()
     row: dict[str, Any] = {**provenance(command), "status": "ok", "error": None, "scores": []}
     try:
@@ -50,8 +49,8 @@ def run_cell(settings: Settings, tests: list[dict[str, Any]], command: str) -> d
 
 
 def check_tests(settings: Settings, tests: list[dict[str, Any]]) -> list[str]:
-    """Options with numbers that the tests tell: what a figure can have as its axis. Raises ValueError for a test that
-    cannot be, before anything is trained."""
+    """Names of the numeric options of the tests, which a figure can have as its axis. Raises ValueError for an invalid
+    test."""
     axes: list[str] = []
     for test in tests:
         measure = test.get("measure", "task")
@@ -78,7 +77,7 @@ def check_files(tests: list[dict[str, Any]]) -> None:
 
 
 def run_test(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -> list[dict[str, Any]]:
-    """A test with options as lists is each of them in turn. -> rows of the options and their figures"""
+    """Run a test for each combination of its options that are lists. Returns rows of options and scores."""
     if test.get("measure") == "perplexity":
         return _perplexity(model, settings, test)
     if test.get("measure") == "adapt":
@@ -89,8 +88,8 @@ def run_test(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -
 
 
 def _tasks(settings: Settings, test: dict[str, Any]) -> list[tuple[dict[str, Any], Task]]:
-    """The task that was trained, or another that the test names, with each combination of the test's options. What is
-    told of each are these options; where the test is called something, that and those of which there are several."""
+    """The trained task, or the one that the test names, with each combination of the test's options, and the options to
+    report: all of them, or for a named test its name and those with several values."""
     if not settings.data.task and "name" not in test:
         raise ValueError("tests: without data.task a test needs the name of a task, or measure: perplexity or adapt")
     options = {key: value for key, value in test.items() if key not in ("called", "measure", "samples", "rows")}
@@ -101,7 +100,7 @@ def _tasks(settings: Settings, test: dict[str, Any]) -> list[tuple[dict[str, Any
         raise ValueError(f"tests: {keys[lists.index([])]} is an empty list")
     changes = [dict(zip(keys, values, strict=True)) for values in itertools.product(*lists)]
     trained = settings.data.task
-    if test.get("name") not in (None, trained.get("name")):  # its options say nothing of another's
+    if test.get("name") not in (None, trained.get("name")):  # options of one task do not apply to another
         trained = {}
     return [(_shown_options(test, change), make_task({**trained, **change})) for change in changes]
 
@@ -113,7 +112,7 @@ def _shown_options(test: dict[str, Any], change: dict[str, Any]) -> dict[str, An
 
 
 def score(model: PreTrainedModel, task: Task, samples: int, seed: int, rows: int) -> dict[str, Any]:
-    """How well `model` does `task`, as its field scores it: `score` in [0, 1], and `samples`."""
+    """Score `model` on `task` with the field's metric: `score` in [0, 1], and `samples`."""
     if isinstance(task, Needle):
         return needle.score(model, task, samples, seed, rows)
     if isinstance(task, Babilong):
@@ -145,7 +144,8 @@ def _check_modes(test: dict[str, Any]) -> None:
 
 
 def _perplexity(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -> list[dict[str, Any]]:
-    """Along `files` (default: those held out from training) as one stream; only modes that the model has."""
+    """Bits per byte along `files` (default: those held out from training) as one stream, in modes that the model
+    has."""
     if not isinstance(model, TitansForCausalLM):
         raise ValueError("measure perplexity reads through the carried state, which only a Titans model has")
     data = settings.data
@@ -173,7 +173,7 @@ def _check_adapt(test: dict[str, Any]) -> None:
 
 
 def _adapt(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -> list[dict[str, Any]]:
-    """Bits per byte of each of `files`, a stream of its own, and the mean of several; in modes that the model has."""
+    """Bits per byte of each of `files` as a stream, and their mean, in modes that the model has."""
     files = text_files(test["files"], test.get("suffixes", adapt.SUFFIXES))
     tokenizer = load_tokenizer(getattr(make_task(settings.data.task), "tokenizer", settings.data.tokenizer))
     options = {
@@ -193,7 +193,7 @@ def _adapt(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -> 
 
 
 def _means(rows: list[dict[str, Any]], label: dict[str, str]) -> list[dict[str, Any]]:
-    """Over streams, for each mode."""
+    """Means over streams, per mode."""
     figures = ("bits_per_byte", "first_bucket", "last_half")
     by_mode = {mode: [row for row in rows if row["mode"] == mode] for mode in dict.fromkeys(r["mode"] for r in rows)}
     return [
@@ -208,7 +208,7 @@ def _means(rows: list[dict[str, Any]], label: dict[str, str]) -> list[dict[str, 
 
 
 def _possible(model: PreTrainedModel, test: dict[str, Any]) -> list[str]:
-    """Of the test's modes those that this model has."""
+    """The test's modes that this model has."""
     possible = perplexity.possible_modes(model) if isinstance(model, TitansForCausalLM) else ["on"]
     return [mode for mode in test.get("modes", possible) if mode in possible]
 
@@ -220,7 +220,7 @@ def _held_out(settings: Settings) -> list[Path]:
 
 @torch.no_grad()
 def accuracy(model: PreTrainedModel, task: Task, samples: int, seed: int, rows: int) -> dict[str, Any]:
-    """`score`: the share of asked positions that are answered right; `whole`: of rows with no mistake."""
+    """`score`: share of labels predicted right; `whole`: share of rows without a mistake."""
     model.eval()
     right, total, whole_rows, done = 0, 0, 0, 0
     for number in itertools.count():
@@ -240,7 +240,7 @@ def accuracy(model: PreTrainedModel, task: Task, samples: int, seed: int, rows: 
 
 
 def _trained(settings: Settings) -> PreTrainedModel:
-    """Trained now; or an earlier process's, whose training ended or goes on from its last checkpoint."""
+    """Train, or resume from the last checkpoint, or load the model of a finished run."""
     output, saved = Path(settings.training.output_dir), earlier(settings)
     if saved == output:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=False)
@@ -250,7 +250,7 @@ def _trained(settings: Settings) -> PreTrainedModel:
 
 
 def _training(settings: Settings) -> dict[str, Any]:
-    """What the trainer says of the run: its steps, tokens, rate and last loss."""
+    """Steps, last loss and speed of the run, from the trainer's state."""
     from transformers import TrainerState
 
     state = TrainerState.load_from_json(str(Path(settings.training.output_dir) / "trainer_state.json"))

@@ -1,4 +1,4 @@
-"""What a user has without a model: bits per byte of general compressors along a stream, as rivals of `adapt`."""
+"""Bits per byte of general compressors along a stream: the alternatives without a model in `adapt`."""
 
 import bz2
 import importlib.util
@@ -26,15 +26,15 @@ _COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def installed() -> list[str]:
-    """Names of the compressors at hand: those of the standard library, and "ppmd" (variant H, order 16) with pyppmd."""
+    """Names of available compressors: those of the standard library, and "ppmd" (variant H, order 16) with pyppmd."""
     return [name for name in _COMPRESSORS if name != "ppmd" or importlib.util.find_spec("pyppmd")]
 
 
 def compressed_bits(name: str, data: bytes, ends: Sequence[int]) -> list[float]:
-    """Bits that the compressor `name` spends on each bucket of `data`: those after bytes 0, `ends[0]`, `ends[1]`, ...
+    """Bits that compressor `name` spends on each bucket of `data`, from bytes 0, `ends[0]`, `ends[1]`, ...
 
-    The bits of a bucket are what the prefix that ends with it takes more than the prefix before; the first has the
-    format's header. Raises ValueError for a compressor that is not `installed`.
+    The bits of a bucket are the difference in compressed size of the prefixes that end after and before it; the first
+    includes the format's header. Raises ValueError for a compressor that is not `installed`.
     """
     if name not in installed():
         raise ValueError(

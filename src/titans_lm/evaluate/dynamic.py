@@ -1,7 +1,7 @@
-"""Dynamic evaluation (arXiv:1709.07432): a model without its memory, all of whose weights learn from what it reads.
+"""Dynamic evaluation (arXiv:1709.07432): a model without its memory trains all its weights on what it reads.
 
-The classic rival of a memory that learns at test time: after each segment is predicted, one step of SGD on the loss of
-that segment changes every weight. The state is the whole model, where a memory's is a few small matrices per row.
+The classic alternative to a memory that learns at test time: after predicting a segment, take one SGD step on its loss.
+The state is the whole model; a memory's state is a few small matrices per row.
 """
 
 import copy

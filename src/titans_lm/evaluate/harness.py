@@ -38,11 +38,11 @@ SHORTHANDS = {
         "boolq",
     ],
 }  # fmt: skip
-"""Names for several tasks. `paper`: language modelling and common sense as in arXiv:2501.00663."""
+"""Names of groups of tasks. `paper`: language modelling and common sense as in arXiv:2501.00663."""
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
-"""lm-eval's own."""
+"""lm-eval's default seeds."""
 WIDTH = 120
-"""Of a table that goes to a file."""
+"""Width of a table that goes to a file."""
 DRAWS = 1000
 """Bootstrap samples of a standard error that has no formula (a perplexity's)."""
 
@@ -52,14 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks", nargs="+", required=True, metavar="TASK", help=f"lm-eval's names, or {', '.join(SHORTHANDS)}"
     )
-    parser.add_argument("--limit", type=int, help="documents of each task; to try things out, not to report")
-    parser.add_argument("--include-path", type=Path, help="a folder of tasks of your own, whose code is run")
+    parser.add_argument("--limit", type=int, help="documents per task; for trials, not for reported results")
+    parser.add_argument("--include-path", type=Path, help="folder of own tasks, whose code is run")
     parser.add_argument("--metadata", default="{}", help="for tasks that take it: '{\"max_seq_lengths\": [4096]}'")
-    parser.add_argument("--batch", type=int, default=8, help="streams that are read at a time")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: the GPU, if there is one")
-    parser.add_argument("--seed", type=int, help="of few-shot examples and made data; default: lm-eval's own")
+    parser.add_argument("--batch", type=int, default=8, help="streams per batch")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="(default: the GPU, if there is one)")
+    parser.add_argument("--seed", type=int, help="of few-shot examples and generated data (default: lm-eval's)")
     parser.add_argument(
-        "--out", type=Path, default=Path("results/harness.jsonl"), help="a line a task; what is there is not run again"
+        "--out",
+        type=Path,
+        default=Path("results/harness.jsonl"),
+        help="JSON lines, one per task; tasks in it are not run again",
     )
 
 
@@ -89,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(lm: Any, tasks: dict[str, list[Any]], lines: Lines, options: dict[str, Any]) -> None:
-    """Task by task, each kept when it is done. `options` are those of lm-eval's `simple_evaluate`."""
+    """Evaluate task by task, and write each result. `options` are those of lm-eval's `simple_evaluate`."""
     from lm_eval import simple_evaluate
 
     console = PlainConsole(stderr=True)
@@ -104,7 +107,7 @@ def _evaluate(lm: Any, tasks: dict[str, list[Any]], lines: Lines, options: dict[
 
 
 def _check(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Raises ValueError for what cannot be, before any work. -> the metadata"""
+    """Check the arguments and parse the metadata. Raises ValueError."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("lm-evaluation-harness is not installed: pip install 'titans-lm[eval]'")
     for name in ("limit", "batch"):
@@ -135,12 +138,12 @@ def _device(arguments: argparse.Namespace) -> str:
 
 
 def _names(names: list[str]) -> list[str]:
-    """Shorthands written out, each name once."""
+    """Expand shorthands, without duplicates."""
     return list(dict.fromkeys(name for shorthand in names for name in SHORTHANDS.get(shorthand, [shorthand])))
 
 
 def _manager(names: list[str], folder: Path | None, metadata: dict[str, Any]) -> Any:
-    """What finds and makes tasks. Raises ValueError for a name that no task, group or tag has."""
+    """lm-eval's task manager. Raises ValueError for an unknown task, group or tag."""
     from lm_eval.tasks import TaskManager
 
     if folder is not None:
@@ -156,10 +159,10 @@ def _manager(names: list[str], folder: Path | None, metadata: dict[str, Any]) ->
 
 
 def _load(name: str, manager: Any, seeds: dict[str, Any]) -> list[Any]:
-    """The tasks of a name, with their data. Raises ValueError where there is none to be had."""
+    """Load the tasks of a name with their data. Raises ValueError if that fails."""
     from datasets.exceptions import DatasetsError
 
-    random.seed(seeds["random_seed"])  # some tasks make their data
+    random.seed(seeds["random_seed"])  # some tasks generate their data
     np.random.seed(seeds["numpy_random_seed"])
     try:
         loaded = manager.load([name])
@@ -179,7 +182,8 @@ def _load(name: str, manager: Any, seeds: dict[str, Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def _as_data(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """A folder with the tokenizer alone: RULER's tasks load one by its name, and run code that a model's folder has."""
+    """Yields a folder with the tokenizer only: RULER's tasks load it by path, and would run code of a model's
+    folder."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         path = Path(folder) / "tokenizer_config.json"
@@ -193,7 +197,7 @@ def _as_data(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
 
 
 def _results(output: Any) -> list[dict[str, Any]]:
-    """Of each task and group its version, documents and metrics: value and standard error, None where there is none."""
+    """Version, documents and metrics of each task and group; a metric has value and standard error, or None."""
     rows = []
     for name, values in output["results"].items():
         metrics = {}
@@ -212,12 +216,11 @@ def _results(output: Any) -> list[dict[str, Any]]:
 
 
 def _number(value: Any) -> float | None:
-    """lm-eval says "N/A" where there is none."""
+    """None for lm-eval's "N/A"."""
     return float(value) if isinstance(value, numbers.Real) else None
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    """On the screen."""
     table = Table("task", "version", "shots", "documents", "metric", "value", "standard error")
     for result in (result for row in rows for result in row["results"]):
         labels = [result[key] for key in ("name", "version", "shots", "documents")]

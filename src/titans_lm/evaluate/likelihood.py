@@ -1,7 +1,7 @@
-"""How likely a model finds what follows a text, both of any length, read in pieces through its memory.
+"""Log-likelihood of continuations of texts, both of any length, read in pieces through the memory.
 
-A text that several requests begin with is read once, and its memory forked for each. No more logits exist at a time
-than `LOGITS`, so space does not grow with the text, but for its token numbers.
+A context that several requests share is read once, and its memory forked for each. At most `LOGITS` logits exist at a
+time, so space does not grow with the text, except for its token ids.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,35 +10,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans_lm.inference.answer import PIECE
+from titans_lm.inference.generate import PIECE
 from titans_lm.models.cache import TitansState
 from titans_lm.models.modeling import TitansForCausalLM
 
 LOGITS = 2**24
-"""Logits at a time: 64 MiB of float32, and some times that on the way to probabilities."""
+"""Maximum logits at a time: 64 MiB of float32, and a few times that for log-probabilities."""
 
 
 class Request(NamedTuple):
-    """Tokens: what is read first, at least one, and what is scored."""
+    """Token ids of the context, at least one, and of the continuation, which is scored."""
 
     context: Sequence[int]
     continuation: Sequence[int]
 
 
 class Score(NamedTuple):
-    """Of a continuation, each of its tokens after all before it."""
+    """The score of a continuation."""
 
     log_probability: float
-    """The sum over its tokens, in nats."""
+    """Sum over its tokens, in nats."""
     greedy: bool
-    """Whether each is the most probable one."""
+    """Whether every token is the most probable one."""
 
 
 @torch.no_grad()
 def scores(
     model: TitansForCausalLM, requests: Sequence[Request], rows: int = 8, piece: int = PIECE
 ) -> Iterator[tuple[int, Score]]:
-    """(number of the request, its score), as they come: longest contexts first, up to `rows` streams at a time.
+    """Yields (number of the request, score), longest contexts first, up to `rows` streams per batch.
 
     Raises ValueError for a context without tokens.
     """
@@ -47,7 +47,7 @@ def scores(
         if not request.context:
             raise ValueError(f"request {number} has no context: at least one token has to come before what is scored")
         forks.setdefault(tuple(request.context), []).append(number)
-    contexts = sorted(forks, key=len, reverse=True)  # rows of nearly one length: little padding
+    contexts = sorted(forks, key=len, reverse=True)  # rows of similar length need little padding
     for start in range(0, len(contexts), rows):
         batch = contexts[start : start + rows]
         # The last token of a context is read with each continuation: its logits are the first that count.
@@ -63,7 +63,7 @@ def scores(
 
 @torch.no_grad()
 def read_rows(model: TitansForCausalLM, rows: Sequence[Sequence[int]], piece: int = PIECE) -> TitansState:
-    """Rows of tokens of any lengths, 0 among them -> the memory after them, as from the model's own beginning."""
+    """Read rows of tokens of any lengths, also 0, from the initial state. Returns the state after them."""
     state = model.initial_state(len(rows))
     ids, mask = _padded(rows, model.device, left=True)
     for at in range(0, ids.shape[1], piece):
@@ -73,7 +73,7 @@ def read_rows(model: TitansForCausalLM, rows: Sequence[Sequence[int]], piece: in
 
 
 def _score(model: TitansForCausalLM, state: TitansState, rows: list[list[int]], piece: int) -> list[Score]:
-    """Read on from `state`; of each row all tokens but the first are scored."""
+    """Read rows from `state`, and score all tokens but the first of each."""
     ids, mask = _padded(rows, model.device, left=False)
     inputs, targets, mask = ids[:, :-1], ids[:, 1:], mask[:, 1:]
     total = torch.zeros(len(rows), dtype=torch.float64, device=model.device)
@@ -90,8 +90,8 @@ def _score(model: TitansForCausalLM, state: TitansState, rows: list[list[int]], 
 
 
 def _tokens(model: TitansForCausalLM, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of hidden states `[N, D]` and the tokens after them `[N]`: log-probabilities in float64 `[N]`, and `[N]` 1 where
-    another token is more probable, else 0."""
+    """Hidden states `[N, D]`, next tokens `[N]` -> log-probabilities in float64 `[N]`, and `[N]` 1 where another token
+    is more probable, else 0."""
     found, missed = [], []
     size = max(1, LOGITS // model.vocab_size)
     for some, wanted in zip(hidden.split(size), targets.split(size), strict=True):

@@ -1,4 +1,4 @@
-"""`--model titans` of lm-evaluation-harness: log-likelihoods and answers read through the carried state, any length.
+"""`--model titans` of lm-evaluation-harness: log-likelihoods and answers through the carried state, for any length.
 
 lm-eval 0.4.13 finds models by import alone: no entry points, no option that names a module. So either
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from titans_lm.evaluate.likelihood import Request, read_rows, scores
-from titans_lm.inference.answer import PIECE
+from titans_lm.inference.generate import PIECE
 from titans_lm.models.hub import load
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import encode
@@ -49,10 +49,10 @@ class TitansLM(TemplateLM):
         batch_size: streams at a time; a number, lm-eval's "auto" is not.
         device: where to; None: where the model is, which for a folder is the CPU. "cuda" is the CPU where there is no
             GPU, as lm-eval's command asks for one unless told otherwise.
-        piece: tokens of one call of the model. Not a limit of anything.
+        piece: tokens per forward call. Does not limit the text.
         prefix_token_id: another prefix token.
 
-    Raises ValueError for a folder that `checkpoint.load` refuses, and for values that make no sense.
+    Raises ValueError for a folder that `models.hub.load` refuses, and for invalid values.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class TitansLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int | None:
-        """The token that closes a text, if there is one."""
+        """The end token, if there is one."""
         end: int | None = self.tokenizer.eos_token_id
         return end
 
     @property
     def prefix_token_id(self) -> int:
-        """What is read first where there is no context. Raises ValueError where no token can be."""
+        """The token in place of an empty context. Raises ValueError if there is none."""
         for token in (self._prefix, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id):
             if token is not None:
                 return int(token)
@@ -99,11 +99,11 @@ class TitansLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Of ((context, continuation), their tokens) each the log-probability, and whether it is the greedy answer."""
+        """The log-probability of each continuation, and whether it is the greedy one."""
         for (context, continuation), _, tokens in requests:
             if not tokens:
                 raise ValueError(f"{continuation[:40]!r} after {context[-40:]!r} has no tokens of its own to score")
-        # A context of spaces alone is empty once they went to the continuation.
+        # lm-eval moves trailing spaces to the continuation: a context of spaces becomes empty.
         scored = [Request(before or [self.prefix_token_id], tokens) for _, before, tokens in requests]
         answers: dict[int, tuple[float, bool]] = {}
         for number, score in self._shown(self._scores(scored), scored, "log-likelihoods", disable_tqdm):
@@ -112,7 +112,7 @@ class TitansLM(TemplateLM):
         return [answers[number] for number in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of each document the log-probability of all its tokens, in one stream; of an empty one 0."""
+        """The log-probability of all tokens of each document, as one stream; 0 for an empty one."""
         scored = [Request([self.prefix_token_id], self.tok_encode(request.args[0])) for request in requests]
         answers: dict[int, float] = {}
         for number, score in self._shown(self._scores(scored), scored, "documents", disable_tqdm):
@@ -121,8 +121,8 @@ class TitansLM(TemplateLM):
         return [answers[number] for number in range(len(requests))]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """After each context the model's answer, until one of its strings, the end token, or so many tokens; greedy
-        unless the task says otherwise."""
+        """The answer to each context, up to a stop string, the end token, or the maximum of tokens; greedy unless the
+        task says otherwise."""
         answers: dict[int, str] = {}
         for number, answer in self._shown(self._answers(requests), requests, "answers", disable_tqdm):
             answers[number] = answer
@@ -135,7 +135,7 @@ class TitansLM(TemplateLM):
         return scores(self.model, requests, self.batch_size, self.piece)
 
     def _answers(self, requests: list[Instance]) -> Iterator[tuple[int, str]]:
-        """(number of the request, answer), long contexts first, only those of the same options together."""
+        """Yields (number of the request, answer), long contexts first, batched by options."""
         contexts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         order = sorted(range(len(requests)), key=lambda number: len(contexts[number]), reverse=True)
         by_options: dict[str, list[int]] = {}
@@ -149,7 +149,7 @@ class TitansLM(TemplateLM):
 
     @torch.no_grad()
     def _generate(self, contexts: list[list[int]], options: dict[str, Any]) -> list[str]:
-        """What the model says after each of these tokens. `options` are a task's `generation_kwargs`."""
+        """Answers to contexts. `options` are a task's `generation_kwargs`."""
         options = dict(normalize_gen_kwargs(options))
         until, count = [text for text in options.pop("until") if text], options.pop("max_gen_toks")
         if not options.get("do_sample"):
@@ -160,18 +160,18 @@ class TitansLM(TemplateLM):
         out: Any = self.model.generate(
             prompt, attention_mask=torch.ones_like(prompt), past_key_values=state.continuation(), max_new_tokens=count,
             eos_token_id=ends or None, pad_token_id=0 if pad is None else pad,
-            stopping_criteria=[_Said(self.tokenizer, until, prompt.shape[1])] if until else None, **options,
+            stopping_criteria=[_StopAtStrings(self.tokenizer, until, prompt.shape[1])] if until else None, **options,
         )  # fmt: skip
         return [self._text(row, ends, until) for row in out[:, 1:].tolist()]
 
     def _ends(self, until: list[str]) -> list[int]:
-        """The end token, and the special tokens that a task names among its strings."""
+        """The end token, and the special tokens among a task's stop strings."""
         special = set(self.tokenizer.all_special_tokens) & set(until)
         ends = {self.eot_token_id, *map(self.tokenizer.convert_tokens_to_ids, special)} - {None}
         return sorted(ends)
 
     def _text(self, tokens: list[int], ends: list[int], until: list[str]) -> str:
-        """Up to the first token that ends it, and to the first string."""
+        """The text up to the first end token or stop string."""
         count = next((number for number, token in enumerate(tokens) if token in ends), len(tokens))
         text: str = self.tokenizer.decode(tokens[:count], skip_special_tokens=True)
         for string in until:
@@ -180,21 +180,21 @@ class TitansLM(TemplateLM):
 
     @staticmethod
     def _shown(items: Iterator[Item], requests: Sequence[Any], label: str, hidden: bool) -> Iterable[Item]:
-        """With time left."""
+        """Track progress."""
         return track(items, label, total=len(requests), console=PlainConsole(stderr=True), disable=hidden)
 
 
-class _Said(StoppingCriteria):
-    """A row ends when one of `strings` is in what it generated; not when half of it was in the prompt."""
+class _StopAtStrings(StoppingCriteria):
+    """Ends a row when its generated text, without the prompt, contains one of `strings`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: list[str], prompt: int):
         self.tokenizer, self.strings, self.prompt = tokenizer, strings, prompt
-        # A token is a byte at least; a few more, as the first may begin within a character.
+        # A token has at least one byte; 4 more, because the first may begin within a character.
         self.reach = max(len(text.encode()) for text in strings) + 4
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # noqa: ARG002 - as it is called
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # noqa: ARG002 - the criterion's form
         tail = input_ids[:, max(self.prompt, input_ids.shape[1] - self.reach) :]
-        tails = self.tokenizer.batch_decode(tail, skip_special_tokens=True)  # "e" is not in what is shown as <eos>
+        tails = self.tokenizer.batch_decode(tail, skip_special_tokens=True)  # "e" must not match "<eos>"
         return torch.tensor([any(s in tail for s in self.strings) for tail in tails], device=input_ids.device)
 
 

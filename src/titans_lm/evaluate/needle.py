@@ -1,9 +1,9 @@
-"""`titans evaluate needle`: how much of a needle in a haystack does a model give back, by length and depth?
+"""`titans evaluate needle`: retrieval of a needle in a haystack, by length and depth.
 
-Read through the carried state, answered greedily. A cell has two figures. The score is RULER's (arXiv:2404.06654): the
-share of samples in whose answer the value occurs, in any case, also within a longer word. Exact is stricter: the answer
-begins with the value. Unlike there the answer always has as many tokens as are kept for it, for no end token is taken,
-and samples begin at many places of the text (`tasks.needle`). For published claims there is `titans evaluate harness`.
+Reads through the carried state and decodes greedily. A cell has two scores. "score" is RULER's (arXiv:2404.06654): the
+share of answers in which the value occurs, ignoring case, also within a longer word. "exact" is stricter: the answer
+begins with the value. Unlike RULER's, an answer always has the reserved number of tokens, without an end token, and
+samples begin at many places of the text (`tasks.needle`). For published claims use `titans evaluate harness`.
 """
 
 import argparse
@@ -32,25 +32,25 @@ from titans_lm.utils.record import Lines, check_output, command_line
 from titans_lm.utils.terminal import PlainConsole
 
 _ENDS = 300
-"""Letters of a prompt's beginning and of its end that are shown."""
+"""Characters shown of a prompt's beginning and of its end."""
 
 
 def occurs(value: str, answer: str) -> bool:
-    """RULER's rule: anywhere in it, upper and lower case alike, and also within a longer number."""
+    """RULER's rule: the value occurs anywhere, ignoring case, also within a longer number."""
     return value.lower() in answer.lower()
 
 
 def begins(value: str, answer: str) -> bool:
-    """The answer says nothing before the value, and says it to the letter."""
+    """The answer starts with exactly the value, after white space."""
     return answer.lstrip().startswith(value)
 
 
 def answers(
     model: PreTrainedModel, task: Needle, samples: int, seed: int, rows: int = 8
 ) -> Iterator[tuple[str, str, str]]:
-    """(prompt, value, what the model says) of so many examples, `rows` at a time, which does not change them.
+    """Yields (prompt, value, answer) of `samples` examples, `rows` per batch, which does not change them.
 
-    Raises ValueError for a task with more tokens than the model has, or too short to keep tokens for the answer.
+    Raises ValueError for a task with a larger vocabulary than the model's, or too short for the answer.
     """
     at_least(1, samples=samples, rows=rows)
     if task.vocab_size > model.config.vocab_size:
@@ -64,7 +64,7 @@ def answers(
 
 
 def score(model: PreTrainedModel, task: Needle, samples: int, seed: int, rows: int = 8) -> dict[str, Any]:
-    """One cell: "score" and "exact", shares in [0, 1], and "samples", "length", "depth". Raises as `answers` does."""
+    """One cell: "score" and "exact" in [0, 1], "samples", "length", "depth". Raises as `answers` does."""
     hits = [
         (occurs(value, answer), begins(value, answer)) for _, value, answer in answers(model, task, samples, seed, rows)
     ]
@@ -80,24 +80,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind", nargs="+", default=list(get_args(Kind)), help="passkey, number, uuid (S-NIAH-1, 2, 3)"
     )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="tokens, with the answer")
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="tokens, the answer included"
+        "--depths", type=int, default=5, metavar="COUNT", help="number of depths, evenly from 0 to 100 percent"
     )
-    parser.add_argument("--depths", type=int, default=5, metavar="COUNT", help="so many, evenly from 0 to 100 percent")
-    parser.add_argument("--samples", type=int, default=20, help="of each kind, length and depth")
-    parser.add_argument("--style", default="ruler", help="ruler: its sentences; short: key=value, for few tokens")
+    parser.add_argument("--samples", type=int, default=20, help="samples per kind, length and depth")
+    parser.add_argument("--style", default="ruler", help="ruler: its sentences; short: key=value")
     parser.add_argument("--haystack", nargs="+", metavar="TEXT",
                         help="noise or words, for all kinds; or text files, folders, "
                              f"{PROSE}, {STDLIB}, for those that have text (default: the last two)")  # fmt: skip
-    parser.add_argument("--digits", type=int, default=7, help="of a number")
+    parser.add_argument("--digits", type=int, default=7, help="digits of a number")
     parser.add_argument(
-        "--answer", type=int, help="tokens kept for it (default: ruler 128; short: the value's letters)"
+        "--answer", type=int, help="tokens reserved for the answer (default: ruler 128; short: the value's characters)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=8, help="samples read at a time")
-    parser.add_argument("--show", action="store_true", help="print the ends of a prompt of each kind, and the answer")
+    parser.add_argument("--batch", type=int, default=8, help="samples per batch")
+    parser.add_argument("--show", action="store_true", help="print a prompt of each kind, shortened, and the answer")
     parser.add_argument("--out", type=Path, default=Path("results/needle.jsonl"),
-                        help="JSON lines, one a cell; completed if it is there; the picture lies beside")  # fmt: skip
+                        help="JSON lines, one per cell; an existing file is completed")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
         _fill(lines, model, cells, arguments, console)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the same command continues with {arguments.out}") from None
-    rows = [row for cell in cells if (row := lines.find(**_place(cell))) is not None]
+    rows = [row for cell in cells if (row := lines.find(**_key_of(cell))) is not None]
     for kind in arguments.kind:
         console.print(_table(kind, [row for row in rows if row["kind"] == kind]))
     plot(rows, arguments.out.with_suffix(".png"))
@@ -133,7 +133,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _cells(arguments: argparse.Namespace) -> list[Needle]:
-    """A task for each kind, length and depth; all of them can be asked."""
+    """A checked task for each kind, length and depth."""
     options: dict[str, Any] = {"style": arguments.style, "digits": arguments.digits, "answer": arguments.answer}
     haystack = arguments.haystack
     if haystack and len(haystack) == 1 and haystack[0] in ("noise", "words"):
@@ -150,7 +150,7 @@ def _cells(arguments: argparse.Namespace) -> list[Needle]:
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a cell's figures depend on, beside its kind, length and depth."""
+    """The settings on which results depend, except kind, length and depth."""
     names = ("samples", "style", "haystack", "digits", "answer", "seed")
     digest = hashlib.sha256()
     for path in sorted(p for p in find(arguments.model).iterdir() if p.suffix in (".json", ".safetensors")):
@@ -162,15 +162,15 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _place(task: Needle) -> dict[str, Any]:
+def _key_of(task: Needle) -> dict[str, Any]:
     return {"kind": task.kind, "length": task.length, "depth": task.depth}
 
 
 def _fill(
     lines: Lines, model: PreTrainedModel, cells: list[Needle], arguments: argparse.Namespace, console: Console
 ) -> None:
-    """The cells that are not there yet."""
-    missing = [cell for cell in cells if lines.find(**_place(cell)) is None]
+    """Score the missing cells."""
+    missing = [cell for cell in cells if lines.find(**_key_of(cell)) is None]
     columns = [TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TextColumn("left"),
                TimeRemainingColumn()]  # fmt: skip
     with Progress(*columns, console=console) as progress:
@@ -212,7 +212,7 @@ def _table(kind: str, rows: list[dict[str, Any]]) -> Table:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """A heat map a kind: depth by length, percent found."""
+    """A heat map per kind: percent found by depth and length."""
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     grids = [_grid([row for row in rows if row["kind"] == kind]) for kind in kinds]
     width, height = 1.6 + 0.75 * max(len(grid[0]) for grid in grids), 1.6 + 0.45 * len(grids[0][1])

@@ -1,15 +1,14 @@
-"""`titans evaluate perplexity`: how well a stream is predicted along its way, with the same weights and the memory
+"""`titans evaluate perplexity`: perplexity along a stream, with the same weights and four modes of the memory:
 
-* "on": what is read is written to it;
-* "frozen": it is read as it was before the first token, and not written;
-* "reset": after every so many tokens all is forgotten, also what attention's window holds;
-* "off": it says 0, whatever it is asked.
+* "on": the memory is read and written;
+* "frozen": the memory is read, with the content of the initial state, and not written;
+* "reset": the whole state is reset at intervals, also attention's window;
+* "off": the memory's output is 0.
 
-All predict the same tokens, each but the first, of which nothing is known. Where "reset" has just forgotten, it still
-reads the last token before the next that it predicts, so it never predicts from nothing. "off" takes the memory's part
-from the sum (LMM, MAL), leaves the constant gate that 0 gives (MAG, MAC: sigmoid(0) with the product gate), and shows
-MAC's attention retrieved tokens of 0. The model was trained with a memory: one trained without it may do better than
-"off", which tells what this model's memory is worth to it.
+All modes predict the same tokens: all but the first. After a reset, "reset" still reads the last token before the next
+prediction, so that it never predicts without a context. "off" removes the memory from the sum (LMM, MAL), leaves the
+constant gate of an output of 0 (MAG, MAC: sigmoid(0) with the product gate), and gives MAC's attention retrieved tokens
+of 0. "off" measures what the memory is worth to this model; a model trained without a memory may do better.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from titans_lm.inference.answer import PIECE
+from titans_lm.inference.generate import PIECE
 from titans_lm.layers.neural_memory import memories, memory_off
 from titans_lm.models.cache import identity
 from titans_lm.models.hub import load
@@ -48,9 +47,9 @@ from titans_lm.utils.text_file import text_pieces
 MODES = ("on", "frozen", "reset", "off")
 BUCKET, RESET = 1024, 4096
 ROWS = 8
-"""Stretches between two resets that are read side by side: they do not know of each other."""
+"""Stretches between resets that are read as rows of a batch: they are independent."""
 _LOGITS = 2**25
-"""Numbers that a call may return: pieces of fewer tokens where there are many words."""
+"""Maximum logits per forward call: a large vocabulary makes pieces shorter."""
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -66,13 +65,13 @@ def perplexity(
     reset_every: int = RESET,
     piece: int = PIECE,
 ) -> list[dict[str, Any]]:
-    """Read ids `[1, T]`, T >= 2, once in each mode, at most `piece` tokens a call, in memory that does not grow with T
-    (but unlimited attention's).
+    """Read ids `[1, T]`, T >= 2, once per mode, at most `piece` tokens per call. Space does not grow with T, except for
+    full attention.
 
-    -> a row for each mode and bucket: the tokens at positions `from` <= t < `to` of the stream (the first `bucket` of
-    them, then as many, then twice as many, and so on), `nats` and `perplexity` a token, and `bits_per_byte` where
-    `sizes` `[T]`, the bytes of each token (`token_sizes`), are given: nats / ln 2 * tokens / bytes. Raises ValueError
-    for numbers below 1, for a mode that is unknown, or that asks for a memory where there is none.
+    Returns a row per mode and bucket: the tokens at positions `from` <= t < `to` (`bucket_edges`), `nats` and
+    `perplexity` per token, and, given `sizes` `[T]`, the bytes of each token (`token_sizes`), `bits_per_byte` = nats /
+    ln 2 * tokens / bytes. Raises ValueError for numbers below 1, an unknown mode, and a mode that needs a memory if the
+    model has none.
     """
     check_modes(model, modes)
     at_least(1, bucket=bucket, reset_every=reset_every, piece=piece)
@@ -93,11 +92,11 @@ def check_modes(model: TitansForCausalLM, modes: Sequence[str]) -> None:
         raise ValueError(f"mode {unknown[0]!r} is not one of: {', '.join(MODES)}" if unknown else "give a mode")
     without = [mode for mode in modes if mode not in possible_modes(model)]
     if without:
-        raise ValueError(f"mode {without[0]!r} asks for a memory, and this model (attention alone) has none")
+        raise ValueError(f"mode {without[0]!r} needs a memory, and this model (attention alone) has none")
 
 
 def possible_modes(model: TitansForCausalLM) -> list[str]:
-    """Attention alone can be reset too."""
+    """The modes that the model has: attention alone has "on" and "reset"."""
     return [mode for mode in MODES if mode in ("on", "reset") or any(memories(model))]
 
 
@@ -127,7 +126,7 @@ def read(
 
 
 def _stretches(tokens: int, reset_every: int | None) -> Iterator[tuple[int, int, int]]:
-    """Where a block of rows begins, how many rows it has, and their length, after which all is forgotten."""
+    """Yields start, number of rows and row length of each batch; the state is reset after a row."""
     length = min(tokens, reset_every or tokens)
     for start in range(0, tokens, ROWS * length):
         rows, rest = divmod(min(ROWS * length, tokens - start), length)
@@ -153,7 +152,7 @@ def bucket_edges(length: int, bucket: int) -> list[int]:
 
 
 class Sums:
-    """Of a reading, by bucket. What was not read is not counted."""
+    """Sums of nats, tokens and bytes by bucket."""
 
     def __init__(self, length: int, bucket: int, sizes: Tensor | None):
         self.edges = bucket_edges(length, bucket)
@@ -168,7 +167,7 @@ class Sums:
             self.bytes.index_add_(0, bucket, self.sizes[first : first + len(nats)].double())
 
     def rows(self, mode: str) -> list[dict[str, Any]]:
-        """Buckets of which something was read; those that it ended in are not `complete`."""
+        """Rows of the buckets that were read; partly read ones are not `complete`."""
         rows = []
         for i, (first, end) in enumerate(itertools.pairwise(self.edges)):
             if self.tokens[i]:
@@ -186,7 +185,7 @@ def _figures(tokens: int, nats: float, size: float) -> dict[str, Any]:
 
 
 def whole(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By mode: the same of all its buckets together."""
+    """The same figures by mode, over all buckets."""
     by_mode: dict[str, dict[str, Any]] = {}
     for mode in dict.fromkeys(row["mode"] for row in rows):
         of_mode = [row for row in rows if row["mode"] == mode]
@@ -199,7 +198,7 @@ def whole(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def stream(files: Iterable[Path], tokenizer: PreTrainedTokenizerBase, most: int | None) -> tuple[Tensor, Tensor]:
-    """The files one after another, `most` tokens of them: ids `[1, T]`, and the bytes of each token `[T]`."""
+    """At most `most` tokens of the concatenated files: ids `[1, T]`, and the bytes of each token `[T]`."""
     ids: list[NDArray[np.int64]] = []
     sizes: list[NDArray[np.float64]] = []
     count = 0
@@ -212,10 +211,10 @@ def stream(files: Iterable[Path], tokenizer: PreTrainedTokenizerBase, most: int 
 
 
 def token_sizes(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """A text's tokens, and how many of its UTF-8 bytes each stands for; together all of them.
+    """The tokens of a text, and the number of UTF-8 bytes of each; they add up to the text's bytes.
 
-    Tokens within one character: its bytes are all counted for the first. A tokenizer that does not tell where its
-    tokens stand (a slow one): each has the mean.
+    If several tokens share a character, the first has all its bytes. With a slow tokenizer, which has no offsets, each
+    token has the mean.
     """
     if is_bytes(tokenizer) or not tokenizer.is_fast:
         ids = encode(tokenizer, text)
@@ -224,7 +223,7 @@ def token_sizes(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[NDArray[
     code = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     widths = 1 + (code >= 1 << 7) + (code >= 1 << 11) + (code >= 1 << 16).astype(np.int64)
     ends = np.maximum.accumulate(np.array([end for _, end in encoded["offset_mapping"]], np.int64))
-    ends[-1:] = len(code)  # space at the end that belongs to no token
+    ends[-1:] = len(code)  # trailing space without a token
     before = np.concatenate([[0], np.cumsum(widths)])[ends]
     return np.asarray(encoded["input_ids"], np.int64), np.diff(before, prepend=0).astype(np.float64)
 
@@ -236,14 +235,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help='text files, folders of .txt files, "python-stdlib"')
     parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument("--modes", nargs="+", choices=MODES, help="(default: all that the model has)")
-    parser.add_argument("--tokens", type=int, help="read at most so many (default: all)")
-    parser.add_argument(
-        "--bucket", type=int, default=BUCKET, help="tokens of the first; each next one ends twice as far"
-    )
-    parser.add_argument("--reset-every", type=int, default=RESET, help="tokens after which mode reset forgets")
+    parser.add_argument("--tokens", type=int, help="maximum tokens (default: all)")
+    parser.add_argument("--bucket", type=int, default=BUCKET, help="tokens of the first bucket; the ends double")
+    parser.add_argument("--reset-every", type=int, default=RESET, help="tokens between resets of mode reset")
     parser.add_argument(
         "--out", type=Path, default=Path("results/perplexity.json"),
-        help="written after each mode; modes that an interrupted run has there are not read again",
+        help="JSON file, written after each mode; finished modes of an interrupted run are kept",
     )  # fmt: skip
 
 
@@ -266,7 +263,7 @@ def run(arguments: argparse.Namespace) -> None:
     plot(rows, arguments.out.with_suffix(".png"))
     console = PlainConsole()
     console.print(table(rows))
-    console.print(f"Figures are in {arguments.out}, the picture is {arguments.out.with_suffix('.png')}.")
+    console.print(f"Results are in {arguments.out}, the figure is {arguments.out.with_suffix('.png')}.")
 
 
 def _settings(arguments: argparse.Namespace, model: TitansForCausalLM, ids: Tensor) -> dict[str, Any]:
@@ -280,7 +277,7 @@ def _settings(arguments: argparse.Namespace, model: TitansForCausalLM, ids: Tens
 
 
 def _finished_rows(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the modes that an interrupted run of the same has read to the end."""
+    """Rows of the modes that an interrupted run with the same settings finished."""
     if not out.exists():
         return []
     try:
@@ -295,7 +292,7 @@ def _finished_rows(out: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 def _measure(
     model: TitansForCausalLM, text: tuple[Tensor, Tensor], modes: Sequence[str], record: dict[str, Any], out: Path
 ) -> list[dict[str, Any]]:
-    """Read ids and sizes in all modes that are not in `out` yet, and write after each."""
+    """Read the text in all modes that are not in `out` yet, and write after each."""
     (ids, sizes), settings = text, record["settings"]
     rows = _finished_rows(out, settings)
     left = [mode for mode in modes if mode not in {row["mode"] for row in rows}]
@@ -321,7 +318,7 @@ def _write(out: Path, record: dict[str, Any], rows: list[dict[str, Any]], comple
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """Bits per byte: a line for each bucket, a column for each mode; over all; and perplexity."""
+    """Bits per byte by bucket and mode, in total, and perplexity."""
     modes = whole(rows)
     table = Table("tokens", *modes, title="bits per byte")
     for first, end in dict.fromkeys((row["from"], row["to"]) for row in rows):
@@ -338,15 +335,15 @@ def _bits(row: dict[str, Any]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bits per byte along the stream, a line for each mode."""
+    """Bits per byte along the stream, a line per mode."""
     with figure_file(path, figsize=(8, 4.5)) as axis:
         for mode in whole(rows):
             of_mode = [row for row in rows if row["mode"] == mode]
-            style = "--" if mode in ("reset", "off") else "-"  # it may lie on another line
+            style = "--" if mode in ("reset", "off") else "-"  # lines may coincide
             ends = [max(of_mode[0]["from"], of_mode[0]["to"] / 2), *(row["to"] for row in of_mode)]
             bits = [row.get("bits_per_byte", math.nan) for row in of_mode]
             axis.stairs(bits, ends, baseline=None, linestyle=style, label=f"memory {mode}")
         axis.set_xscale("log", base=2)
         axis.set_xlabel("tokens read")
         axis.set_ylabel("bits per byte")
-        axis.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))  # no line is behind it there
+        axis.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))  # clear of the lines

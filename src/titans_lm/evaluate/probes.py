@@ -1,14 +1,13 @@
-"""`titans evaluate probes`: what the memory can hold by itself, before anything is trained. No momentum, no forgetting.
+"""`titans evaluate probes`: what an untrained memory can hold, without momentum and forgetting.
 
-The stream: values are a nonlinear function of their keys, v = |k A|, each read once; how wrong is the memory about the
-next one? No linear memory learns such a function, a deep one does, and a chunk has its price.
+The stream: values are a nonlinear function of their keys, v = |k A|, each read once. Measures the error on the next
+value. No linear memory learns such a function; a deep one does; larger chunks cost accuracy.
 
-Capacity: random values at random keys, each written once, one token at a time; how wrong is the memory about them at
-the end? Keys may share a direction, as those of a trained model do.
+Capacity: random values at random keys, each written once, one token at a time. Measures the error on all of them at the
+end. Keys may share a direction, as those of a trained model do.
 
-An error is || M(k) - v ||^2 / || v ||^2, over all memories. Each is told for every theta of a list, and the least of
-them, chosen afterwards.
-"""
+An error is || M(k) - v ||^2 / || v ||^2, over all memories. It is reported for every `theta` of a list, and for the
+best one, chosen afterwards."""
 
 import argparse
 import itertools
@@ -32,19 +31,19 @@ from titans_lm.utils.terminal import PlainConsole
 
 THETAS = (0.003, 0.01, 0.018, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)
 SHOWN = 0.018
-"""The theta for which the stream's errors are known and shown beside the best."""
+"""The `theta` whose errors are shown beside the best."""
 DIVERGES = 10
-"""An error that is larger is on its way to infinity."""
+"""Larger errors count as divergence."""
 STREAM_DEPTHS, CHUNKS = (1, 2, 3, 4), (1, 16, 64)
 CAPACITY_DEPTHS, CORRELATIONS = (1, 2), (0.0, 0.5, 0.9)
 PAIRS_PER_WIDTH = (0.25, 0.5, 1, 2, 4, 8)
 HIDDEN_PER_WIDTH = 4
-"""Of the layers between, in widths of a head."""
+"""Width of the memory's hidden layers, in head widths."""
 
 
 def stream(depth: int, chunk: int, width: int = 16, heads: int = 32, tokens: int = 1024) -> dict[str, Any]:
-    """The error over the last quarter of the stream. Keys lie evenly on the unit sphere; A is normal, as is M_0, whose
-    layers are scaled by 1 / sqrt(inputs)."""
+    """The error over the last quarter of the stream. Keys are uniform on the unit sphere; A and M_0 are normal, with
+    the layers of M_0 scaled by 1 / sqrt(inputs)."""
     torch.manual_seed(0)
     k = _unit(torch.randn(tokens, heads, width))
     v = (k @ torch.randn(width, width)).abs()
@@ -55,8 +54,8 @@ def stream(depth: int, chunk: int, width: int = 16, heads: int = 32, tokens: int
 
 
 def capacity(depth: int, correlation: float, pairs: int, width: int = 16, heads: int = 32) -> dict[str, Any]:
-    """The error over all pairs, once all are written. Values lie evenly on the unit sphere. M_0 is as for the stream,
-    but its last layer is 0: it says nothing, its error is 1."""
+    """The error over all pairs after all are written. Values are uniform on the unit sphere. M_0 is that of the stream
+    with its last layer 0, so that its output is 0 and its error 1."""
     torch.manual_seed(0)
     k, v = keys(correlation, pairs, width, heads), _unit(torch.randn(pairs, heads, width))
     weights = _weights(depth, width, heads)
@@ -68,14 +67,14 @@ def capacity(depth: int, correlation: float, pairs: int, width: int = 16, heads:
 
 
 def keys(correlation: float, pairs: int, width: int, heads: int) -> Tensor:
-    """Of length 1, random but for a direction that all keys of a head share: the cosine of any two is `correlation` on
-    average. -> `[pairs, heads, width]`"""
+    """Random unit vectors with a direction that all keys of a head share: the mean cosine of two is `correlation`. ->
+    `[pairs, heads, width]`"""
     shared, own = _unit(torch.randn(1, heads, width)), _unit(torch.randn(pairs, heads, width))
     return _unit(correlation**0.5 * shared + (1 - correlation) ** 0.5 * own)
 
 
 def least_of_linear(pairs: int, width: int) -> float:
-    """The error of the best of all linear maps from keys of this width to as many random values, on average."""
+    """Mean error of the best linear map from keys of this width to `pairs` random values."""
     return max(0.0, 1 - width / pairs)
 
 
@@ -90,7 +89,7 @@ def _weights(depth: int, width: int, heads: int) -> list[Tensor]:
 
 @torch.no_grad()
 def _write(k: Tensor, v: Tensor, weights: list[Tensor], chunk: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Tokens `[T, H, K]` written with each theta, in a row of its own -> the weights after, the losses `[R, T, H]`."""
+    """Write tokens `[T, H, K]` with each `theta` in its own row -> the weights after, the losses `[R, T, H]`."""
     rows = len(THETAS)
     k, v = (x.expand(rows, *x.shape) for x in (k, v))
     theta = torch.tensor(THETAS)[:, None, None].expand(k.shape[:3])
@@ -100,7 +99,7 @@ def _write(k: Tensor, v: Tensor, weights: list[Tensor], chunk: int) -> tuple[tup
 
 
 def _errors(losses: Tensor, v: Tensor) -> dict[str, Any]:
-    """losses `[R, T, H]` -> by theta, None where it is not a number; and the least of them with its theta."""
+    """Losses `[R, T, H]` -> errors by `theta`, None if not finite, and the least with its `theta`."""
     errors = (losses.sum((1, 2)) / v.square().sum()).tolist()
     finite = {theta: error for theta, error in zip(THETAS, errors, strict=True) if math.isfinite(error)}
     best = min(finite, key=finite.__getitem__, default=None)
@@ -112,12 +111,12 @@ def _errors(losses: Tensor, v: Tensor) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--width", type=int, default=16, help="of keys and values; layers between are 4 times as wide")
+    parser.add_argument("--width", type=int, default=16, help="of keys and values; hidden layers are 4 times as wide")
+    parser.add_argument("--heads", type=int, default=32, help="independent memories, averaged")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of the stream")
     parser.add_argument(
-        "--heads", type=int, default=32, help="memories that know nothing of each other, taken together"
+        "--out", type=Path, default=Path("results/probes.json"), help="JSON file; the figure is beside it"
     )
-    parser.add_argument("--tokens", type=int, default=1024, help="of the stream")
-    parser.add_argument("--out", type=Path, default=Path("results/probes.json"), help="the JSON file; beside it a .png")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -178,7 +177,7 @@ def _format_error(error: float | None, theta: float | None = None) -> str:
 
 
 def plot(streams: list[dict[str, Any]], capacities: list[dict[str, Any]], least: dict[int, float], path: Path) -> None:
-    """Left the stream's error by chunk, a line per depth; right capacity by pairs, colours for correlations."""
+    """Left: the stream's error by chunk, a line per depth. Right: capacity by pairs, a colour per correlation."""
     with figure_file(path, 1, 2, figsize=(11, 4.5), dpi=120) as (left, right):
         for depth in STREAM_DEPTHS:
             errors = [row["error"] for row in streams if row["depth"] == depth]

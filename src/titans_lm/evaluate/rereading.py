@@ -1,4 +1,4 @@
-"""A passage read a second time: what reading it once was worth, after so many other bytes (part of `adapt`)."""
+"""Second reading of a passage: how much of it is still remembered after other text (part of `adapt`)."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,19 +10,18 @@ from titans_lm.evaluate import perplexity
 from titans_lm.models.modeling import TitansForCausalLM
 
 LAGS = (0, 1 << 10, 1 << 14, 1 << 18, 1 << 20)
-"""Other tokens between the two readings."""
+"""Tokens between the two readings."""
 PASSAGE, PASSAGES = 4096, 4
 
 
 def reread(
     model: TitansForCausalLM, ids: Tensor, lag: int, passage: int = PASSAGE, passages: int = PASSAGES
 ) -> Iterator[dict[str, Any]]:
-    """Read a passage of ids `[1, T]`, `lag` other tokens that follow it there, and the passage again; for as many
-    places as there are `passages`, spread evenly.
+    """Read a passage of ids `[1, T]`, the `lag` tokens after it, and the passage again, for `passages` evenly spaced
+    passages.
 
-    -> a row for each: `lag`, `at`, `first` and `second`, the nats per token of both readings. The first tokens of a
-    reading are predicted from other tokens than those of the other, so the first of each is not counted. Fewer places
-    where the text has not so many apart, none where it is too short.
+    Yields a row per passage: `lag`, `at`, and `first` and `second`, the nats per token of both readings. Excludes the
+    first token of each reading, whose contexts differ. Yields fewer passages, or none, for a short text.
     """
     length = passage + lag
     room = ids.shape[1] - length

@@ -1,5 +1,6 @@
-"""`titans evaluate synthetic TASK`: train a model on recall or state tracking, test it, also at lengths that it was not
-trained on. One cell of a study; `titans study` compares many.
+"""`titans evaluate synthetic TASK`: train a model on recall or state tracking, and test it, also at other lengths.
+
+This is one cell of a study; `titans study` compares many.
 """
 
 import argparse
@@ -18,7 +19,7 @@ _MODEL: dict[str, Any] = {
 _MEMORY = {"memory_chunk_size": 1, "memory_lr": 1.0, "memory_layers": 1, "memory_form": "plain", "memory_clip": None}
 _TRACKING: dict[str, Any] = {"model": _MEMORY}
 PARAMETERS = 120_000
-"""Of every model, beside the embedding."""
+"""Parameters of every model without the embedding."""
 _TRAINING: dict[str, Any] = {"max_steps": 600, "batch_size": 64, "learning_rate": 3e-3, "warmup": 0.05}
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -31,23 +32,25 @@ TASKS: dict[str, dict[str, Any]] = {
     "s3": {"task": {"length": 40}, "lengths": [40, 80, 160, 320], **_TRACKING},
     "s5": {"task": {"length": 40}, "lengths": [40, 80, 160, 320], **_TRACKING},
 }
-"""What each trains on, where it is tested, and what its models are where that is not as for all: a step that can reach
-1 and gradients at every token are what state tracking takes (README of `ops`, chunk 1)."""
+"""Training task, test lengths, and changes of the model. State tracking needs `theta` up to 1 and a gradient at every
+token (README of `ops`, chunk 1)."""
 
 
 _OWN = ("training.output_dir", "training.seed", "training.resume")
-"""What the command itself says."""
+"""Keys that the command sets itself."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
-    parser.add_argument("--model", choices=[*VARIANTS, *NAMES], default="mag", help="a variant or a baseline")
-    parser.add_argument("--lengths", type=int, nargs="+", help="tokens of the rows that are tested")
-    parser.add_argument("--samples", type=int, default=256, help="rows of a test")
+    parser.add_argument("--model", choices=[*VARIANTS, *NAMES], default="mag", help="variant or baseline")
+    parser.add_argument("--lengths", type=int, nargs="+", help="row lengths of the tests")
+    parser.add_argument("--samples", type=int, default=256, help="rows per test")
     parser.add_argument("--seed", type=int, default=0)
-    change = "change a value of the run, such as training.max_steps=100 or data.task={length: 128, pairs: 8}"
+    change = (
+        "change a value of the run, such as training.max_steps=100 or data.task={length: 128, pairs: 8}; repeatable"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help=change)
-    parser.add_argument("--out", type=Path, help="the JSON file to write (default: results/TASK_MODEL.json)")
+    parser.add_argument("--out", type=Path, help="JSON file to write (default: results/TASK_MODEL.json)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -71,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         row = run_cell(settings, tests, command_line("evaluate synthetic", arguments, ["task"]))
     write_json(out, {"task": arguments.task, "model": arguments.model, "settings": sections, **row})
     if row["status"] != "ok":
-        raise ValueError(f"{row['error']} (told in {out})")
+        raise ValueError(f"{row['error']} (see {out})")
     table = Table("length", "right", "rows without a mistake", title=f"{arguments.model} on {arguments.task}")
     for score in row["scores"]:
         table.add_row(str(score["length"]), f"{score['score']:.3f}", f"{score['whole']:.3f}")
@@ -81,18 +84,18 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def run_of(task: str, model: str, changes: list[str]) -> dict[str, dict[str, Any]]:
-    """The sections of the run, with `section.key=value` changes; those of `data.task` add to the task's own options."""
+    """Sections of the run, with `section.key=value` changes; `data.task` adds to the task's options."""
     from titans_lm.tasks import make_task
     from titans_lm.training.config import change_tree
 
     own = TASKS[task]
     named = {"variant": model} if model in VARIANTS else {"baseline": model}
-    memory = own.get("model", {}) if model in VARIANTS else {}  # a baseline is what its paper says
+    memory = own.get("model", {}) if model in VARIANTS else {}  # a baseline keeps the settings of its paper
     sections: dict[str, dict[str, Any]] = copy.deepcopy({"model": _MODEL, "data": {}, "training": _TRAINING})
     sections["model"] |= {**memory, **named}
     for change in changes:
         if change.partition("=")[0] in _OWN:
-            raise ValueError(f"--set {change!r}: the folder is a temporary one, and the seed is --seed")
+            raise ValueError(f"--set {change!r}: the folder is temporary, and --seed sets the seed")
         change_tree(sections, change)
     options = sections["data"].get("task", {})
     if not isinstance(options, dict):

@@ -1,1 +1,1 @@
-"""Grids of models, tasks and seeds: each cell is trained and tested by itself, and a table is made of all."""
+"""Grids of models, tasks and seeds: train and test each cell, and tabulate all."""

@@ -1,4 +1,4 @@
-"""A study as a YAML file says it: every combination of its models, tasks and seeds, each a run and its tests."""
+"""Studies from YAML files: every combination of models, tasks and seeds is a cell, a run with its tests."""
 
 import copy
 from dataclasses import dataclass, field
@@ -13,18 +13,18 @@ from titans_lm.utils.yaml_values import read_yaml
 KEYS = ("name", "about", "shared", "models", "tasks", "seeds", "tests", "figure", "search")
 SECTIONS = ("model", "data", "training")
 OWN = ("output_dir", "seed", "resume")
-"""Of `training`: what a study says itself."""
+"""Keys of `training` that the study sets itself."""
 
 
 @dataclass
 class Cell:
-    """A run of the grid."""
+    """A run of the grid, with its tests."""
 
     model: str
     task: str
     seed: int
     sections: dict[str, dict[str, Any]]
-    """`model`, `data` and `training`, as of `titans train`."""
+    """`model`, `data` and `training`, as in `titans train`."""
     tests: list[dict[str, Any]]
 
     @property
@@ -32,7 +32,7 @@ class Cell:
         return "-".join(part for part in (self.model, self.task, str(self.seed)) if part)
 
     def settings(self, runs: Path) -> Settings:
-        """Checked; the run's folder is in `runs`. Raises ValueError."""
+        """Checked settings, with the run's folder in `runs`. Raises ValueError."""
         sections = copy.deepcopy(self.sections)
         sections["training"] |= {"output_dir": str(runs / self.name), "seed": self.seed}
         return parse_settings(sections)
@@ -43,7 +43,7 @@ class Cell:
         return next((row for row in rows if {key: _current(row).get(key) for key in about} == about), None)
 
     def about(self) -> dict[str, Any]:
-        """What makes its result this cell's result and no other's."""
+        """The values that identify this cell's result."""
         return {
             "model": self.model,
             "task": self.task,
@@ -69,13 +69,14 @@ class Study:
     name: str
     cells: list[Cell]
     figure: str | None = None
-    """The option of the tests that is the figure's horizontal axis, such as length."""
+    """Option of the tests that is the figure's horizontal axis, such as length."""
     search: dict[str, Any] = field(default_factory=dict)
-    """Dotted key -> [low, high], [low, high, log], or {choices: [...]}: what `--search` tries."""
+    """Dotted key -> [low, high], [low, high, log], or {choices: [...]}: the search space of `--search`."""
 
 
 def load_study(path: Path, changes: list[str]) -> Study:
-    """Read and check the file, with `section.key=value` changes in `shared`. Raises ValueError naming file and key."""
+    """Read and check a file, and apply `section.key=value` changes to `shared`. Raises ValueError naming file and
+    key."""
     tree = read_yaml(path, "studies/parity.yaml")
     try:
         return _study(tree, path.stem, changes)
@@ -120,7 +121,7 @@ def _study(tree: Any, stem: str, changes: list[str]) -> Study:
 
 
 def _check_names(cells: list[Cell]) -> None:
-    """Each has a folder of its own, also where a file system does not tell a from A."""
+    """Raises ValueError if two cells would share a folder, also on a file system that ignores case."""
     owners: dict[str, Cell] = {}
     for cell in cells:
         owner = owners.setdefault(cell.name.casefold(), cell)
@@ -130,7 +131,7 @@ def _check_names(cells: list[Cell]) -> None:
 
 
 def _check(cell: Cell) -> list[str]:
-    """What a figure of it can have as its axis."""
+    """Names of options that can be a figure's axis. Raises ValueError for an invalid cell."""
     try:
         return check_tests(cell.settings(Path("runs")), cell.tests)
     except ValueError as error:
@@ -138,7 +139,7 @@ def _check(cell: Cell) -> list[str]:
 
 
 def _sections(shared: dict[str, Any], *changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """`shared` with dotted keys changed."""
+    """`shared` with dotted keys of `changes` set."""
     sections = {name: with_current_keys(copy.deepcopy(shared.get(name, {})), name) for name in SECTIONS}
     for name in shared:
         if name not in SECTIONS:
@@ -150,7 +151,7 @@ def _sections(shared: dict[str, Any], *changes: dict[str, Any]) -> dict[str, dic
         sections[section] |= with_current_keys({name: value}, section)
     for name in OWN:
         if name in sections["training"]:
-            raise ValueError(f"training.{name} is the study's own: it has seeds, and a folder for each run")
+            raise ValueError(f"training.{name} is set by the study, which has seeds and a folder for each run")
     return sections
 
 

@@ -1,4 +1,4 @@
-"""A study's results as a table, mean and spread over seeds, on screen and as Markdown, and as a figure."""
+"""Tables (mean and standard deviation over seeds, on screen and as Markdown) and the figure of a study."""
 
 import statistics
 from collections.abc import Iterable
@@ -14,18 +14,18 @@ from titans_lm.utils.figures import figure_file
 from titans_lm.utils.record import write_text
 from titans_lm.utils.terminal import PlainConsole
 
-FIGURES = ("score", "bits_per_byte")
-"""The figure of a test that is told: the first of these that it has."""
+SCORE_KEYS = ("score", "bits_per_byte")
+"""Keys of the score to report: the first one that a test has."""
 
 Scores = dict[tuple[str, str], dict[str, list[float]]]
-"""(task, model) -> the test's words -> its figure for each seed."""
+"""(task, model) -> label of the test -> scores, one per seed."""
 
 
 _HEAD = "Mean and standard deviation over seeds."
 
 
 def write_report(study: Study, rows: list[dict[str, Any]], results: Path, console: Console) -> None:
-    """`NAME.md`, and `NAME.png` where the study names an axis, in `results`; the table on screen."""
+    """Write `NAME.md`, and `NAME.png` if the study names an axis, in `results`. Print the tables."""
     scores = collect(rows)
     for task in dict.fromkeys(task for task, _ in scores):
         for table in tables(task, scores, rows, console.width):
@@ -39,38 +39,38 @@ def write_report(study: Study, rows: list[dict[str, Any]], results: Path, consol
 
 
 def collect(rows: list[dict[str, Any]]) -> Scores:
-    """Every model has its line, also one of which no run succeeded."""
+    """Scores by task and model, also for models without a successful run."""
     scores: Scores = {}
     for row in rows:
         tests = scores.setdefault((row["task"], row["model"]), {})
         for score in row["scores"]:
-            tests.setdefault(words(score), []).append(figure_of(score))
+            tests.setdefault(test_label(score), []).append(score_of(score))
     return scores
 
 
-def words(score: dict[str, Any]) -> str:
-    """What was tested, without what came of it: "length 64", after what the test is called."""
-    options = {key: value for key, value in score.items() if isinstance(value, str | int) and key not in _TOLD}
+def test_label(score: dict[str, Any]) -> str:
+    """The label of a test from its options, without scores: "length 64", after its name, if any."""
+    options = {key: value for key, value in score.items() if isinstance(value, str | int) and key not in _NOT_OPTIONS}
     return ", ".join(str(value) if key == "test" else f"{key} {value}" for key, value in options.items()) or "score"
 
 
-_TOLD = ("samples", "rows", "seconds")
+_NOT_OPTIONS = ("samples", "rows", "seconds")
 
 
-def figure_of(score: dict[str, Any]) -> float:
-    """Raises KeyError for a row with none of FIGURES."""
-    name = next(name for name in FIGURES if name in score)
+def score_of(score: dict[str, Any]) -> float:
+    """The score of a row. Raises KeyError if it has none of SCORE_KEYS."""
+    name = next(name for name in SCORE_KEYS if name in score)
     return float(score[name])
 
 
 def mean_and_spread(values: list[float]) -> str:
-    """ "0.95 ± 0.02": the mean, and the standard deviation where there are several."""
+    """ "0.95 ± 0.02": mean and, for several values, standard deviation."""
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}"
 
 
 def _cells(scores: Scores, rows: list[dict[str, Any]], task: str) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each model."""
+    """Headings, and a row per model."""
     models = [model for t, model in scores if t == task]
     tests = list(dict.fromkeys(test for model in models for test in scores[task, model]))
     lines = []
@@ -85,7 +85,8 @@ def _cells(scores: Scores, rows: list[dict[str, Any]], task: str) -> tuple[list[
 
 
 def tables(task: str, scores: Scores, rows: list[dict[str, Any]], width: int) -> list[Table]:
-    """As many columns beside one another as there is room for in `width`; the others below, with the models again."""
+    """Tables of at most `width` columns of text: columns that do not fit go to further tables, with the models
+    repeated."""
     head, lines = _cells(scores, rows, task)
     models, *columns = zip(head, *lines, strict=True)
     parts = [[models]]
@@ -98,11 +99,11 @@ def tables(task: str, scores: Scores, rows: list[dict[str, Any]], width: int) ->
 
 
 LONGEST_NAME = 24
-"""A model's on screen; the rest of it goes below."""
+"""Maximum width of a model's name on screen; a longer one wraps."""
 
 
 def _table(task: str, columns: list[tuple[str, ...]]) -> Table:
-    """Of columns with their headings, as narrow as these can be without a figure or a word being cut."""
+    """A table as narrow as possible without breaking a number or a word."""
     table = Table(title=task or None, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for heading, *cells in columns:
         longest = max(map(len, [*heading.split(), *cells]))
@@ -113,15 +114,15 @@ def _table(task: str, columns: list[tuple[str, ...]]) -> Table:
 
 
 def markdown(name: str, scores: Scores, rows: list[dict[str, Any]]) -> str:
-    """Tables with where they come from."""
-    out = [f"# {name}", "", f"{_HEAD} {_where(rows)}", ""]
+    """The tables as Markdown, with provenance."""
+    out = [f"# {name}", "", f"{_HEAD} {_provenance(rows)}", ""]
     for task in dict.fromkeys(task for task, _ in scores):
         head, lines = _cells(scores, rows, task)
         out += [f"## {task}", ""] if task else []
         out += [_line(head), _line(["---"] * len(head)), *map(_line, lines), ""]
     failed = [row for row in rows if row["status"] != "ok"]
     if failed:
-        out += ["Runs that gave no score:", ""]
+        out += ["Runs without a score:", ""]
         out += [
             f"* {row['model']} {row['task']}, seed {row['seed']}: {row['status']}: {row['error']}" for row in failed
         ]
@@ -129,7 +130,7 @@ def markdown(name: str, scores: Scores, rows: list[dict[str, Any]]) -> str:
     return "\n".join(out)
 
 
-def _where(rows: list[dict[str, Any]]) -> str:
+def _provenance(rows: list[dict[str, Any]]) -> str:
     def each(key: str) -> str:
         return " and ".join(dict.fromkeys(str(row[key]) for row in rows))
 
@@ -145,14 +146,14 @@ _MARKERS, _DASHES = "os^vDPX*<>", ("-", "--", "-.", ":")
 
 
 def plot(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
-    """Each model's score along `axis`, an option of the tests; the band is least and most over seeds."""
+    """Each model's score along `axis`, an option of the tests. The band is the range over seeds."""
     panels: dict[str, dict[str, dict[float, list[float]]]] = {}
     for row in rows:
         for score in (score for score in row["scores"] if axis in score):
             others = {key: value for key, value in score.items() if key != axis}
-            label = "" if words(others) == "score" else words(others)
+            label = "" if test_label(others) == "score" else test_label(others)
             panel = panels.setdefault(", ".join(filter(None, [row["task"], label])), {})
-            panel.setdefault(row["model"], {}).setdefault(score[axis], []).append(figure_of(score))
+            panel.setdefault(row["model"], {}).setdefault(score[axis], []).append(score_of(score))
     with figure_file(
         path, 1, max(len(panels), 1), figsize=(2 + 4 * max(len(panels), 1), 4), squeeze=False, layout="tight"
     ) as axes:
@@ -162,7 +163,7 @@ def plot(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
                 style = {
                     "marker": _MARKERS[number % 10],
                     "linestyle": _DASHES[number % 4],
-                }  # lines may lie on one another
+                }  # lines may coincide
                 ax.plot(
                     x,
                     [statistics.mean(points[p]) for p in x],
@@ -179,6 +180,6 @@ def plot(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
             ax.set_xticks(ticks, [f"{x:,}" for x in ticks], fontsize=8)
             ax.set_title(title, fontsize=9)
             ax.grid(alpha=0.3)
-        kinds = {name for row in rows for score in row["scores"] for name in FIGURES if name in score}
+        kinds = {name for row in rows for score in row["scores"] for name in SCORE_KEYS if name in score}
         axes[0][0].set_ylabel(" or ".join(sorted(kinds)).replace("_", " "))
         axes[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

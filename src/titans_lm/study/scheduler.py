@@ -1,4 +1,4 @@
-"""Cells side by side, each in a process of its own: one that dies is a result, and takes no other with it."""
+"""Runs cells in parallel, each in a process of its own: a crash is a result of its cell and affects no other."""
 
 import argparse
 import multiprocessing
@@ -23,7 +23,7 @@ from titans_lm.training.run_folder import remove_run
 from titans_lm.utils.record import Lines, provenance
 
 LOG = "log.txt"
-"""Ends the name of the file, beside a run's folder, that has what the run printed."""
+"""Ending of the file, beside a run's folder, with the run's output."""
 
 
 class Running(NamedTuple):
@@ -34,15 +34,15 @@ class Running(NamedTuple):
 
 
 Job = Callable[[Cell, Path, str], dict[str, Any]]
-"""(cell, folder of the runs, command) -> the cell's row; a function that another process can import."""
+"""(cell, folder of the runs, command) -> the cell's row. Another process must be able to import it."""
 
 
 def run_cells(
     cells: list[Cell], job: Job, arguments: argparse.Namespace, command: str, lines: Lines, console: Console
 ) -> None:
-    """Run all, `arguments.processes` at a time, in folders of `arguments.runs`, and add a line for each as it ends.
+    """Run all cells, `arguments.processes` at a time, in folders of `arguments.runs`. Adds a line for each as it ends.
 
-    Raises KeyboardInterrupt after Ctrl-C, when all have saved a checkpoint from which the next call goes on.
+    Raises KeyboardInterrupt after Ctrl-C, once all have saved a checkpoint from which the next call resumes.
     """
     waiting, running = list(cells), list[Running]()
     processes, runs = arguments.processes, arguments.runs / lines.path.stem
@@ -56,7 +56,7 @@ def run_cells(
                     running.append(_start(waiting.pop(0), job, runs, command))
                 names = ", ".join(one.cell.name for one in running)
                 bar.update(task, description=names, left=_time_left(seconds, len(waiting) + len(running), processes))
-                ended = wait([one.answer for one in running])  # it answers, or is no more
+                ended = wait([one.answer for one in running])  # ready to read, or closed because the process died
                 for one in [one for one in running if one.answer in ended]:
                     running.remove(one)
                     row = _end(one, runs, arguments.keep, command)
@@ -65,11 +65,13 @@ def run_cells(
                     bar.advance(task)
                     bar.console.print(f"{one.cell.name}: {_outcome(row)}")
         except KeyboardInterrupt:
-            for one in running:  # each saves a checkpoint; Ctrl-C has told them already, other signals have not
+            for one in running:  # each saves a checkpoint; only Ctrl-C has reached them already
                 one.process.terminate()
             for one in running:
                 one.process.join()
-            raise KeyboardInterrupt(f"{len(lines.rows)} results are in {lines.path}; the same command continues") from None
+            raise KeyboardInterrupt(
+                f"{len(lines.rows)} results are in {lines.path}; the same command continues"
+            ) from None
 
 
 def _bar(console: Console) -> Progress:
@@ -80,7 +82,7 @@ def _bar(console: Console) -> Progress:
 
 
 def _time_left(seconds: list[float], count: int, processes: int) -> str:
-    """Those that run are taken to be half done."""
+    """Estimated time left; running cells count as half done."""
     if not seconds or not count:
         return ""
     rest = statistics.mean(seconds) * max(count - min(processes, count) / 2, 0.5) / min(processes, count)
@@ -112,7 +114,7 @@ def _start(cell: Cell, job: Job, runs: Path, command: str) -> Running:
 
 
 def _work(cell: Cell, job: Job, runs: Path, command: str, answer: Connection) -> None:
-    """In the cell's process: a thread of its own, its words in a file, its result through the pipe."""
+    """Run a job in the cell's process: one thread, output to a file, the result through the pipe."""
     import torch
 
     from titans_lm.utils.record import keep_freed_memory, on_stop, stop
@@ -128,13 +130,13 @@ def _work(cell: Cell, job: Job, runs: Path, command: str, answer: Connection) ->
                 answer.send(job(cell, runs, command))
         except KeyboardInterrupt:
             sys.exit(130)
-        except Exception as error:  # whatever it is, it is this cell's result
+        except Exception as error:  # any error is the cell's result
             traceback.print_exc()
             answer.send({"status": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
 
 
 def _end_with_parent() -> None:
-    """Who would tell what this process finds is no more: its checkpoint is gone on with by the next call."""
+    """Exit when the parent dies: nobody would read the result, and the next call resumes from the checkpoint."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -142,7 +144,7 @@ def _end_with_parent() -> None:
 
 
 def _end(one: Running, runs: Path, keep: bool, command: str) -> dict[str, Any]:
-    """The row of a process that ended."""
+    """The row of an ended process."""
     row: dict[str, Any]
     try:
         row = one.answer.recv()

@@ -1,4 +1,4 @@
-"""Each model's best values: trials of `Trainer.hyperparameter_search`, by Optuna, compared by their loss."""
+"""Hyperparameter search for each model, with `Trainer.hyperparameter_search` and Optuna, by evaluation loss."""
 
 import argparse
 import dataclasses
@@ -19,11 +19,12 @@ from titans_lm.utils.record import Lines, provenance
 from titans_lm.utils.terminal import PlainConsole
 
 TRAINING_KEYS = ("learning_rate", "weight_decay", "max_grad_norm")
-"""Of `training`: those that are TrainingArguments of one trial; of `model` every key can be searched."""
+"""Keys of `training` that can be searched; of `model` every key can."""
 
 
-def search(study: Study, arguments: argparse.Namespace, command: str) -> None:
-    """For the first seed of each model and task; a line each in `NAME_search.jsonl`, not made twice."""
+def run_search(study: Study, arguments: argparse.Namespace, command: str) -> None:
+    """Search for each model and task, with the first seed. Writes a line each to `NAME_search.jsonl`; existing lines
+    are kept."""
     space, trials = study.search, arguments.search
     _check(space, trials)
     first = study.cells[0].seed
@@ -41,7 +42,7 @@ def search(study: Study, arguments: argparse.Namespace, command: str) -> None:
 
 
 def search_cell(cell: Cell, runs: Path, command: str, space: dict[str, Any], trials: int) -> dict[str, Any]:
-    """The best of `trials` trials; those of an interrupted search count."""
+    """The best of `trials` trials, including those of an interrupted search."""
     import optuna
 
     begun, settings = time.monotonic(), cell.settings(runs)
@@ -50,7 +51,7 @@ def search_cell(cell: Cell, runs: Path, command: str, space: dict[str, Any], tri
     storage = f"sqlite:///{(runs / cell.name).absolute()}.db"
     optuna.create_study(study_name="search", storage=storage, load_if_exists=True)
     done = len(optuna.load_study(study_name="search", storage=storage).trials)
-    sampler = optuna.samplers.TPESampler(seed=cell.seed + done)  # else what goes on would try the same again
+    sampler = optuna.samplers.TPESampler(seed=cell.seed + done)  # a resumed search must not repeat the same draws
 
     def make(trial: Any) -> PreTrainedModel:
         return model_for(settings if trial is None else _changed(settings, suggested(trial, space)))
@@ -72,7 +73,7 @@ def search_cell(cell: Cell, runs: Path, command: str, space: dict[str, Any], tri
 
 
 def suggested(trial: Any, space: dict[str, Any]) -> dict[str, Any]:
-    """Dotted key -> this trial's value."""
+    """Dotted key -> value of this trial."""
     values = {}
     for key, choice in space.items():
         if isinstance(choice, dict):

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from titans_lm.bench.measure import resident
 from titans_lm.evaluate.needle import begins
-from titans_lm.inference.answer import go_on, read
+from titans_lm.inference.generate import go_on, read
 from titans_lm.models.cache import TitansState, identity
 from titans_lm.models.hub import RUN, load
 from titans_lm.models.modeling import TitansForCausalLM
