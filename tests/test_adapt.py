@@ -166,8 +166,8 @@ def test_the_command_writes_rows_a_figure_and_goes_on(file, folder, tmp_path, ca
     ("more", "named"),
     [
         (["--rates", "-1"], "--rates must be above 0"),
-        (["--lags", "-1"], "--lags must be a whole number of at least 0"),
-        (["--passage", "1"], "--passage must be a whole number of at least 2"),
+        (["--lags", "-1"], "--lags must be at least 0"),
+        (["--passage", "1"], "--passage must be at least 2"),
         (["--out", "nowhere/at/all.jsonl"], "the folder nowhere/at does not exist"),
     ],
 )

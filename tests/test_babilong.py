@@ -379,8 +379,8 @@ def test_what_is_wrong_is_one_line(folder, babi, book, tmp_path, capsys):
         ({"--background": str(tmp_path / "no.txt")}, "does not exist"),
         ({"--lengths": "20"}, "length=20 is too short for qa1"),
         ({"--lengths": "-1"}, "length must be a whole number of at least 1, got -1"),
-        ({"--samples": "0"}, "--samples must be a whole number of at least 1, got 0"),
-        ({"--batch": "0"}, "--batch must be a whole number of at least 1, got 0"),
+        ({"--samples": "0"}, "--samples must be at least 1, got 0"),
+        ({"--batch": "0"}, "--batch must be at least 1, got 0"),
         ({"--out": str(tmp_path / "no" / "out.jsonl")}, "folder"),
     ]:
         given_ = [word for pair in {**options, **changed}.items() for word in pair]

@@ -293,9 +293,9 @@ def test_what_is_wrong_is_one_line(folder, tmp_path, capsys):
     for path, changed, words in [
         (tmp_path / "no.txt", {}, "does not exist"),
         (short, {}, "has one token"),
-        (text, {"--tokens": "1"}, "--tokens must be a whole number of at least 2, got 1"),
-        (text, {"--bucket": "0"}, "--bucket must be a whole number of at least 1, got 0"),
-        (text, {"--reset-every": "0"}, "--reset-every must be a whole number of at least 1, got 0"),
+        (text, {"--tokens": "1"}, "--tokens must be at least 2, got 1"),
+        (text, {"--bucket": "0"}, "--bucket must be at least 1, got 0"),
+        (text, {"--reset-every": "0"}, "--reset-every must be at least 1, got 0"),
         (text, {"--out": str(tmp_path / "no" / "out.json")}, "folder"),
         (text, {"--out": str(other)}, "other.json is not a result file of this command"),
         (text, {"--model": str(attention), "--modes": "off"}, "mode 'off' needs a memory"),

@@ -123,8 +123,8 @@ evaluate needle --model needle --kind nope | kind='nope' is not one of
 evaluate needle --model needle --kind passkey passkey | --kind has a value twice
 evaluate needle --model needle --lengths -5 | length
 evaluate needle --model needle --lengths 100000000000000000000000 | length must be at most
-evaluate needle --model needle --depths 0 | --depths must be a whole number of at least 1
-evaluate needle --model needle --seed -1 | --seed must not be negative
+evaluate needle --model needle --depths 0 | --depths must be at least 1
+evaluate needle --model needle --seed -1 | --seed must be at least 0
 evaluate needle --model needle --digits 400 | digits must be at most 18
 evaluate needle --model needle --haystack empty.txt | empty.txt
 evaluate needle --model needle --out texts | --out texts is not a file
@@ -133,13 +133,13 @@ evaluate needle --model needle --out nope/x.jsonl | the folder nope does not exi
 evaluate needle --model needle --out texts/0.txt/x.jsonl | the folder texts/0.txt does not exist
 evaluate needle --model needle --out mine.jsonl | mine.png is not a picture of this command
 evaluate babilong --model needle --babi nope | nope does not exist
-evaluate babilong --model needle --babi texts --samples 0 | --samples must be a whole number of at least 1
+evaluate babilong --model needle --babi texts --samples 0 | --samples must be at least 1
 evaluate babilong --model needle --babi texts --out nope/x | the folder nope does not exist
 evaluate perplexity nope --model books | nope does not exist
 evaluate perplexity empty.txt --model books | empty.txt is empty
 evaluate perplexity binary.bin --model books | binary.bin is not text
 evaluate perplexity texts/0.txt --model nope | nope is not a model
-evaluate perplexity texts/0.txt --model books --tokens 1 | --tokens must be a whole number of at least 2
+evaluate perplexity texts/0.txt --model books --tokens 1 | --tokens must be at least 2
 evaluate perplexity texts/0.txt --model books --out x.png | is the name of the picture
 evaluate perplexity texts/0.txt --model books --out texts/0.txt | texts/0.txt is not a result file of this command
 evaluate harness --model needle --tasks nope --limit 0 | --limit must be at least 1
@@ -154,8 +154,8 @@ evaluate synthetic parity --out texts | --out texts is not a file
 evaluate synthetic parity --out texts/0.txt | texts/0.txt is not a result file of this command
 evaluate synthetic parity --set data.task=5 | data.task must be options
 evaluate synthetic parity --set model.hidden_size=abc | model.hidden_size must be a whole number
-evaluate synthetic parity --set training.output_dir=x | the folder is a temporary one
-evaluate synthetic parity --set training.seed=4 | the seed is --seed
+evaluate synthetic parity --set training.output_dir=x | the folder is temporary
+evaluate synthetic parity --set training.seed=4 | --seed sets the seed
 evaluate probes --width 3 | --width must be at least 4
 evaluate probes --out texts/0.txt | texts/0.txt is not a result file of this command
 evaluate probes --out mine.json | mine.png is not a picture of this command

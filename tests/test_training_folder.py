@@ -266,7 +266,7 @@ def test_a_second_run_in_a_folder_says_who_has_it(run):
     with RunLock(output):
         status, said = resume()
     assert status == 2
-    assert f"is in use: process {os.getpid()} on " in said
+    assert f"is in use by process {os.getpid()} on " in said
     assert resume()[0] == 0
 
 

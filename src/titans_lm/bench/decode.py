@@ -19,6 +19,7 @@ from titans_lm.layers.attention import KeyValues
 from titans_lm.models.cache import TitansState
 from titans_lm.models.configuration import SIZES
 from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.utils.record import check_least
 from titans_lm.utils.terminal import red
 
 PIECE = 4096
@@ -106,8 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    if min(arguments.positions) < 1 or arguments.tokens < 1 or arguments.read_up_to < 1:
-        raise ValueError("--positions, --tokens and --read-up-to must be at least 1")
+    check_least(arguments, 1, "positions", "tokens", "read_up_to")
 
 
 def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noqa: ARG001 - the form of all kinds

@@ -16,6 +16,7 @@ from titans_lm.bench.measure import Action, Contender, Setting
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.layers.neural_memory import memory_off
 from titans_lm.models.configuration import SIZES
+from titans_lm.utils.record import check_least
 from titans_lm.utils.terminal import red
 
 
@@ -82,8 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    if min(arguments.lengths) < 2:
-        raise ValueError(f"--lengths must be at least 2, got {min(arguments.lengths)}")
+    check_least(arguments, 2, "lengths")
     if not arguments.patience >= 0:
         raise ValueError(f"--patience must be a number of seconds, got {arguments.patience}")
 

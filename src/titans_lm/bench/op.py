@@ -18,6 +18,7 @@ from torch import Tensor
 from titans_lm.bench.measure import MATMUL_OPERATIONS, Action, Contender, Setting, matmul
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.ops import MemoryForm, MemoryState, ScanInputs, Tokens, initial_state, memory_scan, resolve_backend
+from titans_lm.utils.record import check_least
 from titans_lm.utils.terminal import red
 
 HEADS, WIDTH = 6, 64
@@ -246,9 +247,7 @@ def _peers(shape: Shape, setting: Setting) -> list[Entrant]:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    counts = [arguments.tokens, arguments.peer_tokens, *arguments.hidden, *arguments.chunk, *arguments.depth]
-    if min(counts) < 1 or (arguments.rows is not None and arguments.rows < 1):
-        raise ValueError("--tokens, --peer-tokens, --hidden, --chunk, --depth and --rows must be at least 1")
+    check_least(arguments, 1, "tokens", "peer_tokens", "hidden", "chunk", "depth", "rows")
     if arguments.peers:
         if arguments.depth != [2]:
             raise ValueError(f"--peers are measured at --depth 2, got {' '.join(map(str, arguments.depth))}")

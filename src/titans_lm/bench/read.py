@@ -27,6 +27,7 @@ from titans_lm.models.tokenizer import encode, load_tokenizer
 from titans_lm.ops import initial_state, memory_scan
 from titans_lm.utils.corpora import stdlib_files
 from titans_lm.utils.figures import figure_file
+from titans_lm.utils.record import check_least
 from titans_lm.utils.terminal import red
 from titans_lm.utils.text_file import read_text
 
@@ -158,8 +159,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    if arguments.piece < 1 or arguments.stretches < 1 or arguments.tokens < arguments.stretches:
-        raise ValueError("--piece and --stretches must be at least 1, --tokens at least --stretches")
+    check_least(arguments, 1, "piece", "stretches")
+    check_least(arguments, arguments.stretches, "tokens")
     if arguments.operation and arguments.model is not None:
         raise ValueError("--operation reads random tokens without a model; leave out --model")
     if arguments.model is not None and arguments.variants != ["mag"]:

@@ -26,6 +26,7 @@ from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import encode
 from titans_lm.tasks.haystack import NOISE
 from titans_lm.utils.corpora import stdlib_files
+from titans_lm.utils.record import check_least
 from titans_lm.utils.terminal import red
 from titans_lm.utils.text_file import read_text
 
@@ -126,8 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    if arguments.tokens < 2:
-        raise ValueError(f"--tokens must be at least 2, got {arguments.tokens}")
+    check_least(arguments, 2, "tokens")
     if any(math.isnan(threshold) for threshold in arguments.thresholds):
         raise ValueError("--thresholds must be numbers, got nan")
     find(arguments.model)

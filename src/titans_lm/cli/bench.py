@@ -104,10 +104,10 @@ def _end(rows: list[dict[str, Any]], out: Path, interrupted: bool) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     import torch
 
-    from titans_lm.utils.record import check_output, cores
+    from titans_lm.utils.record import check_least, check_output, cores
 
-    if getattr(arguments, "runs", 1) < 1:
-        raise ValueError(f"--runs must be at least 1, got {arguments.runs}")
+    if "runs" in arguments:
+        check_least(arguments, 1, "runs")
     if not 1 <= arguments.threads <= cores():
         raise ValueError(f"--threads must be from 1 to {cores()}, the cores of this process, got {arguments.threads}")
     if arguments.device == "cuda" and not torch.cuda.is_available():

@@ -47,10 +47,7 @@ def infer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frozen", action="store_true", help="read prompts without writing to the memory")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="maximum tokens of an answer")
     parser.add_argument(
-        "--stop",
-        nargs="+",
-        metavar="TEXT",
-        help=r"end an answer at one of these; \n, \t, \r and \\ as in Python",
+        "--stop", nargs="+", metavar="TEXT", help=r"end an answer at one of these; \n, \t, \r and \\ as in Python"
     )
     parser.add_argument("--errors", choices=get_args(Errors), default="strict", help=ERRORS_HELP)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")

@@ -20,6 +20,7 @@ from titans_lm.models.cache_file import check_target
 from titans_lm.models.hub import load
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.utils.memory_lock import MemoryLock
+from titans_lm.utils.record import check_least
 from titans_lm.utils.terminal import PlainConsole
 from titans_lm.utils.text_file import examine, is_standard_input
 
@@ -74,10 +75,9 @@ def _remember(
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    check_least(arguments, 1, "max_new_tokens")
     if not 0 <= arguments.temperature < math.inf:
-        raise ValueError(f"--temperature must not be negative, nor without an end, got {arguments.temperature}")
+        raise ValueError(f"--temperature must be finite and not negative, got {arguments.temperature}")
     if not (arguments.prompt or arguments.interactive or (arguments.context and arguments.save_memory)):
         raise ValueError(
             "nothing to do: give --prompt TEXT or --interactive, or --context FILE with --save-memory FILE"

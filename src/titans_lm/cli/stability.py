@@ -21,7 +21,7 @@ from torch import Tensor
 
 from titans_lm.models.configuration import TitansConfig
 from titans_lm.models.modeling import TitansForCausalLM
-from titans_lm.utils.record import provenance, write_json
+from titans_lm.utils.record import check_least, provenance, write_json
 from titans_lm.utils.terminal import PlainConsole
 
 VOCABULARY, TOKENS, BATCH, LONGEST_PHRASE = 32, 128, 4, 24
@@ -124,8 +124,7 @@ def long_runs(steps: int) -> list[Run]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.steps < 1 or arguments.processes < 1:
-        raise ValueError("--steps and --processes must be at least 1")
+    check_least(arguments, 1, "steps", "processes")
     if arguments.output.exists() and not arguments.output.is_file():
         raise ValueError(f"--output {arguments.output} is not a file; give the name of one")
     if not arguments.output.parent.is_dir():
@@ -161,10 +160,7 @@ def _fill(record: dict[str, Any], runs: list[Run], arguments: argparse.Namespace
     order = [(changes, dtype) for changes, _, _, dtype in runs]
     done = [_key_of(result) for result in record["runs"]]
     missing = [run for run, place in zip(runs, order, strict=True) if place not in done]
-    with (
-        Progress() as progress,
-        ProcessPoolExecutor(arguments.processes, initializer=_default_signals) as pool,
-    ):
+    with Progress() as progress, ProcessPoolExecutor(arguments.processes, initializer=_default_signals) as pool:
         bar = progress.add_task("training", total=len(runs), completed=len(done))
         try:
             for future in as_completed([pool.submit(train_on_phrases, *run) for run in missing]):

@@ -30,11 +30,10 @@ def run(arguments: argparse.Namespace) -> None:
     from titans_lm.study.report import write_report
     from titans_lm.study.scheduler import run_cells, train_and_test
     from titans_lm.training.train import earlier
-    from titans_lm.utils.record import RESULTS, Lines, check_output, command_line
+    from titans_lm.utils.record import RESULTS, Lines, check_least, check_output, command_line
 
     study = load_study(arguments.study, arguments.changes)
-    if arguments.processes < 1:
-        raise ValueError(f"--processes must be at least 1, got {arguments.processes}")
+    check_least(arguments, 1, "processes")
     if not arguments.results.is_dir() and (arguments.results != RESULTS or RESULTS.exists()):
         raise ValueError(f"--results {arguments.results}: this folder does not exist")
     command = command_line("study", argparse.Namespace(study=arguments.study, changes=arguments.changes), ["study"])

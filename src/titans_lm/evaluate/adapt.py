@@ -39,10 +39,9 @@ from titans_lm.models.hub import load
 from titans_lm.models.model_files import MODEL_HELP
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import is_bytes
-from titans_lm.tasks import at_least
 from titans_lm.utils.corpora import text_files
 from titans_lm.utils.figures import figure_file
-from titans_lm.utils.record import Lines, command_line
+from titans_lm.utils.record import Lines, check_least, command_line
 from titans_lm.utils.terminal import PlainConsole
 
 RATES = (0.01, 0.1)
@@ -209,13 +208,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    at_least(
-        1, **{f"--{key}": getattr(arguments, key.replace("-", "_")) for key in ("bucket", "reset-every", "passages")}
-    )
-    at_least(
-        2, **{"--passage": arguments.passage}, **{} if arguments.tokens is None else {"--tokens": arguments.tokens}
-    )
-    at_least(0, **{"--lags": min(arguments.lags, default=0)})
+    check_least(arguments, 1, "bucket", "reset_every", "passages")
+    check_least(arguments, 2, "passage", "tokens")
+    check_least(arguments, 0, "lags")
     if not all(0 < rate < math.inf for rate in arguments.rates):
         raise ValueError(f"--rates must be above 0, got {' '.join(map(str, arguments.rates))}")
     if not arguments.out.absolute().parent.is_dir():

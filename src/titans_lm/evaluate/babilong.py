@@ -26,7 +26,7 @@ from titans_lm.models.tokenizer import load_tokenizer
 from titans_lm.tasks import at_least
 from titans_lm.tasks.babilong import Babilong, Example, Tokens, members
 from titans_lm.utils.corpora import STDLIB
-from titans_lm.utils.record import Lines, check_output, command_line
+from titans_lm.utils.record import Lines, check_least, check_output, command_line
 from titans_lm.utils.terminal import PlainConsole
 
 SCORES = ("babilong", "substring", "exact")
@@ -145,8 +145,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    at_least(1, **{"--samples": arguments.samples, "--batch": arguments.batch})
-    at_least(0, **{"--seed": arguments.seed})
+    check_least(arguments, 1, "samples", "batch")
+    check_least(arguments, 0, "seed")
     check_output(arguments.out, ours=False)
     model, _ = load(arguments.model)
     cells = _cells(arguments)

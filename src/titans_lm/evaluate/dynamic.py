@@ -16,12 +16,7 @@ from titans_lm.models.modeling import TitansForCausalLM
 
 
 def read_dynamically(
-    model: TitansForCausalLM,
-    ids: Tensor,
-    *,
-    rate: float,
-    segment: int = 64,
-    max_grad_norm: float = 1.0,
+    model: TitansForCausalLM, ids: Tensor, *, rate: float, segment: int = 64, max_grad_norm: float = 1.0
 ) -> Iterator[tuple[int, Tensor]]:
     """Read ids `[1, T]` with a copy of `model`, its memory bypassed, `segment` tokens at a time. Take an SGD step after
     each segment.

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from titans_lm.models.cache import identity
 from titans_lm.models.hub import load
 from titans_lm.models.model_files import MODEL_HELP
-from titans_lm.utils.record import Lines, check_output, command_line
+from titans_lm.utils.record import Lines, check_least, check_output, command_line
 from titans_lm.utils.terminal import PlainConsole
 
 SHORTHANDS = {
@@ -110,10 +110,7 @@ def _check(arguments: argparse.Namespace) -> dict[str, Any]:
     """Check the arguments and parse the metadata. Raises ValueError."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("lm-evaluation-harness is not installed: pip install 'titans-lm[eval]'")
-    for name in ("limit", "batch"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
+    check_least(arguments, 1, "limit", "batch")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no GPU that PyTorch can use")
     if arguments.include_path is not None and not arguments.include_path.is_dir():

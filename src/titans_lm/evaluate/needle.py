@@ -28,7 +28,7 @@ from titans_lm.tasks.haystack import PROSE
 from titans_lm.tasks.needle import Kind, Needle
 from titans_lm.utils.corpora import STDLIB
 from titans_lm.utils.figures import figure_file
-from titans_lm.utils.record import Lines, check_output, command_line
+from titans_lm.utils.record import Lines, check_least, check_output, command_line
 from titans_lm.utils.terminal import PlainConsole
 
 _ENDS = 300
@@ -120,10 +120,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name in ("depths", "samples", "batch"):
-        at_least(1, **{f"--{name}": getattr(arguments, name)})
-    if arguments.seed < 0:
-        raise ValueError(f"--seed must not be negative, got {arguments.seed}")
+    check_least(arguments, 1, "depths", "samples", "batch")
+    check_least(arguments, 0, "seed")
     for name in ("kind", "lengths"):
         values = getattr(arguments, name)
         if len(set(values)) < len(values):

@@ -40,7 +40,7 @@ from titans_lm.models.tokenizer import encode, is_bytes
 from titans_lm.tasks import at_least
 from titans_lm.utils.corpora import text_files
 from titans_lm.utils.figures import figure_file
-from titans_lm.utils.record import check_output, command_line, provenance, write_json
+from titans_lm.utils.record import check_least, check_output, command_line, provenance, write_json
 from titans_lm.utils.terminal import PlainConsole
 from titans_lm.utils.text_file import text_pieces
 
@@ -101,11 +101,7 @@ def possible_modes(model: TitansForCausalLM) -> list[str]:
 
 
 def read(
-    model: TitansForCausalLM,
-    ids: Tensor,
-    mode: str,
-    reset_every: int,
-    piece: int = PIECE,
+    model: TitansForCausalLM, ids: Tensor, mode: str, reset_every: int, piece: int = PIECE
 ) -> Iterator[tuple[int, Tensor]]:
     """Read ids `[1, T]` in a mode, at most `piece` tokens a call. Yields `(t, nats)`: the nats `[n]` of the tokens t,
     t + 1, ..., t + n - 1. Each token but the first comes once, in any order."""
@@ -245,8 +241,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    at_least(1, **{"--bucket": arguments.bucket, "--reset-every": arguments.reset_every})
-    at_least(2, **{} if arguments.tokens is None else {"--tokens": arguments.tokens})
+    check_least(arguments, 1, "bucket", "reset_every")
+    check_least(arguments, 2, "tokens")
     check_output(arguments.out, picture=True, ours=False)
     files = text_files(arguments.files, [".txt"])
     model, tokenizer = load(arguments.model)

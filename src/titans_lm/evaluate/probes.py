@@ -26,7 +26,7 @@ from torch import Tensor
 
 from titans_lm.ops import MemoryForm, initial_state, memory_scan, retrieve
 from titans_lm.utils.figures import figure_file
-from titans_lm.utils.record import check_output, provenance, write_json
+from titans_lm.utils.record import check_least, check_output, provenance, write_json
 from titans_lm.utils.terminal import PlainConsole
 
 THETAS = (0.003, 0.01, 0.018, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0)
@@ -120,7 +120,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    _check(arguments)
+    check_least(arguments, 4, "width", "tokens")
+    check_least(arguments, 1, "heads")
+    check_output(arguments.out, picture=True)
     width, heads, tokens, out = arguments.width, arguments.heads, arguments.tokens, arguments.out
     pairs = [int(n * width) for n in PAIRS_PER_WIDTH]
     console = PlainConsole(width=None if sys.stdout.isatty() else 120)
@@ -135,17 +137,6 @@ def run(arguments: argparse.Namespace) -> None:
     write_json(out, {**provenance(command), **result})
     plot(streams, capacities, least, out.with_suffix(".png"))
     console.print(_stream_table(streams), _capacity_table(capacities, least))
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    out: Path = arguments.out
-    if arguments.width < 4:
-        raise ValueError(f"--width must be at least 4, got {arguments.width}")
-    if arguments.heads < 1:
-        raise ValueError(f"--heads must be at least 1, got {arguments.heads}")
-    if arguments.tokens < 4:
-        raise ValueError(f"--tokens must be at least 4, got {arguments.tokens}")
-    check_output(out, picture=True)
 
 
 def _stream_table(rows: list[dict[str, Any]]) -> Table:

@@ -33,9 +33,4 @@ def reread(
         nats = torch.zeros(again.shape[1], dtype=torch.float64)
         for first, part in perplexity.read(model, again, "on", perplexity.RESET):
             nats[first : first + len(part)] = part
-        yield {
-            "lag": lag,
-            "at": at,
-            "first": float(nats[1:passage].mean()),
-            "second": float(nats[length + 1 :].mean()),
-        }
+        yield {"lag": lag, "at": at, "first": float(nats[1:passage].mean()), "second": float(nats[length + 1 :].mean())}

@@ -58,13 +58,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     from titans_lm.evaluate.cell import check_tests, run_cell
     from titans_lm.training.config import parse_settings
-    from titans_lm.utils.record import check_output, command_line, write_json
+    from titans_lm.utils.record import check_least, check_output, command_line, write_json
     from titans_lm.utils.terminal import PlainConsole
 
     out = arguments.out or Path(f"results/{arguments.task}_{arguments.model}.json")
     check_output(out)
-    if arguments.samples < 1 or arguments.seed < 0:
-        raise ValueError(f"--samples must be at least 1 and --seed not negative: {arguments.samples}, {arguments.seed}")
+    check_least(arguments, 1, "samples")
+    check_least(arguments, 0, "seed")
     tests = [{"length": arguments.lengths or TASKS[arguments.task]["lengths"], "samples": arguments.samples}]
     with tempfile.TemporaryDirectory() as folder:
         sections = run_of(arguments.task, arguments.model, arguments.changes)

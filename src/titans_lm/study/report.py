@@ -160,10 +160,7 @@ def plot(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
         for ax, (title, models) in zip(axes[0], panels.items(), strict=False):
             for number, (model, points) in enumerate(models.items()):
                 x, colour = sorted(points), f"C{number % 10}"
-                style = {
-                    "marker": _MARKERS[number % 10],
-                    "linestyle": _DASHES[number % 4],
-                }  # lines may coincide
+                style = {"marker": _MARKERS[number % 10], "linestyle": _DASHES[number % 4]}  # lines may coincide
                 ax.plot(
                     x,
                     [statistics.mean(points[p]) for p in x],

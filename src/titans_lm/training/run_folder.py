@@ -6,14 +6,11 @@ Only files that a run wrote are ever removed: folders such as `checkpoint-best` 
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +18,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from titans_lm.models.hub import RUN
 from titans_lm.models.model_files import DIGESTS, check_digests
+from titans_lm.utils.memory_lock import FileLock
 
 STATE = "trainer_state.json"
 """The last file of a checkpoint: a checkpoint without it is incomplete."""
@@ -160,45 +158,13 @@ def remove_run(output: Path, model: bool = True) -> None:
             output.rmdir()
 
 
-class RunLock:
-    """A context that keeps a second run out of a folder. The lock ends with the process.
-
-    Raises ValueError, naming the process, if another one has the lock; OSError if the folder cannot be made.
-    """
+class RunLock(FileLock):
+    """A context that keeps a second run out of a folder, which it creates. Raises as `FileLock` does."""
 
     def __init__(self, output: Path):
-        self.output, self.path = output, output / LOCK
-        self.file: Any = None
+        super().__init__(output / LOCK, output)
 
     def __enter__(self) -> "RunLock":
-        self.output.mkdir(parents=True, exist_ok=True)
-        while True:
-            self.file = self.path.open("a+")
-            self._take()
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self.file.fileno()), self.path.stat()):
-                    break
-            self.file.close()  # the run before removed the file while it was opened here
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self.file.flush()
+        self.target.mkdir(parents=True, exist_ok=True)
+        super().__enter__()
         return self
-
-    def _take(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system
-            return
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.seek(0)
-            holder = self.file.read() or "another process"
-            self.file.close()
-            raise ValueError(f"{self.output} is in use: {holder} is training there") from None
-        except OSError as error:
-            logging.getLogger(__name__).warning("%s cannot be locked: %s", self.output, error.strerror)
-
-    def __exit__(self, *_: Any) -> None:
-        self.path.unlink(missing_ok=True)
-        self.file.close()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from titans_lm.models.baselines import build
 from titans_lm.models.hub import RUN, load
@@ -47,19 +47,21 @@ def train(settings: Settings) -> PreTrainedModel:
     output = Path(settings.training.output_dir)
     _checkpoint(output, settings)
     trainer = trainer_for(settings)
-    with RunLock(output), _Interruptible(trainer) as interruption:
+    interruption = _SaveAndStop()
+    trainer.add_callback(interruption)
+    with RunLock(output), on_stop(interruption.ask):
         checkpoint = _checkpoint(output, settings)  # again: another run may have ended there since
         shutil.rmtree(output / UNFINISHED, ignore_errors=True)
         if checkpoint is not None:
             trainer.add_callback(Resume(trainer, checkpoint))
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            if not interruption.asked:
+            if not interruption.number:
                 _save(trainer, settings, output)
         except NotFinite as error:
             raise error.after(last_checkpoint(output)) from None
-    if interruption.asked:
-        raise Stopped(interruption.asked, f"saved in {output}; continue with --set training.resume=true")
+    if interruption.number:
+        raise Stopped(interruption.number, f"saved in {output}; continue with --set training.resume=true")
     model: PreTrainedModel = trainer.model
     return model
 
@@ -201,31 +203,18 @@ def _checkpoint(output: Path, settings: Settings) -> Path | None:
     return None
 
 
-class _Interruptible:
-    """On Ctrl-C, SIGTERM or SIGHUP the trainer saves and stops after the step; a second Ctrl-C stops at once."""
-
-    def __init__(self, trainer: Trainer):
-        self.asked = 0
-        trainer.add_callback(_SaveAndStop(self))
-
-    def __enter__(self) -> "_Interruptible":
-        self.signals = on_stop(self._ask)
-        self.signals.__enter__()
-        return self
-
-    def _ask(self, number: int, _: Any) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise Stopped(number)
-        self.asked = self.asked or number
-
-    def __exit__(self, *error: Any) -> None:
-        self.signals.__exit__(*error)
-
-
 class _SaveAndStop(TrainerCallback):
-    def __init__(self, interruption: _Interruptible):
-        self.interruption = interruption
+    """On Ctrl-C, SIGTERM or SIGHUP (`ask`) the trainer saves and stops after the step; a second Ctrl-C stops
+    at once."""
+
+    number = 0
+    """Of the signal received."""
+
+    def ask(self, number: int, _: Any) -> None:
+        if self.number and number == signal.SIGINT:
+            raise Stopped(number)
+        self.number = self.number or number
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 - the callback's form
-        if self.interruption.asked:
+        if self.number:
             control.should_save = control.should_training_stop = True

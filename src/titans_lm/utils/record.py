@@ -133,6 +133,15 @@ def check_output(out: Path, *, picture: bool = False, ours: bool = True) -> None
         raise ValueError(f"{image} is not a picture of this command; give --out another name")
 
 
+def check_least(arguments: argparse.Namespace, least: int, *names: str) -> None:
+    """Raises ValueError for the first of these flags with a value below `least`. Ignores None."""
+    for name in names:
+        value = getattr(arguments, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {number}")
+
+
 def _is_result(path: Path) -> bool:
     try:
         return str(json.loads(path.read_text())["command"]).startswith("titans ")

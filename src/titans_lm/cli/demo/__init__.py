@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from titans_lm.models.model_files import MODEL_HELP, find
-from titans_lm.utils.record import command_line, provenance, write_json
+from titans_lm.utils.record import check_least, command_line, provenance, write_json
 from titans_lm.utils.terminal import PlainConsole
 
 TEXT_TOKENS = 65_536
@@ -32,9 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
     from titans_lm.cli.demo import learning, needle
     from titans_lm.models.cache import identity
     from titans_lm.models.hub import load
-    from titans_lm.tasks import at_least
 
-    at_least(0, **{"--seed": arguments.seed, "--text-tokens": arguments.text_tokens})
+    check_least(arguments, 0, "seed", "text_tokens")
     folder, console = find(arguments.model), PlainConsole()
     task = needle.task_for(folder, arguments.tokens, arguments.haystack, arguments.depth)
     model, tokenizer = load(find(arguments.text_model))

@@ -110,10 +110,7 @@ def plot(curves: Curves, path: Path) -> None:
     with figure_file(path, figsize=(9, 3.6)) as axis:
         for name, bits in curves.bits.items():
             axis.stairs(
-                [bits[a:b].mean() for a, b in itertools.pairwise(edges)],
-                edges,
-                baseline=None,
-                label=f"memory {name}",
+                [bits[a:b].mean() for a, b in itertools.pairwise(edges)], edges, baseline=None, label=f"memory {name}"
             )
         spent = np.array(compressed_bits("zlib", data, edges[1:])) / np.diff(edges)
         axis.stairs(spent, edges, baseline=None, color="0.6", label="gzip")

@@ -68,7 +68,7 @@ def show(folder: Path, task: Needle, seed: int, console: Console) -> tuple[Hidde
     hidden = hide(task, seed)
     console.print(
         f"The needle {hidden.key}{hidden.value} is hidden after {hidden.start:,} of {task.length:,} tokens. "
-        f"The question comes at the end.",
+        f"The question comes at the end."
     )
     reading, state = read_through(model, hidden.ids[:, :-1], console)
     results = summary(hidden, reading, ask(model, tokenizer, state, hidden))

@@ -76,11 +76,7 @@ class Question(Strict):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: (
-        Annotated[
-            list[Annotated[Text, Field(min_length=1, max_length=STOP_LENGTH)]],
-            BeforeValidator(_strings),
-        ]
-        | None
+        Annotated[list[Annotated[Text, Field(min_length=1, max_length=STOP_LENGTH)]], BeforeValidator(_strings)] | None
     ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

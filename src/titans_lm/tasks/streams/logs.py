@@ -22,24 +22,8 @@ TIMES = [
     "%d/%m/%Y %H:%M:%S", "%Y/%m/%d %H:%M:%S", "%d.%m.%Y %H:%M:%S", "%b %d, %Y %I:%M:%S %p", "%s", "%s",
 ]  # fmt: skip
 LINKS = [
-    "to",
-    "from",
-    "for",
-    "of",
-    "at",
-    "in",
-    "on",
-    "by",
-    "with",
-    "is",
-    "was",
-    "not",
-    "and",
-    "the",
-    "no",
-    "as",
-    "after",
-]
+    "to", "from", "for", "of", "at", "in", "on", "by", "with", "is", "was", "not", "and", "the", "no", "as", "after",
+]  # fmt: skip
 ROUND = ["", "", "", "", "[]", "[]", "()", "<>", "{}", '""', "''", "||"]
 BLOCK = 64
 
