@@ -196,7 +196,11 @@ def run(arguments: argparse.Namespace) -> None:
     streams = [read_stream(path, tokenizer, arguments.tokens) for path in files]
     predictors = [*modes, *(f"{DYNAMIC} {rate:g}" for rate in arguments.rates), *arguments.compressors]
     options = {key: getattr(arguments, key) for key in ("bucket", "reset_every", "passage", "passages")}
-    settings = {**options, "weights": identity(model)["weights"], "streams": {s.name: _digest(s) for s in streams}}
+    settings = {
+        **options,
+        "weights": identity(model)["weights"],
+        "streams": {s.name: hashlib.sha256(s.data).hexdigest() for s in streams},
+    }
     lines = Lines(arguments.out, settings, command_line("evaluate adapt", arguments, ["files"]))
     _measure(model, streams, predictors, arguments.lags, lines)
     plot(lines.rows, arguments.out.with_suffix(".png"))
@@ -215,10 +219,6 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--rates must be above 0, got {' '.join(map(str, arguments.rates))}")
     if not arguments.out.absolute().parent.is_dir():
         raise ValueError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist")
-
-
-def _digest(stream: Stream) -> str:
-    return hashlib.sha256(stream.data).hexdigest()
 
 
 def _measure(

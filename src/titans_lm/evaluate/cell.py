@@ -70,7 +70,7 @@ def check_tests(settings: Settings, tests: list[dict[str, Any]]) -> list[str]:
 
 
 def check_files(tests: list[dict[str, Any]]) -> None:
-    """Raises ValueError where texts that tests read are missing: before a run, whose training may take hours."""
+    """Raises ValueError if texts of tests are missing: before training, which may take hours."""
     for test in tests:
         if test.get("measure", "task") != "task" and test.get("files"):
             text_files(test["files"], test.get("suffixes", adapt.SUFFIXES))
@@ -126,18 +126,19 @@ _PERPLEXITY = ("measure", "files", "tokens", "modes", "bucket", "reset_every")
 
 
 def _check_perplexity(settings: Settings, test: dict[str, Any]) -> None:
-    for key in test:
-        if key not in _PERPLEXITY:
-            raise ValueError(f"tests: perplexity has no option {key!r}; it has {', '.join(_PERPLEXITY[1:])}")
+    _check_stream_test(test, _PERPLEXITY)
     data = settings.data
     if not test.get("files") and not (data.files and data.held_out):
         raise ValueError("tests: perplexity needs files, or data.files of which some are held out")
+
+
+def _check_stream_test(test: dict[str, Any], options: tuple[str, ...]) -> None:
+    """The checks that measures along streams share. Raises ValueError."""
+    for key in test:
+        if key not in options:
+            raise ValueError(f"tests: {test['measure']} has no option {key!r}; it has {', '.join(options[1:])}")
     at_least(1, bucket=test.get("bucket", perplexity.BUCKET), reset_every=test.get("reset_every", perplexity.RESET))
     at_least(2, tokens=test.get("tokens", 2))
-    _check_modes(test)
-
-
-def _check_modes(test: dict[str, Any]) -> None:
     modes = test.get("modes", perplexity.MODES)
     if not isinstance(modes, list | tuple) or not modes or not all(mode in perplexity.MODES for mode in modes):
         raise ValueError(f'tests: modes must be a list of "on", frozen, reset, "off" (so quoted), got {modes!r}')
@@ -162,14 +163,9 @@ _ADAPT = ("measure", "called", "files", "suffixes", "tokens", "modes", "bucket",
 
 
 def _check_adapt(test: dict[str, Any]) -> None:
-    for key in test:
-        if key not in _ADAPT:
-            raise ValueError(f"tests: adapt has no option {key!r}; it has {', '.join(_ADAPT[1:])}")
+    _check_stream_test(test, _ADAPT)
     if not test.get("files"):
         raise ValueError("tests: adapt needs files, each a stream")
-    at_least(1, bucket=test.get("bucket", perplexity.BUCKET), reset_every=test.get("reset_every", perplexity.RESET))
-    at_least(2, tokens=test.get("tokens", 2))
-    _check_modes(test)
 
 
 def _adapt(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -> list[dict[str, Any]]:

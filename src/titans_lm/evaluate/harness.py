@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     options = {"limit": arguments.limit, **(SEEDS if arguments.seed is None else dict.fromkeys(SEEDS, arguments.seed))}
     settings = {**identity(model.model), "lm_eval": lm_eval.__version__, "metadata": metadata, **options}
     lines = Lines(arguments.out, settings, command_line("evaluate harness", arguments))
-    names = _names(arguments.tasks)
+    names = list(dict.fromkeys(name for task in arguments.tasks for name in SHORTHANDS.get(task, [task])))
     missing = [name for name in names if lines.find(task=name) is None]
     if missing:
         from titans_lm.evaluate.lm_eval_model import TitansLM
@@ -84,7 +84,12 @@ def run(arguments: argparse.Namespace) -> None:
         with _as_data(tokenizer) as folder:
             manager = _manager(missing, arguments.include_path, {"tokenizer": folder, **metadata})
             tasks = {name: _load(name, manager, options) for name in missing}
-        lm = TitansLM(model, tokenizer, batch_size=arguments.batch, device=_device(arguments))
+        lm = TitansLM(
+            model,
+            tokenizer,
+            batch_size=arguments.batch,
+            device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        )
         _evaluate(lm, tasks, lines, {**options, "task_manager": manager})
     PlainConsole(width=None if sys.stdout.isatty() else WIDTH).print(
         _table([row for name in names if (row := lines.find(task=name))])
@@ -127,16 +132,7 @@ def _check(arguments: argparse.Namespace) -> dict[str, Any]:
     return metadata
 
 
-def _device(arguments: argparse.Namespace) -> str:
-    return arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 # ------------------------------------------------------------------------------------------------ tasks
-
-
-def _names(names: list[str]) -> list[str]:
-    """Expand shorthands, without duplicates."""
-    return list(dict.fromkeys(name for shorthand in names for name in SHORTHANDS.get(shorthand, [shorthand])))
 
 
 def _manager(names: list[str], folder: Path | None, metadata: dict[str, Any]) -> Any:

@@ -58,7 +58,8 @@ class SurprisingLines:
     def end(self) -> None:
         """End the open line, as at the end of a text."""
         if self._shown.strip():
-            line = Line(self._bits / self._bytes, self.number, self._text(), self.source)
+            text = self._shown.rstrip(b"\r\n").decode(errors="replace")
+            line = Line(self._bits / self._bytes, self.number, text, self.source)
             keep = heapq.heappush if len(self._kept) < self.count else heapq.heappushpop
             keep(self._kept, (line.bits_per_byte, -self._added, line))
             self._added += 1
@@ -72,9 +73,6 @@ class SurprisingLines:
 
     def _open(self) -> None:
         self._shown, self._bytes, self._bits = b"", 0, 0.0
-
-    def _text(self) -> str:
-        return self._shown.rstrip(b"\r\n").decode(errors="replace")
 
 
 def _lines(data: bytes) -> list[bytes]:

@@ -49,16 +49,16 @@ def alphabets(inputs: SourceInputs) -> Iterator[Bytes]:
         for piece in reading:
             yield table[piece]
     low, high = BLOCKS[rng.integers(len(BLOCKS))] if rng.random() < 0.4 else BLOCKS[rng.integers(7)]
-    names = low + (rng.permutation(high - low) if rng.random() < 0.5 else np.roll(np.arange(high - low), -_at(rng)))
+    names = low + (
+        rng.permutation(high - low)
+        if rng.random() < 0.5
+        else np.roll(np.arange(high - low), -int(rng.integers(1 << 14)))
+    )
     letters = dict(zip(LETTERS, np.resize(names, 52).tolist(), strict=True))
     if rng.random() < 0.3:  # large letters as small ones
         letters.update({large: letters[large + 32] for large in range(65, 91)})
     for piece in reading:
         yield np.frombuffer(bytes(piece).decode("latin-1").translate(letters).encode(), np.uint8)
-
-
-def _at(rng: np.random.Generator) -> int:
-    return int(rng.integers(1 << 14))
 
 
 def repeat(inputs: SourceInputs) -> Iterator[Bytes]:
