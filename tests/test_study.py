@@ -22,7 +22,7 @@ from rich.console import Console
 from titans_lm import cli
 from titans_lm.evaluate.cell import run_test
 from titans_lm.study.grid import load_study
-from titans_lm.study.report import collect, markdown, mean_and_spread, tables, test_label
+from titans_lm.study.report import collect, label_of, markdown, mean_and_spread, tables
 from titans_lm.study.scheduler import run_cells
 from titans_lm.study.search import search_cell
 from titans_lm.utils.record import Lines
@@ -398,7 +398,7 @@ def test_the_table_has_means_and_spreads_by_hand():
         {"task": "t", "model": "dead", "scores": []},
     ]
     assert collect(rows) == {("t", "m"): {"length 8": [0.25, 0.75]}, ("t", "dead"): {}}
-    assert test_label({"mode": "on", "length": 8, "bits_per_byte": 2.0}) == "mode on, length 8"
+    assert label_of({"mode": "on", "length": 8, "bits_per_byte": 2.0}) == "mode on, length 8"
 
 
 @pytest.mark.parametrize("name", ["needle", "parity", "ablation"])
@@ -479,5 +479,5 @@ def test_a_test_that_is_called_something_tells_that_and_its_lists(write):
     settings = load_study(Path(write(shared={**STUDY["shared"], "data": data})), []).cells[0].settings(Path("runs"))
     test = {"called": "sums", "name": "modular", "modulus": 2, "length": [4, 6], "samples": 4}
     rows = run_test(model_for(settings), settings, test)
-    assert [test_label({**row, "score": 0.0, "whole": 0.0}) for row in rows] == ["sums, length 4", "sums, length 6"]
+    assert [label_of({**row, "score": 0.0, "whole": 0.0}) for row in rows] == ["sums, length 4", "sums, length 6"]
     assert [set(row) for row in rows] == [{"test", "length", "score", "whole", "samples"}] * 2

@@ -1,11 +1,11 @@
 """`--model titans` of lm-evaluation-harness: log-likelihoods and answers through the carried state, for any length.
 
-lm-eval 0.4.13 finds models by import alone: no entry points, no option that names a module. So either
+lm-eval 0.4.13 has neither entry points for models nor an option that names a module. So run either
 
     titans evaluate harness --model runs/titans --tasks piqa arc_easy
     python -m titans_lm.evaluate.lm_eval_model run --model titans --model_args pretrained=runs/titans --tasks piqa
 
-where the second is lm-eval's own command with all its options; or a program that imports this module, and then calls
+The second is lm-eval's own command with all its options. Or import this module in a program, and call
 `lm_eval.simple_evaluate(model="titans", ...)`.
 """
 
@@ -34,21 +34,21 @@ Item = TypeVar("Item")
 
 @register_model("titans")
 class TitansLM(TemplateLM):
-    """A Titans model, as lm-eval asks models.
+    """A Titans model with the interface of lm-eval.
 
-    What differs from lm-eval's own `hf`: nothing is ever cut off a context; a document whose likelihood is asked
-    (`loglikelihood_rolling`) is one stream without windows; the answers to one question share the reading of it.
+    Unlike lm-eval's `hf`, it never truncates a context, reads a document (`loglikelihood_rolling`) as one stream
+    without windows, and reads a context once for all its continuations.
 
-    What is the same: where nothing comes before what is scored, one prefix token is read first, and is not scored.
-    `hf` takes the tokenizer's beginning token, or else its end token. Here it is the end token, or else the beginning
-    token: `titans train` closes each text with the end token, and shows no beginning token.
+    As in `hf`, an empty context becomes a prefix token, which is not scored. `hf` prefers the tokenizer's beginning
+    token to its end token; here the end token comes first, because `titans train` ends each text with it and uses no
+    beginning token.
 
     Args:
-        pretrained: a folder that `titans train` wrote, or a model, for which `tokenizer` is then needed.
-        tokenizer: what makes tokens of texts; never with special tokens around them, as in `titans train`.
-        batch_size: streams at a time; a number, lm-eval's "auto" is not.
-        device: where to; None: where the model is, which for a folder is the CPU. "cuda" is the CPU where there is no
-            GPU, as lm-eval's command asks for one unless told otherwise.
+        pretrained: a folder that `titans train` wrote, or a model, which needs `tokenizer`.
+        tokenizer: encodes texts, without special tokens, as in `titans train`.
+        batch_size: streams per batch; lm-eval's "auto" is not supported.
+        device: None: that of the model, for a folder the CPU. "cuda" is the CPU if there is no GPU, because lm-eval's
+            command requests one by default.
         piece: tokens per forward call. Does not limit the text.
         prefix_token_id: another prefix token.
 

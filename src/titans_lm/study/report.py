@@ -44,11 +44,11 @@ def collect(rows: list[dict[str, Any]]) -> Scores:
     for row in rows:
         tests = scores.setdefault((row["task"], row["model"]), {})
         for score in row["scores"]:
-            tests.setdefault(test_label(score), []).append(score_of(score))
+            tests.setdefault(label_of(score), []).append(score_of(score))
     return scores
 
 
-def test_label(score: dict[str, Any]) -> str:
+def label_of(score: dict[str, Any]) -> str:
     """The label of a test from its options, without scores: "length 64", after its name, if any."""
     options = {key: value for key, value in score.items() if isinstance(value, str | int) and key not in _NOT_OPTIONS}
     return ", ".join(str(value) if key == "test" else f"{key} {value}" for key, value in options.items()) or "score"
@@ -151,7 +151,7 @@ def plot(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
     for row in rows:
         for score in (score for score in row["scores"] if axis in score):
             others = {key: value for key, value in score.items() if key != axis}
-            label = "" if test_label(others) == "score" else test_label(others)
+            label = "" if label_of(others) == "score" else label_of(others)
             panel = panels.setdefault(", ".join(filter(None, [row["task"], label])), {})
             panel.setdefault(row["model"], {}).setdefault(score[axis], []).append(score_of(score))
     with figure_file(

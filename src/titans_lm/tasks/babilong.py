@@ -1,8 +1,8 @@
 """bAbI's facts in a long text (BABILong, arXiv:2406.10149): facts in order among sentences of books.
 
-A bAbI file holds stories. Each line is numbered, 1 begins a story, and a line with tabs is a question: its text, the
-answer, and the numbers of the facts that support it. Each question is an example; its facts are all lines before it.
-"""
+A bAbI file holds stories. Lines are numbered from 1 in each story. A line with tabs is a question: its text, the
+answer, and the numbers of supporting facts. Each question is an example; its facts are all lines of the story before
+it."""
 
 import dataclasses
 import itertools
@@ -24,7 +24,7 @@ from titans_lm.utils.text_file import read_text
 
 Split = Literal["train", "test"]
 FOLDERS = ("en-10k", "en")
-"""Of bAbI, in this order: ten thousand stories to train on rather than one; the tests are the same."""
+"""Folders of bAbI in order of preference: 10,000 training stories rather than 1,000; the tests are the same."""
 Tokens = NDArray[np.int64]
 
 
@@ -36,26 +36,27 @@ class Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Babilong:
-    """Rows of facts scattered among background sentences, then the question, then its answer, which alone is labelled.
+    """Rows of facts scattered among background sentences, then the question, then its answer, which has the only
+    labels.
 
-    The background goes on sentence by sentence from a random one on, book after book, and begins again after the last;
-    a blank line ends a sentence too. Its last sentence is cut so that a row has its length. Each fact stands between
-    two sentences, all places being as likely, as in BABILong (there the length is that of background and facts alone).
-    Examples that a row has no room for are left out.
+    The background continues sentence by sentence from a random one, book after book, and wraps around; a blank line
+    ends a sentence too. Its last sentence is cut to the row's length. Facts are placed uniformly between sentences, as
+    in BABILong (where the length counts background and facts only). Examples too long for a row are left out.
 
-    Raises ValueError where the task is not in `babi`, the background has no text, or no example fits.
+    Raises ValueError if the task is not in `babi`, the background has no text, or no example fits.
     """
 
     babi: str
-    """A folder with bAbI's files, at any depth, or an archive (.tar.xz), which is read as it is."""
+    """A folder with bAbI's files, at any depth, or an archive of it (.tar.xz)."""
     task: str = "qa1"
     """qa1 to qa20."""
     length: int = 1024
-    """Tokens of a row: background, facts, question and answer. 0, without a background: those of the longest."""
+    """Tokens of a row: background, facts, question and answer. 0, without a background: those of the longest
+    example."""
     split: str = "train"
     background: Sequence[str] = (STDLIB,)
-    """Text files, folders of .txt files, or "python-stdlib". Without any, only facts are read ("0k"); a `batch` then
-    has line breaks before shorter rows."""
+    """Text files, folders of .txt files, or "python-stdlib". Without any, rows have facts only ("0k"), and a `batch`
+    pads shorter rows with line breaks in front."""
     tokenizer: str = "bytes"
     """"bytes", or the name or folder of a tokenizer."""
 
@@ -114,7 +115,7 @@ class Babilong:
         return np.concatenate(self._context(example, rng, size))
 
     def _context(self, example: Example, rng: np.random.Generator, size: int | None) -> list[Tokens]:
-        """Background, facts and question in `size` tokens; with None, facts and question."""
+        """Background, facts and question in `size` tokens; None: facts and question."""
         facts = [_encoded(self.tokenizer, _fact(fact)) for fact in example.facts]
         question = _encoded(self.tokenizer, _question(example))
         room = 0 if size is None else size - sum(map(len, facts)) - len(question)
@@ -126,7 +127,7 @@ class Babilong:
         return [*parts, question]
 
     def _background(self, room: int, rng: np.random.Generator) -> Iterator[Tokens]:
-        """Sentences, the last one cut, in `room` tokens."""
+        """Yields sentences, the last one cut, of `room` tokens in total."""
         tokenizer = _tokenizer(self.tokenizer)
         if not self.background:
             yield np.full(room, encode(tokenizer, "\n")[-1])
@@ -166,7 +167,7 @@ def _answer(example: Example) -> str:
 
 
 class _Data(NamedTuple):
-    """A task's examples, and the tokens of each with the longest answer: the same for all lengths."""
+    """The examples of a task, and the tokens of each with the longest answer: independent of the row length."""
 
     examples: list[Example]
     sizes: Tokens
@@ -234,7 +235,7 @@ def _texts(babi: str, task: str) -> dict[str, str]:
 
 
 def _rank(path: Path, place: PurePath) -> tuple[int, str]:
-    """The folder itself, then the English ones, then others (bAbI's Hindi and shuffled ones)."""
+    """Order of preference: the folder itself, then English ones, then others (bAbI's Hindi and shuffled ones)."""
     folder = place.parent.name
     rank = 0 if place.parent == path else 1 + FOLDERS.index(folder) if folder in FOLDERS else 1 + len(FOLDERS)
     return rank, str(place)
@@ -260,18 +261,18 @@ def _in_archive(path: Path, pattern: re.Pattern[str]) -> dict[PurePath, str]:
 
 _NO_TITLE = "".join(rf"(?<!\b{title}\.)" for title in ("Mr", "Mrs", "Ms", "Dr", "St", "Prof", "[A-Z]"))
 _STOP = re.compile(rf"[.!?]{_NO_TITLE}[.!?]*[\"'\u201d\u2019)\]]*(?=\s+[\"'\u201c\u2018(\[]*[A-Z0-9])")
-"""What ends a sentence: a stop before a capital letter, but not that of a title or an initial."""
+"""End of a sentence: a stop before a capital letter, except after a title or an initial."""
 _BLANK = re.compile(r"\s*\n\s*\n")
 
 
 @lru_cache(maxsize=4)
 def _sentences(files: tuple[str, ...]) -> list[str]:
-    """Of all texts: each begins with the space before it, and together they are all there is."""
+    """Sentences of all texts, each with the space before it; joined they are the texts."""
     return [s for file in text_files(files, [".txt"]) for s in sentences("\n\n" + read_text(file).strip())]
 
 
 def sentences(text: str) -> list[str]:
-    """The text in pieces, cut behind what ends a sentence, and before blank lines."""
+    """Split a text after the end of each sentence, and before blank lines."""
     ends = sorted({0, *(m.end() for m in _STOP.finditer(text)), *(m.start() for m in _BLANK.finditer(text)), len(text)})
     return [text[first:end] for first, end in itertools.pairwise(ends)]
 

@@ -11,18 +11,19 @@ from titans_lm.tasks.streams.texts import Bytes
 
 BLOCK = 1024
 _LEAST = 1e-300
-"""So that no sum is 0."""
+"""Keeps sums above 0."""
 
 
 class Chain:
-    """A Markov chain over `count` symbols, which looks `order` of them back. What follows a context is drawn from a
-    Dirichlet distribution, when the context first comes."""
+    """A Markov chain over `count` symbols, of order `order`. The distribution after a context is drawn from a Dirichlet
+    distribution when the context first occurs."""
 
     def __init__(self, rng: np.random.Generator, order: int, count: int, concentration: float):
         self.rng, self.count, self.contexts = rng, count, count**order
         self.concentration, self._drawn = concentration, list[list[float]]()
         self.follows: dict[int, list[float]] = {}
-        """Context -> the cumulative probabilities of what follows; the last symbol is its lowest digit."""
+        """Context -> cumulative probabilities of the next symbol. A context is a number; its lowest digit is the last
+        symbol."""
         self.context = int(rng.integers(self.contexts))
 
     def walk(self, length: int) -> NDArray[np.int64]:
@@ -31,21 +32,21 @@ class Chain:
         for u in self.rng.random(length).tolist():
             if context not in follows:
                 follows[context] = self._distribution()
-            symbol = min(bisect(follows[context], u), self.count - 1)  # a sum may end below 1
+            symbol = min(bisect(follows[context], u), self.count - 1)  # a sum may round to below 1
             drawn.append(symbol)
             context = (context * self.count + symbol) % self.contexts
         self.context = context
         return np.array(drawn, np.int64)
 
     def _distribution(self) -> list[float]:
-        if not self._drawn:  # many at once take the time of a few
+        if not self._drawn:  # many in one call are nearly as fast as one
             shares = self.rng.standard_gamma(self.concentration, (min(64, self.contexts), self.count)) + _LEAST
             self._drawn = np.cumsum(shares / shares.sum(1, keepdims=True), 1).tolist()
         return self._drawn.pop()
 
 
 def markov(inputs: SourceInputs) -> Iterator[Bytes]:
-    """A random Markov chain over 2 to 24 symbols, of order 1 to 3; some all but fixed, some all but free."""
+    """A random Markov chain over 2 to 24 symbols, of order 1 to 3, from nearly deterministic to nearly uniform."""
     rng = inputs.rng
     count = int(rng.integers(2, 25))
     chain = Chain(rng, int(rng.integers(1, 4)), count, log_uniform(rng, 0.02, 1.0))
@@ -55,15 +56,15 @@ def markov(inputs: SourceInputs) -> Iterator[Bytes]:
 
 
 class Automaton:
-    """After RegBench (arXiv:2401.12973): 4 to 12 states, 4 to 18 symbols, from each state one to four edges, of
-    different symbols, drawn evenly. One edge of each state leads around a circle of all, so that none is left for good.
-    """
+    """A random automaton as in RegBench (arXiv:2401.12973): 4 to 12 states, 4 to 18 symbols, one to four edges per
+    state with different symbols, drawn uniformly. One edge per state is part of a cycle through all, so that all are
+    reachable."""
 
     def __init__(self, rng: np.random.Generator):
         self.rng, self.states, self.count = rng, int(rng.integers(4, 13)), int(rng.integers(4, 19))
         circle = rng.permutation(self.states)
         self.edges: list[list[tuple[int, int]]] = [[] for _ in circle]
-        """State -> of each edge the symbol and the state it leads to."""
+        """State -> symbol and next state of each edge."""
         for state, after in zip(circle, np.roll(circle, -1), strict=True):
             says = rng.permutation(self.count)[: rng.integers(1, 5)].tolist()
             leads = [int(after), *rng.integers(self.states, size=len(says) - 1).tolist()]
@@ -82,7 +83,7 @@ class Automaton:
 
 
 def automata(inputs: SourceInputs) -> Iterator[Bytes]:
-    """A random automaton, whose symbols are bytes, or words of a few bytes."""
+    """A random automaton whose symbols are bytes, or words of a few bytes."""
     rng = inputs.rng
     automaton, longest = Automaton(rng), int(rng.choice([1, 1, 4]))
     names = symbols(rng, automaton.count)
@@ -93,8 +94,8 @@ def automata(inputs: SourceInputs) -> Iterator[Bytes]:
 
 
 def letters(inputs: SourceInputs) -> Iterator[Bytes]:
-    """Two to six letters, nearly even but for what the last few make likely, as in DNA: passages come again, changed
-    here and there, some backwards with each letter exchanged for its partner; in lines or not."""
+    """A sequence of two to six letters, as in DNA: nearly uniform, with repeats of earlier passages that have
+    mutations, some of them reversed complements; with or without line breaks."""
     rng = inputs.rng
     count = int(rng.choice([2, 4, 4, 4, 5, 6]))
     names = symbols(rng, count)
@@ -120,7 +121,7 @@ def letters(inputs: SourceInputs) -> Iterator[Bytes]:
 
 
 def _in_lines(text: Bytes, width: int, column: int) -> tuple[Bytes, int]:
-    """With a line break after each `width` letters, and the column after the last."""
+    """Insert a line break after each `width` letters. Returns the text and the last column."""
     if not width:
         return text, 0
     ends = np.arange(width - column, len(text) + 1, width)
@@ -128,7 +129,7 @@ def _in_lines(text: Bytes, width: int, column: int) -> tuple[Bytes, int]:
 
 
 def noise(inputs: SourceInputs) -> Iterator[Bytes]:
-    """Bytes drawn evenly: of all 256, or of some of them."""
+    """Uniform bytes: of all 256, or of some of them."""
     rng = inputs.rng
     names = np.arange(256, dtype=np.uint8)
     if rng.random() < 0.4:

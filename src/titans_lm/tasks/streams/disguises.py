@@ -1,4 +1,4 @@
-"""Sources that are texts, as they are or in a disguise that is new for each stream, and passages that come again."""
+"""Sources from texts: unchanged, encoded in a way that is new for each stream, or with repeated passages."""
 
 from collections.abc import Iterator
 
@@ -14,17 +14,17 @@ BLOCKS = [
     (0x905, 0x97F), (0xE01, 0xE5C), (0x10D0, 0x1100), (0x3041, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3),
     (0x1F300, 0x1F650),
 ]  # fmt: skip
-"""Of code points that UTF-8 writes in two bytes (letters of Europe and the Near East), three (Asia) and four."""
+"""Ranges of code points that UTF-8 writes in two bytes (Europe and the Near East), three (Asia) and four."""
 
 
 def text(inputs: SourceInputs) -> Iterator[Bytes]:
-    """From a place of the texts on, as they are."""
+    """The texts from a random place, unchanged."""
     return inputs.texts().reading(inputs.rng)
 
 
 def cipher(inputs: SourceInputs) -> Iterator[Bytes]:
-    """A text of which each character stands for another: the 95 printable ones, or letters alone, the small as the
-    large ones, so that spaces and signs stay what they are."""
+    """A text under a substitution cipher: of the 95 printable characters, or of letters only, the same for both
+    cases."""
     rng = inputs.rng
     table = np.arange(256, dtype=np.uint8)
     if rng.random() < 0.7:
@@ -37,13 +37,13 @@ def cipher(inputs: SourceInputs) -> Iterator[Bytes]:
 
 
 def alphabets(inputs: SourceInputs) -> Iterator[Bytes]:
-    """A text whose letters are those of another alphabet, in UTF-8 or another code; or any byte stands for any."""
+    """A text in another alphabet, in UTF-8 or a one-byte code; or under a permutation of all bytes."""
     rng = inputs.rng
     reading = inputs.texts().reading(rng)
     kind = rng.random()
     if kind < 0.4:
         table = rng.permutation(256).astype(np.uint8)
-        if kind < 0.15:  # letters alone, of a code of one byte
+        if kind < 0.15:  # letters only, in a one-byte code
             table = np.arange(256, dtype=np.uint8)
             table[LETTERS] = 128 + rng.permutation(128)[:52]
         for piece in reading:
@@ -55,14 +55,14 @@ def alphabets(inputs: SourceInputs) -> Iterator[Bytes]:
         else np.roll(np.arange(high - low), -int(rng.integers(1 << 14)))
     )
     letters = dict(zip(LETTERS, np.resize(names, 52).tolist(), strict=True))
-    if rng.random() < 0.3:  # large letters as small ones
+    if rng.random() < 0.3:  # capital letters as small ones
         letters.update({large: letters[large + 32] for large in range(65, 91)})
     for piece in reading:
         yield np.frombuffer(bytes(piece).decode("latin-1").translate(letters).encode(), np.uint8)
 
 
 def repeat(inputs: SourceInputs) -> Iterator[Bytes]:
-    """A passage of another source, something else, the passage again, now and then several times, or at once."""
+    """A passage of another source, then other text, then the passage again, sometimes repeatedly or at once."""
     rng = inputs.rng
     while True:
         passage = inputs.other(rng).take(round(log_uniform(rng, 16, min(inputs.length / 4, 1 << 14))))

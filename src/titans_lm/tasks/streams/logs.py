@@ -1,5 +1,4 @@
-"""Logs: lines from random templates. Format, words, slots, and how often and in which order templates come are drawn
-anew for each log."""
+"""Logs: lines from random templates. Each log draws its format, words, slots, and frequency and order of templates."""
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -29,18 +28,18 @@ BLOCK = 64
 
 
 class Clock:
-    """The time of the lines: it goes on a little from each to the next, now and then not at all, or much."""
+    """The time of the lines, which advances randomly from line to line."""
 
     def __init__(self, random: Random):
         self.random, self.now = random, random.uniform(0.9e9, 1.9e9)
         self.step, self.still, self.begun = 10 ** random.uniform(-3, 1.8), random.choice([0.0, 0.3, 0.7]), self.now
 
-    def go_on(self) -> None:
+    def advance(self) -> None:
         if self.random.random() >= self.still:
             self.now += self.random.expovariate(1 / self.step)
 
     def shown(self) -> Slot:
-        """The time in some format."""
+        """A slot with the time in a random format."""
         r = self.random
         if r.random() < 0.08:
             return lambda: f"{self.now - self.begun:12.6f}"
@@ -61,7 +60,7 @@ class Clock:
 
 
 class Template:
-    """A message: parts that stay and slots, and the level and the component that it comes from."""
+    """A message: fixed parts and slots, with a level and a component."""
 
     def __init__(self, log: "Log", parts: Sequence[str | Slot]):
         r = log.random
@@ -74,7 +73,7 @@ class Template:
 
 
 class Log:
-    """`lines()` gives the next lines."""
+    """A log. `lines()` returns the next lines."""
 
     def __init__(self, random: Random, words: Sequence[str]):
         self.random, r = random, random
@@ -86,14 +85,14 @@ class Log:
         self.header = self._header()
         self.templates = self._templates()
         self.at = 0
-        """The template of the line at hand."""
+        """Index of the current line's template."""
         self._order()
 
     def lines(self, count: int) -> str:
         lines = []
         for _ in range(count):
             self.at = self._next()
-            self.clock.go_on()
+            self.clock.advance()
             template = self.templates[self.at]
             lines.append(self._head(template) + template.message() + self.end)
         return "".join(lines)
@@ -108,7 +107,7 @@ class Log:
         self._after = [r.randrange(count) for _ in range(count)]
 
     def _next(self) -> int:
-        """Bursts of one, habits of what follows what, else by how frequent each is."""
+        """The next template: the same again, a habitual successor, or one drawn by frequency."""
         u = self.random.random()
         if u < self._stay:
             return self.at
@@ -119,7 +118,7 @@ class Log:
     # ------------------------------------------------------------------------------------------ heads
 
     def _header(self) -> list[str | Callable[[Template], str]]:
-        """What stands before the message, part by part."""
+        """The parts of a line before the message."""
         r, slots = self.random, self.slots
         menu: list[Callable[[], Callable[[Template], str]]] = [
             lambda: _level(r.choice([0, 0, 5, 7])), lambda: lambda t: t.component, lambda: _plain(self.clock.shown()),
@@ -128,7 +127,7 @@ class Log:
             lambda: _component(slots.reused(slots.whole())),
         ]  # fmt: skip
         made = [make() for make in r.sample(menu, r.choice([0, 1, 1, 2, 2, 3, 3, 4, 5]))]
-        if r.random() < 0.85:  # the time most often first
+        if r.random() < 0.85:  # mostly with the time first
             made.insert(0 if r.random() < 0.8 else r.randint(0, len(made)), _plain(self.clock.shown()))
         mark = r.choice([" ", " ", " ", " - ", " | ", "|", "\t", ",", ": ", ";", "  "])
         parts: list[str | Callable[[Template], str]] = []
@@ -154,7 +153,7 @@ class Log:
         density = r.uniform(0.1, 0.5)
         count = min(30, max(3, round(3 * 10 ** r.random())))
         made = [Template(self, styles[0 if r.random() < often else 1](density)) for _ in range(count)]
-        if r.random() < 0.15:  # a trace below some messages
+        if r.random() < 0.15:  # a stack trace after some messages
             for template in made[:: r.randint(2, 5)]:
                 template.parts = [*template.parts, *self._trace()]
         return made
@@ -173,7 +172,7 @@ class Log:
         return [*parts, r.choice(["", "", "", ".", "!", "..."])]
 
     def _pairs(self, density: float) -> list[str | Slot]:
-        """key=value, and the like."""
+        """Pairs such as key=value."""
         r, slots = self.random, self.slots
         is_, mark, around = (
             r.choice(["=", "=", ": ", ":", " "]),
@@ -187,7 +186,7 @@ class Log:
         return parts
 
     def _record(self, density: float) -> list[str | Slot]:
-        """JSON, or nearly."""
+        """JSON, or similar."""
         r, slots = self.random, self.slots
         quote, is_, mark = r.choice(['"', '"', "'", ""]), r.choice([":", ": "]), r.choice([",", ", "])
         parts: list[str | Slot] = ["{"]
@@ -205,7 +204,7 @@ class Log:
         return [*parts, ")", r.choice([" ", ": ", " -> "]), *self._sentence(density)]
 
     def _request(self, density: float) -> list[str | Slot]:  # noqa: ARG002 - as the other styles
-        """As web servers have it."""
+        """A request as in a web server's log."""
         r, slots = self.random, self.slots
         method = slots.skewed(["GET", "POST", "PUT", "HEAD", "DELETE"][: r.randint(1, 5)])
         status = slots.skewed(["200", "304", "404", "301", "500", "403"][: r.randint(1, 6)])
@@ -238,7 +237,7 @@ def _component(slot: Slot) -> Callable[[Template], str]:
 
 
 def logs(inputs: SourceInputs) -> Iterator[Bytes]:
-    """A log of 3 to 30 templates."""
+    """A log with 3 to 30 templates."""
     rng = inputs.rng
     log = Log(Random(int(rng.integers(1 << 62))), inputs.texts().words(rng))
     count = 8

@@ -1,5 +1,5 @@
-"""Slots: what varies in the lines of logs and tables. A slot is a function that gives its next value as text; what it
-is like (how wide, from where, how often the same again) is drawn once, when it is made."""
+"""Slots: the variable parts of lines of logs and tables. A slot is a function that returns its next value as text. Its
+parameters (width, range, repetition) are drawn once, when it is made."""
 
 import math
 import uuid
@@ -14,19 +14,19 @@ _ROOTS = ["", "", "", "C:", ".", "..", "~", "hdfs:/", "http:/", "https:/", "file
 
 
 class Slots:
-    """Makes slots of many kinds from words; those of one log share words and identifiers."""
+    """Makes slots of many kinds; those of one log share words and identifiers."""
 
     def __init__(self, random: Random, words: Sequence[str]):
         self.random, self.words = random, words
         self.shared: list[Slot] = []
-        """Slots that several places of a line look at: the same value until it changes (`entity`)."""
+        """Slots that several places of a line share: the same value until it changes (`entity`)."""
         self.kinds: list[Callable[[], Slot]] = [
             self.whole, self.whole, self.counter, self.hexadecimal, self.choice, self.choice, self.address, self.path,
             self.fraction, self.amount, self.host, self.name, self.unique, self.version, self.walk, self.clock_like,
             self.reused, self.reused, self.entity, self.entity, self.nested,
         ]  # fmt: skip
         self.weights = list(accumulate(random.expovariate(1) for _ in self.kinds))
-        """A log has its favourites."""
+        """Each log prefers some kinds."""
 
     def any(self) -> Slot:
         (kind,) = self.random.choices(self.kinds, cum_weights=self.weights)
@@ -38,7 +38,7 @@ class Slots:
         return self.random.choice(self.words)
 
     def identifier(self) -> str:
-        """Some words as one: CamelCase, snake_case, dotted, and others."""
+        """Words joined to an identifier: CamelCase, snake_case, dotted, and others."""
         r = self.random
         parts = [self.word() for _ in range(r.randint(1, 3))]
         style = r.randrange(6)
@@ -58,9 +58,9 @@ class Slots:
         if style == 0:
             width = r.randint(2, 10)
             return lambda: f"{r.randint(low, high):0{width}d}"
-        if style == 1:  # small ones most often
+        if style == 1:  # mostly small ones
             return lambda: str(int(math.exp(r.random() * digits * 2.3)))
-        if style == 2:  # near one another
+        if style == 2:  # close to one another
             base, spread = r.randint(low, high), max(2, high // 1000)
             return lambda: str(base + r.randrange(spread))
         if style == 3:
@@ -94,7 +94,7 @@ class Slots:
         return lambda: f"{r.gauss(centre, scale):.{digits}f}"
 
     def walk(self) -> Slot:
-        """A number that is near the one before, now and then around a wave."""
+        """A random walk, sometimes around a wave."""
         r, digits, step = self.random, self.random.randint(0, 4), 10 ** self.random.uniform(-2, 2)
         at, time, wave = r.uniform(0, 100 * step), 0, r.choice([0.0, 20 * step])
         period = r.uniform(5, 100)
@@ -117,7 +117,7 @@ class Slots:
     # ------------------------------------------------------------------------------------------ names
 
     def skewed(self, values: Sequence[str]) -> Slot:
-        """One of `values`, the first more often than the later ones."""
+        """One of `values`, earlier ones more often."""
         r, power = self.random, self.random.uniform(0, 2)
         weights = list(accumulate((i + 1) ** -power for i in range(len(values))))
         return lambda: r.choices(values, cum_weights=weights)[0]
@@ -180,7 +180,7 @@ class Slots:
         return self.skewed([".".join(str(r.randrange(20)) for _ in range(r.randint(2, 4))) for _ in range(3)])
 
     def _fresh_identity(self) -> Slot:
-        """Of which no two values are the same, or hardly any."""
+        """A slot whose values hardly ever repeat."""
         r = self.random
         lead = r.choice(["", self.word().lower() + r.choice("_-#"), r.choice(["id", "req-", "tx", "J", "@"])])
         kind = r.randrange(5)
@@ -203,7 +203,7 @@ class Slots:
         return self._fresh_identity()
 
     def reused(self, fresh: Slot | None = None) -> Slot:
-        """A new value, or, more often, one of those used last."""
+        """A new value or, more often, a recent one."""
         r, fresh = self.random, fresh or self._fresh_identity()
         new, many, known = r.choice([0.02, 0.1, 0.3, 0.5]), r.choice([2, 8, 64]), [fresh()]
 
@@ -216,7 +216,7 @@ class Slots:
         return value
 
     def entity(self) -> Slot:
-        """A value that stays for some lines, the same wherever this log looks at it."""
+        """A value that stays for some lines, shared across the log."""
         if len(self.shared) < self.random.randint(1, 3):
             source, change = (
                 self.random.choice([self.reused, self.unique, self.address])(),
@@ -234,7 +234,7 @@ class Slots:
         return self.random.choice(self.shared)
 
     def nested(self) -> Slot:
-        """Several of one kind in brackets, or one in quotation marks."""
+        """Several values of one kind in brackets, or one in quotation marks."""
         r, inner = (
             self.random,
             self.random.choice([self.whole, self.name, self.choice, self.address, self.hexadecimal])(),

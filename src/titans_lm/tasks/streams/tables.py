@@ -1,4 +1,4 @@
-"""Tables: records line by line, in columns that are numbers, names, counters; as CSV, JSON, and others."""
+"""Tables: records with columns of numbers, names and counters, as CSV, JSON, and others."""
 
 from collections.abc import Iterator
 from random import Random
@@ -11,7 +11,7 @@ BLOCK = 32
 
 
 class Records:
-    """`lines()` gives the next lines."""
+    """A table. `lines()` returns the next lines."""
 
     def __init__(self, random: Random, slots: Slots):
         r = random
@@ -57,7 +57,7 @@ class Records:
 
 
 def tables(inputs: SourceInputs) -> Iterator[Bytes]:
-    """A table without end, most often with a first line that names the columns."""
+    """An endless table, mostly with a header line."""
     random = Random(int(inputs.rng.integers(1 << 62)))
     words = inputs.texts().words(inputs.rng)
     records = Records(random, Slots(random, random.sample(words, min(len(words), 100))))

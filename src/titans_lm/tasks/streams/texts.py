@@ -16,7 +16,7 @@ from titans_lm.utils.text_file import read_text
 Bytes = NDArray[np.uint8]
 PIECE = 4096
 _LINE = 400
-"""Bytes within which the next line is looked for."""
+"""Bytes in which to look for the next line."""
 _WORD = re.compile(r"[A-Za-z]{2,14}")
 _ARCHIVES = (".tar", ".tgz", ".txz", ".tar.gz", ".tar.xz", ".tar.bz2")
 
@@ -36,7 +36,7 @@ class Texts:
         self._shares = np.cumsum(weights) / np.sum(weights)
 
     def reading(self, rng: np.random.Generator) -> Iterator[Bytes]:
-        """Pieces of a text without end, from a place drawn at random on, where a line begins if one is near."""
+        """Yields pieces of a group, endlessly, from a random place, at the start of a line if one is near."""
         group = self.groups[int(np.searchsorted(self._shares, rng.random(), "right"))]
         at = int(rng.integers(len(group)))
         ends = np.flatnonzero(group[at : at + _LINE] == ord("\n"))
@@ -48,17 +48,17 @@ class Texts:
             at += PIECE
 
     def words(self, rng: np.random.Generator) -> list[str]:
-        """Different words of a passage, in the order in which they come; two at least."""
+        """Distinct words of a passage in order of occurrence; at least two."""
         text = "".join(bytes(next(self.reading(rng))).decode("latin-1") for _ in range(2))
         return list(dict.fromkeys([*_WORD.findall(text), "a", "the"]))
 
 
 @lru_cache(maxsize=4)
 def load_texts(files: tuple[Files, ...], suffixes: tuple[str, ...], held_out: int) -> Texts:
-    """The texts of all `files` but those held out: of each folder and archive the last `held_out` in the order of their
-    names, of the standard library always those that `utils.corpora.stdlib_held_out` lists.
+    """The texts of all `files` except those held out: of each folder and archive the last `held_out` by name, of the
+    standard library always those that `utils.corpora.stdlib_held_out` lists.
 
-    Raises ValueError for a path that does not exist, has no text, or of which nothing is left.
+    Raises ValueError for a path that does not exist or has no text left.
     """
     groups = []
     for path, _ in files:
@@ -70,7 +70,7 @@ def load_texts(files: tuple[Files, ...], suffixes: tuple[str, ...], held_out: in
 
 
 def held_out_texts(path: str, suffixes: Sequence[str] = (".txt",), held_out: int = 0) -> list[tuple[str, str]]:
-    """Names and texts that `load_texts` leaves out of this path."""
+    """Names and texts of this path that `load_texts` leaves out."""
     if path == STDLIB:
         return [(str(file), read_text(file)) for file in stdlib_held_out()]
     texts = _all(path, tuple(suffixes))
@@ -93,7 +93,7 @@ def _is_archive(path: str) -> bool:
 
 
 def _all(path: str, suffixes: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Names and texts, in the order of the names."""
+    """Names and texts, by name."""
     if not (_is_archive(path) and Path(path).is_file()):
         return [(str(file), read_text(file)) for file in text_files([path], suffixes)]
     try:
