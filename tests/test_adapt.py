@@ -15,7 +15,7 @@ from titans_lm.cli import main
 from titans_lm.evaluate import perplexity
 from titans_lm.evaluate.adapt import code_lengths, read_stream
 from titans_lm.evaluate.compressors import compressed_bits, installed
-from titans_lm.evaluate.dynamic import read_dynamically
+from titans_lm.evaluate.dynamic import dynamic_nats
 from titans_lm.evaluate.rereading import reread
 from titans_lm.layers.neural_memory import memory_off
 from titans_lm.models.tokenizer import byte_tokenizer
@@ -58,7 +58,7 @@ def test_buckets_and_halves_add_up(model, stream, predictor):
 
 
 def test_a_mode_is_what_perplexity_measures(model, stream):
-    rows = perplexity.perplexity(model, stream.ids, ["reset"], sizes=stream.sizes, bucket=16, reset_every=32)
+    rows = perplexity.measure(model, stream.ids, ["reset"], sizes=stream.sizes, bucket=16, reset_every=32)
     found = code_lengths(model, stream, "reset", OPTIONS)
     assert [bits for *_, bits in found["buckets"]] == pytest.approx([row["bits_per_byte"] for row in rows])
 
@@ -88,7 +88,7 @@ def test_bytes_are_read_as_they_are(tmp_path):
 
 def test_before_its_first_step_dynamic_evaluation_is_the_model_without_memory():
     model, ids = tiny_model("mag", torch.float32), torch.arange(40)[None] % 23
-    found = nats_of(read_dynamically(model, ids, rate=0.1, segment=16))
+    found = nats_of(dynamic_nats(model, ids, rate=0.1, segment=16))
     with torch.no_grad(), memory_off(model):
         plain = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
     assert sorted(found) == list(range(1, 40))
@@ -99,7 +99,7 @@ def test_before_its_first_step_dynamic_evaluation_is_the_model_without_memory():
 def test_dynamic_evaluation_learns_and_leaves_the_model_as_it_is():
     model, ids = tiny_model("mac", torch.float32), (torch.arange(400) % 5)[None]
     before = copy.deepcopy(model.state_dict())
-    found = nats_of(read_dynamically(model, ids, rate=0.3, segment=8))
+    found = nats_of(dynamic_nats(model, ids, rate=0.3, segment=8))
     assert sum(found[t] for t in range(350, 400)) < 0.5 * sum(found[t] for t in range(1, 51))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -109,7 +109,7 @@ def test_dynamic_evaluation_refuses_numbers_that_make_no_sense():
     model = tiny_model("mag")
     for options in ({"rate": 0.0}, {"rate": math.nan}, {"rate": 0.1, "segment": 0}):
         with pytest.raises(ValueError, match="a rate above 0 and a segment of at least 1"):
-            next(read_dynamically(model, torch.zeros(1, 9, dtype=torch.long), **options))
+            next(dynamic_nats(model, torch.zeros(1, 9, dtype=torch.long), **options))
 
 
 # ------------------------------------------------------------------------------------------------ second reading

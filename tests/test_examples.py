@@ -27,7 +27,7 @@ def stream():
     return example("stream")
 
 
-def test_a_stream_read_online_is_the_stream_read_at_once(stream):
+def test_a_stream_read_online_is_the_stream_nats_at_once(stream):
     torch.manual_seed(0)
     x = stream.make_series(hours=300)
     model = stream.Forecaster(7)

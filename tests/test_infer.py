@@ -16,7 +16,7 @@ from conftest import tiny_config
 from titans_lm import TitansForCausalLM, TitansState
 from titans_lm.cli import main
 from titans_lm.cli.learn import PIECE, read_three_ways, tenths
-from titans_lm.inference.generate import go_on, read
+from titans_lm.inference.generate import generate_from, prefill
 from titans_lm.models.hub import load
 from titans_lm.models.tokenizer import byte_tokenizer, encode
 
@@ -135,7 +135,7 @@ def test_pieces_of_any_size_leave_the_same_memory(folder):
     states = []
     for piece in (7, 1000):
         state = model.initial_state(1)
-        logits = torch.cat([out.logits for _, out in read(model, ids, state, piece)], 1)
+        logits = torch.cat([out.logits for _, out in prefill(model, ids, state, piece)], 1)
         states.append((state, logits))
     assert torch.allclose(states[0][1], states[1][1], atol=1e-3)
     assert states[0][0].position.tolist() == states[1][0].position.tolist() == [ids.shape[1]]
@@ -145,9 +145,9 @@ def test_going_on_leaves_the_memory_as_it_was(folder):
     model, tokenizer = load(folder)
     state = model.initial_state(1)
     ids = torch.as_tensor(encode(tokenizer, "some words"))[None]
-    list(read(model, ids, state))
-    first = go_on(model, tokenizer, state, ids, max_new_tokens=8, do_sample=False)
-    assert torch.equal(go_on(model, tokenizer, state, ids, max_new_tokens=8, do_sample=False), first)
+    list(prefill(model, ids, state))
+    first = generate_from(model, tokenizer, state, ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(generate_from(model, tokenizer, state, ids, max_new_tokens=8, do_sample=False), first)
     assert state.position.tolist() == [10]
 
 
@@ -247,7 +247,7 @@ def test_the_command_names_its_verbs(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unchecked")  # go_on gives what generate does
+@pytest.mark.usefixtures("unchecked")  # generate_from gives what generate does
 def test_learning_goes_on_where_it_was_interrupted(text, tmp_path, capsys, monkeypatch):
     from titans_lm.cli import learn
     from titans_lm.training.config import parse_settings

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import KINDS, TITANS, each_titan, tiny_model, tokens
 from titans_lm.cli import main
 from titans_lm.evaluate import perplexity as evaluation
-from titans_lm.evaluate.perplexity import MODES, Sums, perplexity, possible_modes, token_sizes, whole
+from titans_lm.evaluate.perplexity import MODES, Sums, measure, possible_modes, token_sizes, whole
 from titans_lm.layers.neural_memory import NeuralMemory, memory_off
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import byte_tokenizer
@@ -52,7 +52,7 @@ def check(rows, nats: Tensor, bucket: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_is_a_plain_forward_pass(kind):
     model, ids = tiny_model(kind), tokens(1, 60)
-    check(perplexity(model, ids, ["on"], bucket=8, piece=11), plain(model, ids), 8)
+    check(measure(model, ids, ["on"], bucket=8, piece=11), plain(model, ids), 8)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -61,14 +61,14 @@ def test_reset_is_a_forward_pass_of_each_stretch(kind):
     """All stretches, side by side and the short one at the end, predict the token that follows them."""
     model, ids = tiny_model(kind), tokens(1, 120)
     nats = [plain(model, ids[:, first : first + 14]) for first in range(0, 119, 13)]
-    check(perplexity(model, ids, ["reset"], bucket=8, reset_every=13, piece=40), torch.cat(nats), 8)
+    check(measure(model, ids, ["reset"], bucket=8, reset_every=13, piece=40), torch.cat(nats), 8)
 
 
 @pytest.mark.usefixtures("unchecked")
 @each_titan
 def test_frozen_is_a_memory_that_takes_no_steps(kind):
     model, ids = tiny_model(kind), tokens(1, 40)
-    frozen, on = (perplexity(model, ids, [mode], bucket=8, piece=11) for mode in ("frozen", "on"))
+    frozen, on = (measure(model, ids, [mode], bucket=8, piece=11) for mode in ("frozen", "on"))
     state = model.initial_state(1)
     state.frozen = True
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_frozen_is_a_memory_that_takes_no_steps(kind):
 )
 def test_off_is_a_model_whose_memories_put_out_zero(kind, gate):
     model, ids = tiny_model(kind, gate=gate), tokens(1, 40)
-    on, off = (perplexity(model, ids, [mode], bucket=8, piece=11) for mode in ("on", "off"))
+    on, off = (measure(model, ids, [mode], bucket=8, piece=11) for mode in ("on", "off"))
     assert all(abs(a["nats"] - b["nats"]) > 1e-3 for a, b in zip(off, on, strict=True))
     check(on, plain(model, ids), 8)  # nothing is left of it
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_off_lmm_knows_the_last_token_alone():
 def test_memories_speak_again_between_and_after_pieces():
     model, ids = tiny_model("mag"), tokens(1, 30)
     before = plain(model, ids)
-    next(evaluation.read(model, ids, "off", 10))  # and no more
+    next(evaluation.token_nats(model, ids, "off", 10))  # and no more
     assert torch.equal(plain(model, ids), before)
 
 
@@ -121,8 +121,8 @@ def test_where_there_is_no_memory_some_modes_make_no_sense():
         assert possible_modes(model) == ["on", "reset"]
         for mode in ("frozen", "off"):
             with pytest.raises(ValueError, match=f"mode '{mode}' needs a memory, and this model .* has none"):
-                perplexity(model, ids, ["on", mode])
-        assert {row["mode"] for row in perplexity(model, ids, possible_modes(model))} == {"on", "reset"}
+                measure(model, ids, ["on", mode])
+        assert {row["mode"] for row in measure(model, ids, possible_modes(model))} == {"on", "reset"}
     assert all(possible_modes(tiny_model(kind)) == list(MODES) for kind in TITANS)
 
 
@@ -207,7 +207,7 @@ def test_bits_per_byte_by_hand():
     torch.nn.init.zeros_(model.lm_head.weight)
     ids = torch.tensor([[1, 2, 3, 4, 5]])
     sizes = torch.tensor([9, 1, 2, 3, 4])
-    rows = perplexity(model, ids, sizes=sizes, bucket=3, reset_every=2)
+    rows = measure(model, ids, sizes=sizes, bucket=3, reset_every=2)
     assert [(row["mode"], row["from"], row["to"], row["bytes"]) for row in rows] == [
         (mode, *of) for mode in MODES for of in ((1, 3, 3), (3, 5, 7))
     ]
@@ -232,7 +232,7 @@ def test_the_command_writes_figures_and_a_picture(model, folder, tmp_path, capsy
     assert found["complete"]
     assert found["command"].startswith(f"titans evaluate perplexity {texts[0]} {texts[1]} --model")
     ids = torch.tensor([list((BOOK + BOOK.swapcase()).encode())])[:, :700]
-    rows = perplexity(model, ids, sizes=torch.ones(700), bucket=64, reset_every=100)
+    rows = measure(model, ids, sizes=torch.ones(700), bucket=64, reset_every=100)
     assert len(found["rows"]) == len(rows) == 4 * 5
     for ours, theirs in zip(found["rows"], rows, strict=True):
         assert ours.pop("mode") == theirs.pop("mode")
@@ -313,11 +313,11 @@ def test_what_is_wrong_is_one_line(folder, tmp_path, capsys):
 def test_what_makes_no_sense_is_said():
     model = tiny_model("mag")
     with pytest.raises(ValueError, match="mode 'half' is not one of: on, frozen, reset, off"):
-        perplexity(model, tokens(1, 20), ["on", "half"])
+        measure(model, tokens(1, 20), ["on", "half"])
     with pytest.raises(ValueError, match="give a mode"):
-        perplexity(model, tokens(1, 20), [])
+        measure(model, tokens(1, 20), [])
     for ids in (tokens(2, 20), tokens(1, 1), tokens(1, 20)[0]):
         with pytest.raises(ValueError, match="one stream"):
-            perplexity(model, ids)
+            measure(model, ids)
     with pytest.raises(ValueError, match="reset_every must be a whole number of at least 1"):
-        perplexity(model, tokens(1, 20), reset_every=0)
+        measure(model, tokens(1, 20), reset_every=0)

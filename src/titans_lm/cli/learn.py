@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from titans_lm.inference.generate import go_on, read
+from titans_lm.inference.generate import generate_from, prefill
 from titans_lm.models.cache import TitansState
 from titans_lm.models.hub import load
 from titans_lm.models.modeling import TitansForCausalLM
@@ -131,7 +131,7 @@ def _read(model: TitansForCausalLM, batches: Any, state: TitansState | None, nam
     """Read batches `[R, PIECE]` one after another; without a state each row starts anew."""
     bits, surprise = [], []
     for batch in track(batches, f"{name:25}"):
-        ((_, out),) = read(model, batch, state if state is not None else model.initial_state(len(batch)))
+        ((_, out),) = prefill(model, batch, state if state is not None else model.initial_state(len(batch)))
         loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].transpose(1, 2), batch[:, 1:], reduction="none")
         bits.append(loss.mean(1) / math.log(2))
         if out.surprise:
@@ -148,8 +148,8 @@ def _save_load_continue(
     reading.state.save(path)
     prompt = torch.as_tensor(encode(tokenizer, "\n    def "))[None]
     options = {"max_new_tokens": 120, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    before: Any = go_on(model, tokenizer, reading.state, prompt, **options)
-    after: Any = go_on(model, tokenizer, TitansState.load(path, model), prompt, **options)
+    before: Any = generate_from(model, tokenizer, reading.state, prompt, **options)
+    after: Any = generate_from(model, tokenizer, TitansState.load(path, model), prompt, **options)
     same = torch.equal(before.sequences, after.sequences)
     same = same and all(map(torch.equal, before.logits, after.logits))
     return same, tokenizer.decode(before.sequences[0])

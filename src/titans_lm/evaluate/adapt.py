@@ -32,7 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from titans_lm.evaluate import perplexity
 from titans_lm.evaluate.compressors import compressed_bits, installed
-from titans_lm.evaluate.dynamic import read_dynamically
+from titans_lm.evaluate.dynamic import dynamic_nats
 from titans_lm.evaluate.rereading import LAGS, PASSAGE, PASSAGES, reread
 from titans_lm.models.cache import identity
 from titans_lm.models.hub import load
@@ -111,11 +111,11 @@ def code_lengths(model: PreTrainedModel, stream: Stream, predictor: str, options
         for (first, end), spent in zip(itertools.pairwise(edges), bits, strict=True):
             nats[first:end] = spent * math.log(2) / (end - first)  # only sums over buckets are reported
     elif not isinstance(model, TitansForCausalLM):
-        nats = nats_of(length, read_at_once(model, stream.ids))
+        nats = nats_of(length, nats_at_once(model, stream.ids))
     elif predictor.startswith(DYNAMIC):
-        nats = nats_of(length, read_dynamically(model, stream.ids, rate=float(predictor.split()[1])))
+        nats = nats_of(length, dynamic_nats(model, stream.ids, rate=float(predictor.split()[1])))
     else:
-        nats = nats_of(length, perplexity.read(model, stream.ids, predictor, options["reset_every"]))
+        nats = nats_of(length, perplexity.token_nats(model, stream.ids, predictor, options["reset_every"]))
     sizes, half = stream.sizes.numpy(), length // 2
     per_byte = {
         name: float(nats[part].sum() / math.log(2) / sizes[part].sum())
@@ -133,9 +133,9 @@ def code_lengths(model: PreTrainedModel, stream: Stream, predictor: str, options
     return {**per_byte, "buckets": buckets}
 
 
-def read_at_once(model: PreTrainedModel, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """As `perplexity.read`, in one call: for a model of transformers, such as Mamba2, whose cache takes one token a
-    call after the first."""
+def nats_at_once(model: PreTrainedModel, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """As `perplexity.token_nats`, in one call: for a model of transformers, such as Mamba2, whose cache takes one token
+    a call after the first."""
     model.eval()
     with torch.no_grad():
         logits = model(ids.to(model.device), use_cache=False).logits[0, :-1].float()

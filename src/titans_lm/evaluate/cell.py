@@ -155,7 +155,7 @@ def _perplexity(model: PreTrainedModel, settings: Settings, test: dict[str, Any]
     options = {key: test[key] for key in ("bucket", "reset_every") if key in test}
     possible = perplexity.possible_modes(model)
     modes = [mode for mode in test.get("modes", possible) if mode in possible]
-    rows = perplexity.perplexity(model, ids, modes, sizes=sizes, **options)
+    rows = perplexity.measure(model, ids, modes, sizes=sizes, **options)
     return [{"mode": row["mode"], "until": row["to"], "bits_per_byte": row["bits_per_byte"]} for row in rows]
 
 

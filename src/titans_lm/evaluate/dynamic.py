@@ -15,14 +15,14 @@ from titans_lm.layers.neural_memory import memory_off
 from titans_lm.models.modeling import TitansForCausalLM
 
 
-def read_dynamically(
+def dynamic_nats(
     model: TitansForCausalLM, ids: Tensor, *, rate: float, segment: int = 64, max_grad_norm: float = 1.0
 ) -> Iterator[tuple[int, Tensor]]:
     """Read ids `[1, T]` with a copy of `model`, its memory bypassed, `segment` tokens at a time. Take an SGD step after
     each segment.
 
     Carries attention's cache from segment to segment, detached. Clips the gradient to `max_grad_norm`, so that one
-    segment cannot ruin the weights. Does not change `model`. Yields `(t, nats)` as `perplexity.read` does. Raises
+    segment cannot ruin the weights. Does not change `model`. Yields `(t, nats)` as `perplexity.token_nats` does. Raises
     ValueError for a rate that is not above 0 or a segment below 1.
     """
     if not rate > 0 or segment < 1:

@@ -55,7 +55,7 @@ _LOGITS = 2**25
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def perplexity(
+def measure(
     model: TitansForCausalLM,
     ids: Tensor,
     modes: Sequence[str] = MODES,
@@ -80,7 +80,7 @@ def perplexity(
     rows: list[dict[str, Any]] = []
     for mode in dict.fromkeys(modes):
         sums = Sums(ids.shape[1], bucket, sizes)
-        for first, nats in read(model, ids, mode, reset_every, piece):
+        for first, nats in token_nats(model, ids, mode, reset_every, piece):
             sums.add(first, nats)
         rows += sums.rows(mode)
     return rows
@@ -100,7 +100,7 @@ def possible_modes(model: TitansForCausalLM) -> list[str]:
     return [mode for mode in MODES if mode in ("on", "reset") or any(memories(model))]
 
 
-def read(
+def token_nats(
     model: TitansForCausalLM, ids: Tensor, mode: str, reset_every: int, piece: int = PIECE
 ) -> Iterator[tuple[int, Tensor]]:
     """Read ids `[1, T]` in a mode, at most `piece` tokens a call. Yields `(t, nats)`: the nats `[n]` of the tokens t,
@@ -298,7 +298,7 @@ def _measure(
             bars.update(bar, description=f"memory {mode}")
             sums = Sums(ids.shape[1], settings["bucket"], sizes)
             try:
-                for first, nats in read(model, ids, mode, settings["reset_every"]):
+                for first, nats in token_nats(model, ids, mode, settings["reset_every"]):
                     sums.add(first, nats)
                     bars.advance(bar, len(nats))
             except KeyboardInterrupt:

@@ -31,6 +31,6 @@ def reread(
         text = ids[:, at : at + length]
         again = torch.cat([text, text[:, :passage]], 1)
         nats = torch.zeros(again.shape[1], dtype=torch.float64)
-        for first, part in perplexity.read(model, again, "on", perplexity.RESET):
+        for first, part in perplexity.token_nats(model, again, "on", perplexity.RESET):
             nats[first : first + len(part)] = part
         yield {"lag": lag, "at": at, "first": float(nats[1:passage].mean()), "second": float(nats[length + 1 :].mean())}

@@ -1,5 +1,6 @@
 """Generation from a memory: read tokens into a state, continue from it, answer prompts."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,10 +21,22 @@ _MORE_THAN_TEXT = (
     "return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states",
 )  # fmt: skip
 """Options of `generate` that make it return more than texts."""
+_RENAMED = {"read": "prefill", "go_on": "generate_from"}
+"""Old name -> name."""
+
+
+def __getattr__(name: str) -> Any:
+    """Functions under the names that they had before, with a warning."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]
 
 
 @torch.no_grad()
-def read(model: TitansForCausalLM, ids: Tensor, state: TitansState, piece: int = PIECE) -> Iterator[tuple[Tensor, Any]]:
+def prefill(
+    model: TitansForCausalLM, ids: Tensor, state: TitansState, piece: int = PIECE
+) -> Iterator[tuple[Tensor, Any]]:
     """Prefill ids `[B, T]` from `state`, which is updated, `piece` tokens per call. Yields (ids, output) of each call.
 
     Outputs have all logits and the surprise of each layer.
@@ -32,7 +45,7 @@ def read(model: TitansForCausalLM, ids: Tensor, state: TitansState, piece: int =
         yield part, model(part, past_key_values=state, output_surprise=True)
 
 
-def go_on(
+def generate_from(
     model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, state: TitansState, prompt: Tensor, **options: Any
 ) -> Tensor:
     """Generate after `prompt` `[1, T]`, T >= 1, which the state has not read yet. Returns prompt and continuation.

@@ -21,8 +21,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from titans_lm.inference.generate import PIECE, answer
-from titans_lm.inference.generate import go_on as go_on  # importable from here too
-from titans_lm.inference.generate import read as read
 from titans_lm.inference.token_bits import TokenBits
 from titans_lm.models.cache import TitansState
 from titans_lm.models.cache_file import NAME_LENGTH, Source, check_target

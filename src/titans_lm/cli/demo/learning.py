@@ -61,7 +61,7 @@ def read_text(
         bar = bars.add_task("", total=len(MODES) * (len(stream.data) - 1))
         for mode in MODES:
             bars.update(bar, description=f"reading, memory {mode}")
-            for first, nats in perplexity.read(model, stream.ids, mode, perplexity.RESET):
+            for first, nats in perplexity.token_nats(model, stream.ids, mode, perplexity.RESET):
                 bits[mode][first : first + len(nats)] = nats.numpy() / np.log(2)
                 bars.advance(bar, len(nats))
     lines = SurprisingLines(LINES)

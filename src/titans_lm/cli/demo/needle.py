@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from titans_lm.bench.measure import resident
 from titans_lm.evaluate.needle import begins
-from titans_lm.inference.generate import go_on, read
+from titans_lm.inference.generate import generate_from, prefill
 from titans_lm.models.cache import TitansState, identity
 from titans_lm.models.hub import RUN, load
 from titans_lm.models.modeling import TitansForCausalLM
@@ -124,7 +124,7 @@ def read_through(model: TitansForCausalLM, ids: Tensor, console: Console) -> tup
                TextColumn("{task.fields[status]}", markup=False), TimeRemainingColumn()]  # fmt: skip
     with Progress(*columns, console=console) as bars:
         bar = bars.add_task("", total=ids.shape[1], status="")
-        for part, out in read(model, ids, state):
+        for part, out in prefill(model, ids, state):
             if out.surprise:
                 loss = torch.stack([one.loss.mean((0, 2)) for one in out.surprise]).mean(0)
                 reading.surprise[done : done + part.shape[1]] = loss.float().numpy()
@@ -152,7 +152,7 @@ def ask(model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, state: Tit
     """Decode the answer greedily: as many tokens as the value has characters. `state` has read all but the last
     token."""
     count = len(hidden.value)
-    ids = go_on(
+    ids = generate_from(
         model, tokenizer, state, hidden.ids[:, -1:], max_new_tokens=count, min_new_tokens=count, do_sample=False
     )
     answer: str = tokenizer.decode(ids[0, 1:], skip_special_tokens=True)
