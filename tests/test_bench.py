@@ -228,7 +228,7 @@ def test_a_process_that_is_killed_is_told_as_such():
 
 def test_a_peer_that_differs_is_an_error_after_all_is_written(tmp_path, monkeypatch, capsys):
     row = {"heat": "h", "name": "peer", "error": "NotTheSame: by 0.1", "actions": {}, "repetitions": {}}
-    monkeypatch.setattr(race, "race", lambda _heats, _setting, rows, _console: rows.append(row))
+    monkeypatch.setattr(race, "run_heats", lambda _heats, _setting, rows, _console: rows.append(row))
     assert main(["bench", "op", "--out", str(tmp_path / "op.json")]) == 2
     assert json.loads((tmp_path / "op.json").read_text())["rows"][0]["error"] == row["error"]
     assert "h, peer: NotTheSame" in capsys.readouterr().err

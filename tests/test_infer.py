@@ -208,7 +208,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_lost(folder, text, tmp_path, c
         ((folder,), "nothing to do"),
         ((folder, "--prompt", ""), "--prompt is empty"),
         ((folder, "--prompt", "a", "--max-new-tokens", 0), "--max-new-tokens must be at least 1"),
-        ((folder, "--prompt", "a", "--temperature", -1), "--temperature must not be negative"),
+        ((folder, "--prompt", "a", "--temperature", -1), "--temperature must be finite and not negative"),
         ((tmp_path / "nowhere", "--prompt", "a"), "is not a model"),
         ((folder, "--context", empty, "--save-memory", memory), "is empty"),
         ((folder, "--context", tmp_path / "no.txt", "--save-memory", memory), "does not exist"),

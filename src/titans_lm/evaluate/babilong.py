@@ -26,10 +26,12 @@ from titans_lm.models.tokenizer import load_tokenizer
 from titans_lm.tasks import at_least
 from titans_lm.tasks.babilong import Babilong, Example, Tokens, members
 from titans_lm.utils.corpora import STDLIB
+from titans_lm.utils.deprecation import renamed
 from titans_lm.utils.record import Lines, check_least, check_output, command_line
 from titans_lm.utils.terminal import PlainConsole
 
 SCORES = ("babilong", "substring", "exact")
+__getattr__ = renamed(__name__, {"babilong": "babilong_rule"})
 TOKENS = 32
 """Tokens of the model's output that are scored, at least those of the longest answer."""
 _EXAMPLES = ("<context>", "<example>")

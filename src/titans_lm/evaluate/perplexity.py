@@ -39,6 +39,7 @@ from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import encode, is_bytes
 from titans_lm.tasks import at_least
 from titans_lm.utils.corpora import text_files
+from titans_lm.utils.deprecation import renamed
 from titans_lm.utils.figures import figure_file
 from titans_lm.utils.record import check_least, check_output, command_line, provenance, write_json
 from titans_lm.utils.terminal import PlainConsole
@@ -50,6 +51,7 @@ ROWS = 8
 """Stretches between resets that are read as rows of a batch: they are independent."""
 _LOGITS = 2**25
 """Maximum logits per forward call: a large vocabulary makes pieces shorter."""
+__getattr__ = renamed(__name__, {"perplexity": "measure"})
 
 
 # ------------------------------------------------------------------------------------------------ reading

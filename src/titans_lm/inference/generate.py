@@ -1,6 +1,5 @@
 """Generation from a memory: read tokens into a state, continue from it, answer prompts."""
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from titans_lm.models.cache import TitansState
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import encode
+from titans_lm.utils.deprecation import renamed
 
 PIECE = 4096
 """Tokens per forward call of a prefill: enough to keep a processor busy. Memory use does not depend on the text's
@@ -21,16 +21,7 @@ _MORE_THAN_TEXT = (
     "return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states",
 )  # fmt: skip
 """Options of `generate` that make it return more than texts."""
-_RENAMED = {"read": "prefill", "go_on": "generate_from"}
-"""Old name -> name."""
-
-
-def __getattr__(name: str) -> Any:
-    """Functions under the names that they had before, with a warning."""
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"{__name__}.{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
-    return globals()[_RENAMED[name]]
+__getattr__ = renamed(__name__, {"read": "prefill", "go_on": "generate_from"})
 
 
 @torch.no_grad()

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from titans_lm.models.tokenizer import is_bytes, load_tokenizer
 from titans_lm.tasks.words import ADJECTIVES, NOUNS, PEOPLE, VERBS, prose
 from titans_lm.utils.corpora import STDLIB, stdlib_files, text_files
+from titans_lm.utils.deprecation import renamed
 from titans_lm.utils.text_file import read_text
 
+__getattr__ = renamed(__name__, {"haystack": "make_haystack"})
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 """The line that RULER's first needle task repeats (arXiv:2404.06654)."""
 PROSE = "prose"
