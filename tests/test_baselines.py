@@ -6,7 +6,8 @@ import torch
 from conftest import TITANS
 from titans_lm.layers.neural_memory import NeuralMemory
 from titans_lm.models.baselines import BASELINES, MAMBA2, NAMES, build, mamba2_config
-from titans_lm.models.configuration import PARAMETERS, SIZES, TitansConfig, count_parameters, fitted, preset
+from titans_lm.models.configuration import TitansConfig
+from titans_lm.models.presets import PARAMETERS, SIZES, count_parameters, fitted, preset
 from titans_lm.training.config import parse_settings
 from titans_lm.training.train import train
 from tolerance import assert_close
@@ -39,7 +40,7 @@ def test_parameters_are_what_is_asked_for_or_an_error_says_so():
         settings = parse_settings(_run("unused", model))
         assert abs(count(settings.config()) / 200_000 - 1) < 0.03, baseline
     with pytest.raises(ValueError, match=r"no MLP brings this model to 1,000 parameters within 3 %"):
-        fitted(1000, **fields)
+        fitted(1e3, **fields)
     with pytest.raises(ValueError, match="mamba2"):
         mamba2_config({**fields, "parameters": 5000})
     with pytest.raises(ValueError, match="needs a size, or hidden_size and vocab_size"):

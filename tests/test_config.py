@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import each_kind, tiny_config, tokens
 from titans_lm import DEFAULT_CONFIG, VARIANT_CONFIGS, TitansConfig, TitansForCausalLM, preset
-from titans_lm.models.configuration import SIZES, VARIANTS, count_parameters, known_keys
+from titans_lm.models.configuration import VARIANTS, known_keys
+from titans_lm.models.presets import SIZES, count_parameters
 from titans_lm.training.config import parse_settings
 
 

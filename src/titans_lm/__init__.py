@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from titans_lm.inference.reader import Reader
     from titans_lm.layers.neural_memory import NeuralMemory, NeuralMemoryState
     from titans_lm.models.cache import TitansState
-    from titans_lm.models.configuration import DEFAULT_CONFIG, VARIANT_CONFIGS, TitansConfig, preset
+    from titans_lm.models.configuration import DEFAULT_CONFIG, VARIANT_CONFIGS, TitansConfig
     from titans_lm.models.hub import load
     from titans_lm.models.modeling import TitansForCausalLM, TitansModel
+    from titans_lm.models.presets import preset
     from titans_lm.ops import MemoryState, Surprise, memory_scan
 
 __all__ = [
@@ -53,7 +54,7 @@ _MODULES = {
     "TitansState": "models.cache",
     "load": "models.hub",
     "memory_scan": "ops",
-    "preset": "models.configuration",
+    "preset": "models.presets",
 }
 """The module that defines each public name; the operation and the layer need torch alone."""
 

@@ -21,7 +21,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "block": ("models.blocks",),
     "called": ("layers.called",),
     "checkpoint": ("models.model_files", "models.hub"),
-    "config": ("models.configuration",),
+    "config": ("models.model_files", "models.configuration", "models.presets"),
     "data": ("utils.text_file", "utils.corpora", "models.tokenizer", "training.data"),
     "demo": ("cli.demo",),
     "demo.learning": ("cli.demo.learning",),

@@ -17,8 +17,8 @@ from titans_lm.bench.measure import Action, Contender, Setting
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.layers.attention import KeyValues
 from titans_lm.models.cache import TitansState
-from titans_lm.models.configuration import SIZES
 from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.models.presets import SIZES
 from titans_lm.utils.record import check_least
 from titans_lm.utils.terminal import red
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from titans_lm.bench.measure import Setting
 from titans_lm.layers.neural_memory import memories
 from titans_lm.models import baselines
-from titans_lm.models.configuration import SIZES, preset
+from titans_lm.models.presets import SIZES, preset
 
 TITANS = ("mag", "mac", "mal", "lmm")
 WINDOW, FULL, MAMBA2 = "sliding window", "full attention", "mamba2"

@@ -15,7 +15,7 @@ from titans_lm.bench import lm
 from titans_lm.bench.measure import Action, Contender, Setting
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.layers.neural_memory import memory_off
-from titans_lm.models.configuration import SIZES
+from titans_lm.models.presets import SIZES
 from titans_lm.utils.record import check_least
 from titans_lm.utils.terminal import red
 

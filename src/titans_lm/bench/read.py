@@ -19,10 +19,10 @@ from titans_lm.bench.measure import Action, Contender, Setting, resident
 from titans_lm.bench.op import HEADS, WIDTH, Shape, form, inputs
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.models.cache import TitansState
-from titans_lm.models.configuration import SIZES
 from titans_lm.models.hub import load
 from titans_lm.models.model_files import MODEL_HELP, find
 from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.models.presets import SIZES
 from titans_lm.models.tokenizer import encode, load_tokenizer
 from titans_lm.ops import initial_state, memory_scan
 from titans_lm.utils.corpora import stdlib_files

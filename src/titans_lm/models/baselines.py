@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, Mamba2Config, PreTrainedConfig, PreTrainedModel
 
 import titans_lm.models.modeling  # noqa: F401 - registers ours
-from titans_lm.models.configuration import SIZES, size_target
+from titans_lm.models.presets import SIZES, size_target
 
 _RECURRENCE = {"variant": "lmm", "num_persistent_tokens": 0, "memory_momentum": False, "memory_clip": None}
 _LINEAR = {**_RECURRENCE, "memory_layers": 1, "memory_form": "plain", "memory_init": "zero", "memory_forgetting": False,

@@ -1,4 +1,4 @@
-"""What a Titans model is made of: `TitansConfig`, presets, and strict validation with names in every error."""
+"""What a Titans model is made of: `TitansConfig`, with strict validation and names in every error."""
 
 import dataclasses
 import difflib
@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from titans_lm.models.model_files import AUTO_MAP
+from titans_lm.models.registration import register_models
 
 VARIANTS = ("mac", "mag", "mal", "lmm", "attention")
 Variant = Literal["mac", "mag", "mal", "lmm", "attention"]
@@ -116,12 +117,12 @@ class TitansConfig(PreTrainedConfig):
         if self.num_memory_heads is None:
             self.num_memory_heads = max(1, self.hidden_size // max(self.memory_head_dim, 1))
         super().__post_init__(**kwargs)
-        _register_models()
+        register_models()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a configuration that is unpickled, which `__post_init__` is not called for."""
         self.__dict__.update(state)
-        _register_models()
+        register_models()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -223,80 +224,6 @@ def _warn_unknown(keys: list[str]) -> None:
     """One warning for all of them: values that nothing here reads."""
     told = "; ".join(unknown_key(key, known_keys(), "config.json") for key in keys)
     warnings.warn(f"{told} (kept as attributes, without any effect)", stacklevel=2)
-
-
-# ------------------------------------------------------------------------------------------------ presets
-
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2, "vocab_size": 320, "window_size": 64,
-             "segment_size": 64, "num_persistent_tokens": 4},
-    "small": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 6, "vocab_size": 320,
-              "window_size": 256, "segment_size": 256, "num_persistent_tokens": 8},
-    "170m": {"num_hidden_layers": 12, "hidden_size": 768},
-    "340m": {"num_hidden_layers": 24, "hidden_size": 1024},
-    "400m": {"num_hidden_layers": 24, "hidden_size": 1088},
-    "760m": {"num_hidden_layers": 24, "hidden_size": 1536},
-}  # fmt: skip
-"""Layers and widths. The paper's (its 400M is given nowhere); 16 attention heads, memory heads of width 64."""
-
-PARAMETERS = {"tiny": 0.8e6, "small": 15e6, "170m": 170e6, "340m": 340e6, "400m": 400e6, "760m": 760e6}
-"""What the size's name says; for tiny and small, what was chosen."""
-
-
-def preset(size: str, variant: Variant = "mag", **changes: Any) -> TitansConfig:
-    """The configuration of a named size, with `changes` set on top, and the MLP as wide as the size's parameter count
-    asks for, so that variants of one size are a fair comparison.
-
-    Raises ValueError for a size or a key that does not exist.
-    """
-    if size not in SIZES:
-        raise ValueError(f"unknown size {size!r}; it is one of {', '.join(SIZES)}")
-    fields = {**SIZES[size], "variant": variant, **changes}
-    if "intermediate_size" in changes:
-        return TitansConfig(**fields)
-    return fitted(size_target({"size": size, **fields}), **fields)
-
-
-def size_target(fields: dict[str, Any]) -> float:
-    """How many parameters the size in `fields` stands for, with the embedding of another vocabulary where it has one.
-    Raises ValueError without a size."""
-    if fields.get("size") not in SIZES:
-        raise ValueError(f"without a size (one of {', '.join(SIZES)}) parameters must be given")
-    usual = SIZES[fields["size"]].get("vocab_size", DEFAULT_CONFIG["vocab_size"])
-    more = fields.get("vocab_size", usual) - usual
-    return PARAMETERS[fields["size"]] + more * fields.get("hidden_size", SIZES[fields["size"]]["hidden_size"])
-
-
-def fitted(parameters: float, **fields: Any) -> TitansConfig:
-    """The configuration of `fields` whose MLP is as wide as brings the model to this many parameters, within 3 %.
-
-    Raises ValueError where it cannot be.
-    """
-    one, two = (count_parameters(TitansConfig(**fields, intermediate_size=n)) for n in (64, 128))
-    unit = 64 if parameters > 1e8 else 8
-    width = unit * max(1, round((64 + 64 * (parameters - one) / (two - one)) / unit))
-    found = one + (two - one) * (width - 64) / 64
-    if abs(found / parameters - 1) > 0.03:
-        raise ValueError(
-            f"no MLP brings this model to {parameters:,.0f} parameters within 3 %: one of width {width} makes "
-            f"them {found:,.0f}; give other parameters, or intermediate_size"
-        )
-    return TitansConfig(**fields, intermediate_size=width)
-
-
-def _register_models() -> None:
-    """An Auto class finds the model of each configuration there is; this module itself does not import torch."""
-    import titans_lm.models.modeling  # noqa: F401 - registers
-
-
-def count_parameters(config: TitansConfig) -> int:
-    """The parameters of `TitansForCausalLM(config)`, without building it (a meta-device model is built and counted)."""
-    import torch
-
-    from titans_lm.models.modeling import TitansForCausalLM
-
-    with torch.device("meta"):
-        return sum(p.numel() for p in TitansForCausalLM(config).parameters())
 
 
 DEFAULT_CONFIG: dict[str, Any] = {

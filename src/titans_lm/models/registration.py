@@ -1,8 +1,8 @@
 """Makes transformers' Auto classes know Titans models without importing transformers for it.
 
-`titans_lm.models.configuration` registers the configuration where it is imported, and making a `TitansConfig`
-registers the models. What is left is to import that module in a process that imported this package and uses only Auto
-classes: at once where transformers is loaded already, else as soon as it is.
+Importing the module of the configuration registers it, and importing the module of the models registers these. Both are
+imported by name, as entry points are: the models when a `TitansConfig` is made, because they load torch; the
+configuration at once in a process that has loaded transformers, else as soon as transformers is loaded.
 """
 
 import importlib
@@ -10,6 +10,14 @@ import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import Any
+
+_CONFIGURATION = "titans_lm.models.configuration"
+_MODELS = "titans_lm.models.modeling"
+
+
+def register_models() -> None:
+    """Make Auto classes find the models. They load torch, so this waits for a configuration to be made."""
+    importlib.import_module(_MODELS)
 
 
 def register_with_transformers(finders: list[Any]) -> None:
@@ -22,7 +30,7 @@ def register_with_transformers(finders: list[Any]) -> None:
 
 def _register() -> None:
     """Register the configuration; nothing happens while its module is being imported, which will do it."""
-    importlib.import_module("titans_lm.models.configuration")
+    importlib.import_module(_CONFIGURATION)
 
 
 class _AfterTransformers(MetaPathFinder):

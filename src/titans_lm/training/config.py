@@ -19,9 +19,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from titans_lm.models.baselines import BASELINES, MAMBA2, NAMES, mamba2_config
-from titans_lm.models.configuration import SIZES, TitansConfig, fitted, known_keys, preset, unknown_key
+from titans_lm.models.configuration import TitansConfig, known_keys, unknown_key
 from titans_lm.models.hub import RUN
 from titans_lm.models.model_files import find
+from titans_lm.models.presets import SIZES, fitted, preset
 from titans_lm.tasks import StreamTask, make_task, with_length
 from titans_lm.utils.yaml_values import Dumper, parse_yaml, read_yaml, typed
 

@@ -1,0 +1,70 @@
+"""Configurations of named sizes, and those that are fitted to a number of parameters, which are counted here."""
+
+from typing import Any
+
+import torch
+
+from titans_lm.models.configuration import DEFAULT_CONFIG, TitansConfig, Variant
+from titans_lm.models.modeling import TitansForCausalLM
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2, "vocab_size": 320, "window_size": 64,
+             "segment_size": 64, "num_persistent_tokens": 4},
+    "small": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 6, "vocab_size": 320,
+              "window_size": 256, "segment_size": 256, "num_persistent_tokens": 8},
+    "170m": {"num_hidden_layers": 12, "hidden_size": 768},
+    "340m": {"num_hidden_layers": 24, "hidden_size": 1024},
+    "400m": {"num_hidden_layers": 24, "hidden_size": 1088},
+    "760m": {"num_hidden_layers": 24, "hidden_size": 1536},
+}  # fmt: skip
+"""Layers and widths. The paper's (its 400M is given nowhere); 16 attention heads, memory heads of width 64."""
+
+PARAMETERS = {"tiny": 0.8e6, "small": 15e6, "170m": 170e6, "340m": 340e6, "400m": 400e6, "760m": 760e6}
+"""What the size's name says; for tiny and small, what was chosen."""
+
+
+def preset(size: str, variant: Variant = "mag", **changes: Any) -> TitansConfig:
+    """The configuration of a named size, with `changes` set on top, and the MLP as wide as the size's parameter count
+    asks for, so that variants of one size are a fair comparison.
+
+    Raises ValueError for a size or a key that does not exist.
+    """
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; it is one of {', '.join(SIZES)}")
+    fields = {**SIZES[size], "variant": variant, **changes}
+    if "intermediate_size" in changes:
+        return TitansConfig(**fields)
+    return fitted(size_target({"size": size, **fields}), **fields)
+
+
+def size_target(fields: dict[str, Any]) -> float:
+    """How many parameters the size in `fields` stands for, with the embedding of another vocabulary where it has one.
+    Raises ValueError without a size."""
+    if fields.get("size") not in SIZES:
+        raise ValueError(f"without a size (one of {', '.join(SIZES)}) parameters must be given")
+    usual = SIZES[fields["size"]].get("vocab_size", DEFAULT_CONFIG["vocab_size"])
+    more = fields.get("vocab_size", usual) - usual
+    return PARAMETERS[fields["size"]] + more * fields.get("hidden_size", SIZES[fields["size"]]["hidden_size"])
+
+
+def fitted(parameters: float, **fields: Any) -> TitansConfig:
+    """The configuration of `fields` whose MLP is as wide as brings the model to this many parameters, within 3 %.
+
+    Raises ValueError where it cannot be.
+    """
+    one, two = (count_parameters(TitansConfig(**fields, intermediate_size=n)) for n in (64, 128))
+    unit = 64 if parameters > 1e8 else 8
+    width = unit * max(1, round((64 + 64 * (parameters - one) / (two - one)) / unit))
+    found = one + (two - one) * (width - 64) / 64
+    if abs(found / parameters - 1) > 0.03:
+        raise ValueError(
+            f"no MLP brings this model to {parameters:,.0f} parameters within 3 %: one of width {width} makes "
+            f"them {found:,.0f}; give other parameters, or intermediate_size"
+        )
+    return TitansConfig(**fields, intermediate_size=width)
+
+
+def count_parameters(config: TitansConfig) -> int:
+    """The parameters of `TitansForCausalLM(config)`, without building it (a meta-device model is built and counted)."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in TitansForCausalLM(config).parameters())
