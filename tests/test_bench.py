@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import TITANS, tiny_config, tiny_model
 from titans_lm import TitansForCausalLM
-from titans_lm.bench import decode, measure, model, op, race, write
+from titans_lm.bench import decode, measure, model, op, operation, race, write
 from titans_lm.bench.measure import Action, Contender, Meter, Setting
 from titans_lm.bench.race import Dead, Entrant, Heat, Worker
 from titans_lm.cli import main
@@ -239,8 +239,8 @@ def test_a_peer_that_differs_is_an_error_after_all_is_written(tmp_path, monkeypa
 
 @pytest.mark.parametrize(("hidden", "chunk", "depth"), [(128, 64, 2), (256, 16, 2), (128, 16, 4), (128, 16, 1)])
 def test_operations_are_those_that_run(hidden, chunk, depth):
-    shape = op.Shape(1, 4 * chunk, hidden, chunk, depth=depth)
-    x = op.inputs(shape, torch.float32, "cpu")
+    shape = operation.Shape(1, 4 * chunk, hidden, chunk, depth=depth)
+    x = operation.inputs(shape, torch.float32, "cpu")
     in_place = {torch.ops.aten.baddbmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * a[2] * b[2]}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         memory_scan(*x[:6], initial_state(x.first, 1), chunk_size=chunk, backend="chunked")  # the counter sees it

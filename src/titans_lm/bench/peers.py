@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_lm.bench.measure import Contender, Setting, matmul
-from titans_lm.bench.op import HEADS, WIDTH, Inputs, Read, Shape, both_ways, inputs, reader
+from titans_lm.bench.operation import HEADS, WIDTH, Inputs, Read, Shape, both_ways, inputs, reader
 
 TOLERANCE = 1e-9
 """Maximum relative difference in float64 of two programs that compute the same function."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from titans_lm.bench import lm
 from titans_lm.bench.measure import Action, Contender, Setting, resident
-from titans_lm.bench.op import HEADS, WIDTH, Shape, form, inputs
+from titans_lm.bench.operation import HEADS, WIDTH, Shape, form, inputs
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.models.cache import TitansState
 from titans_lm.models.hub import load
