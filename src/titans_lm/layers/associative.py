@@ -1,8 +1,8 @@
-"""Where a memory's projections and convolutions begin, so that it learns what followed what from its first step.
+"""The associative start: projections and convolutions that let a memory learn what follows what from its first step.
 
-With q and k projected alike, q looking at the tokens t, t-1, ..., and k at those one before, the memory's loss
-|| M(k_t) - v_t ||^2 is that of predicting token t from the tokens before it, and M(q_t) is the prediction of token
-t + 1: an online n-gram regression, before anything was trained (derivation in ops/README.md).
+q and k have the same projection; q looks at the tokens t, t-1, ..., and k at the tokens one earlier. The memory's loss
+|| M(k_t) - v_t ||^2 is then the error of predicting token t from the tokens before it, and M(q_t) predicts token
+t + 1: an online n-gram regression, before any training (derivation in ops/README.md).
 """
 
 from collections.abc import Sequence
@@ -11,23 +11,24 @@ import torch
 from torch import Tensor, nn
 
 NOISE = 0.2
-"""Of the convolutions' usual start this much is left beside the shifts: filters that are alike learn alike."""
+"""The share of the convolutions' random start that stays beside the shifts: equal filters would learn equal things."""
 QUERY_SCALE = 0.25
-"""Standard deviation of projected queries and keys for inputs of unit variance: so small that SiLU hardly bends them,
-which would give all of them a common mean."""
+"""Standard deviation of projected queries and keys, for inputs of unit variance. It is small because SiLU bends larger
+values, which gives all of them a common mean."""
 VALUE_SCALE = 1.6
-"""That of projected values: after SiLU they have about unit variance, as the norm of a residual memory's output has."""
+"""Standard deviation of projected values. After SiLU they have about unit variance, as a residual memory's normalised
+output has."""
 
 
 @torch.no_grad()
 def start_associative(
     projections: Sequence[nn.Linear], filters: Sequence[Tensor], heads: int, lags: int, scale_values: bool
 ) -> None:
-    """Set the projections of q, k, v and their convolutions' `filters` `[I, size]`, as they are made, in place.
+    """Set, in place, the projections of q, k and v, and their convolutions' randomly initialised `filters` `[I, size]`.
 
-    The channels of each head are in `lags` groups, at most size - 1. Those of group g = 0, 1, ... look at the token g
-    before the one at hand in q, and at the one g + 1 before in k; v looks at the token at hand. Values are scaled to
-    the size of what a residual memory says, where `scale_values`. What a checkpoint gave stays (transformers marks it).
+    The channels of each head form `lags` groups, at most size - 1. Group g = 0, 1, ... looks g tokens back in q and
+    g + 1 tokens back in k; v looks at the current token. `scale_values` gives the values the scale of a residual
+    memory's output. Weights that a checkpoint provided stay (transformers marks them).
     """
     q_proj, k_proj, v_proj = projections
     nn.init.normal_(q_proj.weight, std=QUERY_SCALE * q_proj.in_features**-0.5)
@@ -37,9 +38,9 @@ def start_associative(
     channels, size = filters[0].shape
     groups, per_head = min(lags, size - 1), channels // heads
     group = torch.arange(per_head, device=filters[0].device) * groups // per_head
-    looks_at = (group, group + 1, torch.zeros_like(group))
-    for weight, lag in zip(filters, looks_at, strict=True):
-        shift = nn.functional.one_hot(size - 1 - lag, size).to(weight.dtype)
+    tokens_back = (group, group + 1, torch.zeros_like(group))
+    for weight, back in zip(filters, tokens_back, strict=True):
+        shift = nn.functional.one_hot(size - 1 - back, size).to(weight.dtype)
         _set(weight, NOISE * weight + shift.repeat(heads, 1))
 
 

@@ -1,4 +1,4 @@
-"""What is cheap to make is made again by the backward pass: for training, only what it is made of is kept."""
+"""Activation checkpointing of cheap functions: training keeps their inputs, and the backward pass runs them again."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,23 +8,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from titans_lm.utils.deprecation import renamed
 
-def recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
-    """`function(*inputs)`, for anything: what is drawn in it, as by an adapter's dropout, is drawn again. A product
-    that it ends with is not computed again."""
+__getattr__ = renamed(__name__, {"recomputed": "checkpointed", "made_again": "checkpointed_pure"})
+
+
+def checkpointed(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    """`function(*inputs)`, any function: the backward pass restores the random state, so that an adapter's dropout
+    drops the same again. It stops before a matrix product at the function's end, which it does not need."""
     if not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False)
 
 
-def made_again(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """`function(*inputs)`, where it knows no parameters but these, draws nothing, and casts what it needs cast itself
-    (autocast is not restored). It has a tenth of the overhead, which is much where each of many calls is about few
-    tokens."""
-    return _MadeAgain.apply(function, *inputs) if torch.is_grad_enabled() else function(*inputs)
+def checkpointed_pure(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """`function(*inputs)`, of a function that uses no parameters but its inputs and no random numbers, and does not
+    depend on autocast. It has a tenth of the overhead of `checkpointed`, which counts in many calls of few tokens."""
+    return _PureCheckpoint.apply(function, *inputs) if torch.is_grad_enabled() else function(*inputs)
 
 
-class _MadeAgain(torch.autograd.Function):
+class _PureCheckpoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.function = function
@@ -33,10 +36,10 @@ class _MadeAgain(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *by_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
         inputs = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needed, strict=True)]
         with torch.enable_grad():
             outputs = ctx.function(*inputs)
-        found = iter(torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], by_outputs))
-        return None, *(next(found) if need else None for need in needed)
+        grads = iter(torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], grad_outputs))
+        return None, *(next(grads) if need else None for need in needed)

@@ -1,23 +1,33 @@
-"""What a `NeuralMemory` may be told: ranges and names, and what does not go together."""
+"""The options of `NeuralMemory`: their ranges, their words, and options that exclude each other."""
 
 _WORDS = {
     "form": ("residual", "plain"),
     "gates_of": ("token", "chunk"),
     "init": ("learned", "zero"),
     "start": ("auto", "associative", "random"),
-    "threshold_on": ("reconstruction", "prediction"),
+    "surprise_threshold_on": ("reconstruction", "prediction"),
 }
+RENAMED = {
+    "heads": "num_heads",
+    "depth": "layers",
+    "hidden": "memory_dim",
+    "theta_max": "lr",
+    "theta_start": "lr_start",
+    "threshold": "surprise_threshold",
+    "threshold_on": "surprise_threshold_on",
+}
+"""Old names of options: the new ones are those of the configuration, without its prefix `memory_`."""
 
 
-def check_options(counts: dict[str, int], steps: dict[str, float], words: dict[str, str]) -> None:
-    """Raises ValueError for a count below 1, a step outside (0, 1], a word that is none of its option's, and a start
-    that needs convolutions where there are none."""
+def check_options(*, counts: dict[str, int], rates: dict[str, float], words: dict[str, str]) -> None:
+    """Raises ValueError for a count below 1, a rate outside (0, 1], a word that its option does not know, and an
+    associative start without convolutions."""
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    for name, step in steps.items():
-        if not 0 < step <= 1:
-            raise ValueError(f"{name} must be in (0, 1], got {step}")
+    for name, rate in rates.items():
+        if not 0 < rate <= 1:
+            raise ValueError(f"{name} must be in (0, 1], got {rate}")
     for name, word in words.items():
         if word not in _WORDS[name]:
             raise ValueError(f"{name} must be one of {', '.join(_WORDS[name])}, got {word!r}")

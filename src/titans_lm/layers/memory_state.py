@@ -1,48 +1,129 @@
-"""What a `NeuralMemory` carries from call to call, and how it goes on."""
+"""What goes in and out of a `NeuralMemory`: its state, M_0 and its outputs; and how a call advances the state."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from titans_lm.ops import MemoryState, gather_tokens
+from titans_lm.ops import MemoryState, Surprise, gather_tokens
+from titans_lm.utils.deprecation import RenamedAttribute, renamed
+
+__getattr__ = renamed(
+    __name__,
+    {"last_input": "next_prev_input", "gates_of_chunks": "chunk_gates", "FirstWeights": "InitialMemory"},
+)
 
 
 class NeuralMemoryState(NamedTuple):
-    """What a `NeuralMemory` carries from call to call: constant size, whatever was read."""
+    """What a `NeuralMemory` carries from call to call. Its size does not depend on the number of tokens.
+
+    The layer's options decide which fields are None; a state that does not fit them raises.
+    """
 
     memory: MemoryState
-    tails: tuple[Float[Tensor, "B R I"], ...]
-    """For q, k, v: the last projected inputs, `R` = conv_size - 1 of them, that the convolutions still see."""
-    last: Float[Tensor, "B D"] | None = None
-    """The last input, from which the next is predicted, where there is a predictor."""
+    conv_state: tuple[Float[Tensor, "B R I"], ...]
+    """For q, k and v: the last R = conv_size - 1 projected inputs, which the convolutions still need."""
+    prev_input: Float[Tensor, "B D"] | None = None
+    """The last input, from which a predictor predicts the next; None without a predictor."""
     gates: Float[Tensor, "B H 3"] | None = None
-    """theta, eta and alpha of the current chunk, where they are a chunk's."""
+    """theta, eta and alpha of the current chunk, where gates belong to a chunk; None where they belong to a token."""
 
     def detach(self) -> "NeuralMemoryState":
-        """The same memory without its history of gradients: what the next training step goes on from."""
-        last, gates = (None if x is None else x.detach() for x in (self.last, self.gates))
-        return NeuralMemoryState(self.memory.detach(), tuple(t.detach() for t in self.tails), last, gates)
+        """The same state, cut off from the autograd graph: truncated BPTT continues from it."""
+        prev_input, gates = (None if x is None else x.detach() for x in (self.prev_input, self.gates))
+        return NeuralMemoryState(self.memory.detach(), tuple(t.detach() for t in self.conv_state), prev_input, gates)
 
 
-def last_input(x: Tensor, last: Tensor | None, present: Tensor | None) -> Tensor | None:
-    """The last input of each row, `[B, D]`, `last` where there is none among x."""
-    if last is None or x.shape[1] == 0:
-        return last
-    if present is None:
+for _old, _new in {"tails": "conv_state", "last": "prev_input"}.items():
+    setattr(NeuralMemoryState, _old, RenamedAttribute(_old, _new))
+
+
+class ProjectedQueries(NamedTuple):
+    """The part of a retrieval that does not depend on the memory's weights, for tokens `[B, T]`."""
+
+    q: Float[Tensor, "B T H K"]
+    gate: Float[Tensor, "B T I"]
+    """The output gate before its sigmoid."""
+
+
+class NeuralMemoryOutput(NamedTuple):
+    """What one pass over tokens returns."""
+
+    y: Tensor
+    """`[B, T, D]`; of `scan`, each head's retrieval `[B, T, H, V]` before `project_output`."""
+    state: NeuralMemoryState
+    surprise: Surprise | None
+    """None where it was not asked for."""
+
+
+class InitialMemory(nn.ParameterList):
+    """M_0: the layers of it that are learned."""
+
+    __call__ = nn.Module.__call__  # a ParameterList refuses
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002 - wrappers of modules pass an input on
+        """A copy, because a state outlives the weights that FSDP gathers for a call."""
+        return tuple(weight.clone() for weight in self)
+
+
+class StateShapes(NamedTuple):
+    """The shapes of a layer's state, without the rows; None for a field that the layer does not have."""
+
+    weights: Sequence[tuple[int, ...]]
+    conv_state: tuple[int, int]
+    prev_input: tuple[int] | None
+    gates: tuple[int, int] | None
+
+    def first(self, memory: MemoryState, like: Tensor) -> NeuralMemoryState:
+        """The state of a memory that has read no token, on the device of `like`, in its dtype (gates in float32 or
+        float64)."""
+        wide, batch = like if like.dtype == torch.float64 else like.float(), len(memory.position)
+        conv_state = tuple(like.new_zeros(batch, *self.conv_state) for _ in "qkv")
+        prev_input = None if self.prev_input is None else like.new_zeros(batch, *self.prev_input)
+        gates = None if self.gates is None else wide.new_zeros(batch, *self.gates)
+        return NeuralMemoryState(memory, conv_state, prev_input, gates)
+
+    def check(self, state: NeuralMemoryState, rows: int) -> None:
+        """Raises ValueError for a state of another layer, or of another number of rows."""
+        for name, tensors in zip(("anchor", "weights", "momentum"), state.memory[:3], strict=True):
+            _check(f"memory.{name}", [tuple(t.shape) for t in tensors], [(rows, *shape) for shape in self.weights])
+        _check("conv_state", [tuple(t.shape) for t in state.conv_state], [(rows, *self.conv_state)] * 3)
+        for name, tensor, shape in zip(("prev_input", "gates"), state[2:], self[2:], strict=True):
+            found = None if tensor is None else tuple(tensor.shape)
+            _check(name, found, None if shape is None else (rows, *shape))
+
+
+def _check(name: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise ValueError(f"the state does not fit this memory: its {name} is {found}, expected {expected}")
+
+
+def next_prev_input(
+    x: Float[Tensor, "B T D"], prev_input: Float[Tensor, "B D"], valid: Tensor | None
+) -> Float[Tensor, "B D"]:
+    """The last valid input of each row of x, or `prev_input` in a row without one."""
+    if x.shape[1] == 0:
+        return prev_input
+    if valid is None:
         return x[:, -1].detach()
-    return gather_tokens(torch.cat([last[:, None].to(x.dtype), x.detach()], 1), present.sum(1)[:, None])[:, 0]
+    inputs = torch.cat([prev_input[:, None].to(x.dtype), x.detach()], 1)
+    return gather_tokens(inputs, valid.sum(1)[:, None])[:, 0]
 
 
-def gates_of_chunks(
-    gates: tuple[Tensor, ...], held: Tensor, position: Tensor, size: int, present: Tensor | None
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """For each token the gates of its chunk's first token, `held` `[B, H, 3]` where that was read before; and what is
-    held after. `position` `[B]` in the current chunk of `size` tokens."""
-    own = torch.cat([held[:, None], torch.stack(gates, -1)], 1)  # [B, 1 + T, H, 3]
+def chunk_gates(
+    gates: tuple[Tensor, Tensor, Tensor], current: Tensor, position: Tensor, size: int, valid: Tensor | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """For each token the gates of its chunk's first token, and the gates of the chunk that is current afterwards.
+
+    `gates` are each token's own theta, eta and alpha, `[B, T, H]`. `current` `[B, H, 3]` are the gates of the chunk
+    that an earlier call began. `position` `[B]` counts the tokens in that chunk of `size` tokens.
+    """
+    own = torch.cat([current[:, None], torch.stack(gates, -1)], 1)  # [B, 1 + T, H, 3]
     token = torch.arange(gates[0].shape[1], device=position.device)
-    first = token - (position[:, None] + token) % size  # [B, T], below 0 where it was read before
-    of_chunks = torch.cat([held[:, None], gather_tokens(own, (first + 1).clamp(min=0))], 1)
-    read = torch.full_like(position, len(token)) if present is None else present.sum(1)
-    return of_chunks[:, 1:].unbind(-1), gather_tokens(of_chunks, read[:, None])[:, 0]
+    first = token - (position[:, None] + token) % size  # [B, T], negative where an earlier call has read it
+    of_chunks = torch.cat([current[:, None], gather_tokens(own, (first + 1).clamp(min=0))], 1)
+    count = torch.full_like(position, len(token)) if valid is None else valid.sum(1)
+    theta, eta, alpha = of_chunks[:, 1:].unbind(-1)
+    return (theta, eta, alpha), gather_tokens(of_chunks, count[:, None])[:, 0]

@@ -1,10 +1,8 @@
-"""The neural long-term memory as a layer: projections, convolutions, gates, norm around `ops.memory_scan`."""
+"""The neural long-term memory as a layer: projections, convolutions, gates and norm around `ops.memory_scan`."""
 
-import contextlib
 import itertools
 import math
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +10,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from titans_lm.layers.associative import start_associative
-from titans_lm.layers.called import at_home, in_steps, is_plain
-from titans_lm.layers.checkpointing import recomputed
-from titans_lm.layers.features import FirstWeights, ShortConvolution, features
-from titans_lm.layers.memory_options import check_options
-from titans_lm.layers.memory_state import NeuralMemoryState, gates_of_chunks, last_input
-from titans_lm.layers.predictor import Predictor, TrainAlong
+from titans_lm.layers.bypass import is_bypassed
+from titans_lm.layers.checkpointing import checkpointed
+from titans_lm.layers.memory_options import RENAMED, check_options
+from titans_lm.layers.memory_state import (
+    InitialMemory,
+    NeuralMemoryOutput,
+    NeuralMemoryState,
+    ProjectedQueries,
+    StateShapes,
+    chunk_gates,
+    next_prev_input,
+)
+from titans_lm.layers.module_call import as_call, empty_like_weights, is_plain_linear, routes_methods
+from titans_lm.layers.predictor import AuxiliaryLoss, Predictor
+from titans_lm.layers.short_conv import ShortConvolution, qkv_features
 from titans_lm.ops import (
     Activation,
     Backend,
@@ -32,70 +39,67 @@ from titans_lm.ops import (
     retrieve,
     undo_left_align,
 )
+from titans_lm.utils.deprecation import RenamedAttribute, renamed, renamed_arguments
 
-KEPT_BYTES = 128 * 2**20
-"""What a call may keep for its backward pass (`ops.memory_scan`): a model has many layers."""
+MAX_SAVED_BYTES = 128 * 2**20
+"""What a scan may save for its backward pass (see `ops.memory_scan`). It is small because a model has many layers."""
 LONGEST_MOMENTUM = 256
-"""Tokens that momentum spans at most before training."""
+"""The momentum spans at most this many tokens before training."""
 
-
-class Queries(NamedTuple):
-    """All of a reading that does not depend on what the memory knows, of tokens `[B, T]`."""
-
-    q: Float[Tensor, "B T H K"]
-    gate: Float[Tensor, "B T I"]
-    """Of the output, before its sigmoid."""
+__getattr__ = renamed(__name__, {"Queries": "ProjectedQueries", "KEPT_BYTES": "MAX_SAVED_BYTES"})
 
 
 class NeuralMemory(nn.Module):
-    """A layer whose memory is a small network per head that learns while it reads (arXiv:2501.00663, section 3).
+    """A layer whose memory is a small network per head that learns at test time (arXiv:2501.00663, section 3).
 
-        y, state = memory(x, state)        # x, y [B, T, D]; state None begins; write, then read, token by token
-        y = memory.retrieve(x, state)      # read only, changes nothing
+        y, state = memory(x, state)        # x, y [B, T, D]; state None: a new one; each token is written, then read
+        y = memory.retrieve(x, state)      # reads only, and returns no state
 
     Args:
         dim: model width D.
-        heads: memory heads; each has its own memory of width `head_dim` (default D / heads).
-        depth: layers of the memory, L >= 1. One is a matrix; two or more remember what no matrix can.
-        hidden: width between those layers (default 4 x head_dim).
-        chunk_size: tokens C whose gradients are taken at the same weights. 1: the paper to the letter; more: faster.
-        theta_max: upper bound of the step, in (0, 1].
-        theta_start: where the step begins, in (0, 1], at most half of its bound. Small, whatever that is: who begins by
-            writing little learns what to write; who begins by writing much has to learn what not to.
-        form: "residual", M(k) = k + norm(MLP(k)), the default because it stays finite; or the paper's "plain" MLP.
-        clip: bound of each token's output gradient (see `ops.MemoryForm`); None: unbounded.
+        num_heads: memory heads. Each has a memory of its own, of width `head_dim` (default D / num_heads).
+        layers: depth L of the memory, at least 1. One layer is a matrix; two or more store what no matrix can.
+        memory_dim: width between those layers (default 4 x head_dim).
+        chunk_size: tokens C whose gradients are taken at the same weights, the inner-loop mini-batch. 1 is the paper to
+            the letter; a larger chunk is faster.
+        lr: upper bound of the step theta, in (0, 1].
+        lr_start: the step before training, in (0, 1], at most half of its bound. A small one is best whatever the
+            bound is: a layer that writes little at first learns what to write.
+        form: "residual", M(k) = k + norm(MLP(k)), which stays finite; or the paper's "plain" MLP.
+        clip: bound of each token's gradient at the memory's output (see `ops.MemoryForm`); None: no bound.
         momentum, forgetting: False fixes eta or alpha at 0.
-        gates_of: theta, eta and alpha are those of each "token"; or of each "chunk", its first token's (section 3.2 has
-            them constant in a chunk; a mean over it would tell a token of later ones).
-        alpha_bias: where forgetting begins, before the sigmoid: -5 forgets over some 150 tokens, -8 over 3,000. What a
-            memory does after the length at which it settles was trained only if that is below a training sequence's.
-        conv_size: width of the causal convolutions on q, k, v; 1: none.
-        init: "learned": M_0 is a parameter. "zero": M_0(k) = 0, its last layer starts at 0.
-        start: where projections and convolutions begin: "associative", as a memory of what followed what, which learns
-            in context from its first step (`associative`); "random", each by itself, as linear layers and convolutions
-            usually do; "auto": associative where there are convolutions, which it needs.
-        lags: of an associative start, how many tokens a key looks at, each in a group of channels; at most
-            conv_size - 1 are.
-        threshold: tokens whose surprise is not above it are not written (None: all are); a chunk in which none is takes
-            less time, where no gradients are asked for.
-        threshold_on: which surprise that is: the "reconstruction" loss || M(k) - v ||^2 of each head, or the error of a
-            "prediction" of the input from the one before it, by a linear map that is learned along.
+        gates_of: each "token" has its own theta, eta and alpha; or each "chunk" has those of its first token (section
+            3.2 makes them constant in a chunk; their mean over it would depend on later tokens).
+        alpha_bias: forgetting before training, before the sigmoid: -5 forgets over some 150 tokens, -8 over 3,000.
+            Training covers the memory's settled behaviour only if that length is below a training sequence's.
+        conv_size: width of the causal convolutions on q, k and v; 1: no convolutions.
+        init: "learned": M_0 is a parameter. "zero": M_0(k) = 0, because its last layer starts at 0.
+        start: how projections and convolutions start. "associative": as a memory of what follows what, which learns in
+            context from its first step (`associative`). "random": each on its own, as linear layers and convolutions
+            usually do. "auto": associative if there are convolutions, which it needs.
+        lags: how many tokens back the keys of an associative start look, one group of channels for each; at most
+            conv_size - 1.
+        surprise_threshold: only tokens with a larger surprise are written (None: all are). Without gradients, a chunk
+            with no such token is skipped, which saves time.
+        surprise_threshold_on: the surprise that is compared: the "reconstruction" loss || M(k) - v ||^2 of each head,
+            or the error of a learned "prediction" of the input from the one before it.
         backend: see `ops.memory_scan`.
 
     Raises ValueError for values outside these ranges.
     """
 
+    @renamed_arguments(RENAMED)
     def __init__(
         self,
         dim: int,
-        heads: int,
+        num_heads: int,
         *,
         head_dim: int | None = None,
-        depth: int = 2,
-        hidden: int | None = None,
+        layers: int = 2,
+        memory_dim: int | None = None,
         chunk_size: int = 16,
-        theta_max: float = 0.1,
-        theta_start: float = 0.01,
+        lr: float = 0.1,
+        lr_start: float = 0.01,
         form: Literal["residual", "plain"] = "residual",
         activation: Activation = "silu",
         clip: float | None = 1.0,
@@ -107,274 +111,287 @@ class NeuralMemory(nn.Module):
         init: Literal["learned", "zero"] = "learned",
         start: Literal["auto", "associative", "random"] = "auto",
         lags: int = 4,
-        threshold: float | None = None,
-        threshold_on: Literal["reconstruction", "prediction"] = "reconstruction",
+        surprise_threshold: float | None = None,
+        surprise_threshold_on: Literal["reconstruction", "prediction"] = "reconstruction",
         backend: Backend = "auto",
     ):
         super().__init__()
-        head_dim = dim // max(heads, 1) if head_dim is None else head_dim
-        hidden = 4 * head_dim if hidden is None else hidden
-        counts = {"dim": dim, "heads": heads, "head_dim": head_dim, "depth": depth, "hidden": hidden,
-                  "chunk_size": chunk_size, "conv_size": conv_size, "lags": lags}  # fmt: skip
-        steps = {"theta_max": theta_max, "theta_start": theta_start}
-        words: dict[str, str] = {
-            "form": form,
-            "init": init,
-            "start": start,
-            "threshold_on": threshold_on,
-            "gates_of": gates_of,
-        }
-        check_options(counts, steps, words)
-        self.dim, self.heads, self.head_dim = dim, heads, head_dim
-        self.chunk_size, self.clip, self.threshold = chunk_size, clip, threshold
-        self.theta_max, self.theta_start = theta_max, theta_start
-        self.activation, self.backend = activation, backend
-        self.alpha_bias, self.gates_of = alpha_bias, gates_of
-        self.start, self.lags = start, lags
-        self.kept_bytes = KEPT_BYTES
-        self.off = False  # see `memory_off`
-        inner = heads * self.head_dim
-        self.q_proj = nn.Linear(dim, inner, bias=False)
-        self.k_proj = nn.Linear(dim, inner, bias=False)
-        self.v_proj = nn.Linear(dim, inner, bias=False)
+        head_dim = dim // max(num_heads, 1) if head_dim is None else head_dim
+        memory_dim = 4 * head_dim if memory_dim is None else memory_dim
+        check_options(
+            counts={"dim": dim, "num_heads": num_heads, "head_dim": head_dim, "layers": layers, "lags": lags,
+                    "memory_dim": memory_dim, "chunk_size": chunk_size, "conv_size": conv_size},
+            rates={"lr": lr, "lr_start": lr_start},
+            words={"form": form, "init": init, "start": start, "gates_of": gates_of,
+                   "surprise_threshold_on": surprise_threshold_on},
+        )  # fmt: skip
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, head_dim
+        self.chunk_size, self.lr, self.lr_start, self.clip, self.backend = chunk_size, lr, lr_start, clip, backend
+        self.activation, self.surprise_threshold = activation, surprise_threshold
+        self.alpha_bias, self.gates_of, self.start, self.lags = alpha_bias, gates_of, start, lags
+        self._add_projections(conv_size, momentum, forgetting)
+        self._add_memory([head_dim] + [memory_dim] * (layers - 1) + [head_dim], form, init, surprise_threshold_on)
+        self.reset_parameters()
+
+    def _add_projections(self, conv_size: int, momentum: bool, forgetting: bool) -> None:
+        """Projections, convolutions, gates and output."""
+        dim, inner = self.dim, self.num_heads * self.head_dim
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, inner, bias=False) for _ in "qkv")
         self.convs = nn.ModuleList(ShortConvolution(inner, conv_size) for _ in "qkv") if conv_size > 1 else None
-        self.tail_shape = (conv_size - 1, inner)
-        self.theta = nn.Linear(dim, heads)
-        self.eta = nn.Linear(dim, heads) if momentum else None
-        self.alpha = nn.Linear(dim, heads) if forgetting else None
+        self.theta = nn.Linear(dim, self.num_heads)
+        self.eta = nn.Linear(dim, self.num_heads) if momentum else None
+        self.alpha = nn.Linear(dim, self.num_heads) if forgetting else None
         self.output_gate = nn.Linear(dim, inner, bias=False)
         self.output_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
         self.o_proj = nn.Linear(inner, dim, bias=False)
-        widths = [self.head_dim] + [hidden] * (depth - 1) + [self.head_dim]
-        self.shapes = [(heads, i, o) for i, o in itertools.pairwise(widths)]
+        self._conv_shape = (conv_size - 1, inner)
+
+    def _add_memory(self, widths: list[int], form: str, init: str, surprise_threshold_on: str) -> None:
+        """M_0, the norm of a residual memory, the predictor, and the shapes of the state."""
+        self.shapes = [(self.num_heads, i, o) for i, o in itertools.pairwise(widths)]
+        self.predictor = Predictor(self.dim) if surprise_threshold_on == "prediction" else None
         learned = self.shapes if init == "learned" else self.shapes[:-1]
-        self.predictor = Predictor(dim) if threshold_on == "prediction" else None
-        self.initial_memory = FirstWeights(nn.Parameter(torch.empty(s)) for s in learned)
-        norm = torch.empty(heads, self.head_dim) if form == "residual" else None
+        self.initial_memory = InitialMemory(nn.Parameter(torch.empty(s)) for s in learned)
+        norm = torch.empty(self.num_heads, self.head_dim) if form == "residual" else None
         self.norm_weight = None if norm is None else nn.Parameter(norm)
         self.norm_bias = None if norm is None else nn.Parameter(norm.clone())
-        self.reset_parameters()
+        prev_input = None if self.predictor is None else (self.dim,)
+        gates = None if self.gates_of == "token" else (self.num_heads, 3)
+        self._state_shapes = StateShapes(self.shapes, self._conv_shape, prev_input, gates)
 
     def reset_parameters(self) -> None:
-        """Set what is the memory's own: M_0, the convolutions, where the gates begin, the norm; projections for
-        an associative start.
+        """Initialise M_0, the convolutions, the gates' biases and the norm; for an associative start also the
+        projections.
 
-        Each layer of M_0 keeps the scale of what goes through it. Keys have length 1, not 1 in each channel: the first
-        of several layers makes them large enough to be bent by its activation, and so to differ.
+        Each layer of M_0 preserves the scale of its input. Keys have length 1, not 1 in each channel, so the first of
+        several layers enlarges them: the activation then bends them, and they differ.
         """
         for layer, w in enumerate(self.initial_memory):
             nn.init.normal_(w, std=1.0 if layer == 0 and len(self.shapes) > 1 else w.shape[1] ** -0.5)
-        part = min(self.theta_start / self.theta_max, 0.5)
-        nn.init.constant_(self.theta.bias, math.log(part / (1 - part)))
-        if self.eta is not None:  # momentum begins to span about a chunk: 1 / (1 - eta) = C
+        share = min(self.lr_start / self.lr, 0.5)
+        nn.init.constant_(self.theta.bias, math.log(share / (1 - share)))
+        if self.eta is not None:  # the momentum spans about a chunk: 1 / (1 - eta) = C
             nn.init.constant_(self.eta.bias, math.log(min(max(self.chunk_size, 2), LONGEST_MOMENTUM) - 1))
         if self.alpha is not None:
             nn.init.constant_(self.alpha.bias, self.alpha_bias)
         if self.norm_weight is not None and self.norm_bias is not None:
             nn.init.ones_(self.norm_weight)
             nn.init.zeros_(self.norm_bias)
-        convs = [] if self.convs is None else [conv for conv in self.convs if isinstance(conv, ShortConvolution)]
+        convs = [conv for conv in self.convs or () if isinstance(conv, ShortConvolution)]
         for conv in convs:
             conv.reset_parameters()
         if self.start != "random" and convs:
-            filters = [conv.weight for conv in convs]
-            projections = (self.q_proj, self.k_proj, self.v_proj)
-            start_associative(projections, filters, self.heads, self.lags, scale_values=self.norm_weight is not None)
+            projections, filters = (self.q_proj, self.k_proj, self.v_proj), [conv.weight for conv in convs]
+            start_associative(projections, filters, self.num_heads, self.lags, self.norm_weight is not None)
+
+    # ---------------------------------------------------------------------------------------------- state
 
     def initial_state(self, batch: int) -> NeuralMemoryState:
-        """A memory that has read nothing, for `batch` rows; gradients flow back to the learned M_0."""
-        return self(batch, at_home(self), step="begin")
+        """The state before the first token, for `batch` rows. Gradients flow back to the learned M_0."""
+        return self.initial_state_like(batch, empty_like_weights(self))
 
-    def empty_state(self, batch: int, like: Tensor) -> NeuralMemoryState:
-        """`initial_state` with 0 in place of M_0, with the device and dtype (float32 at least) of `like`."""
-        wide = like if like.dtype == torch.float64 else like.float()
-        zeros = tuple(wide.new_zeros(batch, *shape) for shape in self.shapes)
-        memory = MemoryState(zeros, zeros, zeros, torch.zeros(batch, dtype=torch.long, device=like.device))
-        return NeuralMemoryState(memory, *self._nothing_read(batch, like))
-
-    def _begin(self, batch: int, like: Tensor) -> NeuralMemoryState:
+    def _initial_state(self, batch: int, like: Tensor) -> NeuralMemoryState:
+        """`initial_state` on the device of `like`, in its dtype (the memory in float32 or float64)."""
         wide = like if like.dtype == torch.float64 else like.float()
         learned = self.initial_memory(like)
         zero = tuple(wide.new_zeros(shape) for shape in self.shapes[len(learned) :])
-        return NeuralMemoryState(initial_state(learned + zero, batch), *self._nothing_read(batch, like))
+        return self._state_shapes.first(initial_state(learned + zero, batch), like)
 
-    def _nothing_read(self, batch: int, like: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
-        """The tails, the last input and the gates of a chunk."""
+    initial_state_like = as_call(_initial_state)
+
+    def empty_state(self, batch: int, like: Tensor) -> NeuralMemoryState:
+        """`initial_state_like` with 0 in place of M_0. It uses no weights."""
         wide = like if like.dtype == torch.float64 else like.float()
-        last = None if self.predictor is None else like.new_zeros(batch, self.dim)
-        gates = None if self.gates_of == "token" else wide.new_zeros(batch, self.heads, 3)
-        return tuple(like.new_zeros(batch, *self.tail_shape) for _ in "qkv"), last, gates
+        zeros = tuple(wide.new_zeros(batch, *shape) for shape in self.shapes)
+        position = torch.zeros(batch, dtype=torch.long, device=like.device)
+        return self._state_shapes.first(MemoryState(zeros, zeros, zeros, position), like)
 
-    @in_steps
+    # ---------------------------------------------------------------------------------------------- forward
+
+    @overload
+    def forward(
+        self, x: Tensor, state: NeuralMemoryState | None = ..., mask: Tensor | None = ..., *, update: bool = ...,
+        surprise: Literal[False] = ...,
+    ) -> tuple[Tensor, NeuralMemoryState]: ...  # fmt: skip
+    @overload
+    def forward(
+        self, x: Tensor, state: NeuralMemoryState | None = ..., mask: Tensor | None = ..., *, update: bool = ...,
+        surprise: Literal[True],
+    ) -> tuple[Tensor, NeuralMemoryState, Surprise]: ...  # fmt: skip
+    @routes_methods
     def forward(
         self,
         x: Float[Tensor, "B T D"],
         state: NeuralMemoryState | None = None,
         mask: Bool[Tensor, "B T"] | None = None,
         *,
+        update: bool = True,
         surprise: bool = False,
     ) -> tuple[Float[Tensor, "B T D"], NeuralMemoryState] | tuple[Float[Tensor, "B T D"], NeuralMemoryState, Surprise]:
-        """Write each token, then read the memory as it is after it (eqs. 10 to 15). T >= 0; cut anywhere.
+        """Write each token, then read the memory as it is after it (eqs. 10 to 15). T >= 0; calls may be cut anywhere.
 
-        `mask` is False at padding, which leaves no trace; y is 0 there. With `surprise=True` a `Surprise`
-        (`loss` and `gradient_norm`, each `[B, T, H]`) is returned as well.
+        `mask` is False at padding, which changes no state and whose y is 0. `update=False` reads without writing: the
+        state moves on to the next token, its memory does not change. `surprise=True` returns a `Surprise` as well
+        (`loss` and `gradient_norm`, each `[B, T, H]`). Raises ValueError for a mask or a state that does not fit, and
+        for `surprise` without `update`.
         """
-        state = self._begin(len(x), x) if state is None else state
-        if mask is not None:
-            if mask.shape != x.shape[:2]:
-                raise ValueError(f"mask must be [B, T] = {list(x.shape[:2])}, got {list(mask.shape)}")
-            x = masked_zero(x, mask)
-        if mask is not None and not _is_aligned(mask):
-            order, length = left_align(mask)
-            aligned = torch.arange(x.shape[1], device=x.device) < length[:, None]
-            x = gather_tokens(x, order)
-            y, state, *seen = self._write(x, state, aligned, surprise)
-            y = undo_left_align(self._output(x, y), mask)
-            seen = [Surprise(*(undo_left_align(part, mask) for part in s)) for s in seen]
+        if mask is not None and mask.shape != x.shape[:2]:
+            raise ValueError(f"mask must be [B, T] = {list(x.shape[:2])}, got {list(mask.shape)}")
+        state = self._initial_state(len(x), x) if state is None else state
+        options = {"update": update, "surprise": surprise, "bypass": is_bypassed(self)}
+        x = x if mask is None else masked_zero(x, mask)
+        if mask is None or not bool((mask[:, 1:] & ~mask[:, :-1]).any()):  # left-aligned
+            out = self._forward_aligned(x, state, mask, **options)
+            y, found = out.y if mask is None else masked_zero(out.y, mask), out.surprise
         else:
-            y, state, *seen = self._write(x, state, mask, surprise)
-            y = self._output(x, y)
-            y = y if mask is None else masked_zero(y, mask)
-        return (y, state, *seen)
+            order, length = left_align(mask)
+            valid = torch.arange(x.shape[1], device=x.device) < length[:, None]
+            out = self._forward_aligned(gather_tokens(x, order), state, valid, **options)
+            y, found = undo_left_align(out.y, mask), out.surprise
+            found = None if found is None else Surprise(*(undo_left_align(part, mask) for part in found))
+        return (y, out.state) if found is None else (y, out.state, found)
 
+    @as_call
     def retrieve(self, x: Float[Tensor, "B T D"], state: NeuralMemoryState) -> Float[Tensor, "B T D"]:
-        """Read the memory with the queries of `x`, the stream's next tokens: nothing is written (eq. 15)."""
-        return self(x, state, step="retrieve")
+        """Read the memory with the queries of `x`, the stream's next tokens, without writing (eq. 15)."""
+        self._state_shapes.check(state, len(x))
+        queries, _ = self._project_queries(x, state.conv_state[0], None)
+        return self._retrieve_projected(queries, state.memory.weights, bypass=is_bypassed(self))
 
-    def frozen(
-        self, x: Float[Tensor, "B T D"], state: NeuralMemoryState, present: Bool[Tensor, "B T"] | None
-    ) -> tuple[Float[Tensor, "B T D"], NeuralMemoryState]:
-        """As `forward`, but the memory is only read: the stream goes on, and leaves no trace in the weights."""
-        x = x if present is None else masked_zero(x, present)
-        return self(x, state, present, frozen=True, surprise=False, step="remember")[:2]
+    # ------------------------------- parts of `forward`, for blocks. `valid` is True for each row's first tokens. Each
+    # public one is a call of the module, with its hooks.
 
-    # ------------------------------------ steps (see `called`): blocks take a forward pass apart, or into many segments
+    def _project_queries(self, x: Tensor, conv_state: Tensor, valid: Tensor | None) -> tuple[ProjectedQueries, Tensor]:
+        """The queries of any number of tokens, after the queries' `conv_state`; and the `conv_state` after them."""
+        (q,), (conv_state,) = self._features(x, (conv_state,), valid)
+        return ProjectedQueries(q, self.output_gate(x)), conv_state
 
-    def _retrieve(self, x: Tensor, state: NeuralMemoryState) -> Tensor:
-        return self._answers(self._queries(x, state.tails[0], None)[0], state.memory.weights)
+    project_queries = as_call(_project_queries)
 
-    def _queries(self, x: Tensor, tail: Tensor, present: Tensor | None) -> tuple[Queries, Tensor]:
-        """Going on from the queries' `tail`, for any number of tokens at once; `present` is True for each row's first
-        tokens."""
-        (q,), (tail,) = self._features(x, (tail,), present)
-        return Queries(q, self.output_gate(x)), tail
-
-    def _answers(self, queries: Queries, weights: tuple[Tensor, ...]) -> Float[Tensor, "B T D"]:
-        """What a memory of these `weights` says."""
-        if self.off:
+    def _retrieve_projected(
+        self, queries: ProjectedQueries, weights: tuple[Tensor, ...], *, bypass: bool = False
+    ) -> Float[Tensor, "B T D"]:
+        """Read a memory with these `weights`."""
+        if bypass:
             return queries.gate.new_zeros(*queries.gate.shape[:2], self.dim)
-        y = retrieve(queries.q, weights, self._form())
-        return recomputed(self._gated, y, queries.gate)
+        return checkpointed(self._gated_output, retrieve(queries.q, weights, self._form()), queries.gate)
 
-    def _remember(
-        self, x: Tensor, state: NeuralMemoryState, present: Tensor | None, frozen: bool, surprise: bool
-    ) -> tuple[Tensor, NeuralMemoryState, Surprise | None]:
-        """`_learn` and its `_output`."""
-        y, state, seen = self._learn(x, state, present, frozen, surprise)
-        return self._output(x, y), state, seen
+    retrieve_projected = as_call(_retrieve_projected)
 
-    def _learn(
-        self, x: Tensor, state: NeuralMemoryState, present: Tensor | None, frozen: bool, surprise: bool
-    ) -> tuple[Tensor, NeuralMemoryState, Surprise | None]:
-        """Written and read, or only read where the memory is `frozen`: what each token reads `[B, T, H, V]`."""
-        if frozen:
-            return *self._look(x, state, present), None
-        y, state, *seen = self._write(x, state, present, surprise)
-        return y, state, seen[0] if seen else None
+    def _forward_aligned(
+        self,
+        x: Tensor,
+        state: NeuralMemoryState,
+        valid: Tensor | None,
+        *,
+        update: bool = True,
+        surprise: bool = False,
+        bypass: bool = False,
+    ) -> NeuralMemoryOutput:
+        """`scan` and `project_output`."""
+        out = self._scan(x, state, valid, update=update, surprise=surprise, bypass=bypass)
+        return out._replace(y=self._project_output(x, out.y, bypass=bypass))
 
-    def _write(
-        self, x: Float[Tensor, "B T D"], state: NeuralMemoryState, present: Bool[Tensor, "B T"] | None, surprise: bool
-    ) -> tuple[Any, ...]:
-        """What each token reads `[B, T, H, V]`, the state, and if it is asked for the surprise; `present` is True for
-        each row's first tokens."""
-        if self.off:
-            y = x.new_zeros(*x.shape[:2], self.heads, self.head_dim)
-            return (y, state, Surprise(y[..., 0], y[..., 0])) if surprise else (y, state)
-        (q, k, v), tails = self._features(x, state.tails, present)
-        gates, held = self._gates(x), state.gates
-        if held is not None:
-            gates, held = gates_of_chunks(gates, held, state.memory.position, self.chunk_size, present)
-        theta, eta, alpha = gates
-        error = None if self.predictor is None or state.last is None else self.predictor(x, state.last)
-        if error is not None and self.threshold is not None:
-            theta = theta * (error.detach() > self.threshold)[..., None]
-        y, memory, *seen = memory_scan(
+    forward_aligned = as_call(_forward_aligned)
+
+    def _scan(
+        self,
+        x: Float[Tensor, "B T D"],
+        state: NeuralMemoryState,
+        valid: Bool[Tensor, "B T"] | None,
+        *,
+        update: bool = True,
+        surprise: bool = False,
+        bypass: bool = False,
+        max_saved_bytes: int = MAX_SAVED_BYTES,
+    ) -> NeuralMemoryOutput:
+        """Write each token and read after it, or only read (`update=False`): y `[B, T, H, V]`, one for each head.
+
+        `bypass` returns zeros and the state as it was."""
+        self._state_shapes.check(state, len(x))
+        if surprise and not update:
+            raise ValueError("surprise=True needs update=True: a token's surprise is measured as it is written")
+        if bypass:
+            y = x.new_zeros(*x.shape[:2], self.num_heads, self.head_dim)
+            return NeuralMemoryOutput(y, state, Surprise(y[..., 0], y[..., 0]) if surprise else None)
+        (q, k, v), conv_state = self._features(x, state.conv_state, valid)
+        prev_input = None if state.prev_input is None else next_prev_input(x, state.prev_input, valid)
+        if not update:
+            y = retrieve(q, state.memory.weights, self._form())
+            return NeuralMemoryOutput(y, NeuralMemoryState(state.memory, conv_state, prev_input, state.gates), None)
+        (theta, eta, alpha), gates = self._gates(x), state.gates
+        if gates is not None:
+            position = state.memory.position
+            (theta, eta, alpha), gates = chunk_gates((theta, eta, alpha), gates, position, self.chunk_size, valid)
+        error = None if self.predictor is None else self.predictor(x, state.prev_input)
+        if error is not None and self.surprise_threshold is not None:
+            theta = theta * (error.detach() > self.surprise_threshold)[..., None]
+        y, memory, *found = memory_scan(
             q, k, v, theta, eta, alpha, state.memory,
-            chunk_size=self.chunk_size, form=self._form(), mask=present, surprise=surprise, backend=self.backend,
-            max_saved_bytes=self.kept_bytes,
+            chunk_size=self.chunk_size, form=self._form(), mask=valid, surprise=surprise, backend=self.backend,
+            max_saved_bytes=max_saved_bytes,
         )  # fmt: skip
         if error is not None and y.requires_grad:
-            there = error if present is None else error * present
-            count = max(error.numel(), 1) if present is None else present.sum().clamp(min=1)
-            y = TrainAlong.apply(y, there.sum() / count)
-        return y, NeuralMemoryState(memory, tails, last_input(x, state.last, present), held), *seen
+            total = (error if valid is None else error * valid).sum()
+            y = AuxiliaryLoss.apply(y, total / (max(error.numel(), 1) if valid is None else valid.sum().clamp(min=1)))
+        state = NeuralMemoryState(memory, conv_state, prev_input, gates)
+        return NeuralMemoryOutput(y, state, found[0] if found else None)
 
-    def _look(self, x: Tensor, state: NeuralMemoryState, present: Tensor | None) -> tuple[Tensor, NeuralMemoryState]:
-        """As `_write`, of a memory that is frozen."""
-        (q, _, _), tails = self._features(x, state.tails, present)
-        y = retrieve(q, state.memory.weights, self._form())
-        return y, NeuralMemoryState(state.memory, tails, last_input(x, state.last, present), state.gates)
+    scan = as_call(_scan)
 
-    def _output(self, x: Float[Tensor, "B T D"], y: Float[Tensor, "B T H V"]) -> Float[Tensor, "B T D"]:
-        """Normalise what each head of x read, gate, project back to the model's width."""
-        if self.off:
+    def _project_output(
+        self, x: Float[Tensor, "B T D"], y: Float[Tensor, "B T H V"], *, bypass: bool = False
+    ) -> Float[Tensor, "B T D"]:
+        """Normalise each head's retrieval y, gate it by x, and project it back to the model's width."""
+        if bypass:
             return torch.zeros_like(x)
-        return recomputed(lambda x, y: self._gated(y, self.output_gate(x)), x, y)
+        return checkpointed(lambda x, y: self._gated_output(y, self.output_gate(x)), x, y)
 
-    # ---------------------------------------------------------------------------------------------- parts
+    project_output = as_call(_project_output)
+
+    # ---------------------------------------------------------------------------------------------- details
 
     def _features(
-        self, x: Tensor, tails: tuple[Tensor, ...], present: Tensor | None
+        self, x: Tensor, conv_state: tuple[Tensor, ...], valid: Tensor | None
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Eq. 11, convolution, SiLU, and the unit of q and k: q, k, v `[B, T, H, head_dim]`, or the first of them, as
-        many as there are `tails`; and the tails after."""
-        count, length = len(tails), x.shape[1]
+        """Eq. 11, convolution, SiLU, and unit length of q and k: q, k and v `[B, T, H, head_dim]`, or the first of
+        them, as many as `conv_state` has parts; and the `conv_state` after."""
+        count, length = len(conv_state), x.shape[1]
         y = torch.cat([project(x) for project in (self.q_proj, self.k_proj, self.v_proj)[:count]], -1)
-        past = torch.cat([torch.cat(tails, -1).to(y.dtype), y], 1)  # [B, R + T, count * I]
-        convs = () if self.convs is None else tuple(conv(x) for _, conv in zip(tails, self.convs, strict=False))
+        past = torch.cat([torch.cat(conv_state, -1).to(y.dtype), y], 1)  # [B, R + T, count * I]
+        convs = () if self.convs is None else tuple(conv(x) for _, conv in zip(conv_state, self.convs, strict=False))
         filters = torch.cat(convs) if convs else None
-        made = features(past, filters, self.heads, self.head_dim, compiled=self.backend in ("auto", "native"))
-        if present is None:
-            after = past[:, length:] if length == 1 else past[:, length:].clone()  # else a view of all of past
+        compiled = self.backend in ("auto", "native")
+        features = qkv_features(past, filters, self.num_heads, self.head_dim, compiled=compiled)
+        if valid is None:
+            after = past[:, length:] if length == 1 else past[:, length:].clone()  # a view would keep all of past
         else:
-            after = gather_tokens(past, present.sum(1)[:, None] + torch.arange(self.tail_shape[0], device=x.device))
-        return made, after.chunk(count, -1)
+            token = valid.sum(1)[:, None] + torch.arange(self._conv_shape[0], device=x.device)
+            after = gather_tokens(past, token)
+        return features, after.chunk(count, -1)
 
-    def _gates(self, x: Tensor) -> tuple[Tensor, ...]:
-        """theta, eta, alpha `[B, T, H]`, in float32 at least (section 3.2: functions of the token)."""
+    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """theta, eta and alpha `[B, T, H]`, in float32 or float64 (section 3.2: functions of the token)."""
         maps = [gate for gate in (self.theta, self.eta, self.alpha) if gate is not None]
-        if all(map(is_plain, maps)):  # few rows each: one product for all
+        if all(map(is_plain_linear, maps)):  # one product for all, because each has few rows
             z = F.linear(x, torch.cat([gate.weight for gate in maps]), torch.cat([gate.bias for gate in maps]))
         else:
             z = torch.cat([gate(x) for gate in maps], -1)
-        theta, *others = torch.sigmoid(z if z.dtype == torch.float64 else z.float()).split(self.heads, -1)
+        theta, *others = torch.sigmoid(z if z.dtype == torch.float64 else z.float()).split(self.num_heads, -1)
         eta, alpha = (torch.zeros_like(theta) if gate is None else others.pop(0) for gate in (self.eta, self.alpha))
-        return self.theta_max * theta, eta, alpha
+        return self.lr * theta, eta, alpha
 
     def _form(self) -> MemoryForm:
         norm = None if self.norm_weight is None or self.norm_bias is None else (self.norm_weight, self.norm_bias)
-        return MemoryForm(self.activation, norm, self.clip, self.threshold if self.predictor is None else None)
+        return MemoryForm(self.activation, norm, self.clip, self.surprise_threshold if self.predictor is None else None)
 
-    def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
+    def _gated_output(self, y: Tensor, gate: Tensor) -> Tensor:
         return self.o_proj(self.output_norm(y).flatten(-2) * torch.sigmoid(gate))
+
+    heads, threshold = RenamedAttribute("heads", "num_heads"), RenamedAttribute("threshold", "surprise_threshold")
+    theta_max, theta_start = RenamedAttribute("theta_max", "lr"), RenamedAttribute("theta_start", "lr_start")
 
 
 def memories(model: nn.Module) -> list[NeuralMemory]:
-    """All that the model has."""
+    """All memory layers of the model."""
     return [module for module in model.modules() if isinstance(module, NeuralMemory)]
-
-
-@contextlib.contextmanager
-def memory_off(model: nn.Module) -> Iterator[None]:
-    """Every memory of the model says 0 to whatever it is asked, writes nothing, and gets no gradient."""
-    try:
-        for memory in memories(model):
-            memory.off = True
-        yield
-    finally:
-        for memory in memories(model):
-            memory.off = False
-
-
-def _is_aligned(mask: Tensor) -> bool:
-    return not bool((mask[:, 1:] & ~mask[:, :-1]).any())

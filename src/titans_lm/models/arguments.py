@@ -1,28 +1,33 @@
-"""What a call of the model is given beside its tokens: each argument is obeyed, or refused by name."""
+"""Checks of the arguments of a model's `forward`: each one has its effect, or is refused by name."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from titans_lm.models.block_cache import BlockCache
 from titans_lm.models.cache import TitansState
 from titans_lm.models.configuration import unknown_key
 from titans_lm.models.packing import PACKED
+from titans_lm.utils.deprecation import renamed
+
+__getattr__ = renamed(__name__, {"hidden_states": "select_hidden_states"})
 
 FORWARD = (
     "input_ids", "attention_mask", "past_key_values", "inputs_embeds", "labels", "use_cache", "logits_to_keep",
     "output_surprise", "output_hidden_states", "position_ids", "return_dict", "num_items_in_batch", *PACKED,
 )  # fmt: skip
-"""The arguments that a model obeys."""
+"""The arguments that have an effect."""
 _OF_DECORATORS = ("debug_io", "debug_io_dir", "prune_layers")
-"""Those that transformers' `merge_with_config_defaults` obeys and passes on."""
+"""Arguments that transformers' `merge_with_config_defaults` handles and passes on."""
 
 
 def check_arguments(options: dict[str, Any], columns: int, tokens: int) -> None:
-    """`options` beside those that are obeyed, of a call with `tokens` columns after `columns` earlier ones.
+    """Check the other arguments, `options`, of a call with `tokens` columns after `columns` earlier ones.
 
-    Arguments pass that ask for nothing: None, and what is so anyway. Raises ValueError for all others.
+    An argument passes if it asks for nothing: None, or what the model does anyway. Raises ValueError for any other.
     """
     for key, value in options.items():
         if value is None or key in PACKED or key in _OF_DECORATORS:
@@ -37,11 +42,15 @@ def check_arguments(options: dict[str, Any], columns: int, tokens: int) -> None:
 _WITHOUT_EFFECT: dict[str, tuple[Callable[[Tensor, range], bool], str]] = {
     "output_attentions": (lambda x, _: not x.any(), "a Titans model does not return attention weights"),
     "output_router_logits": (lambda x, _: not x.any(), "a Titans model has no experts"),
-    "is_causal": (lambda x, _: bool(x.all()), "a memory reads forwards; a Titans model is always causal"),
+    "is_causal": (lambda x, _: bool(x.all()), "a Titans model is always causal"),
     "token_type_ids": (lambda x, _: not x.any(), "a Titans model has one type of tokens, 0"),
-    "cache_position": (lambda x, columns: x.tolist() == list(columns), "columns follow those that the state has read"),
+    "cache_position": (
+        lambda x, columns: x.tolist() == list(columns),
+        "columns continue those that the state has read",
+    ),
 }
-"""Arguments that may say what is so anyway: when they do, and why they cannot say anything else."""
+"""Arguments without an effect: the test of the values that describe what the model does anyway, and why it does no
+other."""
 
 
 def check_state(state: Any) -> TitansState:
@@ -53,17 +62,26 @@ def check_state(state: Any) -> TitansState:
     return state
 
 
+def check_caches(caches: list[BlockCache], expected: list[type[Any]]) -> None:
+    """Raises ValueError for the caches of a model of another variant or number of layers."""
+    found = [type(cache) for cache in caches]
+    if caches and found != expected:
+        wanted = f"{len(expected)} x {expected[0].__name__}"
+        got = " and ".join(f"{n} x {kind.__name__}" for kind, n in Counter(found).items())
+        raise ValueError(f"past_key_values belongs to another model: its layers are {got}, this model's are {wanted}")
+
+
 def embedded(embedding: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """`[B, T, D]`. Raises ValueError unless there is one of them."""
+    """The inputs as `[B, T, D]`. Raises ValueError unless exactly one of the two is given."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("pass input_ids or inputs_embeds, and not both")
     return embedding(input_ids) if inputs_embeds is None else inputs_embeds
 
 
 def token_mask(attention_mask: Tensor | None, x: Tensor, rows: int) -> Tensor | None:
-    """The part of the mask that is about x `[B, T, D]`, `[B, T]`, True where a token is there; None where all are."""
+    """The mask of x `[B, T, D]`: `[B, T]`, True at tokens; None if all are. A longer mask covers earlier tokens too."""
     if len(x) != rows:
-        raise ValueError(f"past_key_values remembers {rows} rows, the input has {len(x)}")
+        raise ValueError(f"past_key_values has {rows} rows, the input has {len(x)}")
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2 or len(attention_mask) != len(x) or attention_mask.shape[1] < x.shape[1]:
@@ -72,7 +90,7 @@ def token_mask(attention_mask: Tensor | None, x: Tensor, rows: int) -> Tensor | 
     odd = (mask != 0) & (mask != 1)
     if bool(odd.any()):
         raise ValueError(
-            f"attention_mask must be 0 or 1, got {mask[odd][0].item()}; documents of one row are told apart by "
+            f"attention_mask must be 0 or 1, got {mask[odd][0].item()}; separate the documents of one row by "
             f"position_ids, seq_idx or cu_seq_lens_q"
         )
     mask = mask.bool()
@@ -80,23 +98,25 @@ def token_mask(attention_mask: Tensor | None, x: Tensor, rows: int) -> Tensor | 
 
 
 def check_finite(x: Tensor, mask: Tensor | None) -> None:
-    """Raises ValueError where an embedding `[B, T, D]` of a token that is there has a nan or an infinity.
+    """Raises ValueError where the embedding `[B, T, D]` of a token that is not masked has a nan or an infinity.
 
-    Attention and memory compute many tokens in one product, in which what a token does not see is multiplied by 0: a
-    nan would reach the tokens before it as well.
+    Attention and memory compute many tokens in one product, where later tokens are multiplied by 0. A nan times 0 is
+    nan, so it would reach earlier tokens too.
     """
-    fine = x.isfinite().all(-1)
-    fine = fine if mask is None else fine | ~mask
-    if not bool(fine.all()):
-        row, column = (~fine).nonzero()[0].tolist()
+    finite = x.isfinite().all(-1)
+    finite = finite if mask is None else finite | ~mask
+    if not bool(finite.all()):
+        row, column = (~finite).nonzero()[0].tolist()
         raise ValueError(f"the embedding of row {row}, column {column} is not finite; a mask of 0 there hides it")
 
 
-def hidden_states(asked: bool | int | list[int] | None, states: list[Tensor]) -> tuple[Tensor | None, ...] | None:
-    """As `output_hidden_states` asks: all of them; those at some indices, else None; or none at all."""
-    if asked is None or asked is False:
+def select_hidden_states(
+    option: bool | int | list[int] | None, states: list[Tensor]
+) -> tuple[Tensor | None, ...] | None:
+    """What `output_hidden_states=option` returns: all of the states; those at some indices, else None; or None."""
+    if option is None or option is False:
         return None
-    if asked is True:
+    if option is True:
         return tuple(states)
-    chosen = {index % len(states) for index in ([asked] if isinstance(asked, int) else asked)}
+    chosen = {index % len(states) for index in ([option] if isinstance(option, int) else option)}
     return tuple(state if i in chosen else None for i, state in enumerate(states))

@@ -1,132 +1,132 @@
 """The architectures, side by side: how attention, memory and persistent tokens are joined (section 4 of the paper).
 
-Each block is x + branch(norm(x)), then x + MLP(norm(x)). What a block remembers goes in and out as a `LayerState`.
+Each block is x + branch(norm(x)), then x + MLP(norm(x)). Its cache goes in and out, as a type of its own per variant.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from titans_lm.layers.attention import Rotation, SegmentAttention, WindowAttention
-from titans_lm.layers.checkpointing import recomputed
-from titans_lm.layers.neural_memory import NeuralMemory, NeuralMemoryState, Queries
+from titans_lm.layers.attention import KeyValues, RotaryEmbedding, SegmentAttention, WindowAttention
+from titans_lm.layers.bypass import is_bypassed
+from titans_lm.layers.gating import ConvexGate, ProductGate, SwiGLU
+from titans_lm.layers.memory_state import NeuralMemoryOutput, NeuralMemoryState, ProjectedQueries
+from titans_lm.layers.neural_memory import NeuralMemory
+from titans_lm.models.block_cache import (
+    AttentionCache,
+    Cache,
+    LMMCache,
+    MACCache,
+    MAGCache,
+    MALCache,
+    SegmentSnapshot,
+    expand_rows,
+    restart_rows,
+)
 from titans_lm.models.configuration import TitansConfig
-from titans_lm.models.reading import LayerState, Reading, Retrieval, expand, start_rows
+from titans_lm.models.forward_context import ForwardContext
 from titans_lm.ops import Surprise, lay_out
+from titans_lm.utils.deprecation import renamed
 
-PIECE = 4096
-"""Tokens that a block reads at once where no gradients are asked for: enough to keep a processor busy."""
+PREFILL_TOKENS = 4096
+"""A block reads this many tokens at once where no gradients are computed: enough to keep a processor busy."""
+SEGMENT_SAVED_BYTES = 32 * 2**20
+"""What the scan of one MAC segment may save for its backward pass. It is small because a step scans many segments."""
 
-
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x))"""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden, bias=False)
-        self.up_proj = nn.Linear(dim, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return recomputed(lambda gate, up: self.down_proj(F.silu(gate) * up), self.gate_proj(x), self.up_proj(x))
+__getattr__ = renamed(__name__, {"PIECE": "PREFILL_TOKENS", "Ahead": "SegmentInputs"})
 
 
-class ProductGate(nn.Module):
-    """y (x) m: both sides normalised with learned weights, a sigmoid on the memory's side (eqs. 25, 28)."""
+class BlockOutput(NamedTuple, Generic[Cache]):
+    """What a block, or its branch, returns."""
 
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.y_norm, self.m_norm = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
-
-    def forward(self, y: Tensor, m: Tensor) -> Tensor:
-        return recomputed(lambda y, m: self.y_norm(y) * torch.sigmoid(self.m_norm(m)), y, m)
+    x: Tensor
+    cache: Cache
+    surprise: Surprise | None
+    """Of the memory, where it was asked for; None without a memory."""
 
 
-class ConvexGate(nn.Module):
-    """g * y + (1 - g) * m, g = sigmoid(W_g [y; m] + b_g)"""
+class TitansBlock(GradientCheckpointingLayer, Generic[Cache]):
+    """The parts that all variants share: the norm and residual around the branch, and the MLP after it.
 
-    def __init__(self, dim: int):
-        super().__init__()
-        self.mix = nn.Linear(2 * dim, dim)
-
-    def forward(self, y: Tensor, m: Tensor) -> Tensor:
-        g = torch.sigmoid(self.mix(torch.cat([y, m], -1)))
-        return g * y + (1 - g) * m
-
-
-class TitansBlock(GradientCheckpointingLayer):
-    """What all variants share: the norm and residual around the branch, and the MLP after it.
-
-    A variant says what its branch is (`branch`), and what it remembers before the first token (`initial_state`), which
-    is made within `forward`: only there are a block's weights sure to be there (see `called`).
+    A variant defines its `branch`, the type of its cache, and the cache before the first token, `initial_cache`.
+    `forward` makes that cache, because a block's weights are sure to be usable only in its call (see `module_call`).
     """
+
+    cache_type: type[Cache]
 
     def __init__(self, config: TitansConfig):
         super().__init__()
         dim, eps = config.hidden_size, config.rms_norm_eps
-        self.constant = config.variant != "attention" or config.window_size is not None
+        self.constant_size = config.variant != "attention" or config.window_size is not None
         self.norm = nn.RMSNorm(dim, eps=eps)
         self.mlp_norm = nn.RMSNorm(dim, eps=eps)
         self.mlp = SwiGLU(dim, config.intermediate_size)
-        self.prefix_size = config.num_persistent_tokens
-        self.persistent = nn.Parameter(torch.empty(self.prefix_size, dim)) if self.prefix_size else None
+        self.num_persistent = config.num_persistent_tokens
+        self.persistent = nn.Parameter(torch.empty(self.num_persistent, dim)) if self.num_persistent else None
 
-    def empty_state(self, batch: int, like: Tensor) -> LayerState:
-        """`initial_state` with 0 in place of what the weights say, of the dtype and on the device of `like`."""
+    def empty_cache(self, batch: int, like: Tensor) -> Cache:
+        """`initial_cache` with 0 in place of what depends on weights, of the dtype and on the device of `like`."""
         raise NotImplementedError
 
-    def initial_state(self, batch: int, like: Tensor) -> LayerState:
-        """What is remembered before the first token, on the device of `like`. Uses weights: within a call only."""
+    def initial_cache(self, batch: int, like: Tensor) -> Cache:
+        """The cache before the first token, on the device of `like`. It uses weights: call it within `forward`."""
         raise NotImplementedError
 
-    def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
-        """x `[B, T, D]`, the block's input -> what is added to it, what is remembered, how surprised the memory was."""
+    def branch(self, x: Tensor, cache: Cache, context: ForwardContext) -> BlockOutput[Cache]:
+        """x `[B, T, D]`, the block's input -> what is added to it, and the cache after these tokens."""
         raise NotImplementedError
 
-    def forward(
-        self, x: Tensor, state: LayerState | None, reading: Reading
-    ) -> tuple[Tensor, LayerState, Surprise | None]:
-        """`state` None: all rows begin."""
-        if state is None:
-            state = self.initial_state(len(x), x)
-        elif reading.fresh is not None:
-            state = start_rows(reading.fresh, self.initial_state(len(x), x), state)
-        if x.shape[1] > PIECE and self.constant and not torch.is_grad_enabled():
-            return self._in_pieces(x, state, reading)
-        return self._read(x, state, reading)
+    def forward(self, x: Tensor, cache: Cache | None, context: ForwardContext) -> BlockOutput[Cache]:
+        """x `[B, T, D]` -> the block's output and cache. `cache` None: all rows are at their first token."""
+        if cache is None:
+            cache = self.initial_cache(len(x), x)
+        elif context.new_rows is not None:
+            cache = restart_rows(context.new_rows, self.initial_cache(len(x), x), cache)
+        if x.shape[1] > PREFILL_TOKENS and self.constant_size and not torch.is_grad_enabled():
+            return self._forward_in_parts(x, cache, context)
+        return self._forward(x, cache, context)
 
-    def _read(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
-        y, state, surprise = self.branch(x, state, reading)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), state, surprise
+    def is_bypassed(self) -> bool:
+        """Whether its memory is in a `bypass_memory` context."""
+        return any(map(is_bypassed, self.children()))
 
-    def _in_pieces(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
-        """`_read` PIECE tokens at a time: a long text takes no more memory inside a block than a short one."""
-        outputs, seen = [], []
-        for first in range(0, x.shape[1], PIECE):
-            part = slice(first, first + PIECE)
-            turn = Rotation(*(p[:, part] for p in reading.turn))
-            here = reading._replace(turn=turn, present=None if reading.present is None else reading.present[:, part])
-            y, state, surprise = self._read(x[:, part], state, here)
-            outputs.append(y)
-            seen.append(surprise)
-            moved = here.after(y.shape[1])
-            reading = reading._replace(position=moved.position, at=moved.at)
-        surprise = None if seen[0] is None else Surprise(*(torch.cat(s, 1) for s in zip(*seen, strict=True)))
-        return torch.cat(outputs, 1), state, surprise
+    def _forward(self, x: Tensor, cache: Cache, context: ForwardContext) -> BlockOutput[Cache]:
+        out = self.branch(x, cache, context)
+        x = x + out.x
+        return out._replace(x=x + self.mlp(self.mlp_norm(x)))
 
-    def prefix(self, like: Tensor) -> Tensor:
-        """The persistent tokens, normalised as the block's input is: `[1, P, D]`; P = 0 if it has none."""
+    def _forward_in_parts(self, x: Tensor, cache: Cache, context: ForwardContext) -> BlockOutput[Cache]:
+        """`_forward` of PREFILL_TOKENS tokens at a time, so that a long text takes no more memory than a short one."""
+        outputs, surprises = [], []
+        for start in range(0, x.shape[1], PREFILL_TOKENS):
+            part = x[:, start : start + PREFILL_TOKENS]
+            here = context.part(start, start + PREFILL_TOKENS)
+            out = self._forward(part, cache, here)
+            cache = out.cache
+            outputs.append(out.x)
+            surprises.append(out.surprise)
+            moved = here.advanced(part.shape[1])
+            context = context._replace(position=moved.position, uniform_position=moved.uniform_position)
+        return BlockOutput(torch.cat(outputs, 1), cache, _joined(surprises))
+
+    def persistent_tokens(self, like: Tensor) -> Tensor:
+        """The persistent tokens, normalised as the block's input is: `[1, P, D]`; P = 0 without them."""
         return like.new_zeros(1, 0, like.shape[-1]) if self.persistent is None else self.norm(self.persistent)[None]
 
-    def begin(self, memory: NeuralMemory, batch: int, like: Tensor) -> tuple[Tensor, NeuralMemoryState]:
-        """M(x~) at the persistent tokens, which a stream reads once, first; `[1, P, D]`, and the memory after them.
-        They are the same in all rows, so one row reads them."""
-        y, state = memory(self.prefix(like))
-        return y, expand(state, batch)
+    def read_persistent(self, memory: NeuralMemory, batch: int, like: Tensor) -> tuple[Tensor, NeuralMemoryState]:
+        """The memory's output at the persistent tokens, `[1, P, D]`, and its state after them, for `batch` rows.
+
+        A stream reads them once, before its first token. They are the same in all rows, so one row reads them."""
+        y, state = memory(self.persistent_tokens(like))
+        return y, expand_rows(state, batch)
+
+
+def _joined(surprises: list[Surprise | None]) -> Surprise | None:
+    """The surprises of successive tokens as one."""
+    given = [surprise for surprise in surprises if surprise is not None]
+    return Surprise(*(torch.cat(part, 1) for part in zip(*given, strict=True))) if given else None
 
 
 def _memory(config: TitansConfig) -> NeuralMemory:
@@ -135,11 +135,11 @@ def _memory(config: TitansConfig) -> NeuralMemory:
         config.hidden_size,
         config.num_memory_heads,
         head_dim=config.memory_head_dim,
-        depth=config.memory_layers,
-        hidden=config.memory_dim,
+        layers=config.memory_layers,
+        memory_dim=config.memory_dim,
         chunk_size=config.memory_chunk_size,
-        theta_max=config.memory_lr,
-        theta_start=config.memory_lr_start,
+        lr=config.memory_lr,
+        lr_start=config.memory_lr_start,
         form=config.memory_form,
         activation=config.memory_activation,
         clip=config.memory_clip,
@@ -151,8 +151,8 @@ def _memory(config: TitansConfig) -> NeuralMemory:
         init=config.memory_init,
         start=config.memory_start,
         lags=config.memory_lags,
-        threshold=config.surprise_threshold,
-        threshold_on=config.surprise_threshold_on,
+        surprise_threshold=config.surprise_threshold,
+        surprise_threshold_on=config.surprise_threshold_on,
     )
 
 
@@ -167,117 +167,152 @@ def _gate(config: TitansConfig) -> nn.Module:
     return ProductGate(config.hidden_size, config.rms_norm_eps)
 
 
-class AttentionBlock(TitansBlock):
-    """No long-term memory: attention over a window, or over everything. The baseline."""
+def _attend(
+    attention: WindowAttention, x: Tensor, persistent: Tensor, cache: KeyValues, context: ForwardContext
+) -> tuple[Tensor, KeyValues]:
+    c = context
+    return attention(x, persistent, cache, c.position, c.rope, c.valid, c.uniform_position, c.eager)
+
+
+def _remember(memory: NeuralMemory, x: Tensor, state: NeuralMemoryState, context: ForwardContext) -> NeuralMemoryOutput:
+    c = context
+    return memory.forward_aligned(x, state, c.valid, update=c.update, surprise=c.surprise, bypass=c.bypass)
+
+
+class AttentionBlock(TitansBlock[AttentionCache]):
+    """The baseline without a long-term memory: attention over a window, or over everything."""
+
+    cache_type = AttentionCache
 
     def __init__(self, config: TitansConfig):
         super().__init__(config)
         self.attention = _window(config)
 
-    def empty_state(self, batch: int, like: Tensor) -> LayerState:
-        return LayerState(attention=self.attention.initial_state(batch, like))
+    def empty_cache(self, batch: int, like: Tensor) -> AttentionCache:
+        return AttentionCache(self.attention.initial_state(batch, like))
 
-    def initial_state(self, batch: int, like: Tensor) -> LayerState:
-        return self.empty_state(batch, like)
+    def initial_cache(self, batch: int, like: Tensor) -> AttentionCache:
+        return self.empty_cache(batch, like)
 
-    def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
-        assert state.attention is not None
-        y, attention = self.attention(self.norm(x), self.prefix(x), state.attention, *reading.place())
-        return y, LayerState(attention=attention), None
+    def branch(self, x: Tensor, cache: AttentionCache, context: ForwardContext) -> BlockOutput[AttentionCache]:
+        y, attention = _attend(self.attention, self.norm(x), self.persistent_tokens(x), cache.attention, context)
+        return BlockOutput(y, AttentionCache(attention), None)
 
 
-class LMMBlock(TitansBlock):
+class LMMBlock(TitansBlock[LMMCache]):
     """The memory alone: o = M([P, x])."""
+
+    cache_type = LMMCache
 
     def __init__(self, config: TitansConfig):
         super().__init__(config)
         self.memory = _memory(config)
 
-    def empty_state(self, batch: int, like: Tensor) -> LayerState:
-        return LayerState(memory=self.memory.empty_state(batch, like))
+    def empty_cache(self, batch: int, like: Tensor) -> LMMCache:
+        return LMMCache(self.memory.empty_state(batch, like))
 
-    def initial_state(self, batch: int, like: Tensor) -> LayerState:
-        return LayerState(memory=self.begin(self.memory, batch, like)[1])
+    def initial_cache(self, batch: int, like: Tensor) -> LMMCache:
+        return LMMCache(self.read_persistent(self.memory, batch, like)[1])
 
-    def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
-        assert state.memory is not None
-        y, memory, surprise = self.memory(self.norm(x), state.memory, *reading.task(), step="remember")
-        return y, LayerState(memory=memory), surprise
+    def branch(self, x: Tensor, cache: LMMCache, context: ForwardContext) -> BlockOutput[LMMCache]:
+        y, memory, surprise = _remember(self.memory, self.norm(x), cache.memory, context)
+        return BlockOutput(y, LMMCache(memory), surprise)
 
 
-class MAGBlock(TitansBlock):
+class MAGBlock(TitansBlock[MAGCache]):
     """Memory as gate: x~ = [P, x]; o = SW-Attn*(x~) (x) M(x~) (eqs. 26 to 28)."""
+
+    cache_type = MAGCache
 
     def __init__(self, config: TitansConfig):
         super().__init__(config)
         self.attention, self.memory, self.gate = _window(config), _memory(config), _gate(config)
 
-    def empty_state(self, batch: int, like: Tensor) -> LayerState:
-        return LayerState(self.attention.initial_state(batch, like), self.memory.empty_state(batch, like))
+    def empty_cache(self, batch: int, like: Tensor) -> MAGCache:
+        return MAGCache(self.attention.initial_state(batch, like), self.memory.empty_state(batch, like))
 
-    def initial_state(self, batch: int, like: Tensor) -> LayerState:
-        return LayerState(self.attention.initial_state(batch, like), self.begin(self.memory, batch, like)[1])
+    def initial_cache(self, batch: int, like: Tensor) -> MAGCache:
+        _, memory = self.read_persistent(self.memory, batch, like)
+        return MAGCache(self.attention.initial_state(batch, like), memory)
 
-    def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
-        assert state.attention is not None and state.memory is not None
+    def branch(self, x: Tensor, cache: MAGCache, context: ForwardContext) -> BlockOutput[MAGCache]:
         x = self.norm(x)
-        y, attention = self.attention(x, self.prefix(x), state.attention, *reading.place())
-        m, memory, surprise = self.memory(x, state.memory, *reading.task(), step="remember")
-        return self.gate(y, m), LayerState(attention, memory), surprise
+        y, attention = _attend(self.attention, x, self.persistent_tokens(x), cache.attention, context)
+        m, memory, surprise = _remember(self.memory, x, cache.memory, context)
+        return BlockOutput(self.gate(y, m), MAGCache(attention, memory), surprise)
 
 
-class MALBlock(TitansBlock):
+class MALBlock(TitansBlock[MALCache]):
     """Memory as layer: y = M([P, x]); o = SW-Attn(y) (eqs. 29 to 31), each with its norm and residual."""
+
+    cache_type = MALCache
 
     def __init__(self, config: TitansConfig):
         super().__init__(config)
         self.attention, self.memory = _window(config), _memory(config)
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def empty_state(self, batch: int, like: Tensor) -> LayerState:
-        prefix = like.new_zeros(batch, self.prefix_size, self.memory.dim)
-        attention = self.attention.initial_state(batch, like)
-        return LayerState(attention, self.memory.empty_state(batch, like), prefix=prefix)
+    def empty_cache(self, batch: int, like: Tensor) -> MALCache:
+        prefix = like.new_zeros(batch, self.num_persistent, self.memory.dim)
+        return MALCache(self.attention.initial_state(batch, like), self.memory.empty_state(batch, like), prefix)
 
-    def initial_state(self, batch: int, like: Tensor) -> LayerState:
-        m, memory = self.begin(self.memory, batch, like)
+    def initial_cache(self, batch: int, like: Tensor) -> MALCache:
+        m, memory = self.read_persistent(self.memory, batch, like)
         prefix = m if self.persistent is None else self.attention_norm(self.persistent + m)
-        return LayerState(self.attention.initial_state(batch, like), memory, prefix=prefix.expand(batch, -1, -1))
+        return MALCache(self.attention.initial_state(batch, like), memory, prefix.expand(batch, -1, -1))
 
-    def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
-        assert state.attention is not None and state.memory is not None and state.prefix is not None
-        m, memory, surprise = self.memory(self.norm(x), state.memory, *reading.task(), step="remember")
-        prefix = state.prefix.to(x.dtype)  # a state made before the model's dtype was changed
-        y, attention = self.attention(self.attention_norm(x + m), prefix, state.attention, *reading.place())
-        return m + y, LayerState(attention, memory, prefix=state.prefix), surprise
+    def branch(self, x: Tensor, cache: MALCache, context: ForwardContext) -> BlockOutput[MALCache]:
+        m, memory, surprise = _remember(self.memory, self.norm(x), cache.memory, context)
+        prefix = cache.prefix.to(x.dtype)  # the model's dtype may have changed since
+        y, attention = _attend(self.attention, self.attention_norm(x + m), prefix, cache.attention, context)
+        return BlockOutput(m + y, MALCache(attention, memory, cache.prefix), surprise)
 
 
-class Ahead(NamedTuple):
-    """What MAC makes of all tokens at hand, `[B, S, ...]` in its slots, before it reads their first segment."""
+class SegmentInputs(NamedTuple):
+    """What MAC projects for all tokens of a call, `[B, S, ...]` in their slots, before it reads the first segment."""
 
     s: Tensor
-    queries: Queries
-    own: tuple[Tensor, ...]  # attention's q, k, v, [B, heads, S, d]
-    present: Tensor | None
+    queries: ProjectedQueries
+    qkv: tuple[Tensor, Tensor, Tensor]  # of attention, [B, heads, S, d]
+    valid: Tensor | None
 
-    def parts(self, sizes: list[int]) -> list["Ahead"]:
-        """One after another; not as slices, for each of which a backward pass would make the gradient of the whole."""
+    def split(self, sizes: list[int]) -> list["SegmentInputs"]:
+        """Successive parts. A slice for each part would be simpler, but the backward pass of each slice would make a
+        gradient as large as the whole."""
         s, q, gate = (x.split(sizes, 1) for x in (self.s, *self.queries))
-        own = zip(*(x.split(sizes, 2) for x in self.own), strict=True)
-        present = [None] * len(sizes) if self.present is None else self.present.split(sizes, 1)
-        return [Ahead(s, Queries(*q), own, here) for s, *q, own, here in zip(s, q, gate, own, present, strict=True)]
+        qkv = zip(*(x.split(sizes, 2) for x in self.qkv), strict=True)
+        valid = [None] * len(sizes) if self.valid is None else self.valid.split(sizes, 1)
+        return [
+            SegmentInputs(s, ProjectedQueries(q, gate), qkv, valid)
+            for s, q, gate, qkv, valid in zip(s, q, gate, qkv, valid, strict=True)
+        ]
 
 
-class MACBlock(TitansBlock):
+class SegmentOutput(NamedTuple):
+    """What MAC computes for the tokens of one segment, or for a part of them."""
+
+    y: Tensor
+    """Attention's output, `[B, S, D]`."""
+    written: Tensor
+    """What the memory writes, `[B, S, D]`."""
+    retrieved: Tensor
+    """What each head retrieves with it, `[B, S, H, V]`."""
+    surprise: Surprise | None
+    cache: MACCache
+
+
+class MACBlock(TitansBlock[MACCache]):
     """Memory as context, segment by segment (eqs. 21 to 25).
 
-    h is read from the memory as it was when the segment began; attention sees [P, h, S]; the memory writes the
-    attention's output and is read with it, each token the memory as it is after that token.
+    h is retrieved from the memory as it was when the segment began. Attention sees [P, h, S]. The memory writes the
+    attention's output, and each token then reads the memory as it is after that token.
 
-    What it writes is norm(S + y), the attention with a residual. Attention begins as a mean of the segment, nearly the
-    same for all its tokens: with y alone, or added to the block's x, which is small beside y at the beginning, no
-    needle was recalled after 225 to 400 steps where this form takes 100.
+    It writes norm(S + y), the attention with a residual. Attention starts as a mean over the segment, nearly equal for
+    all its tokens. With y alone, or with y added to the block's x, which is small beside y at first, a model recalled
+    no needle after 225 to 400 steps; this form takes 100.
     """
+
+    cache_type = MACCache
 
     def __init__(self, config: TitansConfig):
         super().__init__(config)
@@ -286,62 +321,65 @@ class MACBlock(TitansBlock):
         self.segment_size = config.segment_size
         self.attention = SegmentAttention(dim, config.num_attention_heads, config.head_dim, config.segment_size)
         self.memory, self.gate = _memory(config), _gate(config)
-        self.memory.kept_bytes = 32 * 2**20  # each of many segments is a call: what all keep is most of a step's memory
         self.retrieved_norm, self.memory_norm = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
 
-    def empty_state(self, batch: int, like: Tensor) -> LayerState:
-        return self._before(batch, like, self.memory.empty_state(batch, like))
+    def empty_cache(self, batch: int, like: Tensor) -> MACCache:
+        return self._first_cache(batch, like, self.memory.empty_state(batch, like))
 
-    def initial_state(self, batch: int, like: Tensor) -> LayerState:
-        return self._before(batch, like, self.memory(batch, like, step="begin"))
+    def initial_cache(self, batch: int, like: Tensor) -> MACCache:
+        return self._first_cache(batch, like, self.memory.initial_state_like(batch, like))
 
-    def _before(self, batch: int, like: Tensor, memory: NeuralMemoryState) -> LayerState:
-        retrieval = Retrieval(memory.memory.weights, memory.tails[0])
-        return LayerState(self.attention.initial_state(batch, like), memory, retrieval)
+    def _first_cache(self, batch: int, like: Tensor, memory: NeuralMemoryState) -> MACCache:
+        snapshot = SegmentSnapshot(memory.memory.weights, memory.conv_state[0])
+        return MACCache(self.attention.initial_state(batch, like), memory, snapshot)
 
-    def branch(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState, Surprise | None]:
-        assert state.retrieval is not None
+    def branch(self, x: Tensor, cache: MACCache, context: ForwardContext) -> BlockOutput[MACCache]:
         x = self.norm(x)
-        queries, tail = self.memory(x, state.retrieval.tail, reading.present, step="queries")
-        layout = lay_out(reading.present, reading.position, x.shape[1], self.segment_size)
-        s, turn = layout.to_slots(x), Rotation(*(layout.to_slots(t.expand(len(x), -1, -1)) for t in reading.turn))
-        ahead = Ahead(s, Queries(*map(layout.to_slots, queries)), self.attention.own(s, turn), layout.valid)
-        persistent = self.attention.persistent(self.prefix(x), len(x))
-        here, parts = reading.within(self.segment_size), []
-        for part in ahead.parts([width for start, end, width in layout.runs() for _ in range(start, end, width)]):
-            here = here._replace(present=part.present)
-            *made, state = self._segment(part, persistent, state, here)
-            parts.append(made)
-            here = here.after(part.s.shape[1]).within(self.segment_size)
-        assert state.retrieval is not None
-        state = state._replace(retrieval=state.retrieval._replace(tail=tail))
-        if not parts:
-            return torch.zeros_like(x), state, None
-        *whole, seen = zip(*parts, strict=True)
-        y, written, m = (torch.cat(part, 1) for part in whole)
-        out = layout.from_slots(self.gate(y, self.memory(written, m, step="output")))
-        if seen[0] is None:
-            return out, state, None
-        return out, state, Surprise(*(layout.from_slots(torch.cat(part, 1)) for part in zip(*seen, strict=True)))
+        queries, conv_state = self.memory.project_queries(x, cache.retrieval.conv_state, context.valid)
+        layout = lay_out(context.valid, context.position, x.shape[1], self.segment_size)
+        s, rope = (
+            layout.to_slots(x),
+            RotaryEmbedding(*(layout.to_slots(t.expand(len(x), -1, -1)) for t in context.rope)),
+        )
+        queries = ProjectedQueries(*map(layout.to_slots, queries))
+        inputs = SegmentInputs(s, queries, self.attention.project_qkv(s, rope), layout.valid)
+        persistent = self.attention.project_persistent(self.persistent_tokens(x), len(x))
+        here, outputs = context.in_segment(self.segment_size), []
+        for part in inputs.split([width for start, end, width in layout.runs() for _ in range(start, end, width)]):
+            here = here._replace(valid=part.valid)
+            outputs.append(self._segment(part, persistent, cache, here))
+            cache = outputs[-1].cache
+            here = here.advanced(part.s.shape[1]).in_segment(self.segment_size)
+        cache = cache._replace(retrieval=cache.retrieval._replace(conv_state=conv_state))
+        if not outputs:
+            return BlockOutput(torch.zeros_like(x), cache, None)
+        y, written, retrieved = (torch.cat(part, 1) for part in zip(*(out[:3] for out in outputs), strict=True))
+        m = self.memory.project_output(written, retrieved, bypass=context.bypass)
+        surprise = _joined([out.surprise for out in outputs])
+        if surprise is not None:
+            surprise = Surprise(*map(layout.from_slots, surprise))
+        return BlockOutput(layout.from_slots(self.gate(y, m)), cache, surprise)
 
     def _segment(
-        self, part: "Ahead", persistent: tuple[Tensor, Tensor], state: LayerState, reading: Reading
-    ) -> tuple[Any, ...]:
-        """Tokens of one segment, or of a part of it; `reading.position` counts within the segment. -> attention's
-        output, what the memory writes, what it reads, how surprised it was, and what is remembered."""
-        assert state.attention is not None and state.memory is not None and state.retrieval is not None
-        weights = reading.where_at(0, state.memory.memory.weights, state.retrieval.weights)
-        h = self.retrieved_norm(self.memory(part.queries, weights, step="answers"))
+        self, part: SegmentInputs, persistent: tuple[Tensor, Tensor], cache: MACCache, context: ForwardContext
+    ) -> SegmentOutput:
+        """Read the tokens of one segment, or a part of them; `context.position` counts within the segment."""
+        c = context
+        weights = c.where_position(0, cache.memory.memory.weights, cache.retrieval.weights)
+        h = self.retrieved_norm(self.memory.retrieve_projected(part.queries, weights, bypass=c.bypass))
         y, attention = self.attention.attend(
-            part.own, h, persistent, state.attention, reading.position, reading.present, reading.at
+            part.qkv, h, persistent, cache.attention, c.position, c.valid, c.uniform_position, c.eager
         )
         written = self.memory_norm(part.s + y)
-        m, memory, surprise = self.memory(written, state.memory, *reading.task(), step="learn")
-        weights = reading.after(part.s.shape[1]).within(self.segment_size).where_at(0, memory.memory.weights, weights)
-        return y, written, m, surprise, LayerState(attention, memory, state.retrieval._replace(weights=weights))
+        options: dict[str, Any] = {"update": c.update, "surprise": c.surprise, "bypass": c.bypass}
+        out = self.memory.scan(written, cache.memory, c.valid, **options, max_saved_bytes=SEGMENT_SAVED_BYTES)
+        after = c.advanced(part.s.shape[1]).in_segment(self.segment_size)
+        weights = after.where_position(0, out.state.memory.weights, weights)
+        cache = MACCache(attention, out.state, cache.retrieval._replace(weights=weights))
+        return SegmentOutput(y, written, out.y, out.surprise, cache)
 
 
-BLOCKS: dict[str, type[TitansBlock]] = {
+BLOCKS: dict[str, type[TitansBlock[Any]]] = {
     "mac": MACBlock,
     "mag": MAGBlock,
     "mal": MALBlock,

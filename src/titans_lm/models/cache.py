@@ -1,4 +1,4 @@
-"""What a model remembers, as a value: save, load, fork, reset, reorder. All that touches `Cache` is here."""
+"""`TitansState`: what a model remembers, as a value: save, load, fork, reset, reorder. It is transformers' `Cache`."""
 
 import hashlib
 import json
@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from titans_lm.models import cache_file as memory_file
+from titans_lm.layers.memory_state import NeuralMemoryState
+from titans_lm.models import cache_file
+from titans_lm.models.block_cache import AttentionCache, BlockCache, SegmentSnapshot, concat_rows, map_tensors
 from titans_lm.models.cache_file import Card, Source
-from titans_lm.models.reading import LayerState, map_tensors, widened
+from titans_lm.ops import MemoryState
+from titans_lm.utils.deprecation import RenamedAttribute
 from titans_lm.utils.memory_lock import MemoryLock
 
 if TYPE_CHECKING:
     from titans_lm.models.modeling import TitansModel
 
-_IDENTITY_FREE = {
+_NOT_IDENTITY = {
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
@@ -30,16 +33,24 @@ _IDENTITY_FREE = {
     "memory_loss_weight",
     "max_position_embeddings",
 }
+"""Keys of the configuration that do not change what a trained model computes."""
 
-_CAME_LATER = {"memory_gates_of": "token"}
-"""Keys, and what models were before them: files written then still belong to theirs."""
+_ADDED_LATER = {"memory_gates_of": "token"}
+"""Keys that older models do not have, and the value that these models stand for: their memory files stay valid."""
+
+_STORED_NAMES = {
+    (NeuralMemoryState, "conv_state"): "tails",
+    (NeuralMemoryState, "prev_input"): "last",
+    (SegmentSnapshot, "conv_state"): "tail",
+}
+"""Fields whose tensors have another name in memory files, so that files of all versions are alike."""
 
 
 class Identity:
-    """Which model a state belongs to: a description and two SHA-256, as in `memory_file.Card`.
+    """Which model a state belongs to: a description and two SHA-256 digests, as in `cache_file.Card`.
 
-    To hash all weights takes a while, and training changes them. So they are hashed when a file is written, as they are
-    then. What is pickled is the result; a model that reads on with an unpickled state gives it its own identity.
+    Hashing all weights takes a while, and training changes them. So `describe` hashes them only when a file is written,
+    as they are then. Pickling stores the result; a model that continues an unpickled state gives it its own identity.
     """
 
     def __init__(self, describe: Callable[[], dict[str, str]]):
@@ -60,29 +71,37 @@ def _described(known: dict[str, str]) -> Identity:
 
 
 class TitansState(Cache):
-    """The memory of `B` streams, one per row: attention windows, convolution tails, memory weights, of constant size.
+    """What a model remembers of `B` streams, one per row: KV caches, convolution states and memory weights.
 
-    `model.initial_state(batch)` makes one; passing it as `past_key_values` reads on from it and updates it in place. No
-    tensor is ever written in place, so autograd may go through it, and `clone` is a fork.
+    Its size is constant, unless attention is unlimited. `model.initial_state(batch)` makes one. A call with it as
+    `past_key_values` continues the streams and updates it in place. No tensor is ever written in place, so autograd may
+    go through a state, and `clone` is a fork.
     """
 
-    def __init__(self, layers: list[LayerState], position: Tensor, identity: "Identity"):
+    def __init__(self, layer_caches: list[BlockCache], position: Tensor, identity: "Identity"):
         super().__init__(layers=[])
-        self.memories = layers
+        self.layer_caches = layer_caches
+        """One per layer; none at all before the first call: the layers then make their own."""
         self.position = position
-        """Tokens each row has read, `[B]`. A row at 0 begins anew with the model's first memory."""
+        """Tokens that each row has read, `[B]`. A row at 0 starts with the model's first memory."""
         self.frozen = False
-        """True: what follows is read but not written to the memory."""
+        """True: later tokens are read but not written to the memory."""
         self.columns = 0
-        """Columns of `input_ids` so far, padding included: what `generate` calls the sequence length."""
+        """Columns of `input_ids` so far, padding included: the sequence length of `generate`."""
         self.pending: Tensor | None = None
-        """`[B]`: the token that `generate` wrote last in each row, which it has not read; -1: none. None: none in any
-        row. A `continuation` reads it before anything else; otherwise the next tokens have to begin with it, as
+        """`[B]`: the last token that `generate` made in each row, which the model has not read; -1: none in this row;
+        None: none in any row. A `continuation` reads it first. Otherwise the next tokens have to begin with it, as
         transformers passes them, or are refused. `model.read_pending(state)` reads it at once."""
         self.sources: list[Source] = []
-        """What was read, as far as a `Reader` read it; kept in memory files."""
+        """The texts that a `Reader` has read. Memory files store them."""
         self.identity = identity
-        """Which model reads this, for memory files."""
+        """The model that this state belongs to, for memory files."""
+
+    memories = RenamedAttribute("memories", "layer_caches")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle, also a state of an older version."""
+        self.__dict__.update({"layer_caches" if name == "memories" else name: value for name, value in state.items()})
 
     # ------------------------------------------------------------------------------------------ as a value
 
@@ -91,50 +110,55 @@ class TitansState(Cache):
         """Bytes of all its tensors."""
         return sum(t.nbytes for t in self._tensors().values())
 
+    def memory_states(self) -> list[MemoryState]:
+        """The state of each layer's memory, of the layers that have one."""
+        return [cache.memory.memory for cache in self.layer_caches if not isinstance(cache, AttentionCache)]
+
     def clone(self) -> "TitansState":
-        """An independent copy: a fork of what was read so far."""
+        """An independent copy: a fork."""
         return self._with(lambda t: t.clone())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TitansState":
         return self.clone()
 
     def detach(self) -> "TitansState":
-        """The same memory without its history of gradients."""
+        """The same state, cut off from the autograd graph: truncated BPTT continues from it."""
         return self._with(lambda t: t.detach())
 
     def to(self, device: str | torch.device | int | None, **options: Any) -> "TitansState":
-        """The same memory on `device`: this object if it is there, as accelerate's hooks need it, who pass on what they
-        move, while what a call has read is to be in the state that it was given. None: no other device. Options are
-        those of `Tensor.to`."""
+        """The state on `device`; None: where it is. `options` are those of `Tensor.to`.
+
+        A state that is there already is returned itself: accelerate's hooks pass on what they move, and a call has to
+        update the state that it was given."""
         goal = self.position.device if device is None else torch.empty(0, device=device).device
         if device is None or all(t.device == goal for t in self._tensors().values()):
             return self
         return self._with(lambda t: t.to(goal, **options))
 
     def select(self, rows: list[int] | Tensor) -> "TitansState":
-        """The memory of these rows, in this order; a row may be taken several times."""
+        """The state of these rows, in this order. A row may be selected several times."""
         index = self._index(rows)
         return self._with(lambda t: t[index])
 
     def _index(self, rows: list[int] | Tensor) -> Tensor:
-        """An empty list would be one of float32 numbers."""
-        return torch.as_tensor(
-            rows, dtype=None if isinstance(rows, Tensor) else torch.long, device=self.position.device
-        )
+        dtype = None if isinstance(rows, Tensor) else torch.long  # an empty list would become float32
+        return torch.as_tensor(rows, dtype=dtype, device=self.position.device)
 
-    def shared(self) -> "TitansState":
-        """The same memory in another object: what one reads does not change the other."""
+    def shallow_copy(self) -> "TitansState":
+        """Another object with the same tensors: a call that updates one does not change the other."""
         return self._with(lambda t: t)
 
     def continuation(self) -> "TitansState":
-        """A fork whose sequence length is 0, for `generate(new_ids, past_key_values=state.continuation())`: only new
-        tokens are passed (otherwise `generate` expects all before them too). It reads `pending` tokens first."""
+        """A fork whose sequence length is 0, for `generate(new_ids, past_key_values=state.continuation())`.
+
+        `generate` then takes the new tokens alone; otherwise it expects all earlier tokens too. The fork reads
+        `pending` tokens first."""
         fork = self.clone()
         fork.columns = 0
         return fork
 
     def reset(self, rows: list[int] | Tensor | None = None) -> None:
-        """Forget everything, in these rows or in all: they begin anew with the model's first memory."""
+        """Forget everything in these rows (None: in all): they start again with the model's first memory."""
         if rows is None:
             rows = list(range(self.batch_size))
             self.columns, self.sources = 0, []
@@ -144,76 +168,79 @@ class TitansState(Cache):
         self._apply(lambda t: torch.where(keep.view(-1, *[1] * (t.dim() - 1)), t, torch.zeros_like(t)))
         self.pending = None if pending is None else torch.where(keep, pending, -1)
 
-    def leave(self, tokens: Tensor, rows: Tensor | bool) -> None:
-        """`tokens` `[B]` are pending, in these `rows` `[B]` or in all."""
+    def set_pending(self, tokens: Tensor, rows: Tensor | bool) -> None:
+        """Make `tokens` `[B]` pending in these `rows` (`[B]`, or True: in all)."""
         tokens = tokens.to(self.position.device)
         self.pending = torch.where(torch.as_tensor(rows, device=tokens.device), tokens, -1)
 
     def take_pending(self) -> tuple[Tensor, Tensor]:
-        """The pending tokens and their mask, each `[B, 1]`; afterwards there are none."""
+        """Remove the pending tokens; return them and their mask, each `[B, 1]`."""
         assert self.pending is not None
         ids, self.pending = self.pending[:, None], None
         return ids.clamp(min=0), (ids >= 0).long()
 
-    def begun_by(self, x: Tensor, mask: Tensor | None, embed: nn.Module) -> "TitansState":
-        """The same memory, of which no token is pending in rows that have tokens in `x` `[B, T, D]`, what `embed` makes
-        of them, `mask` True where they are. Raises ValueError where these do not begin with the pending ones."""
+    def after_pending(self, x: Tensor, mask: Tensor | None, embed: nn.Module) -> "TitansState":
+        """The state for a call whose tokens begin with the pending ones: these are no longer pending.
+
+        `x` `[B, T, D]` are the call's tokens, embedded by `embed`; `mask` is True at tokens. A row without a token in
+        this call keeps its pending token. Raises ValueError for a row that begins with another token.
+        """
         assert self.pending is not None
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        waits = (self.pending >= 0) & mask.any(1)
+        expected = (self.pending >= 0) & mask.any(1)
         row = torch.arange(len(x), device=x.device)
         first = x[row, mask.int().argmax(1)] if x.shape[1] else x.new_zeros(len(x), x.shape[2])
-        if bool((waits & (first != embed(self.pending.clamp(min=0))).any(1)).any()):
+        if bool((expected & (first != embed(self.pending.clamp(min=0))).any(1)).any()):
             raise ValueError(
                 f"past_key_values has not read the last tokens generated, {self.pending.tolist()}: pass them first, "
-                f"call model.read_pending(state), or go on with state.continuation()"
+                f"call model.read_pending(state), or continue with state.continuation()"
             )
-        state = self.shared()
-        state.pending = torch.where(waits, -1, self.pending)
+        state = self.shallow_copy()
+        state.pending = torch.where(expected, -1, self.pending)
         return state
 
-    def moved(self, layers: list[LayerState], position: Tensor, columns: int) -> "TitansState":
-        """This state after `columns` more columns, in another object."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other.sources, other.memories, other.position = list(self.sources), layers, position
+    def advanced(self, layer_caches: list[BlockCache], position: Tensor, columns: int) -> "TitansState":
+        """Another state, `columns` columns later, with these caches and positions."""
+        other = self._copy()
+        other.layer_caches, other.position = layer_caches, position
         other.columns = self.columns + columns
         return other
 
-    def become(self, other: "TitansState") -> None:
-        """Take over what `other`, of the same model, remembers; its rows, too. `frozen` and `sources` stay."""
-        self.memories, self.position = other.memories, other.position
+    def assign(self, other: "TitansState") -> None:
+        """Take over the tensors, rows and columns of `other`, of the same model. `frozen` and `sources` stay."""
+        self.layer_caches, self.position = other.layer_caches, other.position
         self.columns, self.pending = other.columns, other.pending
 
     @staticmethod
-    def joined(states: list["TitansState"]) -> "TitansState":
-        """The rows of all of them, of one model, one after another; else as the first."""
-        whole = states[0].shared()
-        layers = [list(same) for same in zip(*(state.memories for state in states), strict=True)]
-        whole.memories = [_joined(same) for same in layers]
+    def concat(states: list["TitansState"]) -> "TitansState":
+        """The rows of several states of one model, one after another; the rest is that of the first."""
+        whole = states[0].shallow_copy()
+        layers = zip(*(state.layer_caches for state in states), strict=True)
+        whole.layer_caches = [concat_rows(list(caches)) for caches in layers]
         whole.position = torch.cat([state.position for state in states])
         return whole
 
     def save(self, path: str | Path, lock: MemoryLock | None = None) -> Card:
-        """Write a memory file (see `memory_file.write`, which also says what it raises): whole or not at all. -> what
-        it says of itself. `lock`: the file's, if the caller holds it. Raises ValueError for numbers that are not
-        finite, and leaves the file as it was."""
-        memory_file.check_finite(path, self._tensors())  # or a good file would be replaced by one that none can read
+        """Write a memory file, whole or not at all -> its card. See `cache_file.save_file`, also for what it raises.
+
+        `lock` is the file's lock, if the caller holds it. Raises ValueError for numbers that are not finite, and then
+        leaves an existing file as it was."""
+        cache_file.check_finite(path, self._tensors())  # such a file could not be loaded, and would replace a good one
         card = Card(**self.identity(), columns=self.columns, sources=self.sources)
         pending = {} if self.pending is None else {"pending": self.pending}
-        return memory_file.write(path, {**self._tensors(), **pending}, card, lock)
+        return cache_file.save_file(path, {**self._tensors(), **pending}, card, lock)
 
     @classmethod
     def load(cls, path: str | Path, model: "TitansModel") -> "TitansState":
-        """Read a file that `save` wrote, for the same `model` (`TitansModel` or `TitansForCausalLM`).
+        """Load a file that `save` wrote, for the same `model` (`TitansModel` or `TitansForCausalLM`).
 
-        Raises ValueError for a file of another model, another configuration, another format, or a damaged one.
+        Raises ValueError for a file of another model, another configuration or another format, and for a damaged one.
         """
         model = model.base_model
-        tensors, card = memory_file.read(path)
+        tensors, card = cache_file.load_file(path)
         with torch.no_grad():
             state = model.initial_state(1)
-        state.frozen = False  # a model that begins with a frozen memory does not freeze what a file holds
+        state.frozen = False  # `begin_with` a frozen memory does not freeze the memory of a file
         for part, value in identity(model).items():
             if getattr(card, part) != value:
                 raise ValueError(f"{path} belongs to another model: its {part} differs from this model's")
@@ -222,11 +249,11 @@ class TitansState(Cache):
             raise ValueError(f"{path} does not fit this model: 'pending' is {list(pending.shape)}, {pending.dtype}")
         _check_shapes(path, {name: tuple(t.shape) for name, t in tensors.items()}, expected, model.config.window_size)
         for name, tensor in expected.items():
-            if tensors[name].dtype not in _possible(name, tensor.dtype):
+            if tensors[name].dtype not in _possible_dtypes(name, tensor.dtype):
                 raise ValueError(f"{path} does not fit this model: {name!r} is {tensors[name].dtype}")
         names = iter(expected)
-        for layer in range(len(state.memories)):
-            state.memories[layer] = map_tensors(state.memories[layer], lambda _: tensors[next(names)].to(model.device))
+        for layer, cache in enumerate(state.layer_caches):
+            state.layer_caches[layer] = map_tensors(cache, lambda _: tensors[next(names)].to(model.device))
         state.position = tensors["position"].to(model.device)
         state.columns, state.sources = card.columns, list(card.sources)
         state.pending = None if pending is None else pending.to(model.device)
@@ -234,7 +261,7 @@ class TitansState(Cache):
 
     # ------------------------------------------------------------------------------------------ as a Cache
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all layers have read the same
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - equal in all layers
         return self.columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
@@ -253,7 +280,9 @@ class TitansState(Cache):
         self._apply(lambda t: t.repeat_interleave(repeats, 0))
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError(f"a memory cannot unread tokens (crop({tokens_to_remove})); clone() the state before reading")
+        raise ValueError(
+            f"a memory cannot unread tokens (crop({tokens_to_remove})): clone() the state before they are read"
+        )
 
     @property
     def batch_size(self) -> int:
@@ -277,56 +306,64 @@ class TitansState(Cache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        return [False] * len(self.memories)
+        return [False] * len(self.layer_caches)
 
     def __len__(self) -> int:
-        return len(self.memories)
+        return len(self.layer_caches)
 
     def __repr__(self) -> str:
         return f"TitansState(rows={self.batch_size}, position={self.position.tolist()}, nbytes={self.nbytes})"
 
-    # ------------------------------------------------------------------------------------------ parts
+    # ------------------------------------------------------------------------------------------ details
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its name, the order that of `map_tensors`."""
-        named = {f"layers.{i}{name}": t for i, layer in enumerate(self.memories) for name, t in _walk(layer, "")}
+        """Every tensor by its name in memory files, in the order of `map_tensors`."""
+        named = {f"layers.{i}{name}": t for i, cache in enumerate(self.layer_caches) for name, t in _walk(cache, "")}
         return {**named, "position": self.position}
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.memories = [map_tensors(layer, function) for layer in self.memories]
+        self.layer_caches = [map_tensors(cache, function) for cache in self.layer_caches]
         self.position = function(self.position)
         self.pending = None if self.pending is None else function(self.pending)
 
-    def _with(self, function: Callable[[Tensor], Tensor]) -> "TitansState":
+    def _copy(self) -> "TitansState":
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other.sources = list(self.sources)
+        return other
+
+    def _with(self, function: Callable[[Tensor], Tensor]) -> "TitansState":
+        other = self._copy()
         other._apply(function)
         return other
+
+
+for _old, _new in {
+    "shared": "shallow_copy",
+    "leave": "set_pending",
+    "begun_by": "after_pending",
+    "moved": "advanced",
+    "become": "assign",
+    "joined": "concat",
+}.items():
+    setattr(TitansState, _old, RenamedAttribute(_old, _new))
 
 
 def _walk(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(tree, Tensor):
         yield name, tree
     elif tree is not None:
-        fields = getattr(tree, "_fields", range(len(tree)))
-        for field, part in zip(fields, tree, strict=True):
-            yield from _walk(part, f"{name}.{field}")
-
-
-def _joined(layers: list[LayerState]) -> LayerState:
-    slots = max((x.attention.keys[0].shape[2] for x in layers if x.attention is not None), default=0)
-    trees = [x if x.attention is None else x._replace(attention=widened(x.attention, slots)) for x in layers]
-    return map_tensors(trees[0], lambda *parts: torch.cat(parts), *trees[1:])
+        for field, part in zip(getattr(tree, "_fields", range(len(tree))), tree, strict=True):
+            yield from _walk(part, f"{name}.{_STORED_NAMES.get((type(tree), field), field)}")
 
 
 # ------------------------------------------------------------------------------------------------ files
 
 
 def identity(model: "TitansModel") -> dict[str, str]:
-    """What the model is: in words, and the SHA-256 of its configuration and of every parameter's bytes."""
-    own = {k: v for k, v in model.config.own_fields().items() if k not in _IDENTITY_FREE}
-    own = {k: v for k, v in own.items() if k not in _CAME_LATER or v != _CAME_LATER[k]}
+    """What identifies a model: a description, and the SHA-256 of its configuration and of every parameter's bytes."""
+    own = {k: v for k, v in model.config.own_fields().items() if k not in _NOT_IDENTITY}
+    own = {k: v for k, v in own.items() if k not in _ADDED_LATER or v != _ADDED_LATER[k]}
     weights, count = hashlib.sha256(), 0
     for name, parameter in sorted(model.base_model.named_parameters()):
         weights.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
@@ -339,24 +376,24 @@ def identity(model: "TitansModel") -> dict[str, str]:
     }
 
 
-def _possible(name: str, dtype: torch.dtype) -> set[torch.dtype]:
-    """The types that a tensor may have in a file, where the model's first state has `dtype`: autocast makes windows and
-    convolutions shorter, never the memory itself."""
-    shorter = dtype == torch.float32 and memory_file.OF_MEMORY not in name
-    return {dtype, torch.bfloat16, torch.float16} if shorter else {dtype}
+def _possible_dtypes(name: str, dtype: torch.dtype) -> set[torch.dtype]:
+    """The dtypes that a tensor may have in a file, if the model's first state has `dtype`: under autocast, windows and
+    convolutions have half precision; the memory itself never has."""
+    half = dtype == torch.float32 and cache_file.MEMORY_INFIX not in name
+    return {dtype, torch.bfloat16, torch.float16} if half else {dtype}
 
 
 def _check_shapes(
     path: str | Path, found: dict[str, tuple[int, ...]], expected: dict[str, Tensor], window: int | None
 ) -> None:
-    """Every tensor there, and no other, with the model's shapes, and one number of rows."""
+    """Raises ValueError unless the file has the model's tensors, no other, in its shapes, all of the same rows."""
     if found.keys() != expected.keys():
         odd = sorted(found.keys() ^ expected.keys())[0]
         raise ValueError(f"{path} does not fit this model: tensor {odd!r} is in only one of them")
     rows = found["position"][:1]
     for name, shape in found.items():
         wanted = rows + tuple(expected[name].shape[1:])
-        if window is None and ".attention." in name:  # grows with what was read
+        if window is None and ".attention." in name:  # it grows with the tokens
             wanted, shape = wanted[:2] + wanted[3:], shape[:2] + shape[3:]
         if shape != wanted:
             raise ValueError(f"{path} does not fit this model: {name!r} is {list(shape)}, not {list(wanted)}")

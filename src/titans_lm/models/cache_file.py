@@ -1,6 +1,6 @@
-"""Memory files: what a model remembers, with what was read, in one safetensors file.
+"""Memory files: a `TitansState` and a list of the texts that it has read, in one safetensors file.
 
-A file has the same size whatever was read. Nothing in it is executed; every byte that matters is under its digest.
+A file's size does not depend on what was read. Loading it executes nothing. A digest covers every byte that matters.
 """
 
 import hashlib
@@ -17,68 +17,76 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from titans_lm.utils.deprecation import renamed
 from titans_lm.utils.memory_lock import MemoryLock, beside
 
 KIND = "titans-lm memory"
 FORMAT = f"{KIND} 2"
 SOURCES_BYTES = 32 * 1024
-"""What was read takes this much of the file, however much that was: the oldest is left out where it does not fit."""
+"""The list of texts takes this much of the file, whatever its length: the oldest texts that do not fit are left out."""
 NAME_LENGTH = 200
-OF_MEMORY = ".memory.memory."
-"""In the names of the tensors that the memory itself is, in every layer."""
+MEMORY_INFIX = ".memory.memory."
+"""Part of the names of the memory's own tensors, in every layer."""
+
+__getattr__ = renamed(
+    __name__,
+    {"read": "load_file", "write": "save_file", "check": "check_tensors", "OF_MEMORY": "MEMORY_INFIX"},
+)
 
 
 @dataclass(frozen=True)
 class Source:
-    """One text that was read, or that is being read."""
+    """A text that was read, or is being read."""
 
     name: str
-    """Of the file, or what the reader was told; its last characters, if it is long."""
+    """The name of the file, or the one given to the reader; the end of a long name."""
     size: int
-    """Bytes; of tokens, 8 for each. -1: a stream, which has no end to be known."""
+    """Bytes; 8 for each of a text of token ids; -1 for a stream, whose length is unknown."""
     sha256: str
-    """Of the file; of a stream, of what was read of it."""
+    """Of the file; of a stream, the part that was read."""
     mode: str
     """learning, frozen or reset."""
     tokens: int = 0
-    """How many were read."""
+    """The number of tokens read."""
     done: bool = False
-    """All of it was read."""
+    """Whether all of it was read."""
     abandoned: bool = False
-    """The rest is not going to be."""
+    """Whether the rest will not be read."""
     when: str = ""
-    """The time at which its last token was read, UTC."""
+    """When its last token was read, UTC."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a memory file says of itself."""
+    """The description in a memory file."""
 
     model: str
-    """In words, for people."""
+    """The model in words, for people."""
     configuration: str
-    """SHA-256 of the model's configuration, and of its weights: the memory is of no use to another model."""
+    """SHA-256 of the model's configuration. The memory is useless to a model with another one, or other weights."""
     weights: str
+    """SHA-256 of the model's weights."""
     columns: int = 0
     parent: str = ""
-    """The digest of the file that this was forked from."""
+    """The digest of the file that this one was forked from."""
     sources: list[Source] = field(default_factory=list)
     digest: str = ""
     """SHA-256 of everything else in the file."""
 
 
-# ------------------------------------------------------------------------------------------------ read and write
+# ------------------------------------------------------------------------------------------------ save and load
 
 
-def write(path: str | Path, tensors: dict[str, Tensor], card: Card, lock: MemoryLock | None = None) -> Card:
-    """Write a file whole, or not at all: beside, to the disk, then renamed. -> the card, with its digest.
+def save_file(path: str | Path, tensors: dict[str, Tensor], card: Card, lock: MemoryLock | None = None) -> Card:
+    """Write a memory file, whole or not at all -> the card, with its digest.
 
-    A symbolic link is followed, and the file keeps its mode and owner. `lock`: the file's, if the caller holds it.
-    Raises as `check_target` does; ValueError where another holds the lock; OSError for what cannot be written.
+    The file is written beside its place, synced to the disk, and renamed. A symbolic link is followed; an existing
+    file's mode and owner stay. `lock` is the file's lock, if the caller holds it. Raises what `check_target` raises,
+    ValueError where another process holds the lock, and OSError where writing fails.
     """
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     sources = card.sources[len(card.sources) - _newest(card.sources) :]
-    told = json.dumps([asdict(s) for s in sources])
+    listed = json.dumps([asdict(s) for s in sources])
     metadata = {
         "format": FORMAT,
         "model": card.model,
@@ -86,8 +94,8 @@ def write(path: str | Path, tensors: dict[str, Tensor], card: Card, lock: Memory
         "weights": card.weights,
         "columns": f"{card.columns:020d}",
         "parent": card.parent.rjust(64),
-        "sources": told,
-        "padding": " " * (SOURCES_BYTES - _length(told)),
+        "sources": listed,
+        "padding": " " * (SOURCES_BYTES - _json_length(listed)),
     }
     metadata["digest"] = _digest(tensors, metadata)
     with MemoryLock(Path(path)) if lock is None else nullcontext():
@@ -97,15 +105,15 @@ def write(path: str | Path, tensors: dict[str, Tensor], card: Card, lock: Memory
 
 
 def check_target(path: str | Path) -> None:
-    """Raises ValueError or OSError for a path to which no memory is written: without a folder that may be written to,
-    or where something is that is not a memory file, which is never overwritten."""
+    """Raises ValueError or OSError for a path where no memory file can or may be written: in a folder that does not
+    exist or is not writable, or in place of something that is not a memory file."""
     if str(path) == "-":
-        raise ValueError("a memory cannot be written to standard output: give the name of a file")
+        raise ValueError("a memory cannot be written to standard output: give a file name")
     real = Path(os.path.realpath(path))
     if not real.parent.is_dir():
         raise ValueError(f"cannot write {path}: its folder does not exist")
     if not os.access(real.parent, os.W_OK | os.X_OK):
-        raise OSError(f"cannot write {path}: its folder may not be written to")
+        raise OSError(f"cannot write {path}: its folder is not writable")
     if not os.path.lexists(real):
         return
     found = real.stat()
@@ -116,28 +124,28 @@ def check_target(path: str | Path) -> None:
 
 
 def _is_memory(path: Path) -> bool:
-    """Whether a file begins as memory files do; the rest of it may be damaged."""
+    """Whether a file begins as memory files do. The rest may be damaged."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
-            told = json.loads(file.read(length) if length <= path.stat().st_size else b"")
-            return str(told["__metadata__"]["format"]).startswith(KIND)
+            header = json.loads(file.read(length) if length <= path.stat().st_size else b"")
+            return str(header["__metadata__"]["format"]).startswith(KIND)
         except (ValueError, TypeError, KeyError, RecursionError):
             return False
 
 
 def _newest(sources: list[Source]) -> int:
-    """How many, from the last back, fit into the file."""
-    room = SOURCES_BYTES - _length("[]")
+    """How many of the last sources fit into the file."""
+    room = SOURCES_BYTES - _json_length("[]")
     for count, source in enumerate(reversed(sources)):
-        room -= _length(json.dumps(asdict(source)) + ", ") - 2  # without the quotes around
+        room -= _json_length(json.dumps(asdict(source)) + ", ") - 2  # without the quotes around
         if room < 0:
             return count
     return len(sources)
 
 
-def _length(text: str) -> int:
-    """Of the text in the header, which is JSON."""
+def _json_length(text: str) -> int:
+    """The bytes of `text` in the header, which is JSON."""
     return len(json.dumps(text).encode())
 
 
@@ -151,7 +159,7 @@ def _write_whole(path: Path, content: bytes) -> None:
                 _take_owner_and_mode(part, real.stat())
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # or a power cut may leave a name with nothing in it
+            os.fsync(file.fileno())  # else a power cut may leave an empty file
         os.replace(part, real)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}") from error
@@ -162,7 +170,7 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 def _take_owner_and_mode(part: Path, old: os.stat_result) -> None:
     if hasattr(os, "chown"):
-        with suppress(OSError):  # only the superuser gives files away
+        with suppress(OSError):  # only the superuser may change the owner
             os.chown(part, old.st_uid, old.st_gid)
     part.chmod(stat.S_IMODE(old.st_mode))
 
@@ -175,14 +183,14 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], Card]:
-    """All tensors, on the CPU, and the card.
+def load_file(path: str | Path) -> tuple[dict[str, Tensor], Card]:
+    """The tensors of a memory file, on the CPU, and its card.
 
-    Raises ValueError for what is not a memory file, is of another version, is damaged, be it by one bit, or that
-    `check` refuses; OSError for what cannot be read.
+    Raises ValueError for another kind of file or format version, for a file damaged by a single bit, and for tensors
+    that `check_tensors` refuses; OSError for a file that cannot be opened.
     """
     if os.path.lexists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path} is not a memory file: it is not a regular file")  # a FIFO would be waited for
+        raise ValueError(f"{path} is not a memory file: it is not a regular file")  # opening a FIFO would block
     try:
         with safe_open(path, "pt", device="cpu") as file:
             metadata = file.metadata() or {}
@@ -199,7 +207,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], Card]:
     digest = metadata.pop("digest", "")
     if digest != _digest(tensors, metadata):
         raise ValueError(f"{path} is damaged: its content does not have the digest that it was written with")
-    check(path, tensors)
+    check_tensors(path, tensors)
     try:
         sources = [Source(**{f.name: s[f.name] for f in fields(Source)}) for s in json.loads(metadata["sources"])]
         text = {key: metadata[key].strip() for key in ("model", "configuration", "weights", "parent")}
@@ -208,28 +216,28 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], Card]:
         raise ValueError(f"{path} is damaged: its description cannot be read ({error!r})") from None
 
 
-def check(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError for tensors that no model leaves: numbers that are not finite, no rows or unequal ones, and
-    several types where there is one. A file can have its right digest and be made by hand."""
+def check_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError for tensors that no model saves: numbers that are not finite, no rows or different numbers of
+    rows, or mixed dtypes. A file made by hand can have a correct digest."""
     position = tensors.get("position")
     if position is None or position.dtype != torch.long or position.dim() != 1:
         raise ValueError(f"{path} is not a memory: it has no positions of its rows")
     if len(position) == 0 or int(position.min()) < 0:
         raise ValueError(f"{path} is not a memory: it has {len(position)} rows, at positions {position.tolist()}")
-    types: dict[str, torch.dtype] = {}
+    dtypes: dict[str, torch.dtype] = {}
     for name, t in tensors.items():
         if t.shape[:1] != position.shape:
             raise ValueError(f"{path} is not a memory: {name} is {list(t.shape)} of {len(position)} rows")
         if not t.is_floating_point():
             continue
         check_finite(path, {name: t})
-        role = OF_MEMORY if OF_MEMORY in name else re.sub(r"^layers\.\d+", "", name)
-        if types.setdefault(role, t.dtype) != t.dtype:
-            raise ValueError(f"{path} mixes types: {name} is {t.dtype}, others of its kind are {types[role]}")
+        role = MEMORY_INFIX if MEMORY_INFIX in name else re.sub(r"^layers\.\d+", "", name)
+        if dtypes.setdefault(role, t.dtype) != t.dtype:
+            raise ValueError(f"{path} mixes types: {name} is {t.dtype}, others of its kind are {dtypes[role]}")
 
 
 def check_finite(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError that names the first tensor with a nan or an infinity."""
+    """Raises ValueError, with the name of the first tensor that has a nan or an infinity."""
     for name, t in tensors.items():
         if t.is_floating_point() and not bool(t.isfinite().all()):
             raise ValueError(f"{path}: {name} has numbers that are not finite")

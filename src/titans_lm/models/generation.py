@@ -1,4 +1,4 @@
-"""What transformers' `generate` does with a memory: rows that ended leave no trace, and no token is lost."""
+"""transformers' `generate` with a memory: a row that ended reads no padding, and no generated token is lost."""
 
 import copy
 from typing import Any
@@ -10,18 +10,22 @@ from transformers.generation import GenerationMode, LogitsProcessorList, Stoppin
 
 from titans_lm.models.arguments import check_state
 from titans_lm.models.cache import TitansState
+from titans_lm.utils.deprecation import renamed
+
+__getattr__ = renamed(__name__, {"Ended": "RowEnds", "Prompt": "PromptState"})
 
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
-"""Arguments that `generate` itself obeys, and passes on with those of the model."""
+"""Arguments that `generate` handles itself, and passes on with those of the model."""
 
 
-class Ended(StoppingCriteriaList):
-    """The stopping criteria of one `generate`, which record where each row ended."""
+class RowEnds(StoppingCriteriaList):
+    """The stopping criteria of one call of `generate`. They record where each row ended."""
 
     def __init__(self, criteria: StoppingCriteriaList):
         super().__init__(criteria)
         self.ends: Tensor | None = None
-        """`[B]`: columns of each row up to its end; a large number where it has not ended. None: no row has."""
+        """`[B]`: the columns of each row up to its end; a large number in a row that has not ended. None: no row has
+        ended."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
         done: Tensor = super().__call__(input_ids, scores, **options)
@@ -32,16 +36,16 @@ class Ended(StoppingCriteriaList):
         return done
 
     def mask(self, attention_mask: Tensor | None, columns: int, end: int) -> Tensor | None:
-        """`attention_mask` of the last `columns` columns before column `end`, where ended rows have no token."""
+        """`attention_mask` of the last `columns` columns before column `end`, with 0 after the end of a row."""
         if self.ends is None:
             return attention_mask
         column = torch.arange(end - columns, end, device=self.ends.device)
-        there = (column < self.ends[:, None]).long()
-        return there if attention_mask is None else attention_mask[:, -columns:] * there
+        mask = (column < self.ends[:, None]).long()
+        return mask if attention_mask is None else attention_mask[:, -columns:] * mask
 
 
-class Prompt:
-    """The state after the prompt of one `generate`."""
+class PromptState:
+    """The state after the prompt of one call of `generate`, which `_prefill` sets."""
 
     state: TitansState
 
@@ -49,18 +53,18 @@ class Prompt:
 class TitansGeneration(GenerationMixin):
     """`generate` with a `TitansState` as its cache.
 
-    Afterwards the state has read what was generated but the last token of each row, `state.pending`: see
-    `TitansState.pending`. A row that ended early has read its last token too, and none of the padding after it.
+    Afterwards the state has read all generated tokens but the last one of each row (see `TitansState.pending`). A row
+    that ended early has read its last token too, and none of the padding after it.
     """
 
     def read_pending(self, state: TitansState) -> None:
-        """Read the tokens that `generate` left unread in `state`, which is updated; nothing if there are none."""
+        """Read the pending tokens of `state`, if there are any, and update it."""
         if state.pending is None:
             return
-        ids, there = state.take_pending()
-        self(ids, attention_mask=there, past_key_values=state, use_cache=True, logits_to_keep=1)
+        ids, mask = state.take_pending()
+        self(ids, attention_mask=mask, past_key_values=state, use_cache=True, logits_to_keep=1)
 
-    # ------------------------------------------------------------------------------------------ before it
+    # ------------------------------------------------------------------------------------------ before the first token
 
     def _prepare_cache_for_generation(
         self,
@@ -70,8 +74,8 @@ class TitansGeneration(GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Refuse what a memory cannot do, before anything is read. Give each beam and sample a row, and a prompt that
-        is read in pieces a state, without which transformers refuses it."""
+        """Refuse options that a memory does not support, before any token is read. Give each beam and sample a row, and
+        a chunked prefill a state, without which transformers refuses it."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r}: a Titans model has one cache, its "
@@ -84,7 +88,9 @@ class TitansGeneration(GenerationMixin):
             model_kwargs["past_key_values"] = state = self.initial_state(batch_size)
         if state is not None:
             if generation_config.use_cache is False:
-                raise ValueError("use_cache=False with past_key_values would read each token several times; drop one")
+                raise ValueError(
+                    "use_cache=False with past_key_values would read each token several times: drop one of them"
+                )
             check_state(state)
             rows = max(generation_config.num_beams, generation_config.num_return_sequences)
             if rows > 1 and state.batch_size == batch_size:
@@ -94,12 +100,12 @@ class TitansGeneration(GenerationMixin):
         )
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
-        raise ValueError("continuous batching needs keys and values in pages, which a memory has not; use generate")
+        raise ValueError("continuous batching needs paged keys and values, which a memory does not have: use generate")
 
     generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     def _prepare_position_ids_for_generation(self, *_: Any, **__: Any) -> None:
-        """A stream counts its own tokens."""
+        """No position ids: a state counts its own tokens."""
 
     def _prefill(
         self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any], **options: Any
@@ -114,7 +120,7 @@ class TitansGeneration(GenerationMixin):
                 )
         outputs = super()._prefill(input_ids, generation_config, model_kwargs, **options)
         if "prompt" in model_kwargs:
-            model_kwargs["prompt"].state = outputs.past_key_values.shared()
+            model_kwargs["prompt"].state = outputs.past_key_values.shallow_copy()
         return outputs
 
     def prepare_inputs_for_generation(
@@ -125,14 +131,14 @@ class TitansGeneration(GenerationMixin):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
-        ended: Ended | None = None,
-        prompt: Prompt | None = None,  # noqa: ARG002 - `_prefill` fills it
-        **kwargs: Any,  # by this name transformers knows that every argument of `forward` may be passed to `generate`
+        row_ends: RowEnds | None = None,
+        prompt: PromptState | None = None,  # noqa: ARG002 - for `_prefill`
+        **kwargs: Any,  # with this name, transformers lets `generate` take every argument of `forward`
     ) -> dict[str, Any]:
         kwargs = {key: value for key, value in kwargs.items() if key not in _OF_GENERATE}
-        if ended is not None:
+        if row_ends is not None:
             columns = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
-            attention_mask = ended.mask(attention_mask, columns, input_ids.shape[1])
+            attention_mask = row_ends.mask(attention_mask, columns, input_ids.shape[1])
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -143,7 +149,7 @@ class TitansGeneration(GenerationMixin):
             **kwargs,
         )
 
-    # ------------------------------------------------------------------------------------------ while and after it
+    # ------------------------------------------------------------------------------------------ decoding and after it
 
     def _sample(
         self,
@@ -153,13 +159,13 @@ class TitansGeneration(GenerationMixin):
         generation_config: GenerationConfig,
         **options: Any,
     ) -> Any:
-        ended = Ended(stopping_criteria)
-        out = super()._sample(input_ids, logits_processor, ended, generation_config, ended=ended, **options)
+        row_ends = RowEnds(stopping_criteria)
+        out = super()._sample(input_ids, logits_processor, row_ends, generation_config, row_ends=row_ends, **options)
         sequences = out if isinstance(out, Tensor) else out.sequences
         state = options.get("past_key_values") if isinstance(out, Tensor) else out.past_key_values
         if state is not None:
-            running = True if ended.ends is None else ended.ends >= sequences.shape[1]
-            state.leave(sequences[:, -1], running)
+            running = True if row_ends.ends is None else row_ends.ends >= sequences.shape[1]
+            state.set_pending(sequences[:, -1], running)
         return out
 
     def _beam_search(
@@ -170,11 +176,11 @@ class TitansGeneration(GenerationMixin):
         generation_config: GenerationConfig,
         **options: Any,
     ) -> Any:
-        """Where the state is kept, it reads the sequences that are returned: those of the beams are others."""
+        """A state that is kept reads the returned sequences, because the beams have read others."""
         given = options.get("past_key_values")
         if not generation_config.use_cache or (given is None and not generation_config.return_dict_in_generate):
             return super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **options)
-        prompt, config = Prompt(), copy.copy(generation_config)
+        prompt, config = PromptState(), copy.copy(generation_config)
         config.return_dict_in_generate = True
         out = super()._beam_search(input_ids, logits_processor, stopping_criteria, config, prompt=prompt, **options)
         row = torch.arange(len(out.sequences), device=out.sequences.device)
@@ -182,10 +188,10 @@ class TitansGeneration(GenerationMixin):
         new = out.sequences[:, input_ids.shape[1] :].to(state.position.device)
         length = (out.beam_indices >= 0).sum(1).to(new.device)
         if new.shape[1] > 1:
-            there = torch.arange(new.shape[1] - 1, device=new.device) < length[:, None]
-            self(new[:, :-1], attention_mask=there.long(), past_key_values=state, logits_to_keep=1)
-        state.leave(new[:, -1], length == new.shape[1])
+            mask = torch.arange(new.shape[1] - 1, device=new.device) < length[:, None]
+            self(new[:, :-1], attention_mask=mask.long(), past_key_values=state, logits_to_keep=1)
+        state.set_pending(new[:, -1], length == new.shape[1])
         if given is not None:
-            given.become(state)
+            given.assign(state)
         out.past_key_values = state if given is None else given
         return out if generation_config.return_dict_in_generate else out.sequences

@@ -1,4 +1,4 @@
-"""Packed rows: several documents one after another in a row, each read as if it were alone."""
+"""Packed rows: a row holds several documents, and the model reads each of them as if it were alone."""
 
 import itertools
 from collections.abc import Callable
@@ -10,12 +10,15 @@ from torch import Tensor
 
 from titans_lm.models.cache import TitansState
 from titans_lm.ops import Surprise, gather_tokens, left_align
+from titans_lm.utils.deprecation import renamed
+
+__getattr__ = renamed(__name__, {"Asked": "OutputOptions", "Read": "StackOutput"})
 
 Starts = Bool[Tensor, "B T"]
-"""True at the first token of each document but the first of the row."""
+"""True at the first token of each document, except the first document of a row."""
 
 Expected = list[list[int]]
-"""Positions at which each row may go on; none where any will do."""
+"""The positions at which each row may continue; an empty list allows any."""
 
 
 def document_starts(
@@ -25,10 +28,10 @@ def document_starts(
     expected: Expected,
     packed: dict[str, Any],
 ) -> Starts | None:
-    """Where documents start, as `position_ids`, `cu_seq_lens_q` or `seq_idx` say; None where there is one in each row.
+    """Where documents start, by `position_ids`, `cu_seq_lens_q` or `seq_idx`; None where each row is one document.
 
-    `mask` `[B, T]` is True where a token is there. Raises ValueError for what is not a packing, for positions at which
-    a row cannot go on, and where two of these arguments differ.
+    `mask` `[B, T]` is True at tokens, False at padding. Raises ValueError for arguments that describe no packing, for
+    positions at which a row cannot continue, and for two arguments that differ.
     """
     found: dict[str, Tensor] = {}
     if position_ids is not None:
@@ -49,7 +52,7 @@ def document_starts(
 
 LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 PACKED = (*LENGTHS, "seq_idx")
-"""Keywords beside `position_ids` that transformers' data collators make."""
+"""The other arguments by which transformers' data collators describe a packing."""
 
 
 def _fitting(name: str, value: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -59,25 +62,25 @@ def _fitting(name: str, value: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _aligned(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """`x` `[B, T]` with each row's tokens first, the column of each, and whether each but the first is there."""
+    """`x` `[B, T]` left-aligned, the column of each token, and for all but the first slot whether it holds a token."""
     if mask is None:
         mask = torch.ones_like(x, dtype=torch.bool)
     order, length = left_align(mask)
-    there = torch.arange(1, x.shape[1], device=x.device) < length[:, None]
-    return gather_tokens(x, order), order, there
+    filled = torch.arange(1, x.shape[1], device=x.device) < length[:, None]
+    return gather_tokens(x, order), order, filled
 
 
 def _at_columns(starts: Tensor, order: Tensor) -> Tensor:
-    """`starts` of each row's tokens but the first, at the columns where these stand."""
+    """`starts` of each row's tokens but the first, moved to the columns of these tokens."""
     return torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, 1:], starts)
 
 
 def _by_position(position: Tensor, mask: Tensor | None, expected: Expected) -> Tensor:
-    """A document starts where the position is 0; elsewhere it is one more than the token's before."""
-    position, order, there = _aligned(position, mask)
+    """A document starts at position 0. Elsewhere a position is one more than the one before."""
+    position, order, filled = _aligned(position, mask)
     steps = position[:, 1:] == position[:, :-1] + 1
-    starts = there & ~steps & (position[:, 1:] == 0)
-    wrong = there & ~steps & ~starts
+    starts = filled & ~steps & (position[:, 1:] == 0)
+    wrong = filled & ~steps & ~starts
     if bool(wrong.any()):
         row, token = wrong.nonzero()[0].tolist()
         before, here = position[row, token : token + 2].tolist()
@@ -86,9 +89,9 @@ def _by_position(position: Tensor, mask: Tensor | None, expected: Expected) -> T
             f"counts each token, so positions go up by 1, or start at 0 with a new document"
         )
     if position.shape[1]:
-        reads = [True] * len(expected) if mask is None else mask.any(1).tolist()
+        has_tokens = [True] * len(expected) if mask is None else mask.any(1).tolist()
         for row, first in enumerate(position[:, 0].tolist()):
-            if expected[row] and reads[row] and first not in expected[row]:
+            if expected[row] and has_tokens[row] and first not in expected[row]:
                 raise ValueError(
                     f"position_ids begins at {first} in row {row}, which has read {expected[row][0]} tokens: leave "
                     f"position_ids out, or reset the row for a new document"
@@ -97,8 +100,8 @@ def _by_position(position: Tensor, mask: Tensor | None, expected: Expected) -> T
 
 
 def _by_change(index: Tensor, mask: Tensor | None) -> Tensor:
-    index, order, there = _aligned(index, mask)
-    return _at_columns(there & (index[:, 1:] != index[:, :-1]), order)
+    index, order, filled = _aligned(index, mask)
+    return _at_columns(filled & (index[:, 1:] != index[:, :-1]), order)
 
 
 def _by_lengths(
@@ -109,14 +112,14 @@ def _by_lengths(
     max_length_q: int | None,
     max_length_k: int | None,
 ) -> Tensor:
-    """Documents of one row without padding, by the sums of their lengths."""
+    """The documents of one row without padding, by the cumulative sums of their lengths."""
     if cu_seq_lens_q is None:
         raise ValueError("cu_seq_lens_k, max_length_q and max_length_k need cu_seq_lens_q")
     ends = [int(end) for end in torch.as_tensor(cu_seq_lens_q).view(-1).tolist()]
     if shape[0] != 1 or mask is not None:
-        raise ValueError(f"cu_seq_lens_q is of one row without padding; there are {shape[0]} rows, or padding")
+        raise ValueError(f"cu_seq_lens_q describes one row without padding, got {shape[0]} rows, or padding")
     if len(ends) < 2 or ends[0] != 0 or ends[-1] != shape[1] or ends != sorted(ends):
-        raise ValueError(f"cu_seq_lens_q must go up from 0 to the row's {shape[1]} tokens, got {ends}")
+        raise ValueError(f"cu_seq_lens_q must rise from 0 to the row's {shape[1]} tokens, got {ends}")
     if cu_seq_lens_k is not None and torch.as_tensor(cu_seq_lens_k).view(-1).tolist() != ends:
         raise ValueError("cu_seq_lens_k must be cu_seq_lens_q: a document's keys are those of its own tokens")
     longest = max(b - a for a, b in itertools.pairwise(ends))
@@ -132,29 +135,31 @@ def _by_lengths(
 
 
 class Documents(NamedTuple):
-    """Documents of similar lengths as rows of their own, `[N, L]`."""
+    """Documents of similar lengths, as rows of a batch `[N, L]`."""
 
     row: Int[Tensor, " N"]
-    """The packed row of each."""
+    """The packed row of each document."""
     column: Int[Tensor, "N L"]
-    """The column of each token there (any, where none is)."""
-    present: Bool[Tensor, "N L"]
+    """The column of each token in its packed row; any column where there is no token."""
+    valid: Bool[Tensor, "N L"]
+    """True at tokens."""
     new: list[bool]
-    """Whether each starts anew, and does not go on from the row's state."""
+    """Whether each document starts with the first memory; else it continues the row's state."""
     last: list[bool]
-    """Whether each is its row's last."""
+    """Whether each document is the last of its row."""
 
-    def of(self, x: Tensor) -> Tensor:
+    def unpack(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` -> `[N, L, ...]`"""
         return x[self.row[:, None], self.column]
 
-    def places(self, width: int) -> Tensor:
-        """Of the tokens that are there, in rows of `width` columns one after another."""
-        return (self.row[:, None] * width + self.column)[self.present]
+    def flat_index(self, width: int) -> Tensor:
+        """The index of each token in the flattened packed rows of `width` columns."""
+        return (self.row[:, None] * width + self.column)[self.valid]
 
 
 def documents(starts: Starts, mask: Tensor | None) -> list[Documents]:
-    """All documents, in groups whose longest is less than twice as long as its shortest: padding stays below half."""
+    """All documents, in groups. A group's longest document is less than twice as long as its shortest, so that padding
+    stays below half."""
     rows, width = starts.shape
     groups: dict[int, list[tuple[int, int, int, bool, bool]]] = {}
     for row in range(rows):
@@ -168,66 +173,71 @@ def documents(starts: Starts, mask: Tensor | None) -> list[Documents]:
 def _group(group: list[tuple[int, int, int, bool, bool]], mask: Tensor | None, device: torch.device) -> Documents:
     row, begin, end = (torch.tensor(part, device=device) for part in zip(*(g[:3] for g in group), strict=True))
     column = begin[:, None] + torch.arange(int((end - begin).max()), device=device)
-    present, column = column < end[:, None], column.minimum(end[:, None] - 1)
+    valid, column = column < end[:, None], column.minimum(end[:, None] - 1)
     if mask is not None:
-        present = present & mask[row[:, None], column]
-    return Documents(row, column, present, [g[3] for g in group], [g[4] for g in group])
+        valid = valid & mask[row[:, None], column]
+    return Documents(row, column, valid, [g[3] for g in group], [g[4] for g in group])
 
 
-class Asked(NamedTuple):
-    """What is asked for beside the last hidden states."""
+class OutputOptions(NamedTuple):
+    """What a model returns beside the last hidden states."""
 
     surprise: bool
     hidden: bool
 
 
-class Read(NamedTuple):
-    """What a model made of tokens."""
+class StackOutput(NamedTuple):
+    """What a model's stack of blocks returns."""
 
     x: Tensor
+    """The last hidden states, `[B, T, D]`."""
     state: TitansState
     hidden: list[Tensor]
-    """The input of each layer, where it is asked for."""
+    """The input of each layer, if it was asked for."""
     surprise: list[Surprise]
+    """Of each layer with a memory, if it was asked for."""
 
 
 def read_documents(
     groups: list[Documents],
     x: Tensor,
     state: TitansState,
-    begin: Callable[[int], TitansState],
-    read: Callable[[Tensor, Tensor, TitansState], Read],
-) -> Read:
-    """Embeddings `[B, T, D]` of packed rows: `read` each group. `begin` makes the state of as many new documents; the
-    first of each row goes on from `state`. Afterwards a row's state is that of its last document."""
-    parts, ends, rows = [], [], []
+    initial_state: Callable[[int], TitansState],
+    forward: Callable[[Tensor, Tensor, TitansState], StackOutput],
+) -> StackOutput:
+    """Run `forward` on each group of documents of packed rows, whose embeddings are x `[B, T, D]`.
+
+    `initial_state` makes the state of a number of new documents. A row's first document continues `state`. Afterwards a
+    row's state is that of its last document.
+    """
+    outputs, ends, rows = [], [], []
     for group in groups:
         new = torch.tensor(group.new, device=x.device)
-        before = begin(len(new)) if bool(new.all()) else state.select(group.row)
+        before = initial_state(len(new)) if bool(new.all()) else state.select(group.row)
         if not bool(new.all()):
             before.reset(new.nonzero()[:, 0])
         before.frozen = state.frozen
-        parts.append(read(group.of(x), group.present, before))
+        outputs.append(forward(group.unpack(x), group.valid, before))
         last = torch.tensor(group.last, device=x.device).nonzero()[:, 0]
-        ends.append(parts[-1].state.select(last))
+        ends.append(outputs[-1].state.select(last))
         rows.append(group.row[last])
 
-    def together(same: tuple[Tensor, ...]) -> Tensor:
-        return _unpacked(groups, same, (x.shape[0], x.shape[1]))
+    def pack(parts: tuple[Tensor, ...]) -> Tensor:
+        return _packed(groups, parts, (x.shape[0], x.shape[1]))
 
-    end = TitansState.joined(ends).select(torch.cat(rows).argsort())
-    seen = zip(*(part.surprise for part in parts), strict=True)
-    return Read(
-        together(tuple(part.x for part in parts)),
-        state.moved(end.memories, end.position, x.shape[1]),
-        [together(same) for same in zip(*(part.hidden for part in parts), strict=True)],
-        [Surprise(*map(together, zip(*layer, strict=True))) for layer in seen],
+    end = TitansState.concat(ends).select(torch.cat(rows).argsort())
+    surprises = zip(*(out.surprise for out in outputs), strict=True)
+    return StackOutput(
+        pack(tuple(out.x for out in outputs)),
+        state.advanced(end.layer_caches, end.position, x.shape[1]),
+        [pack(layer) for layer in zip(*(out.hidden for out in outputs), strict=True)],
+        [Surprise(*map(pack, zip(*layer, strict=True))) for layer in surprises],
     )
 
 
-def _unpacked(groups: list[Documents], parts: tuple[Tensor, ...], shape: tuple[int, int]) -> Tensor:
-    """Undo `of`: `parts` `[N, L, ...]` of each group as `[B, T, ...]`, 0 where no token is."""
+def _packed(groups: list[Documents], parts: tuple[Tensor, ...], shape: tuple[int, int]) -> Tensor:
+    """Undo `unpack`: `parts` `[N, L, ...]` of each group as `[B, T, ...]`, 0 at padding."""
     flat = parts[0].new_zeros(shape[0] * shape[1], *parts[0].shape[2:])
-    places = torch.cat([group.places(shape[1]) for group in groups])
-    values = torch.cat([part[group.present] for group, part in zip(groups, parts, strict=True)])
-    return flat.index_copy(0, places, values).view(*shape, *flat.shape[1:])
+    index = torch.cat([group.flat_index(shape[1]) for group in groups])
+    values = torch.cat([part[group.valid] for group, part in zip(groups, parts, strict=True)])
+    return flat.index_copy(0, index, values).view(*shape, *flat.shape[1:])

@@ -1,5 +1,7 @@
-"""From projections to queries, keys and values: the short causal convolution (section 4.4 of the paper), SiLU, and for
-queries and keys the unit of each head."""
+"""The short causal convolution of queries, keys and values (section 4.4 of the paper), SiLU, and unit length per head.
+
+`qkv_features` runs in compiled C++ where that can run, else in PyTorch operations.
+"""
 
 import ctypes
 from typing import Any
@@ -10,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from titans_lm.layers.checkpointing import made_again
+from titans_lm.layers.checkpointing import checkpointed_pure
 from titans_lm.ops.cpu.compiled import (
     NativeArgs,
     as_contiguous,
@@ -19,12 +21,17 @@ from titans_lm.ops.cpu.compiled import (
     thread_count,
     unsupported_tensor_reason,
 )
+from titans_lm.utils.deprecation import renamed
 
 Filters = Float[Tensor, "I size"]
 
+__getattr__ = renamed(
+    __name__, {"features": "qkv_features", "in_eager": "eager_features", "convolved": "causal_convolution"}
+)
+
 
 class ShortConvolution(nn.Module):
-    """A causal convolution along time, one filter for each channel: its filters `[I, size]`."""
+    """A causal convolution along time, with one filter for each channel: its filters `[I, size]`."""
 
     def __init__(self, channels: int, size: int):
         super().__init__()
@@ -35,59 +42,49 @@ class ShortConvolution(nn.Module):
         size = self.weight.shape[1]
         nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
 
-    def forward(self, x: Tensor) -> Filters:  # noqa: ARG002 - what wraps a module passes an input on
-        """The filters, for `features`, which applies those of q, k and v at once."""
+    def forward(self, x: Tensor) -> Filters:  # noqa: ARG002 - wrappers of modules pass an input on
+        """The filters. `qkv_features` applies those of q, k and v at once."""
         return self.weight
 
 
-class FirstWeights(nn.ParameterList):
-    """M_0, as far as it is learned."""
-
-    __call__ = nn.Module.__call__  # a ParameterList refuses
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002 - what wraps a module passes an input on
-        """A copy: a state lives on when what FSDP gathered for a call is freed."""
-        return tuple(weight.clone() for weight in self)
-
-
-def features(
+def qkv_features(
     past: Float[Tensor, "B S I"], filters: Filters | None, heads: int, head_dim: int, compiled: bool
 ) -> tuple[Tensor, ...]:
-    """q, k, v, or the first of them, each `[B, T, heads, head_dim]`, of the last T = S - size + 1 tokens.
+    """q, k and v, or the first of them, each `[B, T, heads, head_dim]`, of the last T = S - size + 1 tokens.
 
-    `past` are their projections side by side, I = 1, 2 or 3 times heads * head_dim, after those of the size - 1 tokens
-    before. `compiled`: by compiled code where that can run.
+    `past` holds their projections side by side, I = 1, 2 or 3 times heads * head_dim, of the size - 1 tokens before
+    and then of the T tokens. `filters` None: no convolution. `compiled`: use compiled code where it can run.
     """
     alike = filters is None or (filters.dtype, filters.device) == (past.dtype, past.device)
     if compiled and alike and unsupported_tensor_reason(past, past.dtype) is None:
         filters = past.new_ones(past.shape[2], 1) if filters is None else filters
-        make = _Compiled.apply if torch.is_grad_enabled() else _make
-        return make(past, filters, heads, head_dim)
+        run = _CompiledFeatures.apply if torch.is_grad_enabled() else _features_forward
+        return run(past, filters, heads, head_dim)
     inputs = (past,) if filters is None else (past, filters)
-    return made_again(lambda *inputs: in_eager(*inputs, heads=heads, head_dim=head_dim), *inputs)
+    return checkpointed_pure(lambda *inputs: eager_features(*inputs, heads=heads, head_dim=head_dim), *inputs)
 
 
-def in_eager(past: Tensor, filters: Tensor | None = None, *, heads: int, head_dim: int) -> tuple[Tensor, ...]:
-    """As `features`, by operations of PyTorch."""
-    y = (past if filters is None else convolved(past, filters)).unflatten(-1, (-1, heads, head_dim))
-    units, *v = y.split(2, 2)  # apart, for what is kept of v would else be as large as all three
-    return *_unit(F.silu(units)).unbind(2), *(F.silu(part.squeeze(2)) for part in v)
+def eager_features(past: Tensor, filters: Tensor | None = None, *, heads: int, head_dim: int) -> tuple[Tensor, ...]:
+    """`qkv_features` in PyTorch operations."""
+    y = (past if filters is None else causal_convolution(past, filters)).unflatten(-1, (-1, heads, head_dim))
+    qk, *v = y.split(2, 2)  # apart, because a view of v would keep all three alive
+    return *_unit_length(F.silu(qk)).unbind(2), *(F.silu(part.squeeze(2)) for part in v)
 
 
-def convolved(past: Float[Tensor, "B S I"], filters: Filters) -> Float[Tensor, "B T I"]:
-    """Each of the last T tokens and those before it, weighed: sums take half of conv1d's time."""
+def causal_convolution(past: Float[Tensor, "B S I"], filters: Filters) -> Float[Tensor, "B T I"]:
+    """For each of the last T tokens, the weighted sum of it and the tokens before it. Half the time of conv1d."""
     taps = filters.to(past.dtype).t()
     length = past.shape[1] - len(taps) + 1
     if length == 1:
         return (past * taps).sum(1, keepdim=True)
     y = past[:, :length] * taps[0]
-    for age in range(1, len(taps)):
-        y = torch.addcmul(y, past[:, age : age + length], taps[age])
+    for tap in range(1, len(taps)):
+        y = torch.addcmul(y, past[:, tap : tap + length], taps[tap])
     return y
 
 
-def _unit(x: Tensor) -> Tensor:
-    """L2-normalised over the last dimension, in float32 at least; finite gradient at 0."""
+def _unit_length(x: Tensor) -> Tensor:
+    """L2-normalised over the last dimension, in float32 or float64, with a finite gradient at 0."""
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
@@ -105,6 +102,8 @@ class _FeatureArgs(ctypes.Structure):
 
 
 class FeatureArgs(NativeArgs):
+    """The arguments of the compiled functions."""
+
     structure = _FeatureArgs
 
     @classmethod
@@ -118,7 +117,7 @@ class FeatureArgs(NativeArgs):
         return args
 
 
-def _make(past: Tensor, filters: Tensor, heads: int, head_dim: int) -> tuple[Tensor, ...]:
+def _features_forward(past: Tensor, filters: Tensor, heads: int, head_dim: int) -> tuple[Tensor, ...]:
     args = FeatureArgs.of(past, filters, heads, head_dim)
     batch, slots, channels = past.shape
     shape = (batch, slots - filters.shape[1] + 1, heads, head_dim)
@@ -128,14 +127,14 @@ def _make(past: Tensor, filters: Tensor, heads: int, head_dim: int) -> tuple[Ten
     return outputs
 
 
-class _Compiled(torch.autograd.Function):
-    """`_make`, with a backward pass, for which its inputs alone are kept."""
+class _CompiledFeatures(torch.autograd.Function):
+    """`_features_forward` with a backward pass, which needs its inputs alone."""
 
     @staticmethod
     def forward(ctx: Any, past: Tensor, filters: Tensor, heads: int, head_dim: int) -> tuple[Tensor, ...]:
         ctx.heads = heads, head_dim
         ctx.save_for_backward(past, filters)
-        return _make(past, filters, heads, head_dim)
+        return _features_forward(past, filters, heads, head_dim)
 
     @staticmethod
     @once_differentiable

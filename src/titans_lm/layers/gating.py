@@ -1,0 +1,43 @@
+"""Gated parts of a block: its MLP, and the gates that join attention and memory."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titans_lm.layers.checkpointing import checkpointed
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), the gated MLP."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpointed(lambda gate, up: self.down_proj(F.silu(gate) * up), self.gate_proj(x), self.up_proj(x))
+
+
+class ProductGate(nn.Module):
+    """y (x) m: norm(y) * sigmoid(norm(m)), both norms with learned weights (eqs. 25, 28)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.y_norm, self.m_norm = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
+
+    def forward(self, y: Tensor, m: Tensor) -> Tensor:
+        return checkpointed(lambda y, m: self.y_norm(y) * torch.sigmoid(self.m_norm(m)), y, m)
+
+
+class ConvexGate(nn.Module):
+    """g * y + (1 - g) * m, with g = sigmoid(W_g [y; m] + b_g)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.mix = nn.Linear(2 * dim, dim)
+
+    def forward(self, y: Tensor, m: Tensor) -> Tensor:
+        g = torch.sigmoid(self.mix(torch.cat([y, m], -1)))
+        return g * y + (1 - g) * m

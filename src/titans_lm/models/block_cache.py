@@ -1,0 +1,140 @@
+"""What each kind of block remembers between calls, and operations on these trees of tensors."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titans_lm.layers.attention import KeyValues
+from titans_lm.layers.memory_state import NeuralMemoryState
+from titans_lm.utils.deprecation import renamed
+
+Tree = TypeVar("Tree")
+
+__getattr__ = renamed(
+    __name__,
+    {"Retrieval": "SegmentSnapshot", "expand": "expand_rows", "start_rows": "restart_rows", "widened": "pad_left"},
+)
+
+
+class AttentionCache(NamedTuple):
+    """The cache of attention alone. It has a constant size, unless the window is unlimited."""
+
+    attention: KeyValues
+
+
+class LMMCache(NamedTuple):
+    """The cache of the memory alone."""
+
+    memory: NeuralMemoryState
+
+
+class MAGCache(NamedTuple):
+    """The cache of memory as gate."""
+
+    attention: KeyValues
+    memory: NeuralMemoryState
+
+
+class MALCache(NamedTuple):
+    """The cache of memory as layer."""
+
+    attention: KeyValues
+    memory: NeuralMemoryState
+    prefix: Tensor
+    """The attention's persistent tokens, `[B, P, D]`: those after the memory layer."""
+
+
+class SegmentSnapshot(NamedTuple):
+    """The memory as it was when the segment began: what MAC retrieves from within the segment."""
+
+    weights: tuple[Tensor, ...]
+    conv_state: Tensor
+    """Of the queries of retrieval, `[B, R, I]`."""
+
+
+class MACCache(NamedTuple):
+    """The cache of memory as context."""
+
+    attention: KeyValues
+    memory: NeuralMemoryState
+    retrieval: SegmentSnapshot
+
+
+BlockCache = AttentionCache | LMMCache | MAGCache | MALCache | MACCache
+Cache = TypeVar("Cache", bound=BlockCache)
+
+
+class LayerState:
+    """The old type of all caches, with optional fields. It makes the cache of the kind that has these fields, with a
+    DeprecationWarning."""
+
+    def __new__(  # type: ignore[misc]
+        cls,
+        attention: KeyValues | None = None,
+        memory: NeuralMemoryState | None = None,
+        retrieval: SegmentSnapshot | None = None,
+        prefix: Tensor | None = None,
+    ) -> BlockCache:
+        fields = {"attention": attention, "memory": memory, "prefix": prefix, "retrieval": retrieval}
+        given = {name: value for name, value in fields.items() if value is not None}
+        kinds: tuple[Any, ...] = (AttentionCache, LMMCache, MAGCache, MALCache, MACCache)
+        kind = next((kind for kind in kinds if set(kind._fields) == given.keys()), None)
+        if kind is None:
+            raise ValueError(f"no block has a cache with the fields {', '.join(given) or 'none'}")
+        warnings.warn(f"LayerState is split by kind of block: use {kind.__name__}", DeprecationWarning, stacklevel=2)
+        return kind(**given)
+
+
+def expand_rows(state: NeuralMemoryState, batch: int) -> NeuralMemoryState:
+    """The state of one row in each of `batch` rows."""
+    return map_tensors(state, lambda t: t.expand(batch, *t.shape[1:]))
+
+
+def restart_rows(rows: Tensor, first: Cache, cache: Cache) -> Cache:
+    """`cache` with the `rows` (`[B]`, True) of `first`, the cache before the first token."""
+    slots = max(cache_slots(first), cache_slots(cache))
+    first, cache = pad_left(first, slots), pad_left(cache, slots)
+
+    def choose(new: Tensor, old: Tensor) -> Tensor:
+        return torch.where(rows.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old)
+
+    return map_tensors(first, choose, cache)
+
+
+def concat_rows(caches: list[Cache]) -> Cache:
+    """The rows of several caches of one block, one after another."""
+    slots = max(map(cache_slots, caches))
+    first, *others = (pad_left(cache, slots) for cache in caches)
+    return map_tensors(first, lambda *parts: torch.cat(parts), *others)
+
+
+def cache_slots(cache: BlockCache) -> int:
+    """The slots of its keys and values; 0 without attention."""
+    return 0 if isinstance(cache, LMMCache) else cache.attention.keys[0].shape[2]
+
+
+def pad_left(cache: Cache, slots: int) -> Cache:
+    """The cache with empty slots on the left, as unlimited attention has in rows that have read less than others."""
+    if isinstance(cache, LMMCache) or cache_slots(cache) == slots:
+        return cache
+    padded = map_tensors(cache.attention, lambda t: F.pad(t, (0, 0, slots - t.shape[2], 0)))
+    return cast(Cache, cache._replace(attention=padded))
+
+
+def map_tensors(tree: Tree, function: Callable[..., Tensor], *others: Tree) -> Tree:
+    """The same tree of (named) tuples with `function` applied to each tensor, together with the same tensor of each of
+    `others`. None stays."""
+    return _map(tree, function, *others)
+
+
+def _map(tree: Any, function: Callable[..., Tensor], *others: Any) -> Any:
+    if tree is None:
+        return None
+    if isinstance(tree, Tensor):
+        return function(tree, *others)
+    parts = [_map(part, function, *rest) for part, *rest in zip(tree, *others, strict=True)]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
