@@ -93,7 +93,7 @@ def main() -> None:
     arguments = parser.parse_args()
     test = torch.Generator().manual_seed(1)
     for name, make in (
-        ("neural memory", lambda: NeuralMemory(64, heads=2, chunk_size=2, theta_max=1.0)),
+        ("neural memory", lambda: NeuralMemory(64, num_heads=2, chunk_size=2, lr=1.0)),
         ("LSTM", lambda: nn.LSTM(64, 64, batch_first=True)),
     ):
         torch.manual_seed(0)

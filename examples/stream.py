@@ -31,7 +31,7 @@ class Forecaster(nn.Module):
         super().__init__()
         self.embed = nn.Linear(series, dim)
         self.norm = nn.RMSNorm(dim)
-        self.memory = NeuralMemory(dim, heads, hidden=64, chunk_size=8, alpha_bias=-5.0)
+        self.memory = NeuralMemory(dim, heads, memory_dim=64, chunk_size=8, alpha_bias=-5.0)
         self.head = nn.Linear(dim, series)
         nn.init.zeros_(self.head.weight)
 

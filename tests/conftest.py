@@ -152,7 +152,7 @@ def state_tensors(state: TitansState) -> dict[str, Tensor]:
             for field, part in zip(getattr(tree, "_fields", range(len(tree))), tree, strict=True):
                 walk(f"{name}.{field}", part)
 
-    for number, layer in enumerate(state.memories):
+    for number, layer in enumerate(state.layer_caches):
         walk(f"layer {number}", layer)
     return {**named, "position": state.position}
 

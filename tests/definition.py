@@ -28,7 +28,7 @@ def attend(
     """Queries x `[T, D]` at `position` over `groups` of (inputs `[S, D]`, positions or None, visible `[T, S]`)."""
 
     def heads(y: Tensor, position: Tensor | None) -> Tensor:
-        y = y.unflatten(-1, (layer.heads, layer.head_dim))
+        y = y.unflatten(-1, (layer.num_heads, layer.head_dim))
         return y if position is None else rotated(y, position, base)
 
     keys = torch.cat([heads(layer.k_proj(y), p) for y, p, _ in groups])
@@ -52,7 +52,7 @@ class Memory:
         self.layer = layer
         learned = list(layer.initial_memory)
         zeros = [layer.q_proj.weight.new_zeros(shape).requires_grad_() for shape in layer.shapes[len(learned) :]]
-        self.weights = [[w[head] for w in learned + zeros] for head in range(layer.heads)]
+        self.weights = [[w[head] for w in learned + zeros] for head in range(layer.num_heads)]
         self.momentum = [[torch.zeros_like(w) for w in weights] for weights in self.weights]
         self.anchor, self.count = self.weights, 0
         self.queries: list[Tensor] = []
@@ -72,16 +72,16 @@ class Memory:
         self.count += 1
         gates_from = self.first if layer.gates_of == "chunk" else x
         k, v = self._unit(self._project(x, 1, self.past[1])), self._project(x, 2, self.past[2])
-        theta = layer.theta_max * torch.sigmoid(layer.theta(gates_from))
+        theta = layer.lr * torch.sigmoid(layer.theta(gates_from))
         if layer.predictor is not None:
             self.errors.append((layer.predictor.map(self.last) - x.detach()).square().sum())
             self.last = x.detach()
-            if layer.threshold is not None and self.errors[-1] <= layer.threshold:
+            if layer.surprise_threshold is not None and self.errors[-1] <= layer.surprise_threshold:
                 theta = torch.zeros_like(theta)
         eta = torch.zeros_like(theta) if layer.eta is None else torch.sigmoid(layer.eta(gates_from))
         alpha = torch.zeros_like(theta) if layer.alpha is None else torch.sigmoid(layer.alpha(gates_from))
         momentum, weights = [], []
-        for h in range(layer.heads):
+        for h in range(layer.num_heads):
             gradient = self._gradient(h, k[h], v[h])
             momentum.append([eta[h] * s - theta[h] * g for s, g in zip(self.momentum[h], gradient, strict=True)])
             weights.append([(1 - alpha[h]) * w + s for w, s in zip(self.weights[h], momentum[h], strict=True)])
@@ -90,7 +90,7 @@ class Memory:
     def read(self, x: Tensor, weights: list[list[Tensor]], past: list[Tensor]) -> Tensor:
         layer = self.layer
         q = self._unit(self._project(x, 0, past))
-        y = torch.stack([self._finish(h, q[h], self._mlp(q[h], weights[h])) for h in range(layer.heads)])
+        y = torch.stack([self._finish(h, q[h], self._mlp(q[h], weights[h])) for h in range(layer.num_heads)])
         y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + 1e-6) * layer.output_norm.weight
         return layer.o_proj.weight @ (y.flatten() * torch.sigmoid(layer.output_gate.weight @ x))
 
@@ -101,7 +101,7 @@ class Memory:
         if layer.convs is not None:
             filters = layer.convs[which].weight
             y = sum(filters[:, -1 - age] * past[-1 - age] for age in range(min(filters.shape[1], len(past))))
-        return (y * torch.sigmoid(y)).unflatten(0, (layer.heads, layer.head_dim))
+        return (y * torch.sigmoid(y)).unflatten(0, (layer.num_heads, layer.head_dim))
 
     def _unit(self, x: Tensor) -> Tensor:
         return x / torch.sqrt(x.square().sum(-1, keepdim=True) + 1e-6)
@@ -129,7 +129,7 @@ class Memory:
         if layer.clip is not None:
             output = output * layer.clip / (output.norm() + layer.clip)
         gradient = torch.autograd.grad(z, anchor, output, create_graph=True)
-        if layer.threshold is not None and layer.predictor is None and loss <= layer.threshold:
+        if layer.surprise_threshold is not None and layer.predictor is None and loss <= layer.surprise_threshold:
             return tuple(torch.zeros_like(g) for g in gradient)
         return gradient
 
@@ -150,7 +150,9 @@ def windowed(layer: nn.Module, prefix: Tensor, x: Tensor) -> Tensor:
     """Sliding-window attention; the persistent tokens `prefix` are always visible."""
     position = torch.arange(len(x))
     everything = torch.ones(len(x), len(prefix), dtype=torch.bool)
-    return attend(layer, x, position, [(prefix, None, everything), (x, position, window_mask(len(x), layer.window))])
+    return attend(
+        layer, x, position, [(prefix, None, everything), (x, position, window_mask(len(x), layer.window_size))]
+    )
 
 
 def mac(block: nn.Module, prefix: Tensor, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from titans_lm.evaluate.adapt import code_lengths, read_stream
 from titans_lm.evaluate.compressors import compressed_bits, installed
 from titans_lm.evaluate.dynamic import dynamic_nats
 from titans_lm.evaluate.rereading import reread
-from titans_lm.layers.neural_memory import memory_off
+from titans_lm.layers.bypass import bypass_memory
 from titans_lm.models.tokenizer import byte_tokenizer
 
 LOG = b"".join(b"%03d service started, id=%d\n" % (n, n * n % 97) for n in range(12))
@@ -89,7 +89,7 @@ def test_bytes_are_read_as_they_are(tmp_path):
 def test_before_its_first_step_dynamic_evaluation_is_the_model_without_memory():
     model, ids = tiny_model("mag", torch.float32), torch.arange(40)[None] % 23
     found = nats_of(dynamic_nats(model, ids, rate=0.1, segment=16))
-    with torch.no_grad(), memory_off(model):
+    with torch.no_grad(), bypass_memory(model):
         plain = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
     assert sorted(found) == list(range(1, 40))
     assert [found[t] for t in range(1, 17)] == pytest.approx(plain[:16].tolist(), rel=1e-5)

@@ -130,7 +130,7 @@ def test_positions_that_a_memory_cannot_have_are_refused():
         ({"seq_idx": torch.zeros(2, 5)}, "seq_idx must be"),
         ({"cu_seq_lens_q": torch.tensor([0, 6])}, "one row"),
         ({"max_length_q": 6}, "need cu_seq_lens_q"),
-        ({"attention_mask": torch.tensor([[1, 1, 2, 2, 3, 3]] * 2)}, "0 or 1, got 2; documents"),
+        ({"attention_mask": torch.tensor([[1, 1, 2, 2, 3, 3]] * 2)}, "0 or 1, got 2; separate the documents"),
     ):
         with pytest.raises(ValueError, match=words):
             model(ids, **options)

@@ -11,7 +11,7 @@ SYMBOLS = 12
 
 def memory(start="auto", **options):
     torch.manual_seed(1)
-    return NeuralMemory(32, 2, conv_size=6, theta_max=1.0, theta_start=0.1, alpha_bias=-12.0, start=start, **options)
+    return NeuralMemory(32, 2, conv_size=6, lr=1.0, lr_start=0.1, alpha_bias=-12.0, start=start, **options)
 
 
 def text(length):
@@ -27,8 +27,8 @@ def text(length):
 
 def predicted(layer, x):
     """How well what each of the last tokens reads tells the value of the next: mean cosine similarity."""
-    (_, _, v), _ = layer._features(x, layer.initial_state(1).tails, None)
-    y, *_ = layer(x, layer.initial_state(1), None, False, step="write")
+    (_, _, v), _ = layer._features(x, layer.initial_state(1).conv_state, None)
+    y, *_ = layer.scan(x, layer.initial_state(1), None)
     return F.cosine_similarity(y[:, -40:-1], v[:, -39:], dim=-1).mean().item()
 
 
@@ -41,7 +41,7 @@ def test_an_untrained_memory_tells_what_comes_next():
 
 @torch.no_grad()
 def test_a_key_is_the_query_of_the_token_before_it():
-    (q, k, _), _ = memory()._features(text(60), memory().initial_state(1).tails, None)
+    (q, k, _), _ = memory()._features(text(60), memory().initial_state(1).conv_state, None)
     similarity = F.cosine_similarity(q[:, 5:-1], k[:, 6:], dim=-1).mean()
     assert similarity > 0.85
     assert similarity > F.cosine_similarity(q[:, 6:], k[:, 6:], dim=-1).mean() + 0.2

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from conftest import Made, tiny_model, tokens
 from definition import attend, window_mask, windowed
-from titans_lm.layers.attention import SegmentAttention, WindowAttention, rotation
+from titans_lm.layers.attention import SegmentAttention, WindowAttention, rotary_embedding
 from tolerance import assert_close
 
 D, HEADS, WIDTH, BASE = 12, 2, 4, 10000.0
@@ -26,7 +26,7 @@ def random(*shape: int, seed: int = 1) -> Tensor:
 
 
 def turns(position: Tensor, length: int):
-    return rotation(position[:, None] + torch.arange(length), WIDTH, BASE)
+    return rotary_embedding(position[:, None] + torch.arange(length), WIDTH, BASE)
 
 
 def in_calls(layer: nn.Module, prefix: Tensor, rows: list[Tensor], counts: list[list[int]]) -> list[Tensor]:
@@ -125,7 +125,7 @@ def test_rows_of_a_segment_stand_at_their_own_positions():
 
 def test_rotary_positions_are_exact_at_the_ten_millionth_token():
     """cos of an angle taken in float32 would be off by a tenth."""
-    turn = rotation(torch.tensor([[10_000_019]]), WIDTH, BASE)
+    turn = rotary_embedding(torch.tensor([[10_000_019]]), WIDTH, BASE)
     angle = torch.tensor(10_000_019, dtype=torch.float64) * BASE ** -torch.tensor([0.0, 0.5], dtype=torch.float64)
     assert_close(turn.cos[0, 0].double(), angle.cos())
     assert_close(turn.sin[0, 0].double(), angle.sin())

@@ -75,7 +75,7 @@ def _memory(name: str, **changes) -> NeuralMemory:
 def _inputs(memory: NeuralMemory, tokens: int = 33):
     """x, and what the layer makes of it: q, k, v, theta, eta, alpha."""
     x = torch.randn(2, tokens, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    features, _ = memory._features(x, memory.initial_state(2).tails, None)
+    features, _ = memory._features(x, memory.initial_state(2).conv_state, None)
     return x, *features, *memory._gates(x)
 
 
@@ -85,7 +85,7 @@ def test_linear_attention_is_a_sum_over_all_tokens():
     assert not eta.any()
     assert not alpha.any()
     scores = torch.einsum("bthk,bshk->bhts", q, k).tril() * (2 * theta).transpose(1, 2)[:, :, None]
-    expected = memory(x, torch.einsum("bhts,bshv->bthv", scores, v), step="output")
+    expected = memory.project_output(x, torch.einsum("bhts,bshv->bthv", scores, v))
     assert_close(memory(x)[0], expected)
 
 
@@ -102,7 +102,7 @@ def test_delta_nets_correct_what_they_remember_token_by_token(name):
         write = torch.einsum("bhk,bhv->bhkv", k[:, t], error) * (2 * theta[:, t])[..., None, None]
         m = (1 - alpha[:, t])[..., None, None] * m - write
         out.append(torch.einsum("bhk,bhkv->bhv", q[:, t], m))
-    assert_close(memory(x)[0], memory(x, torch.stack(out, 1), step="output"))
+    assert_close(memory(x)[0], memory.project_output(x, torch.stack(out, 1)))
 
 
 def _run(folder, model) -> dict:

@@ -16,7 +16,8 @@ from titans_lm.bench import decode, measure, model, op, operation, race, write
 from titans_lm.bench.measure import Action, Contender, Meter, Setting
 from titans_lm.bench.race import Dead, Entrant, Heat, Worker
 from titans_lm.cli import main
-from titans_lm.layers.neural_memory import memories, memory_off
+from titans_lm.layers.bypass import bypass_memory
+from titans_lm.layers.neural_memory import memories
 from titans_lm.models.tokenizer import byte_tokenizer
 from titans_lm.ops import initial_state, memory_scan
 
@@ -252,7 +253,7 @@ def test_a_memory_left_out_learns_nothing_and_comes_back():
         net = tiny_model(kind)
         tokens = torch.randint(23, (1, 20))
         before = net(tokens).logits
-        with memory_off(net):
+        with bypass_memory(net):
             net(tokens).logits.sum().backward()
         grads = [p.grad for m in memories(net) for p in m.parameters()]
         assert all(g is None or not g.any() for g in grads), kind

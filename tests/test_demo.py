@@ -122,7 +122,7 @@ def test_what_is_shipped_is_half_as_large_and_computes_as_before(folder, tmp_pat
     for (name, p), (_, q) in zip(before.named_parameters(), after.named_parameters(), strict=True):
         assert q.dtype == torch.float32, name
         torch.testing.assert_close(q, p, rtol=2**-8, atol=0)
-    assert [model.model.layers[0].memory.threshold for model in (before, after)] == [None, 3.5]
+    assert [model.model.layers[0].memory.surprise_threshold for model in (before, after)] == [None, 3.5]
 
 
 def test_the_needle_is_where_it_is_said_to_be():

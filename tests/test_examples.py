@@ -79,7 +79,7 @@ def test_the_layer_learns_to_recall_and_an_lstm_is_trained_beside_it(monkeypatch
         }
     assert torch.equal(batch.targets[batch.asked], again[:, :, 1].flatten(0, 1))
     torch.manual_seed(0)
-    model = layer.Recall(titans_lm.NeuralMemory(64, heads=2, chunk_size=2, theta_max=1.0))
+    model = layer.Recall(titans_lm.NeuralMemory(64, num_heads=2, chunk_size=2, lr=1.0))
     test = layer.make_batch(64, 2, torch.Generator().manual_seed(1))
     before = layer.accuracy(model, test)
     layer.train(model, steps=15, pairs=2)

@@ -19,9 +19,9 @@ D, HEADS, CHUNK = 12, 2, 3
 
 FORMS: dict[str, dict[str, Any]] = {
     "default": {},
-    "depth 1": {"depth": 1},
-    "depth 3, plain": {"depth": 3, "form": "plain", "clip": None},
-    "plain matrix": {"depth": 1, "form": "plain", "clip": None},
+    "depth 1": {"layers": 1},
+    "depth 3, plain": {"layers": 3, "form": "plain", "clip": None},
+    "plain matrix": {"layers": 1, "form": "plain", "clip": None},
     "chunk 1": {"chunk_size": 1},
     "chunk longer than the text": {"chunk_size": 64},
     "no momentum": {"momentum": False},
@@ -31,8 +31,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "zero, plain": {"init": "zero", "form": "plain"},
     "zero": {"init": "zero"},
     "gelu, wide heads": {"activation": "gelu", "head_dim": 10},
-    "threshold": {"threshold": 12.0},
-    "threshold on a prediction": {"threshold": 18.0, "threshold_on": "prediction"},
+    "surprise_threshold": {"surprise_threshold": 12.0},
+    "threshold on a prediction": {"surprise_threshold": 18.0, "surprise_threshold_on": "prediction"},
 }
 each_form = pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 
@@ -40,7 +40,7 @@ each_form = pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 def layer(**options: Any) -> NeuralMemory:
     """A memory in which every parameter matters: no norm is 1, no bias 0, and it forgets."""
     torch.manual_seed(0)
-    memory = NeuralMemory(D, HEADS, **{"chunk_size": CHUNK, "hidden": 8, "theta_max": 0.5, **options})
+    memory = NeuralMemory(D, HEADS, **{"chunk_size": CHUNK, "memory_dim": 8, "lr": 0.5, **options})
     with torch.no_grad():
         for name, parameter in memory.named_parameters():
             if parameter.dim() == 1 or "norm" in name:
@@ -55,8 +55,8 @@ def inputs(rows: int, length: int, seed: int = 1) -> Tensor:
 
 
 def leaves(state: NeuralMemoryState) -> list[Tensor]:
-    more = [x for x in (state.last, state.gates) if x is not None]
-    return [*itertools.chain(*state.memory[:3]), state.memory.position, *more, *state.tails]
+    more = [x for x in (state.prev_input, state.gates) if x is not None]
+    return [*itertools.chain(*state.memory[:3]), state.memory.position, *more, *state.conv_state]
 
 
 def by_definition(memory: NeuralMemory, x: Tensor) -> tuple[Tensor, list[Memory]]:
@@ -101,7 +101,7 @@ def test_every_form_computes_something_else(options):
 
 
 states_of_all_kinds = pytest.mark.parametrize(
-    "options", [{}, {"threshold": 18.0, "threshold_on": "prediction"}, {"gates_of": "chunk"}]
+    "options", [{}, {"surprise_threshold": 18.0, "surprise_threshold_on": "prediction"}, {"gates_of": "chunk"}]
 )
 
 
@@ -133,8 +133,8 @@ def test_padding_anywhere_leaves_no_trace(options, pattern, earlier):
             own = NeuralMemoryState(
                 type(state.memory)(*(tuple(t[row : row + 1] for t in part) for part in state.memory[:3]),
                                    state.memory.position[row : row + 1]),
-                tuple(t[row : row + 1] for t in state.tails),
-                *(None if x is None else x[row : row + 1] for x in (state.last, state.gates)),
+                tuple(t[row : row + 1] for t in state.conv_state),
+                *(None if x is None else x[row : row + 1] for x in (state.prev_input, state.gates)),
             )  # fmt: skip
             alone, alone_after, alone_surprise = memory(
                 inputs(2, len(pattern))[row : row + 1, mask[row]], own, surprise=True
@@ -157,7 +157,7 @@ def test_padding_may_be_nan(options, place, frozen):
     def read(junk: float) -> list[Tensor]:
         x = inputs(2, 7).masked_fill(~mask[..., None], junk).requires_grad_()
         state = memory.initial_state(2)
-        y, after = memory.frozen(x, state, mask) if frozen else memory(x, state, mask)
+        y, after = memory(x, state, mask, update=not frozen)
         y = y[mask]
         return [y, *leaves(after), *torch.autograd.grad(y.sum(), [x, *memory.parameters()], materialize_grads=True)]
 
@@ -189,7 +189,9 @@ def test_retrieve_reads_what_was_written_and_writes_nothing():
 def test_a_predictor_learns_what_comes_next_and_then_nothing_is_written():
     """A stream that repeats is no news to a linear map; where it changes, is."""
     torch.manual_seed(0)
-    memory = NeuralMemory(D, HEADS, chunk_size=4, hidden=8, threshold=1.0, threshold_on="prediction")
+    memory = NeuralMemory(
+        D, HEADS, chunk_size=4, memory_dim=8, surprise_threshold=1.0, surprise_threshold_on="prediction"
+    )
     pattern = torch.randn(5, D)
     x = pattern.repeat(12, 1)[None]
     optimizer = torch.optim.Adam(memory.parameters(), 0.02)
@@ -202,7 +204,7 @@ def test_a_predictor_learns_what_comes_next_and_then_nothing_is_written():
         assert error[0, 0] > 1
         assert (error[0, 1:] < 1).all()
         _, state = memory(x)
-        _, kept = memory(x, NeuralMemoryState(state.memory, state.tails, x[:, -1]))
+        _, kept = memory(x, NeuralMemoryState(state.memory, state.conv_state, x[:, -1]))
         for s, before in zip(kept.memory.momentum, state.memory.momentum, strict=True):
             assert s.norm() < before.norm()  # it only decays
         changed = x.clone()
@@ -213,14 +215,14 @@ def test_a_predictor_learns_what_comes_next_and_then_nothing_is_written():
 def test_a_frozen_memory_is_read_while_the_stream_goes_on():
     memory, x = layer(gates_of="chunk"), inputs(2, 12)
     _, state = memory(x[:, :5])
-    y, frozen = memory.frozen(x[:, 5:9], state, None)
+    y, frozen = memory(x[:, 5:9], state, update=False)
     assert_close(y, memory.retrieve(x[:, 5:9], state))
     for a, b in zip(leaves(state)[:-3], leaves(frozen)[:-3], strict=True):
         assert torch.equal(a, b)
     _, read = memory(x[:, :9])
-    for a, b in zip(frozen.tails, read.tails, strict=True):
+    for a, b in zip(frozen.conv_state, read.conv_state, strict=True):
         assert_close(a, b)
-    assert_close(memory.retrieve(x[:, 9:], frozen), memory.frozen(x[:, 9:], frozen, None)[0])
+    assert_close(memory.retrieve(x[:, 9:], frozen), memory(x[:, 9:], frozen, update=False)[0])
 
 
 def test_surprise_is_the_error_before_the_write_and_the_norm_of_its_gradient():
@@ -249,11 +251,11 @@ def test_no_token_at_all_changes_nothing():
     assert surprise.loss.shape == (2, 0, HEADS)
     assert all(torch.equal(a, b) for a, b in zip(leaves(state), leaves(after), strict=True))
     assert memory.retrieve(inputs(2, 0), state).shape == (2, 0, D)
-    assert memory.frozen(inputs(2, 0), state, None)[0].shape == (2, 0, D)
+    assert memory(inputs(2, 0), state, update=False)[0].shape == (2, 0, D)
 
 
 def test_a_detached_state_is_the_same_memory_and_no_gradient_crosses_it():
-    memory = layer(threshold=18.0, threshold_on="prediction", gates_of="chunk")
+    memory = layer(surprise_threshold=18.0, surprise_threshold_on="prediction", gates_of="chunk")
     x = torch.randn(2, 7, D, dtype=torch.float64, requires_grad=True)
     more = torch.randn(2, 5, D, dtype=torch.float64)
     _, state = memory(x, memory.initial_state(2))
@@ -310,7 +312,7 @@ def test_a_learned_first_memory_is_each_row_s_own():
 
 def test_a_memory_learns_what_it_reads():
     """A pattern read again surprises less, in every head."""
-    memory, x = layer(forgetting=False, theta_start=0.05), inputs(1, 6)
+    memory, x = layer(forgetting=False, lr_start=0.05), inputs(1, 6)
     _, _, surprise = memory(x.repeat(1, 120, 1), surprise=True)
     first, last = surprise.loss[0, 6:12].mean(0), surprise.loss[0, -6:].mean(0)
     assert (last < 0.5 * first).all()
@@ -321,11 +323,11 @@ def test_a_memory_learns_what_it_reads():
     ("options", "named"),
     [
         ({"head_dim": 0}, "head_dim"),
-        ({"hidden": 0}, "hidden"),
-        ({"depth": 0}, "depth"),
+        ({"memory_dim": 0}, "memory_dim"),
+        ({"layers": 0}, "layers"),
         ({"chunk_size": 0}, "chunk_size"),
-        ({"theta_max": 0.0}, "theta_max"),
-        ({"theta_max": 1.5}, "theta_max"),
+        ({"lr": 0.0}, "lr"),
+        ({"lr": 1.5}, "lr"),
         ({"form": "deep"}, "form"),
         ({"init": "one"}, "init"),
         ({"conv_size": 0}, "conv_size"),

@@ -15,7 +15,7 @@ import torch
 from conftest import assert_bitwise, tiny_config
 from titans_lm import Reader, TitansForCausalLM, TitansState
 from titans_lm.cli import main
-from titans_lm.models import cache_file as memory_file
+from titans_lm.models import cache_file
 from titans_lm.models.cache_file import Source
 from titans_lm.models.hub import load
 from titans_lm.models.tokenizer import byte_tokenizer
@@ -202,23 +202,23 @@ def test_verify_knows_whole_files_their_model_and_numbers_that_are_not(file, fol
     byte_tokenizer().save_pretrained(other)
     assert main(["memory", "verify", str(file), "--model", str(other)]) == 2
     assert "belongs to another model: its weights" in said(capsys)
-    tensors, card = memory_file.read(file)
+    tensors, card = cache_file.load_file(file)
     tensors["layers.1.memory.memory.weights.0"].view(-1)[3] = torch.nan
-    memory_file.write(file, tensors, card)
+    cache_file.save_file(file, tensors, card)
     assert main(["memory", "verify", str(file)]) == 2
     assert "layers.1.memory.memory.weights.0 has numbers that are not finite" in said(capsys)
 
 
 def test_names_in_a_file_are_shown_as_text(file, capsys):
-    tensors, card = memory_file.read(file)
+    tensors, card = cache_file.load_file(file)
     hostile = "[/bold] [red]\x1b[31m :smile: \r\u202e"
     sources = [replace(s, name=hostile, mode=hostile, when=hostile) for s in card.sources]
-    memory_file.write(file, tensors, replace(card, model=hostile, sources=sources))
+    cache_file.save_file(file, tensors, replace(card, model=hostile, sources=sources))
     assert main(["memory", "show", str(file)]) == 0
     out = capsys.readouterr().out
     assert r"[/bold] [red]\x1b[31m :smile: \r\u202e" in out
     assert not {"\x1b", "\r", "\u202e"} & set(out)
-    memory_file.write(file, {**tensors, hostile: torch.full((1,), torch.nan)}, card)
+    cache_file.save_file(file, {**tensors, hostile: torch.full((1,), torch.nan)}, card)
     assert main(["memory", "verify", str(file)]) == 2
     assert not {"\x1b", "\r", "\u202e"} & set(capsys.readouterr().err)
 
@@ -227,7 +227,7 @@ def test_a_fork_is_the_same_memory_and_says_where_it_came_from(file, model, tmp_
     fork = tmp_path / "fork.memory"
     assert main(["memory", "fork", str(file), str(fork)]) == 0
     assert_bitwise(TitansState.load(fork, model), TitansState.load(file, model))
-    assert memory_file.read(fork)[1].parent == memory_file.read(file)[1].digest
+    assert cache_file.load_file(fork)[1].parent == cache_file.load_file(file)[1].digest
     before = fork.read_bytes()
     assert main(["memory", "fork", str(file), str(fork)]) == 2
     assert "exists" in said(capsys)

@@ -231,13 +231,13 @@ def test_no_token_at_all_changes_nothing(kind):
 @each_kind
 @pytest.mark.parametrize("ragged", [False, True], ids=["alike", "ragged"])
 def test_a_long_text_is_read_in_pieces_to_the_same_numbers(kind, ragged, monkeypatch):
-    """Without gradients a block reads PIECE tokens at a time, but for attention over everything."""
+    """Without gradients a block reads PREFILL_TOKENS tokens at a time, but for attention over everything."""
     model, ids = tiny_model(kind), tokens(3, 23)
     options = {"use_cache": True, "output_surprise": True}
     if ragged:
         options["attention_mask"] = (torch.arange(23) < torch.tensor([[23], [9], [0]])).long()
     whole = model(ids, **options)
-    monkeypatch.setattr(titans_lm.models.blocks, "PIECE", 5)
+    monkeypatch.setattr(titans_lm.models.blocks, "PREFILL_TOKENS", 5)
     read, branch = [], type(model.model.layers[0]).branch
     monkeypatch.setattr(
         type(model.model.layers[0]),

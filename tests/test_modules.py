@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from conftest import KINDS, SEGMENT, each_kind, each_titan, tiny_model, tokens
 from titans_lm import NeuralMemory, TitansForCausalLM
-from titans_lm.layers.called import is_plain
+from titans_lm.layers.module_call import is_plain_linear
 from tolerance import assert_close
 
 PREDICTED = {"surprise_threshold": 0.1, "surprise_threshold_on": "prediction"}
@@ -22,7 +22,7 @@ PREDICTED = {"surprise_threshold": 0.1, "surprise_threshold_on": "prediction"}
 
 def memory_layer(dtype: torch.dtype = torch.float64) -> NeuralMemory:
     torch.manual_seed(0)
-    return NeuralMemory(12, 2, head_dim=8, chunk_size=4, theta_max=0.5).to(dtype)
+    return NeuralMemory(12, 2, head_dim=8, chunk_size=4, lr=0.5).to(dtype)
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> Tensor:
@@ -110,10 +110,10 @@ def test_blocks_are_kept_whole_by_name(kind):
 
 def test_plain_gates_are_one_product():
     memory = memory_layer()
-    assert is_plain(memory.theta)
+    assert is_plain_linear(memory.theta)
     memory.theta.register_forward_pre_hook(lambda *_: None)
-    assert not is_plain(memory.theta)
-    assert not is_plain(adapted(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))).base_model.model[0])
+    assert not is_plain_linear(memory.theta)
+    assert not is_plain_linear(adapted(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))).base_model.model[0])
 
 
 # ------------------------------------------------------------------------------------------------ offloaded, quantized

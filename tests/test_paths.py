@@ -301,7 +301,7 @@ def repeated(model: TitansForCausalLM, draw: Draw) -> Read:
 @path
 def joined(model: TitansForCausalLM, draw: Draw) -> Read:
     before, ids = cut(draw, drawn(draw))
-    state = TitansState.joined([after(model, before[:1]), after(model, before[1:])])
+    state = TitansState.concat([after(model, before[:1]), after(model, before[1:])])
     return gone_on(model, state, before, ids)
 
 
@@ -383,11 +383,11 @@ def in_inference_mode(model: TitansForCausalLM, draw: Draw) -> Read:
 @path
 def in_pieces(model: TitansForCausalLM, draw: Draw) -> Read:
     """As long texts are, inside a block."""
-    piece, titans_lm.models.blocks.PIECE = titans_lm.models.blocks.PIECE, draw(st.integers(1, 6))
+    piece, titans_lm.models.blocks.PREFILL_TOKENS = titans_lm.models.blocks.PREFILL_TOKENS, draw(st.integers(1, 6))
     try:
         return one_call(model, draw)
     finally:
-        titans_lm.models.blocks.PIECE = piece
+        titans_lm.models.blocks.PREFILL_TOKENS = piece
 
 
 @learning

@@ -16,7 +16,8 @@ from conftest import KINDS, TITANS, each_titan, tiny_model, tokens
 from titans_lm.cli import main
 from titans_lm.evaluate import perplexity as evaluation
 from titans_lm.evaluate.perplexity import MODES, Sums, measure, possible_modes, token_sizes, whole
-from titans_lm.layers.neural_memory import NeuralMemory, memory_off
+from titans_lm.layers.bypass import bypass_memory
+from titans_lm.layers.neural_memory import NeuralMemory
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import byte_tokenizer
 from tolerance import assert_close, relative_error
@@ -98,7 +99,7 @@ def test_off_lmm_knows_the_last_token_alone():
     """Without its memory nothing joins tokens: the same token, the same prediction."""
     model = tiny_model("lmm")
     ids = torch.tensor([[1, 5, 2, 5, 5, 7, 5]])
-    with torch.no_grad(), memory_off(model):
+    with torch.no_grad(), bypass_memory(model):
         logits = model(ids).logits[0]
     for at in (3, 4, 6):
         assert_close(logits[at], logits[1])

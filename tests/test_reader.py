@@ -188,9 +188,9 @@ def test_frozen_learning_and_reset(model, books):
     with torch.no_grad():
         model(torch.tensor([[1]]), past_key_values=begin)  # begins with the first memory, and does not write to it
     for layer in range(2):
-        first = begin.memories[layer].memory.memory.weights
-        assert all(map(torch.equal, frozen.memories[layer].memory.memory.weights, first))
-        assert not torch.equal(learning.memories[layer].memory.memory.weights[0], first[0])
+        first = begin.layer_caches[layer].memory.memory.weights
+        assert all(map(torch.equal, frozen.layer_caches[layer].memory.memory.weights, first))
+        assert not torch.equal(learning.layer_caches[layer].memory.memory.weights[0], first[0])
     assert not frozen.frozen  # what follows decides for itself
     assert frozen.position.item() == learning.position.item() == 2 * len(BOOK)
     alone = reader(model).read(books[1]).state

@@ -6,10 +6,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from conftest import Made, tiny_model, tokens
-from titans_lm.layers.checkpointing import made_again, recomputed
+from titans_lm.layers.checkpointing import checkpointed, checkpointed_pure
 from tolerance import assert_close
 
-each_way = pytest.mark.parametrize("way", [made_again, recomputed])
+each_way = pytest.mark.parametrize("way", [checkpointed_pure, checkpointed])
 
 
 def function(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -41,7 +41,7 @@ def test_gradients_are_the_function_s_own(way, used, both):
 
 def test_the_dropout_of_an_adapter_drops_the_same_again():
     x = torch.ones(40, requires_grad=True)
-    y = recomputed(lambda x: torch.dropout(x * x, 0.5, True).sin(), x)
+    y = checkpointed(lambda x: torch.dropout(x * x, 0.5, True).sin(), x)
     torch.rand(3)
     (found,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(found == 0, y == 0)
@@ -52,7 +52,7 @@ def test_only_the_inputs_are_kept():
     x, y = inputs()
     kept: list[Tensor] = []
     with saved_tensors_hooks(lambda t: [kept.append(t), t][1], lambda t: t):
-        out = made_again(function, x, y)
+        out = checkpointed_pure(function, x, y)
         assert len(kept) == 2
         assert all(any(t is given for given in (x, y)) for t in kept)
         assert out[0].requires_grad
@@ -60,7 +60,7 @@ def test_only_the_inputs_are_kept():
 
 def test_an_input_that_was_written_since_is_refused():
     x, y = inputs()
-    out = made_again(function, x, y)
+    out = checkpointed_pure(function, x, y)
     y.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out[0].sum().backward()

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from conftest import SEGMENT, assert_bitwise, each_kind, each_titan, state_tensors, tiny_config, tiny_model, tokens
 from titans_lm import TitansForCausalLM, TitansState
-from titans_lm.models import cache_file as memory_file
-from titans_lm.models.cache import _IDENTITY_FREE, identity
+from titans_lm.models import cache_file
+from titans_lm.models.cache import _NOT_IDENTITY, identity
 from tolerance import assert_close
 
 READ = 2 * SEGMENT + 3
@@ -320,9 +320,9 @@ FORGED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] 
 def test_a_file_made_by_hand_is_refused(forged, tmp_path):
     """Whole, with its right digest."""
     model, path = saved(tmp_path)
-    tensors, card = memory_file.read(path)
+    tensors, card = cache_file.load_file(path)
     change, reason = FORGED[forged]
-    memory_file.write(path, {**tensors, **change(tensors)}, card)
+    cache_file.save_file(path, {**tensors, **change(tensors)}, card)
     refused(path, model, reason)
 
 
@@ -554,7 +554,7 @@ def test_a_chunk_s_gates_are_part_of_the_state(kind, tmp_path):
 
 def test_files_written_before_a_key_existed_belong_to_their_model_still():
     own = tiny_config("mag").own_fields()
-    for key in _IDENTITY_FREE | {"memory_gates_of"}:
+    for key in _NOT_IDENTITY | {"memory_gates_of"}:
         del own[key]
     before = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
     assert identity(tiny_model("mag"))["configuration"] == before

@@ -16,6 +16,7 @@ from titans_lm.bench import lm
 from titans_lm.bench.measure import Action, Contender, Setting
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.layers.attention import KeyValues
+from titans_lm.models.block_cache import AttentionCache
 from titans_lm.models.cache import TitansState
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.presets import SIZES
@@ -77,7 +78,7 @@ def _state(model: nn.Module, position: int, read_up_to: int, setting: Setting) -
         state.position = torch.full_like(state.position, position)
         state.columns = position
         if full:
-            state.memories = [layer._replace(attention=_random(model, position, setting)) for layer in state.memories]
+            state.layer_caches = [AttentionCache(_random(model, position, setting)) for _ in state.layer_caches]
     return state, read
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from titans_lm.bench import lm
 from titans_lm.bench.measure import Action, Contender, Setting
 from titans_lm.bench.race import Entrant, Heat
-from titans_lm.layers.neural_memory import memory_off
+from titans_lm.layers.bypass import bypass_memory
 from titans_lm.models.presets import SIZES
 from titans_lm.utils.record import check_least
 from titans_lm.utils.terminal import red
@@ -51,7 +51,7 @@ def _actions(model: nn.Module, length: int, setting: Setting) -> dict[str, Actio
         loss.backward()
 
     def without(_: Any) -> None:
-        with memory_off(model):
+        with bypass_memory(model):
             step(None)
 
     def zero_grad() -> None:

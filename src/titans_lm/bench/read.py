@@ -80,7 +80,7 @@ NORMS = ("weights_norm", "momentum_norm")
 
 def _norms(state: TitansState) -> dict[str, float]:
     """Largest Frobenius norms of a head's weights and momentum over layers."""
-    memories = [layer.memory.memory for layer in state.memories if layer.memory is not None]
+    memories = state.memory_states()
     if not memories:
         return {}
     parts = ([w for m in memories for w in m.weights], [s for m in memories for s in m.momentum])

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from titans_lm.bench.measure import Action, Contender, Setting
 from titans_lm.bench.race import Entrant, Heat
-from titans_lm.layers.neural_memory import memories, memory_off
+from titans_lm.layers.bypass import bypass_memory
+from titans_lm.layers.neural_memory import memories
 from titans_lm.models.hub import load
 from titans_lm.models.model_files import MODEL_HELP, find
 from titans_lm.models.modeling import TitansForCausalLM
@@ -72,13 +73,13 @@ def reading(options: dict[str, Any], setting: Setting) -> Contender:
     ids = torch.as_tensor(encode(tokenizer, text))[: options["tokens"]].to(setting.device)
     model.to(setting.device)
     for memory in memories(model):
-        memory.backend, memory.threshold = setting.backend, options["threshold"]  # type: ignore[assignment]
+        memory.backend, memory.surprise_threshold = setting.backend, options["threshold"]  # type: ignore[assignment]
     without = options["without"]
     written = None if without else share_written(model, ids[:PIECE], options["threshold"])
 
     @torch.no_grad()
     def read(_: Any) -> float:
-        with memory_off(model) if without else contextlib.nullcontext():
+        with bypass_memory(model) if without else contextlib.nullcontext():
             return bits(model, ids) * len(ids) / len(text.encode())
 
     action = Action(read, report=lambda value: {"bits_per_byte": value}, once=True)

@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from titans_lm.models.cache_file import Card, read, write
+from titans_lm.models.cache_file import Card, load_file, save_file
 from titans_lm.utils.terminal import PlainConsole, shown
 
 
 def run(arguments: argparse.Namespace) -> int | None:
     console = PlainConsole()
-    tensors, card = read(arguments.file)
+    tensors, card = load_file(arguments.file)
     if arguments.command == "show":
         console.print(describe(tensors, card))
         console.print(_sources(card))
@@ -25,10 +25,10 @@ def run(arguments: argparse.Namespace) -> int | None:
     elif arguments.command == "fork":
         if os.path.lexists(arguments.to):
             raise ValueError(f"{arguments.to} exists; give a new name")
-        write(arguments.to, tensors, Card(**{**vars(card), "parent": card.digest}))
+        save_file(arguments.to, tensors, Card(**{**vars(card), "parent": card.digest}))
         console.print(f"{arguments.to}: a fork of {arguments.file}")
     else:
-        return _diff(console, (tensors, card), read(arguments.other))
+        return _diff(console, (tensors, card), load_file(arguments.other))
     return None
 
 

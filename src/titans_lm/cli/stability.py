@@ -94,7 +94,7 @@ def _read_long(model: TitansForCausalLM, tokens: int, piece: int = 4096) -> dict
     for _ in range(-(-tokens // piece)):
         out = model(torch.ones(1, piece, dtype=torch.long), past_key_values=state, logits_to_keep=1)
         finite = finite and bool(torch.isfinite(out.logits).all())
-    memories = [layer.memory.memory for layer in state.memories if layer.memory is not None]
+    memories = state.memory_states()
     weights = [w for memory in memories for w in memory.weights]
     return {
         "finite_after_reading": finite and all(bool(torch.isfinite(w).all()) for w in weights),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_lm.layers.neural_memory import memory_off
+from titans_lm.layers.bypass import bypass_memory
 from titans_lm.models.modeling import TitansForCausalLM
 
 
@@ -30,7 +30,7 @@ def dynamic_nats(
     learner = copy.deepcopy(model).eval()
     optimizer = torch.optim.SGD(learner.parameters(), lr=rate)
     state = learner.initial_state(1).detach()
-    with memory_off(learner):
+    with bypass_memory(learner):
         for first in range(0, ids.shape[1] - 1, segment):
             inputs = ids[:, first : first + segment].to(learner.device)
             targets = ids[0, first + 1 : first + segment + 1].to(learner.device)

@@ -31,7 +31,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from titans_lm.inference.generate import PIECE
-from titans_lm.layers.neural_memory import memories, memory_off
+from titans_lm.layers.bypass import bypass_memory
+from titans_lm.layers.neural_memory import memories
 from titans_lm.models.cache import identity
 from titans_lm.models.hub import load
 from titans_lm.models.model_files import MODEL_HELP
@@ -116,7 +117,7 @@ def token_nats(
         width = max(1, piece // rows)
         for first in range(0, length, width):
             part = inputs[:, first : first + width].to(model.device)
-            with memory_off(model) if mode == "off" else contextlib.nullcontext(), torch.no_grad():
+            with bypass_memory(model) if mode == "off" else contextlib.nullcontext(), torch.no_grad():
                 logits = model(part, past_key_values=state).logits
             nats = _nats(logits, targets[:, first : first + width])
             for row in range(rows):

@@ -308,7 +308,7 @@ class Reader:
     @torch.no_grad()
     def _read(self, ids: NDArray[np.int64], record: int, source: Source) -> Tensor | None:
         """Read one piece and update its record, both or neither. Returns the mean surprise."""
-        state, surprise = self.state.shared(), None
+        state, surprise = self.state.shallow_copy(), None
         if self.mode == "reset" and not self.state.sources[record].tokens:
             sources = state.sources
             state.reset()

@@ -85,6 +85,13 @@ class StateShapes(NamedTuple):
         gates = None if self.gates is None else wide.new_zeros(batch, *self.gates)
         return NeuralMemoryState(memory, conv_state, prev_input, gates)
 
+    def zeros(self, batch: int, like: Tensor) -> NeuralMemoryState:
+        """`first` of a memory of zeros, for `batch` rows (the memory in float32 or float64)."""
+        wide = like if like.dtype == torch.float64 else like.float()
+        weights = tuple(wide.new_zeros(batch, *shape) for shape in self.weights)
+        position = torch.zeros(batch, dtype=torch.long, device=like.device)
+        return self.first(MemoryState(weights, weights, weights, position), like)
+
     def check(self, state: NeuralMemoryState, rows: int) -> None:
         """Raises ValueError for a state of another layer, or of another number of rows."""
         for name, tensors in zip(("anchor", "weights", "momentum"), state.memory[:3], strict=True):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from typing import Literal, overload
 
 import torch
@@ -29,7 +30,6 @@ from titans_lm.ops import (
     Activation,
     Backend,
     MemoryForm,
-    MemoryState,
     Surprise,
     gather_tokens,
     initial_state,
@@ -42,7 +42,7 @@ from titans_lm.ops import (
 from titans_lm.utils.deprecation import RenamedAttribute, renamed, renamed_arguments
 
 MAX_SAVED_BYTES = 128 * 2**20
-"""What a scan may save for its backward pass (see `ops.memory_scan`). It is small because a model has many layers."""
+"""What a scan may save for its backward pass (see `ops.memory_scan`): little, because a model has many layers."""
 LONGEST_MOMENTUM = 256
 """The momentum spans at most this many tokens before training."""
 
@@ -155,9 +155,10 @@ class NeuralMemory(nn.Module):
         norm = torch.empty(self.num_heads, self.head_dim) if form == "residual" else None
         self.norm_weight = None if norm is None else nn.Parameter(norm)
         self.norm_bias = None if norm is None else nn.Parameter(norm.clone())
-        prev_input = None if self.predictor is None else (self.dim,)
-        gates = None if self.gates_of == "token" else (self.num_heads, 3)
-        self._state_shapes = StateShapes(self.shapes, self._conv_shape, prev_input, gates)
+        prev_input, gates = None if self.predictor is None else (self.dim,), (self.num_heads, 3)
+        self._state_shapes = StateShapes(
+            self.shapes, self._conv_shape, prev_input, gates if self.gates_of == "chunk" else None
+        )
 
     def reset_parameters(self) -> None:
         """Initialise M_0, the convolutions, the gates' biases and the norm; for an associative start also the
@@ -201,10 +202,7 @@ class NeuralMemory(nn.Module):
 
     def empty_state(self, batch: int, like: Tensor) -> NeuralMemoryState:
         """`initial_state_like` with 0 in place of M_0. It uses no weights."""
-        wide = like if like.dtype == torch.float64 else like.float()
-        zeros = tuple(wide.new_zeros(batch, *shape) for shape in self.shapes)
-        position = torch.zeros(batch, dtype=torch.long, device=like.device)
-        return self._state_shapes.first(MemoryState(zeros, zeros, zeros, position), like)
+        return self._state_shapes.zeros(batch, like)
 
     # ---------------------------------------------------------------------------------------------- forward
 
@@ -257,6 +255,10 @@ class NeuralMemory(nn.Module):
         self._state_shapes.check(state, len(x))
         queries, _ = self._project_queries(x, state.conv_state[0], None)
         return self._retrieve_projected(queries, state.memory.weights, bypass=is_bypassed(self))
+
+    def frozen(self, x: Tensor, state: NeuralMemoryState, valid: Tensor | None) -> tuple[Tensor, NeuralMemoryState]:
+        warnings.warn("NeuralMemory.frozen was replaced: use update=False", DeprecationWarning, stacklevel=2)
+        return self(x, state, valid, update=False)
 
     # ------------------------------- parts of `forward`, for blocks. `valid` is True for each row's first tokens. Each
     # public one is a call of the module, with its hooks.

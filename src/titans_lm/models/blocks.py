@@ -3,7 +3,7 @@
 Each block is x + branch(norm(x)), then x + MLP(norm(x)). Its cache goes in and out, as a type of its own per variant.
 """
 
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from titans_lm.layers.memory_state import NeuralMemoryOutput, NeuralMemoryState,
 from titans_lm.layers.neural_memory import NeuralMemory
 from titans_lm.models.block_cache import (
     AttentionCache,
+    BlockCache,
     Cache,
     LMMCache,
     MACCache,
@@ -38,11 +39,11 @@ SEGMENT_SAVED_BYTES = 32 * 2**20
 __getattr__ = renamed(__name__, {"PIECE": "PREFILL_TOKENS", "Ahead": "SegmentInputs"})
 
 
-class BlockOutput(NamedTuple, Generic[Cache]):
+class BlockOutput(NamedTuple):
     """What a block, or its branch, returns."""
 
     x: Tensor
-    cache: Cache
+    cache: BlockCache
     surprise: Surprise | None
     """Of the memory, where it was asked for; None without a memory."""
 
@@ -70,20 +71,22 @@ class TitansBlock(GradientCheckpointingLayer, Generic[Cache]):
         """`initial_cache` with 0 in place of what depends on weights, of the dtype and on the device of `like`."""
         raise NotImplementedError
 
-    def initial_cache(self, batch: int, like: Tensor) -> Cache:
-        """The cache before the first token, on the device of `like`. It uses weights: call it within `forward`."""
+    def initial_cache(self, batch: int, like: Tensor, bypass: bool) -> Cache:
+        """The cache before the first token, on the device of `like`. It uses weights: call it within `forward`.
+
+        With `bypass`, the memory has not read the persistent tokens."""
         raise NotImplementedError
 
-    def branch(self, x: Tensor, cache: Cache, context: ForwardContext) -> BlockOutput[Cache]:
+    def branch(self, x: Tensor, cache: Cache, context: ForwardContext) -> BlockOutput:
         """x `[B, T, D]`, the block's input -> what is added to it, and the cache after these tokens."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, cache: Cache | None, context: ForwardContext) -> BlockOutput[Cache]:
+    def forward(self, x: Tensor, cache: Cache | None, context: ForwardContext) -> BlockOutput:
         """x `[B, T, D]` -> the block's output and cache. `cache` None: all rows are at their first token."""
         if cache is None:
-            cache = self.initial_cache(len(x), x)
+            cache = self.initial_cache(len(x), x, context.bypass)
         elif context.new_rows is not None:
-            cache = restart_rows(context.new_rows, self.initial_cache(len(x), x), cache)
+            cache = restart_rows(context.new_rows, self.initial_cache(len(x), x, context.bypass), cache)
         if x.shape[1] > PREFILL_TOKENS and self.constant_size and not torch.is_grad_enabled():
             return self._forward_in_parts(x, cache, context)
         return self._forward(x, cache, context)
@@ -92,19 +95,19 @@ class TitansBlock(GradientCheckpointingLayer, Generic[Cache]):
         """Whether its memory is in a `bypass_memory` context."""
         return any(map(is_bypassed, self.children()))
 
-    def _forward(self, x: Tensor, cache: Cache, context: ForwardContext) -> BlockOutput[Cache]:
+    def _forward(self, x: Tensor, cache: Cache, context: ForwardContext) -> BlockOutput:
         out = self.branch(x, cache, context)
         x = x + out.x
         return out._replace(x=x + self.mlp(self.mlp_norm(x)))
 
-    def _forward_in_parts(self, x: Tensor, cache: Cache, context: ForwardContext) -> BlockOutput[Cache]:
+    def _forward_in_parts(self, x: Tensor, cache: Cache, context: ForwardContext) -> BlockOutput:
         """`_forward` of PREFILL_TOKENS tokens at a time, so that a long text takes no more memory than a short one."""
         outputs, surprises = [], []
         for start in range(0, x.shape[1], PREFILL_TOKENS):
             part = x[:, start : start + PREFILL_TOKENS]
             here = context.part(start, start + PREFILL_TOKENS)
             out = self._forward(part, cache, here)
-            cache = out.cache
+            cache = cast(Cache, out.cache)
             outputs.append(out.x)
             surprises.append(out.surprise)
             moved = here.advanced(part.shape[1])
@@ -115,12 +118,15 @@ class TitansBlock(GradientCheckpointingLayer, Generic[Cache]):
         """The persistent tokens, normalised as the block's input is: `[1, P, D]`; P = 0 without them."""
         return like.new_zeros(1, 0, like.shape[-1]) if self.persistent is None else self.norm(self.persistent)[None]
 
-    def read_persistent(self, memory: NeuralMemory, batch: int, like: Tensor) -> tuple[Tensor, NeuralMemoryState]:
+    def read_persistent(
+        self, memory: NeuralMemory, batch: int, like: Tensor, bypass: bool
+    ) -> tuple[Tensor, NeuralMemoryState]:
         """The memory's output at the persistent tokens, `[1, P, D]`, and its state after them, for `batch` rows.
 
         A stream reads them once, before its first token. They are the same in all rows, so one row reads them."""
-        y, state = memory(self.persistent_tokens(like))
-        return y, expand_rows(state, batch)
+        tokens = self.persistent_tokens(like)
+        out = memory.forward_aligned(tokens, memory.initial_state_like(1, tokens), None, bypass=bypass)
+        return out.y, expand_rows(out.state, batch)
 
 
 def _joined(surprises: list[Surprise | None]) -> Surprise | None:
@@ -191,10 +197,10 @@ class AttentionBlock(TitansBlock[AttentionCache]):
     def empty_cache(self, batch: int, like: Tensor) -> AttentionCache:
         return AttentionCache(self.attention.initial_state(batch, like))
 
-    def initial_cache(self, batch: int, like: Tensor) -> AttentionCache:
+    def initial_cache(self, batch: int, like: Tensor, bypass: bool) -> AttentionCache:  # noqa: ARG002 - no memory
         return self.empty_cache(batch, like)
 
-    def branch(self, x: Tensor, cache: AttentionCache, context: ForwardContext) -> BlockOutput[AttentionCache]:
+    def branch(self, x: Tensor, cache: AttentionCache, context: ForwardContext) -> BlockOutput:
         y, attention = _attend(self.attention, self.norm(x), self.persistent_tokens(x), cache.attention, context)
         return BlockOutput(y, AttentionCache(attention), None)
 
@@ -211,10 +217,10 @@ class LMMBlock(TitansBlock[LMMCache]):
     def empty_cache(self, batch: int, like: Tensor) -> LMMCache:
         return LMMCache(self.memory.empty_state(batch, like))
 
-    def initial_cache(self, batch: int, like: Tensor) -> LMMCache:
-        return LMMCache(self.read_persistent(self.memory, batch, like)[1])
+    def initial_cache(self, batch: int, like: Tensor, bypass: bool) -> LMMCache:
+        return LMMCache(self.read_persistent(self.memory, batch, like, bypass)[1])
 
-    def branch(self, x: Tensor, cache: LMMCache, context: ForwardContext) -> BlockOutput[LMMCache]:
+    def branch(self, x: Tensor, cache: LMMCache, context: ForwardContext) -> BlockOutput:
         y, memory, surprise = _remember(self.memory, self.norm(x), cache.memory, context)
         return BlockOutput(y, LMMCache(memory), surprise)
 
@@ -231,11 +237,11 @@ class MAGBlock(TitansBlock[MAGCache]):
     def empty_cache(self, batch: int, like: Tensor) -> MAGCache:
         return MAGCache(self.attention.initial_state(batch, like), self.memory.empty_state(batch, like))
 
-    def initial_cache(self, batch: int, like: Tensor) -> MAGCache:
-        _, memory = self.read_persistent(self.memory, batch, like)
+    def initial_cache(self, batch: int, like: Tensor, bypass: bool) -> MAGCache:
+        _, memory = self.read_persistent(self.memory, batch, like, bypass)
         return MAGCache(self.attention.initial_state(batch, like), memory)
 
-    def branch(self, x: Tensor, cache: MAGCache, context: ForwardContext) -> BlockOutput[MAGCache]:
+    def branch(self, x: Tensor, cache: MAGCache, context: ForwardContext) -> BlockOutput:
         x = self.norm(x)
         y, attention = _attend(self.attention, x, self.persistent_tokens(x), cache.attention, context)
         m, memory, surprise = _remember(self.memory, x, cache.memory, context)
@@ -256,12 +262,12 @@ class MALBlock(TitansBlock[MALCache]):
         prefix = like.new_zeros(batch, self.num_persistent, self.memory.dim)
         return MALCache(self.attention.initial_state(batch, like), self.memory.empty_state(batch, like), prefix)
 
-    def initial_cache(self, batch: int, like: Tensor) -> MALCache:
-        m, memory = self.read_persistent(self.memory, batch, like)
+    def initial_cache(self, batch: int, like: Tensor, bypass: bool) -> MALCache:
+        m, memory = self.read_persistent(self.memory, batch, like, bypass)
         prefix = m if self.persistent is None else self.attention_norm(self.persistent + m)
         return MALCache(self.attention.initial_state(batch, like), memory, prefix.expand(batch, -1, -1))
 
-    def branch(self, x: Tensor, cache: MALCache, context: ForwardContext) -> BlockOutput[MALCache]:
+    def branch(self, x: Tensor, cache: MALCache, context: ForwardContext) -> BlockOutput:
         m, memory, surprise = _remember(self.memory, self.norm(x), cache.memory, context)
         prefix = cache.prefix.to(x.dtype)  # the model's dtype may have changed since
         y, attention = _attend(self.attention, self.attention_norm(x + m), prefix, cache.attention, context)
@@ -326,14 +332,14 @@ class MACBlock(TitansBlock[MACCache]):
     def empty_cache(self, batch: int, like: Tensor) -> MACCache:
         return self._first_cache(batch, like, self.memory.empty_state(batch, like))
 
-    def initial_cache(self, batch: int, like: Tensor) -> MACCache:
+    def initial_cache(self, batch: int, like: Tensor, bypass: bool) -> MACCache:  # noqa: ARG002 - reads no token
         return self._first_cache(batch, like, self.memory.initial_state_like(batch, like))
 
     def _first_cache(self, batch: int, like: Tensor, memory: NeuralMemoryState) -> MACCache:
         snapshot = SegmentSnapshot(memory.memory.weights, memory.conv_state[0])
         return MACCache(self.attention.initial_state(batch, like), memory, snapshot)
 
-    def branch(self, x: Tensor, cache: MACCache, context: ForwardContext) -> BlockOutput[MACCache]:
+    def branch(self, x: Tensor, cache: MACCache, context: ForwardContext) -> BlockOutput:
         x = self.norm(x)
         queries, conv_state = self.memory.project_queries(x, cache.retrieval.conv_state, context.valid)
         layout = lay_out(context.valid, context.position, x.shape[1], self.segment_size)

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
-from titans_lm.layers.neural_memory import memory_off
+from titans_lm.layers.bypass import bypass_memory
 from titans_lm.models.cache import TitansState
 from titans_lm.models.model_files import DIGESTS, add_digests
 from titans_lm.models.tokenizer import is_bytes
@@ -203,7 +203,7 @@ class TitansTrainer(Trainer):
 
     def _stage(self) -> AbstractContextManager[None]:
         """Bypasses the memory in the first `core_steps` steps."""
-        return memory_off(self.model) if self.state.global_step < self.settings.core_steps else nullcontext()
+        return bypass_memory(self.model) if self.state.global_step < self.settings.core_steps else nullcontext()
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`'s; with `tbptt_steps` the memory of the previous batch is carried over, detached."""

@@ -83,7 +83,7 @@ class Service:
             raise Refused(
                 400, f"{field}: {total} tokens with memory and answer, this model takes at most {limit}", field
             )
-        return Answer(ids, self.memory.shared(), sampling, self.tokenizer, self.ends)
+        return Answer(ids, self.memory.shallow_copy(), sampling, self.tokenizer, self.ends)
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """A conversation as text, by the tokenizer's template. Raises Refused if the template rejects it."""
