@@ -478,7 +478,7 @@ def test_a_frozen_memory_is_read_and_not_written(kind):
     assert not torch.equal(logits, learning)
     changed = {name for name, t in state_tensors(state).items() if not torch.equal(t, before[name])}
     assert not {name for name in changed if ".memory.memory." in name}
-    assert {name for name in changed if ".tails." in name}
+    assert {name for name in changed if ".conv_state." in name}
     assert kind == "lmm" or {name for name in changed if ".attention." in name}
     assert torch.equal(state.position, before["position"] + 2 * SEGMENT)
 
@@ -529,7 +529,7 @@ def test_what_the_next_token_is_predicted_from_is_part_of_the_state(kind, tmp_pa
     first, state = read(model, ids[:, :READ])
     state.save(tmp_path / "memory")
     loaded = TitansState.load(tmp_path / "memory", model)
-    assert any(name.endswith(".last") for name in state_tensors(loaded))
+    assert any(name.endswith(".prev_input") for name in state_tensors(loaded))
     second, loaded = read(model, ids[:, READ:], loaded)
     assert_close(torch.cat([first, second], 1), expected)
     for name, value in state_tensors(loaded).items():
