@@ -19,7 +19,7 @@ from conftest import tiny_config
 from titans_lm import TitansForCausalLM, cli
 from titans_lm.cli.demo.learning import read_text
 from titans_lm.cli.demo.needle import Reading, chart, hide, read_through, stretches, summary, task_for
-from titans_lm.inference.generate import PIECE
+from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.hub import load, ship
 from titans_lm.models.model_files import NAMES, SHIPPED, find
 from titans_lm.models.tokenizer import byte_tokenizer, load_tokenizer
@@ -59,12 +59,12 @@ def test_a_model_that_finds_nothing_is_said_to_be_wrong(folder, tmp_path, capsys
 
 
 def test_what_is_seen_piece_by_piece_is_what_one_call_sees(model):
-    ids = torch.randint(256, (1, PIECE + 70), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(256, (1, PREFILL_TOKENS + 70), generator=torch.Generator().manual_seed(0))
     reading, state = read_through(model, ids, Console(quiet=True))
     with torch.no_grad():
         whole = torch.stack([s.loss.mean(2)[0] for s in model(ids, output_surprise=True).surprise]).mean(0)
     np.testing.assert_allclose(reading.surprise, whole.numpy(), rtol=1e-4)
-    assert reading.tokens == [PIECE, PIECE + 70]
+    assert reading.tokens == [PREFILL_TOKENS, PREFILL_TOKENS + 70]
     assert reading.state_bytes == [state.nbytes] * 2
 
 

@@ -15,7 +15,7 @@ import torch
 from conftest import tiny_config
 from titans_lm import TitansForCausalLM, TitansState
 from titans_lm.cli import main
-from titans_lm.cli.learn import PIECE, read_three_ways, tenths
+from titans_lm.cli.learn import RESET_EVERY, read_three_ways, tenths
 from titans_lm.inference.generate import generate_from, prefill
 from titans_lm.models.hub import load
 from titans_lm.models.tokenizer import byte_tokenizer, encode
@@ -153,7 +153,7 @@ def test_going_on_leaves_the_memory_as_it_was(folder):
 
 def test_the_three_readings_differ_only_in_what_is_remembered(folder):
     model, _ = load(folder)
-    ids = torch.randint(256, (1, 3 * PIECE + 5), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(256, (1, 3 * RESET_EVERY + 5), generator=torch.Generator().manual_seed(0))
     readings = read_three_ways(model, ids)
     assert {name: len(r.bits) for name, r in readings.items()} == dict.fromkeys(("learning", "frozen", "reset"), 3)
     learning, frozen, reset = (readings[name].bits for name in ("learning", "frozen", "reset"))
@@ -267,7 +267,7 @@ def test_learning_goes_on_where_it_was_interrupted(text, tmp_path, capsys, monke
 
     logged = TitansTrainer.log
     monkeypatch.setattr(learn, "_settings", settings)
-    command = ["learn", "--minutes", "1000000", "--bytes", str(10 * PIECE), "--output"]
+    command = ["learn", "--minutes", "1000000", "--bytes", str(10 * RESET_EVERY), "--output"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch:
         patch.setattr(TitansTrainer, "log", interrupted)

@@ -44,7 +44,7 @@ RAGGED = [(0, 30, 1), (1, 2, 9), (0, 30, 3), (2, 1, 3), (0, 30, 6), (1, 2, 1), (
 @each_kind
 def test_scores_are_those_of_a_forward_pass_over_everything(kind, monkeypatch):
     model = tiny_model(kind)
-    monkeypatch.setattr(likelihood, "LOGITS", 3 * VOCABULARY)
+    monkeypatch.setattr(likelihood, "MAX_LOGITS", 3 * VOCABULARY)
     wanted = requests_of(RAGGED)
     wanted[2] = Request(wanted[0].context, greedily(model, list(wanted[0].context), 3))
     wanted[3] = Request(wanted[2].context, [*wanted[2].continuation[:2], (wanted[2].continuation[2] + 1) % VOCABULARY])
@@ -71,7 +71,7 @@ def test_rows_and_pieces_of_any_number_give_the_same(lengths, rows, piece):
 
 def test_a_context_is_read_once_in_pieces_and_few_logits_exist_at_a_time(monkeypatch):
     model, read, widths, logits = tiny_model("mag", num_hidden_layers=1), [], [], []
-    monkeypatch.setattr(likelihood, "LOGITS", 3 * VOCABULARY + 5)
+    monkeypatch.setattr(likelihood, "MAX_LOGITS", 3 * VOCABULARY + 5)
 
     def count(_, given, options):
         read.append(int(options["attention_mask"].sum()))

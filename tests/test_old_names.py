@@ -12,7 +12,7 @@ import torch
 from conftest import assert_bitwise, tiny_model, tokens
 from titans_lm import NeuralMemory, TitansConfig, TitansState
 from titans_lm.models import block_cache, cache_file
-from titans_lm.models.cache import identity
+from titans_lm.models.model_identity import identity
 
 FILES = Path(__file__).parent / "memory_files"
 """Written before fields of the state were renamed: one layer, two rows, 17 tokens, float32."""

@@ -30,7 +30,7 @@ from conftest import Made, assert_bitwise, tiny_config
 from titans_lm import Reader, TitansForCausalLM
 from titans_lm.cli import main
 from titans_lm.cli.serve import KEY, listen
-from titans_lm.inference.serve.answer import PIECE, Answer, Decoder, Sampling, Stops
+from titans_lm.inference.serve.answer import TURN_TOKENS, Answer, Decoder, Sampling, Stops
 from titans_lm.inference.serve.app import Server, Service
 from titans_lm.inference.serve.limits import Limits
 from titans_lm.inference.serve.worker import Worker
@@ -507,7 +507,7 @@ def test_one_request_too_many(url, http, service):
 
 def test_a_prompt_is_read_in_the_same_space_at_any_length(model, monkeypatch):
     """Pieces: no tensor is larger for a longer prompt."""
-    monkeypatch.setattr(answer_module, "PIECE", 16)
+    monkeypatch.setattr(answer_module, "TURN_TOKENS", 16)
 
     def largest(tokens: int) -> int:
         sizes = [0]
@@ -531,11 +531,11 @@ def test_a_turn_is_a_token_for_each_and_a_piece_of_one_prompt(model):
         worker.submit(answer, lambda _: None)
         return answer
 
-    short, first, second = submit(3), submit(9 * PIECE), submit(9 * PIECE)
+    short, first, second = submit(3), submit(9 * TURN_TOKENS), submit(9 * TURN_TOKENS)
     seen = []
     for _ in range(5):
         worker.turn()
-        seen.append((short.count, first.read // PIECE, second.read // PIECE))
+        seen.append((short.count, first.read // TURN_TOKENS, second.read // TURN_TOKENS))
     assert seen == [(1, 0, 0), (2, 1, 0), (3, 1, 1), (4, 2, 1), (5, 2, 2)]
 
 

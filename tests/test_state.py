@@ -18,7 +18,7 @@ from torch import Tensor
 from conftest import SEGMENT, assert_bitwise, each_kind, each_titan, state_tensors, tiny_config, tiny_model, tokens
 from titans_lm import TitansForCausalLM, TitansState
 from titans_lm.models import cache_file
-from titans_lm.models.cache import _NOT_IDENTITY, identity
+from titans_lm.models.model_identity import _NOT_IDENTITY, identity
 from tolerance import assert_close
 
 READ = 2 * SEGMENT + 3

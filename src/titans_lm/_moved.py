@@ -65,7 +65,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "serve.worker": ("inference.serve.worker",),
     "settings": ("training.config",),
     "stability": ("cli.stability",),
-    "state": ("models.cache",),
+    "state": ("models.model_identity", "models.cache"),
     "surprising": ("inference.surprising",),
     "terminal": ("utils.terminal",),
     "text_file": ("utils.text_file",),
@@ -103,10 +103,11 @@ def _forward(old: str) -> Callable[[str], Any]:
         if not name.startswith("__"):  # those are asked of every module by whoever looks through all of them
             for place in _places(old):
                 module = importlib.import_module(place)
-                if hasattr(module, name):
-                    told = f"{old}.{name} has moved: use {place}.{name}"
+                new = getattr(getattr(module, "__getattr__", None), "names", {}).get(name, name)
+                if hasattr(module, new):
+                    told = f"{old}.{name} has moved: use {place}.{new}"
                     warnings.warn(told, DeprecationWarning, stacklevel=2)
-                    return getattr(module, name)
+                    return getattr(module, new)
         raise AttributeError(f"module {old!r} has no attribute {name!r}; it has moved to {' and '.join(_places(old))}")
 
     return find

@@ -17,13 +17,13 @@ from titans_lm.bench.measure import Action, Contender, Setting
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.layers.attention import KeyValues
 from titans_lm.models.block_cache import AttentionCache
+from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.cache import TitansState
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.presets import SIZES
 from titans_lm.utils.record import check_least
 from titans_lm.utils.terminal import red
 
-PIECE = 4096
 Decode = Callable[[nn.Module, Tensor, Any], Any]
 
 
@@ -69,7 +69,7 @@ def _state(model: nn.Module, position: int, read_up_to: int, setting: Setting) -
     if isinstance(model, TitansForCausalLM):
         state = model.initial_state(1)
     with setting.autocast():
-        for part in lm.ids(read, model).split(PIECE, 1) if read else ():
+        for part in lm.ids(read, model).split(PREFILL_TOKENS, 1) if read else ():
             if isinstance(model, TitansForCausalLM):
                 model(part, past_key_values=state, logits_to_keep=1)
             else:

@@ -18,6 +18,7 @@ from titans_lm.bench import lm
 from titans_lm.bench.measure import Action, Contender, Setting, resident
 from titans_lm.bench.operation import HEADS, WIDTH, Shape, form, inputs
 from titans_lm.bench.race import Entrant, Heat
+from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.cache import TitansState
 from titans_lm.models.hub import load
 from titans_lm.models.model_files import MODEL_HELP, find
@@ -155,7 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--operation", action="store_true", help="measure the memory operation alone, on random tokens")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens in total")
     parser.add_argument("--stretches", type=int, default=20, help="stretches of the text that are measured")
-    parser.add_argument("--piece", type=int, default=4096, help="tokens per forward call")
+    parser.add_argument("--piece", type=int, default=PREFILL_TOKENS, help="tokens per forward call")
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from titans_lm.bench.measure import Action, Contender, Setting
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.layers.bypass import bypass_memory
 from titans_lm.layers.neural_memory import memories
+from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.hub import load
 from titans_lm.models.model_files import MODEL_HELP, find
 from titans_lm.models.modeling import TitansForCausalLM
@@ -30,8 +31,6 @@ from titans_lm.utils.corpora import stdlib_files
 from titans_lm.utils.record import check_least
 from titans_lm.utils.terminal import red
 from titans_lm.utils.text_file import read_text
-
-PIECE = 4096
 
 
 def log(size: int) -> str:
@@ -75,7 +74,7 @@ def reading(options: dict[str, Any], setting: Setting) -> Contender:
     for memory in memories(model):
         memory.backend, memory.surprise_threshold = setting.backend, options["threshold"]  # type: ignore[assignment]
     without = options["without"]
-    written = None if without else share_written(model, ids[:PIECE], options["threshold"])
+    written = None if without else share_written(model, ids[:PREFILL_TOKENS], options["threshold"])
 
     @torch.no_grad()
     def read(_: Any) -> float:
@@ -89,7 +88,7 @@ def reading(options: dict[str, Any], setting: Setting) -> Contender:
 def bits(model: TitansForCausalLM, ids: Tensor) -> float:
     """Bits per token of ids as one stream, without the first token of each piece."""
     state, total, count = model.initial_state(1), 0.0, 0
-    for piece in ids.split(PIECE):
+    for piece in ids.split(PREFILL_TOKENS):
         logits = model(piece[None], past_key_values=state).logits[0, :-1]
         total += float(F.cross_entropy(logits.float(), piece[1:], reduction="sum"))
         count += len(piece) - 1

@@ -28,7 +28,7 @@ from titans_lm.utils.record import provenance, write_json
 from titans_lm.utils.terminal import PlainConsole
 from titans_lm.utils.text_file import read_text
 
-PIECE = 4096
+RESET_EVERY = 4096
 """Bytes after which the third reading resets its memory, and over which bits are averaged."""
 ROWS = 4
 """Pieces that the third reading reads as rows of a batch: they are independent."""
@@ -46,8 +46,8 @@ class Reading:
 def run(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.minutes < math.inf:
         raise ValueError(f"--minutes must be above 0, got {arguments.minutes}")
-    if arguments.bytes < 10 * PIECE:
-        raise ValueError(f"--bytes must be at least {10 * PIECE}, got {arguments.bytes}")
+    if arguments.bytes < 10 * RESET_EVERY:
+        raise ValueError(f"--bytes must be at least {10 * RESET_EVERY}, got {arguments.bytes}")
     console = PlainConsole()
     output: Path = arguments.output
     files, held_out = _held_out(arguments.bytes)
@@ -114,21 +114,21 @@ def _settings(output: Path, minutes: float, held_out: int) -> Settings:
 
 
 def read_three_ways(model: TitansForCausalLM, ids: Tensor) -> dict[str, Reading]:
-    """Read ids `[1, T]` with the memory learning, frozen (no writes), and reset every `PIECE` tokens. The first token
-    of a piece is never counted: the third reading has no context for it."""
+    """Read ids `[1, T]` with the memory learning, frozen (no writes), and reset every RESET_EVERY tokens. The first
+    token of a piece is never counted: the third reading has no context for it."""
     learning, frozen = model.initial_state(1), model.initial_state(1)
     frozen.frozen = True
-    pieces = ids[:, : ids.shape[1] // PIECE * PIECE].view(-1, PIECE)
+    pieces = ids[:, : ids.shape[1] // RESET_EVERY * RESET_EVERY].view(-1, RESET_EVERY)
     return {
         "learning": _read(model, pieces[:, None], learning, "memory learning"),
         "frozen": _read(model, pieces[:, None], frozen, "memory frozen"),
-        "reset": _read(model, pieces.split(ROWS), None, f"memory reset every {PIECE}"),
+        "reset": _read(model, pieces.split(ROWS), None, f"memory reset every {RESET_EVERY}"),
     }
 
 
 @torch.no_grad()
 def _read(model: TitansForCausalLM, batches: Any, state: TitansState | None, name: str) -> Reading:
-    """Read batches `[R, PIECE]` one after another; without a state each row starts anew."""
+    """Read batches `[R, RESET_EVERY]` one after another; without a state each row starts anew."""
     bits, surprise = [], []
     for batch in track(batches, f"{name:25}"):
         ((_, out),) = prefill(model, batch, state if state is not None else model.initial_state(len(batch)))
@@ -168,7 +168,7 @@ def summary(readings: dict[str, Reading]) -> dict[str, Any]:
     return {
         "bits_per_byte": {name: round(float(r.bits.mean()), 4) for name, r in readings.items()},
         "by_tenths": {name: [round(b, 4) for b in tenths(r.bits)] for name, r in readings.items()},
-        "bytes_read": sum(len(r.bits) for r in readings.values()) // len(readings) * PIECE,
+        "bytes_read": sum(len(r.bits) for r in readings.values()) // len(readings) * RESET_EVERY,
     }
 
 
@@ -185,7 +185,7 @@ def plot(readings: dict[str, Reading], path: Path) -> None:
     """Bits per byte along the text for each way to read it, and the surprise of the memory that learns."""
     with figure_file(path, 2, 1, figsize=(9, 6), sharex=True, height_ratios=(3, 2), layout="tight") as (above, below):
         for (name, reading), colour in zip(readings.items(), ("C0", "C3", "C1"), strict=True):
-            kilobytes = (torch.arange(len(reading.bits)) + 0.5) * PIECE / 1000
+            kilobytes = (torch.arange(len(reading.bits)) + 0.5) * RESET_EVERY / 1000
             above.plot(kilobytes, reading.bits, color=colour, alpha=0.2, linewidth=0.8)
             style = "--" if name == "reset" else "-"  # lines may coincide
             above.plot(kilobytes, _smooth(reading.bits), style, color=colour, label=f"memory {name}")
@@ -194,7 +194,7 @@ def plot(readings: dict[str, Reading], path: Path) -> None:
         above.set_title("Reading a text that was never seen, as one stream")
         surprise = readings["learning"].surprise
         if surprise is not None:
-            kilobytes = (torch.arange(len(surprise)) + 0.5) * PIECE / 1000
+            kilobytes = (torch.arange(len(surprise)) + 0.5) * RESET_EVERY / 1000
             below.plot(kilobytes, surprise, color="C0", alpha=0.3, linewidth=0.8)
             below.plot(kilobytes, _smooth(surprise), color="C0")
         below.set_ylabel("surprise (reconstruction loss)")

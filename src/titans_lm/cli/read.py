@@ -13,10 +13,11 @@ from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, Tim
 from rich.progress import Progress as Bars
 from transformers import PreTrainedTokenizerBase
 
-from titans_lm.inference.generate import PIECE
+from titans_lm.inference.generate import piece_with_logits
 from titans_lm.inference.reader import Progress, Reader
 from titans_lm.inference.surprising import SurprisingLines
-from titans_lm.inference.token_bits import LOGITS, by_bytes
+from titans_lm.inference.token_bits import by_bytes
+from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.cache_file import Source
 from titans_lm.models.hub import load
 from titans_lm.utils.terminal import PlainConsole, shown
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
         examine(text, arguments.errors)  # before the model is loaded
     console = PlainConsole(stderr=True)
     model, tokenizer = load(arguments.model)
-    piece = PIECE if lines is None else max(1, min(PIECE, LOGITS // model.config.vocab_size))
+    piece = PREFILL_TOKENS if lines is None else piece_with_logits(model.config.vocab_size)
     reader = Reader(
         model, tokenizer, memory=arguments.memory, mode=arguments.mode, save_seconds=arguments.save_seconds,
         errors=arguments.errors, piece=piece, on_tokens=None if lines is None else partial(_watch, tokenizer, lines),

@@ -19,6 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.configuration import TitansConfig
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.utils.record import check_least, provenance, write_json
@@ -87,7 +88,7 @@ def train_on_phrases(
 
 
 @torch.no_grad()
-def _read_long(model: TitansForCausalLM, tokens: int, piece: int = 4096) -> dict[str, Any]:
+def _read_long(model: TitansForCausalLM, tokens: int, piece: int = PREFILL_TOKENS) -> dict[str, Any]:
     """Read one token `tokens` times as one stream: are all logits and the whole memory finite?"""
     model.eval()
     state, finite = model.initial_state(1), True

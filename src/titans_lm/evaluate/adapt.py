@@ -34,9 +34,9 @@ from titans_lm.evaluate import perplexity
 from titans_lm.evaluate.compressors import compressed_bits, installed
 from titans_lm.evaluate.dynamic import dynamic_nats
 from titans_lm.evaluate.rereading import LAGS, PASSAGE, PASSAGES, reread
-from titans_lm.models.cache import identity
 from titans_lm.models.hub import load
 from titans_lm.models.model_files import MODEL_HELP
+from titans_lm.models.model_identity import identity
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import is_bytes
 from titans_lm.utils.corpora import text_files

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from titans_lm.inference.generate import PIECE
+from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.modeling import TitansForCausalLM
 
 
 @torch.no_grad()
-def follow(model: PreTrainedModel, ids: Tensor, count: int, piece: int = PIECE) -> Tensor:
+def follow(model: PreTrainedModel, ids: Tensor, count: int, piece: int = PREFILL_TOKENS) -> Tensor:
     """Decode `count` tokens greedily after each row of ids `[B, T]`, T >= 1. -> `[B, count]`"""
     model.eval()
     options: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}

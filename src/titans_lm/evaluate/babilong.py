@@ -19,9 +19,9 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from titans_lm.evaluate.ask import follow
-from titans_lm.models.cache import identity
 from titans_lm.models.hub import load
 from titans_lm.models.model_files import MODEL_HELP, find
+from titans_lm.models.model_identity import identity
 from titans_lm.models.tokenizer import load_tokenizer
 from titans_lm.tasks import at_least
 from titans_lm.tasks.babilong import Babilong, Example, Tokens, members

@@ -26,9 +26,9 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from titans_lm.models.cache import identity
 from titans_lm.models.hub import load
 from titans_lm.models.model_files import MODEL_HELP
+from titans_lm.models.model_identity import identity
 from titans_lm.utils.record import Lines, check_least, check_output, command_line
 from titans_lm.utils.terminal import PlainConsole
 

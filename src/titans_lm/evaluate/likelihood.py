@@ -1,7 +1,7 @@
 """Log-likelihood of continuations of texts, both of any length, read in pieces through the memory.
 
-A context that several requests share is read once, and its memory forked for each. At most `LOGITS` logits exist at a
-time, so space does not grow with the text, except for its token ids.
+A context that several requests share is read once, and its memory forked for each. At most MAX_LOGITS logits exist at
+a time, so space does not grow with the text, except for its token ids.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans_lm.inference.generate import PIECE
+from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.cache import TitansState
 from titans_lm.models.modeling import TitansForCausalLM
 
-LOGITS = 2**24
+MAX_LOGITS = 2**24
 """Maximum logits at a time: 64 MiB of float32, and a few times that for log-probabilities."""
 
 
@@ -36,7 +36,7 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def scores(
-    model: TitansForCausalLM, requests: Sequence[Request], rows: int = 8, piece: int = PIECE
+    model: TitansForCausalLM, requests: Sequence[Request], rows: int = 8, piece: int = PREFILL_TOKENS
 ) -> Iterator[tuple[int, Score]]:
     """Yields (number of the request, score), longest contexts first, up to `rows` streams per batch.
 
@@ -62,7 +62,7 @@ def scores(
 
 
 @torch.no_grad()
-def read_rows(model: TitansForCausalLM, rows: Sequence[Sequence[int]], piece: int = PIECE) -> TitansState:
+def read_rows(model: TitansForCausalLM, rows: Sequence[Sequence[int]], piece: int = PREFILL_TOKENS) -> TitansState:
     """Read rows of tokens of any lengths, also 0, from the initial state. Returns the state after them."""
     state = model.initial_state(len(rows))
     ids, mask = _padded(rows, model.device, left=True)
@@ -93,7 +93,7 @@ def _tokens(model: TitansForCausalLM, hidden: Tensor, targets: Tensor) -> tuple[
     """Hidden states `[N, D]`, next tokens `[N]` -> log-probabilities in float64 `[N]`, and `[N]` 1 where another token
     is more probable, else 0."""
     found, missed = [], []
-    size = max(1, LOGITS // model.vocab_size)
+    size = max(1, MAX_LOGITS // model.vocab_size)
     for some, wanted in zip(hidden.split(size), targets.split(size), strict=True):
         logits = model.lm_head(some)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from titans_lm.evaluate.likelihood import Request, read_rows, scores
-from titans_lm.inference.generate import PIECE
+from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.hub import load
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import encode
@@ -62,7 +62,7 @@ class TitansLM(TemplateLM):
         *,
         batch_size: int | str = 8,
         device: str | None = None,
-        piece: int = PIECE,
+        piece: int = PREFILL_TOKENS,
         prefix_token_id: int | None = None,
     ):
         super().__init__()

@@ -30,12 +30,13 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from titans_lm.inference.generate import PIECE
+from titans_lm.inference.generate import piece_with_logits
 from titans_lm.layers.bypass import bypass_memory
 from titans_lm.layers.neural_memory import memories
-from titans_lm.models.cache import identity
+from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.hub import load
 from titans_lm.models.model_files import MODEL_HELP
+from titans_lm.models.model_identity import identity
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import encode, is_bytes
 from titans_lm.tasks import at_least
@@ -50,8 +51,6 @@ MODES = ("on", "frozen", "reset", "off")
 BUCKET, RESET = 1024, 4096
 ROWS = 8
 """Stretches between resets that are read as rows of a batch: they are independent."""
-_LOGITS = 2**25
-"""Maximum logits per forward call: a large vocabulary makes pieces shorter."""
 __getattr__ = renamed(__name__, {"perplexity": "measure"})
 
 
@@ -66,7 +65,7 @@ def measure(
     sizes: Tensor | None = None,
     bucket: int = BUCKET,
     reset_every: int = RESET,
-    piece: int = PIECE,
+    piece: int = PREFILL_TOKENS,
 ) -> list[dict[str, Any]]:
     """Read ids `[1, T]`, T >= 2, once per mode, at most `piece` tokens per call. Space does not grow with T, except for
     full attention.
@@ -104,12 +103,12 @@ def possible_modes(model: TitansForCausalLM) -> list[str]:
 
 
 def token_nats(
-    model: TitansForCausalLM, ids: Tensor, mode: str, reset_every: int, piece: int = PIECE
+    model: TitansForCausalLM, ids: Tensor, mode: str, reset_every: int, piece: int = PREFILL_TOKENS
 ) -> Iterator[tuple[int, Tensor]]:
     """Read ids `[1, T]` in a mode, at most `piece` tokens a call. Yields `(t, nats)`: the nats `[n]` of the tokens t,
     t + 1, ..., t + n - 1. Each token but the first comes once, in any order."""
     model.eval()
-    piece = max(1, min(piece, _LOGITS // model.config.vocab_size))
+    piece = piece_with_logits(model.config.vocab_size, piece)
     for start, rows, length in _stretches(ids.shape[1] - 1, reset_every if mode == "reset" else None):
         inputs, targets = (ids[0, start + i :][: rows * length].view(rows, length) for i in (0, 1))
         state = model.initial_state(rows)

@@ -7,26 +7,31 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.cache import TitansState
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import encode
 from titans_lm.utils.deprecation import renamed
 
-PIECE = 4096
-"""Tokens per forward call of a prefill: enough to keep a processor busy. Memory use does not depend on the text's
-length."""
+MAX_LOGITS = 2**25
+"""Maximum number of logits per forward call."""
 _GIVEN = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "past_key_values")
 """Options of `generate` that prompts and memory determine."""
 _MORE_THAN_TEXT = (
     "return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states",
 )  # fmt: skip
 """Options of `generate` that make it return more than texts."""
-__getattr__ = renamed(__name__, {"read": "prefill", "go_on": "generate_from"})
+__getattr__ = renamed(__name__, {"read": "prefill", "go_on": "generate_from", "PIECE": "PREFILL_TOKENS"})
+
+
+def piece_with_logits(vocab_size: int, piece: int = PREFILL_TOKENS) -> int:
+    """Tokens per forward call that returns all logits: at most `piece`, fewer for a large vocabulary, at least 1."""
+    return max(1, min(piece, MAX_LOGITS // vocab_size))
 
 
 @torch.no_grad()
 def prefill(
-    model: TitansForCausalLM, ids: Tensor, state: TitansState, piece: int = PIECE
+    model: TitansForCausalLM, ids: Tensor, state: TitansState, piece: int = PREFILL_TOKENS
 ) -> Iterator[tuple[Tensor, Any]]:
     """Prefill ids `[B, T]` from `state`, which is updated, `piece` tokens per call. Yields (ids, output) of each call.
 

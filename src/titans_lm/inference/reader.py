@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from titans_lm.inference.generate import PIECE, answer
+from titans_lm.inference.generate import answer
 from titans_lm.inference.token_bits import TokenBits
+from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.cache import TitansState
 from titans_lm.models.cache_file import NAME_LENGTH, Source, check_target
 from titans_lm.models.modeling import TitansForCausalLM
@@ -83,7 +84,7 @@ class Reader:
         memory: str | Path | None = None,
         mode: Mode = "learning",
         save_seconds: float = 30.0,
-        piece: int = PIECE,
+        piece: int = PREFILL_TOKENS,
         errors: Errors = "strict",
         on_tokens: Callable[[Source, NDArray[np.int64], NDArray[np.float64]], None] | None = None,
     ):

@@ -11,9 +11,6 @@ from transformers import PreTrainedTokenizerBase
 
 from titans_lm.models.tokenizer import is_bytes
 
-LOGITS = 2**25
-"""Maximum number of logits per forward call: a large vocabulary makes pieces shorter."""
-
 
 class TokenBits:
     """Takes the logits of one piece after another."""

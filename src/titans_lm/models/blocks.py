@@ -32,7 +32,8 @@ from titans_lm.ops import Surprise, lay_out
 from titans_lm.utils.deprecation import renamed
 
 PREFILL_TOKENS = 4096
-"""A block reads this many tokens at once where no gradients are computed: enough to keep a processor busy."""
+"""Tokens of one forward call of a prefill, and those that a block reads at once where no gradients are computed: enough
+to keep a processor busy. Memory use does not depend on the text's length."""
 SEGMENT_SAVED_BYTES = 32 * 2**20
 """What the scan of one MAC segment may save for its backward pass. It is small because a step scans many segments."""
 

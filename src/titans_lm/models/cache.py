@@ -1,42 +1,21 @@
 """`TitansState`: what a model remembers, as a value: save, load, fork, reset, reorder. It is transformers' `Cache`."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from titans_lm.layers.memory_state import NeuralMemoryState
 from titans_lm.models import cache_file
 from titans_lm.models.block_cache import AttentionCache, BlockCache, SegmentSnapshot, concat_rows, map_tensors
 from titans_lm.models.cache_file import Card, Source
+from titans_lm.models.model_identity import Identity, identity
 from titans_lm.ops import MemoryState
 from titans_lm.utils.deprecation import RenamedAttribute
 from titans_lm.utils.memory_lock import MemoryLock
-
-if TYPE_CHECKING:
-    from titans_lm.models.modeling import TitansModel
-
-_NOT_IDENTITY = {
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "use_cache",
-    "initializer_range",
-    "memory_start",
-    "memory_lags",
-    "memory_loss_weight",
-    "max_position_embeddings",
-}
-"""Keys of the configuration that do not change what a trained model computes."""
-
-_ADDED_LATER = {"memory_gates_of": "token"}
-"""Keys that older models do not have, and the value that these models stand for: their memory files stay valid."""
 
 _STORED_NAMES = {
     (NeuralMemoryState, "conv_state"): "tails",
@@ -44,30 +23,6 @@ _STORED_NAMES = {
     (SegmentSnapshot, "conv_state"): "tail",
 }
 """Fields whose tensors have another name in memory files, so that files of all versions are alike."""
-
-
-class Identity:
-    """Which model a state belongs to: a description and two SHA-256 digests, as in `cache_file.Card`.
-
-    Hashing all weights takes a while, and training changes them. So `describe` hashes them only when a file is written,
-    as they are then. Pickling stores the result; a model that continues an unpickled state gives it its own identity.
-    """
-
-    def __init__(self, describe: Callable[[], dict[str, str]]):
-        self.describe = describe
-
-    def __call__(self) -> dict[str, str]:
-        return self.describe()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _described, (self(),)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Identity":
-        return self
-
-
-def _described(known: dict[str, str]) -> Identity:
-    return Identity(partial(dict, known))
 
 
 class TitansState(Cache):
@@ -78,7 +33,7 @@ class TitansState(Cache):
     go through a state, and `clone` is a fork.
     """
 
-    def __init__(self, layer_caches: list[BlockCache], position: Tensor, identity: "Identity"):
+    def __init__(self, layer_caches: list[BlockCache], position: Tensor, identity: Identity):
         super().__init__(layers=[])
         self.layer_caches = layer_caches
         """One per layer; none at all before the first call: the layers then make their own."""
@@ -231,7 +186,7 @@ class TitansState(Cache):
         return cache_file.save_file(path, {**self._tensors(), **pending}, card, lock)
 
     @classmethod
-    def load(cls, path: str | Path, model: "TitansModel") -> "TitansState":
+    def load(cls, path: str | Path, model: PreTrainedModel) -> "TitansState":
         """Load a file that `save` wrote, for the same `model` (`TitansModel` or `TitansForCausalLM`).
 
         Raises ValueError for a file of another model, another configuration or another format, and for a damaged one.
@@ -358,22 +313,6 @@ def _walk(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 # ------------------------------------------------------------------------------------------------ files
-
-
-def identity(model: "TitansModel") -> dict[str, str]:
-    """What identifies a model: a description, and the SHA-256 of its configuration and of every parameter's bytes."""
-    own = {k: v for k, v in model.config.own_fields().items() if k not in _NOT_IDENTITY}
-    own = {k: v for k, v in own.items() if k not in _ADDED_LATER or v != _ADDED_LATER[k]}
-    weights, count = hashlib.sha256(), 0
-    for name, parameter in sorted(model.base_model.named_parameters()):
-        weights.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        weights.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        count += parameter.numel()
-    return {
-        "configuration": hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest(),
-        "weights": weights.hexdigest(),
-        "model": f"{model.config.variant}, {model.config.num_hidden_layers} layers, {count:,} parameters",
-    }
 
 
 def _possible_dtypes(name: str, dtype: torch.dtype) -> set[torch.dtype]:

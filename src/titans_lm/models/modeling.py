@@ -28,11 +28,12 @@ from titans_lm.models.arguments import (
 )
 from titans_lm.models.block_cache import BlockCache, restart_rows
 from titans_lm.models.blocks import BLOCKS, TitansBlock
-from titans_lm.models.cache import Identity, TitansState, identity
+from titans_lm.models.cache import TitansState
 from titans_lm.models.configuration import TitansConfig
 from titans_lm.models.forward_context import ForwardContext
 from titans_lm.models.generation import TitansGeneration
 from titans_lm.models.loss import LOSS_ARGUMENTS, label_counts, memory_losses
+from titans_lm.models.model_identity import Identity, identity
 from titans_lm.models.packing import OutputOptions, StackOutput, document_starts, documents, read_documents
 from titans_lm.ops import Surprise, gather_tokens, left_align, masked_zero, undo_left_align
 

@@ -20,6 +20,7 @@ def renamed(module: str, names: dict[str, str]) -> Callable[[str], Any]:
         warnings.warn(message, DeprecationWarning, stacklevel=2)
         return getattr(sys.modules[module], names[name])
 
+    find.names = names  # type: ignore[attr-defined]  # a module that has moved too warns of both at once
     return find
 
 

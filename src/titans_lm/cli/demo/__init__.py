@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from titans_lm.cli.demo import learning, needle
-    from titans_lm.models.cache import identity
     from titans_lm.models.hub import load
+    from titans_lm.models.model_identity import identity
 
     check_least(arguments, 0, "seed", "text_tokens")
     folder, console = find(arguments.model), PlainConsole()

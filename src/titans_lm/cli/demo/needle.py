@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from titans_lm.bench.measure import resident
 from titans_lm.evaluate.needle import begins
 from titans_lm.inference.generate import generate_from, prefill
-from titans_lm.models.cache import TitansState, identity
+from titans_lm.models.cache import TitansState
 from titans_lm.models.hub import RUN, load
+from titans_lm.models.model_identity import identity
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.tasks.haystack import encoder
 from titans_lm.tasks.needle import Needle

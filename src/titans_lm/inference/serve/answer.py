@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, Temperatu
 
 from titans_lm.models.cache import TitansState
 
-PIECE = 512
+TURN_TOKENS = 512
 """Prompt tokens per forward call: other requests get their turn in between."""
 GREEDY = 1e-5
 """Below this temperature decoding is greedy: dividing logits by less would overflow."""
@@ -68,7 +68,7 @@ class Answer:
 
     def next_ids(self) -> Int[Tensor, " T"]:
         """The next input of the model: a piece of the prompt, or the last token of the answer."""
-        return self.ids[self.read : self.read + PIECE] if self.is_reading else torch.tensor([self._last])
+        return self.ids[self.read : self.read + TURN_TOKENS] if self.is_reading else torch.tensor([self._last])
 
     def take(self, logits: Float[Tensor, " V"]) -> str:
         """Take the logits after `next_ids()`, and return the text that is final now.

@@ -14,7 +14,8 @@ from titans_lm.utils.corpora import STDLIB, is_held_out, stdlib_files, stdlib_he
 from titans_lm.utils.text_file import read_text
 
 Bytes = NDArray[np.uint8]
-PIECE = 4096
+_PASSAGE = 4096
+"""Bytes that are handed on at a time."""
 _LINE = 400
 """Bytes in which to look for the next line."""
 _WORD = re.compile(r"[A-Za-z]{2,14}")
@@ -44,8 +45,8 @@ class Texts:
         while True:
             if at >= len(group):
                 at = 0
-            yield group[at : at + PIECE]
-            at += PIECE
+            yield group[at : at + _PASSAGE]
+            at += _PASSAGE
 
     def words(self, rng: np.random.Generator) -> list[str]:
         """Distinct words of a passage in order of occurrence; at least two."""

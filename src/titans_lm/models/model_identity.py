@@ -1,0 +1,66 @@
+"""Which model a memory belongs to: a description, and digests of its configuration and weights."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+_NOT_IDENTITY = {
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "use_cache",
+    "initializer_range",
+    "memory_start",
+    "memory_lags",
+    "memory_loss_weight",
+    "max_position_embeddings",
+}
+"""Keys of the configuration that do not change what a trained model computes."""
+
+_ADDED_LATER = {"memory_gates_of": "token"}
+"""Keys that older models do not have, and the value that these models stand for: their memory files stay valid."""
+
+
+def identity(model: PreTrainedModel) -> dict[str, str]:
+    """What identifies a model: a description, and the SHA-256 of its configuration and of every parameter's bytes."""
+    own = {k: v for k, v in model.config.own_fields().items() if k not in _NOT_IDENTITY}
+    own = {k: v for k, v in own.items() if k not in _ADDED_LATER or v != _ADDED_LATER[k]}
+    weights, count = hashlib.sha256(), 0
+    for name, parameter in sorted(model.base_model.named_parameters()):
+        weights.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        weights.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        count += parameter.numel()
+    return {
+        "configuration": hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest(),
+        "weights": weights.hexdigest(),
+        "model": f"{model.config.variant}, {model.config.num_hidden_layers} layers, {count:,} parameters",
+    }
+
+
+class Identity:
+    """Which model a state belongs to: a description and two SHA-256 digests, as in `cache_file.Card`.
+
+    Hashing all weights takes a while, and training changes them. So `describe` hashes them only when a file is written,
+    as they are then. Pickling stores the result; a model that continues an unpickled state gives it its own identity.
+    """
+
+    def __init__(self, describe: Callable[[], dict[str, str]]):
+        self.describe = describe
+
+    def __call__(self) -> dict[str, str]:
+        return self.describe()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _described, (self(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Identity":
+        return self
+
+
+def _described(known: dict[str, str]) -> Identity:
+    return Identity(partial(dict, known))
