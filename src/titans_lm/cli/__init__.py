@@ -26,6 +26,8 @@ VERBS = {
 unless `flags` has a function of its name."""
 _OF_KINDS = ("evaluate", "bench")
 """Verbs with kinds, of which only the requested one is loaded."""
+_WITHOUT_COMPUTATION = ("memory",)
+"""Verbs for which torch's threads do not matter: `titans memory show` does not load torch at all."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,7 +51,8 @@ def _run(verb: str, arguments: list[str]) -> int:
 
     parsed = _parsed(verb, arguments)  # help and errors end here, before torch is loaded
     module = _module(verb)
-    _no_more_threads_than_cores()
+    if verb not in _WITHOUT_COMPUTATION:
+        _no_more_threads_than_cores()
     keep_freed_memory()
     run: Callable[[argparse.Namespace], int | None] = module.run
     try:

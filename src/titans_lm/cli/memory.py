@@ -3,24 +3,30 @@
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from titans_lm.models.cache_file import Card, load_file, save_file
+from titans_lm.models.cache_card import Card, StoredTensor, load_card, positions
 from titans_lm.utils.terminal import PlainConsole, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def run(arguments: argparse.Namespace) -> int | None:
     console = PlainConsole()
-    tensors, card = load_file(arguments.file)
     if arguments.command == "show":
-        console.print(describe(tensors, card))
+        stored, card = load_card(arguments.file)
+        console.print(describe(stored, card))
         console.print(_sources(card))
-    elif arguments.command == "verify":
-        _verify(arguments.file, tensors, arguments.model)
+        return None
+    from titans_lm.models.cache_file import load_file, save_file  # imports torch, which `show` does not need
+
+    tensors, card = load_file(arguments.file)
+    if arguments.command == "verify":
+        _verify(arguments.file, arguments.model)
         console.print(f"{arguments.file}: whole and finite{', of this model' if arguments.model else ''}")
     elif arguments.command == "fork":
         if os.path.lexists(arguments.to):
@@ -32,9 +38,9 @@ def run(arguments: argparse.Namespace) -> int | None:
     return None
 
 
-def describe(tensors: dict[str, Tensor], card: Card) -> str:
+def describe(tensors: dict[str, StoredTensor], card: Card) -> str:
     """A memory file's card as text."""
-    rows, total = tensors["position"].tolist(), sum(t.nbytes for t in tensors.values())
+    rows, total = positions(tensors).tolist(), sum(len(t.data) for t in tensors.values())
     lines = {
         "model": shown(card.model),
         "tokens read": ", ".join(f"{p:,}" for p in rows),
@@ -55,10 +61,8 @@ def _sources(card: Card) -> Table:
     return table
 
 
-def _verify(path: Path, tensors: dict[str, Tensor], model: Path | None) -> None:
-    for name, t in tensors.items():
-        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
-            raise ValueError(f"{path}: {name} has numbers that are not finite")
+def _verify(path: Path, model: Path | None) -> None:
+    """Beyond what loading checks: whether the memory is of this model."""
     if model is not None:
         from titans_lm.models.cache import TitansState
         from titans_lm.models.hub import load  # imports transformers, which the file alone does not need
@@ -66,7 +70,9 @@ def _verify(path: Path, tensors: dict[str, Tensor], model: Path | None) -> None:
         TitansState.load(path, load(model)[0])
 
 
-def _diff(console: Console, one: tuple[dict[str, Tensor], Card], two: tuple[dict[str, Tensor], Card]) -> int:
+def _diff(console: Console, one: "tuple[dict[str, Tensor], Card]", two: "tuple[dict[str, Tensor], Card]") -> int:
+    import torch
+
     (a, first), (b, second) = one, two
     for part in ("model", "configuration", "weights"):
         if getattr(first, part) != getattr(second, part):
