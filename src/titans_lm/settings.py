@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from titans_lm.baselines import BASELINES, MAMBA2, NAMES, mamba2_config
 from titans_lm.checkpoint import RUN
 from titans_lm.config import SIZES, TitansConfig, fitted, known_keys, preset, unknown_key
+from titans_lm.model_files import find
 from titans_lm.tasks import StreamTask, make_task, with_length
 from titans_lm.yaml_values import Dumper, parse_yaml, read_yaml, typed
 
@@ -156,7 +157,8 @@ class Settings:
     """A whole run: `model`, `data`, `training`.
 
     `model` has fields of TitansConfig, and may have a `size` of the presets, a `baseline` (`baselines.NAMES`), and
-    `parameters`, to which the MLP's width brings it.
+    `parameters`, to which the MLP's width brings it. Or it has `pretrained` alone: the folder, or the name, of the
+    model whose weights training begins with.
     """
 
     model: dict[str, Any]
@@ -166,6 +168,8 @@ class Settings:
     def config(self) -> PreTrainedConfig:
         """The model's configuration. Raises ValueError with the key's full name."""
         fields = dict(self.model)
+        if self.pretrained is not None:
+            return _pretrained_config(self.pretrained, sorted(fields.keys() - {"pretrained"}))
         for key in fields:
             if key not in (*_MODEL_KEYS, *known_keys()):
                 raise ValueError(unknown_key(key, [*_MODEL_KEYS, *known_keys()], "model"))
@@ -178,7 +182,13 @@ class Settings:
             raise ValueError(f"model: {error.__cause__ or error}") from error
 
 
-_MODEL_KEYS = ("size", "baseline", "parameters")
+    @property
+    def pretrained(self) -> str | None:
+        """The model whose weights training begins with, if one is given."""
+        return self.model.get("pretrained")
+
+
+_MODEL_KEYS = ("size", "baseline", "parameters", "pretrained")
 _WITH_CORE = ("mac", "mag", "mal")
 
 
@@ -212,6 +222,19 @@ def _config(fields: dict[str, Any]) -> PreTrainedConfig:
         fields = fields if size is None else {**SIZES[size], **fields}
         return fitted(parameters, **fields)
     return TitansConfig(**fields) if size is None else preset(size, **fields)
+
+
+def _pretrained_config(model: Any, others: list[str]) -> PreTrainedConfig:
+    """The configuration that weights were saved with; no key changes it, because the weights would not fit."""
+    if not isinstance(model, str) or not model:
+        raise ValueError(f"model.pretrained must be a folder or a shipped model's name, got {model!r}")
+    if others:
+        raise ValueError(f"model.{others[0]} has no effect beside model.pretrained={model}; leave it out")
+    try:
+        config: PreTrainedConfig = TitansConfig.from_pretrained(find(model), local_files_only=True)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"model.pretrained: {error}") from error
+    return config
 
 
 def load_settings(path: Path, changes: list[str]) -> Settings:
@@ -284,7 +307,7 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
     data.check()
     training.check()
     if max(training.carried_steps) > 1:
-        _check_carried(data)
+        _check_carried(data, tree.get("model", {}))
     settings = Settings(tree.get("model", {}), data, training)
     size = settings.model.get("size")
     if size is not None and size not in list(SIZES):  # a list: a size that a user typed may not be hashable
@@ -295,7 +318,12 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
     return settings
 
 
-def _check_carried(data: DataSettings) -> None:
+def _check_carried(data: DataSettings, model: dict[str, Any]) -> None:
+    if model.get("baseline") == MAMBA2:
+        raise ValueError(
+            f"training.carried_steps must be 1 with model.baseline={MAMBA2}: transformers' class takes one token a call "
+            "after its first"
+        )
     goes_on = data.task and isinstance(make_task(data.task), StreamTask)
     if not data.files and not goes_on:
         raise ValueError(

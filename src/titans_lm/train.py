@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from titans_lm.baselines import build
-from titans_lm.checkpoint import RUN
+from titans_lm.checkpoint import RUN, load
 from titans_lm.data import (
     Blocks,
     CarriedOrder,
@@ -103,7 +103,12 @@ def model_for(settings: Settings) -> PreTrainedModel:
         setattr(config, key, own)
     _check_size(config)
     transformers.set_seed(settings.training.seed)
-    return build(config)
+    if settings.pretrained is None:
+        return build(config)
+    model, _ = load(settings.pretrained)
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(model.config, key, getattr(config, key))
+    return model.train()
 
 
 def _check_size(config: PreTrainedConfig) -> None:

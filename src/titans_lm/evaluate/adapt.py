@@ -26,7 +26,8 @@ import torch
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from titans_lm.checkpoint import MODEL_HELP, load
 from titans_lm.data import is_bytes, text_files
@@ -43,6 +44,8 @@ from titans_lm.terminal import PlainConsole
 RATES = (0.01, 0.1)
 """Of dynamic evaluation: what is best differs from stream to stream, so each is told."""
 DYNAMIC = "dynamic"
+SUFFIXES = (".txt", ".log")
+"""Which files of a folder."""
 
 
 class Stream(NamedTuple):
@@ -93,7 +96,7 @@ def _first_bytes(paths: Sequence[Path], most: int | None) -> bytes:
 # ------------------------------------------------------------------------------------------------ one predictor
 
 
-def code_lengths(model: TitansForCausalLM, stream: Stream, predictor: str, options: dict[str, Any]) -> dict[str, Any]:
+def code_lengths(model: PreTrainedModel, stream: Stream, predictor: str, options: dict[str, Any]) -> dict[str, Any]:
     """The bits that `predictor` spends on a stream: `bits_per_byte` of all, of the `first_half` and of the `last_half`,
     and by `buckets`, each `[from, to, bits per byte]` in tokens. `options`: bucket, reset_every."""
     length = stream.ids.shape[1]
@@ -108,6 +111,8 @@ def code_lengths(model: TitansForCausalLM, stream: Stream, predictor: str, optio
         bits = compressed_bits(predictor, stream.data, [int(ends[edge - 1]) for edge in edges[1:]])
         for (first, end), spent in zip(itertools.pairwise(edges), bits, strict=True):
             nats[first:end] = spent * math.log(2) / (end - first)  # only sums over buckets are told
+    elif not isinstance(model, TitansForCausalLM):
+        read_at_once(model, stream.ids, tell)
     elif predictor.startswith(DYNAMIC):
         read_dynamically(model, stream.ids, tell, rate=float(predictor.split()[1]))
     else:
@@ -127,6 +132,15 @@ def code_lengths(model: TitansForCausalLM, stream: Stream, predictor: str, optio
         if end > 1
     ]
     return {**per_byte, "buckets": buckets}
+
+
+@torch.no_grad()
+def read_at_once(model: PreTrainedModel, ids: Tensor, tell: Callable[[int, Tensor], None]) -> None:
+    """Tell the nats of a stream `[1, T]` read in one call: for a model of transformers, such as Mamba2, whose cache does
+    not take several tokens after the first call."""
+    model.eval()
+    logits = model(ids.to(model.device), use_cache=False).logits[0, :-1].float()
+    tell(1, F.cross_entropy(logits, ids[0, 1:].to(logits.device), reduction="none").double().cpu())
 
 
 def bucket_edges(length: int, bucket: int) -> list[int]:
@@ -166,7 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--passage", type=int, default=PASSAGE, help="tokens that are read a second time")
     parser.add_argument("--passages", type=int, default=PASSAGES, help="places of each stream where this is tried")
-    parser.add_argument("--suffixes", nargs="+", default=[".txt", ".log"], help="which files of a folder")
+    parser.add_argument("--suffixes", nargs="+", default=list(SUFFIXES), help="which files of a folder")
     parser.add_argument(
         "--out", type=Path, default=Path("results/adapt.jsonl"), help="JSON lines; the figure is beside it"
     )

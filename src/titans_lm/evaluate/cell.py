@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from titans_lm.data import load_tokenizer, split_held_out, text_files
-from titans_lm.evaluate import babilong, needle, perplexity
+from titans_lm.evaluate import adapt, babilong, needle, perplexity
 from titans_lm.model import TitansForCausalLM
 from titans_lm.record import provenance
 from titans_lm.settings import Settings
@@ -26,7 +26,7 @@ SAMPLES, ROWS = 256, 32
 """Examples of a test and rows read at once, where a test does not say."""
 TEST_SEED = 1_000_003
 """Tests are made from other seeds than training: this one and the cell's."""
-MEASURES = ("task", "perplexity")
+MEASURES = ("task", "perplexity", "adapt")
 
 
 def run_cell(settings: Settings, tests: list[dict[str, Any]], command: str) -> dict[str, Any]:
@@ -59,9 +59,11 @@ def check_tests(settings: Settings, tests: list[dict[str, Any]]) -> list[str]:
         if measure == "task":
             at_least(1, samples=test.get("samples", SAMPLES), rows=test.get("rows", ROWS))
             axes += [key for told, _ in _tasks(settings, test) for key in told if type(told[key]) in (int, float)]
-        else:
+        elif measure == "perplexity":
             _check_perplexity(settings, test)
             axes.append("until")
+        else:
+            _check_adapt(test)
     return list(dict.fromkeys(axes))
 
 
@@ -69,6 +71,8 @@ def run_test(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -
     """A test with options as lists is each of them in turn. -> rows of the options and their figures"""
     if test.get("measure") == "perplexity":
         return _perplexity(model, settings, test)
+    if test.get("measure") == "adapt":
+        return _adapt(model, settings, test)
     samples, rows = test.get("samples", SAMPLES), test.get("rows", ROWS)
     seed = TEST_SEED + settings.training.seed
     return [{**told, **score(model, task, samples, seed, rows)} for told, task in _tasks(settings, test)]
@@ -78,7 +82,7 @@ def _tasks(settings: Settings, test: dict[str, Any]) -> list[tuple[dict[str, Any
     """The task that was trained, or another that the test names, with each combination of the test's options. What is
     told of each are these options; where the test is called something, that and those of which there are several."""
     if not settings.data.task and "name" not in test:
-        raise ValueError("tests: without data.task a test needs the name of a task, or measure: perplexity")
+        raise ValueError("tests: without data.task a test needs the name of a task, or measure: perplexity or adapt")
     options = {key: value for key, value in test.items() if key not in ("called", "measure", "samples", "rows")}
     keys = list(options)
     lists = [value if isinstance(value, list) and key not in ("files", "background") else [value]
@@ -121,6 +125,10 @@ def _check_perplexity(settings: Settings, test: dict[str, Any]) -> None:
         raise ValueError("tests: perplexity needs files, or data.files of which some are held out")
     at_least(1, bucket=test.get("bucket", perplexity.BUCKET), reset_every=test.get("reset_every", perplexity.RESET))
     at_least(2, tokens=test.get("tokens", 2))
+    _check_modes(test)
+
+
+def _check_modes(test: dict[str, Any]) -> None:
     modes = test.get("modes", perplexity.MODES)
     if not isinstance(modes, list | tuple) or not modes or not all(mode in perplexity.MODES for mode in modes):
         raise ValueError(f'tests: modes must be a list of "on", frozen, reset, "off" (so quoted), got {modes!r}')
@@ -138,6 +146,52 @@ def _perplexity(model: PreTrainedModel, settings: Settings, test: dict[str, Any]
     modes = [mode for mode in test.get("modes", possible) if mode in possible]
     rows = perplexity.perplexity(model, ids, modes, sizes=sizes, **options)
     return [{"mode": row["mode"], "until": row["to"], "bits_per_byte": row["bits_per_byte"]} for row in rows]
+
+
+_ADAPT = ("measure", "called", "files", "suffixes", "tokens", "modes", "bucket", "reset_every")
+
+
+def _check_adapt(test: dict[str, Any]) -> None:
+    for key in test:
+        if key not in _ADAPT:
+            raise ValueError(f"tests: adapt has no option {key!r}; it has {', '.join(_ADAPT[1:])}")
+    text_files(test.get("files") or [], test.get("suffixes", adapt.SUFFIXES))
+    at_least(1, bucket=test.get("bucket", perplexity.BUCKET), reset_every=test.get("reset_every", perplexity.RESET))
+    at_least(2, tokens=test.get("tokens", 2))
+    _check_modes(test)
+
+
+def _adapt(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -> list[dict[str, Any]]:
+    """Bits per byte of each of `files`, a stream of its own, and, of several, their mean; in modes that the model has."""
+    files = text_files(test["files"], test.get("suffixes", adapt.SUFFIXES))
+    tokenizer = load_tokenizer(getattr(make_task(settings.data.task), "tokenizer", settings.data.tokenizer))
+    options = {"bucket": test.get("bucket", perplexity.BUCKET), "reset_every": test.get("reset_every", perplexity.RESET)}
+    named = {"test": test["called"]} if "called" in test else {}
+    rows = []
+    for file in files:
+        stream = adapt.read_stream(file, tokenizer, test.get("tokens"))
+        for mode in _possible(model, test):
+            found = adapt.code_lengths(model, stream, mode, options)
+            first = found["buckets"][0][2]
+            rows.append({**named, "stream": stream.name, "mode": mode, "bits_per_byte": found["bits_per_byte"],
+                         "first_bucket": first, "last_half": found["last_half"]})  # fmt: skip
+    return rows if len(files) == 1 else rows + _means(rows, named)
+
+
+def _means(rows: list[dict[str, Any]], named: dict[str, str]) -> list[dict[str, Any]]:
+    """Over streams, for each mode."""
+    figures = ("bits_per_byte", "first_bucket", "last_half")
+    by_mode = {mode: [row for row in rows if row["mode"] == mode] for mode in dict.fromkeys(r["mode"] for r in rows)}
+    return [
+        {**named, "stream": "mean", "mode": mode, **{key: sum(r[key] for r in own) / len(own) for key in figures}}
+        for mode, own in by_mode.items()
+    ]
+
+
+def _possible(model: PreTrainedModel, test: dict[str, Any]) -> list[str]:
+    """Of the test's modes those that this model has."""
+    possible = perplexity.possible_modes(model) if isinstance(model, TitansForCausalLM) else ["on"]
+    return [mode for mode in test.get("modes", possible) if mode in possible]
 
 
 def _held_out(settings: Settings) -> list[Path]:
