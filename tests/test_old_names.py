@@ -32,6 +32,7 @@ MODULES = {
     "models.cache_file": {"read": "load_file", "write": "save_file", "check": "check_tensors"},
     "models.forward_context": {"Reading": "ForwardContext"},
     "models.generation": {"Ended": "RowEnds", "Prompt": "PromptState"},
+    "models.model_files": {"shipped": "shipped_folder", "complete": "add_companions"},
     "models.packing": {"Asked": "OutputOptions", "Read": "StackOutput"},
 }
 

@@ -1,4 +1,4 @@
-"""The models that a memory is compared with: published recurrences as settings of our memory, attention, and Mamba2.
+"""The models that the memory is compared with: published recurrences as settings of our memory, attention, Mamba2.
 
 All are trained by the same code, and `config.fitted` gives them the same number of parameters. tests/test_baselines.py
 and tests/test_special_cases.py compare these settings with the published recurrences.
@@ -19,7 +19,7 @@ _TTT = {**_RECURRENCE, "memory_form": "residual", "memory_forgetting": False, "m
 BASELINES: dict[str, dict[str, Any]] = {
     "full_attention": {"variant": "attention", "window_size": None, "num_persistent_tokens": 0},
     "sliding_window": {"variant": "attention", "num_persistent_tokens": 0},
-    # With M_0 = 0 as the anchor of all tokens the error is the value: each writes theta 2 k^T v.
+    # With M_0 = 0 as the anchor of all tokens, the error is the value: each token writes theta 2 k^T v.
     "linear_attention": {**_LINEAR, "memory_chunk_size": 2**30, "memory_lr": 0.5},
     "delta_net": {**_LINEAR, "memory_chunk_size": 1, "memory_lr": 0.5},  # beta = 2 theta in (0, 1)
     "delta_net_negative": {**_LINEAR, "memory_chunk_size": 1, "memory_lr": 1.0},  # beta in (0, 2): arXiv:2411.12537
@@ -27,18 +27,18 @@ BASELINES: dict[str, dict[str, Any]] = {
     "ttt_linear": {**_TTT, "memory_layers": 1},
     "ttt_mlp": {**_TTT, "memory_layers": 2, "memory_activation": "gelu"},
 }
-"""Fields of TitansConfig. Steps of the linear ones begin in the middle of their bound, as in their papers. The TTT
-rates are bounded by `memory_lr`, as ours are, not by the values of its paper."""
+"""Fields of TitansConfig. The linear recurrences start with a step at half of its bound, as in their papers. TTT's
+steps have the bound `memory_lr`, as ours have, and not the values of its paper."""
 MAMBA2 = "mamba2"
 """transformers' own Mamba2, an independent peer."""
 NAMES = (*BASELINES, MAMBA2)
 
 
 def mamba2_config(fields: dict[str, Any]) -> PreTrainedConfig:
-    """Of the width in `fields` (of a size, with changes), twice as wide inside, with the layers (they have no MLP) and
-    the state that bring it nearest to `parameters`, or the size's. Fields that only a Titans model has do not apply.
+    """The Mamba2 of the width in `fields` (a size, with changes) that is nearest to `parameters`, or to the size's.
 
-    Raises ValueError where nothing comes within 3 %.
+    Its inner width is twice as large. Its layers have no MLP; their number and the size of their state are fitted.
+    Fields of a Titans model alone have no effect. Raises ValueError where no Mamba2 comes within 3 %.
     """
     fields = {**SIZES.get(fields.get("size", ""), {}), **fields}
     missing = [key for key in ("hidden_size", "vocab_size") if key not in fields]
@@ -66,7 +66,7 @@ def mamba2_config(fields: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _parameters(config: PreTrainedConfig) -> int:
-    """Of a Mamba2: two projections, a convolution, norms, three numbers a head; the embedding is tied."""
+    """The parameters of a Mamba2: two projections, a convolution, norms, three numbers per head; a tied embedding."""
     inner = 2 * config.hidden_size
     convolved = inner + 2 * config.n_groups * config.state_size
     block = config.hidden_size * (inner + convolved + config.num_heads) + inner * config.hidden_size
@@ -75,5 +75,5 @@ def _parameters(config: PreTrainedConfig) -> int:
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:
-    """The language model of any of these configurations, with random weights."""
+    """The language model of a configuration, with random weights."""
     return AutoModelForCausalLM.from_config(config)

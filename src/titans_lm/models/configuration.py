@@ -1,4 +1,4 @@
-"""What a Titans model is made of: `TitansConfig`, with strict validation and names in every error."""
+"""`TitansConfig`: the configuration of a Titans model, strictly validated, with the key's name in every error."""
 
 import dataclasses
 import difflib
@@ -22,13 +22,13 @@ Variant = Literal["mac", "mag", "mal", "lmm", "attention"]
 class TitansConfig(PreTrainedConfig):
     """Configuration of `TitansModel` and `TitansForCausalLM`.
 
-    Raises ValueError for an impossible value, with its name and what would be right, and for a keyword that does not
-    exist. A key of a `config.json` that does not exist is kept as an attribute, with one warning, as programs that
-    work with transformers models leave their own keys there.
+    Raises ValueError for an impossible value, with the key and the possible values, and for an unknown keyword. An
+    unknown key of a `config.json` stays as an attribute, with one warning, because other programs that work with
+    transformers models keep keys of their own there.
     """
 
     model_type = "titans"
-    auto_map: ClassVar[dict[str, str]] = AUTO_MAP  # what a model of an older version, saved without one, has
+    auto_map: ClassVar[dict[str, str]] = AUTO_MAP  # for models of older versions, which were saved without one
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - as transformers declares it
     attribute_map = {"hidden_dim": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}  # noqa: RUF012
 
@@ -46,7 +46,7 @@ class TitansConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     max_position_embeddings: int | None = None
-    """A limit on the tokens of a stream, if one is to be declared; None: none."""
+    """The most tokens of a stream; None: no limit."""
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -54,11 +54,11 @@ class TitansConfig(PreTrainedConfig):
     use_cache: bool = True
 
     window_size: int | None = 512
-    """Tokens that a window sees, the current one included (mag, mal, attention). None: all of them (attention)."""
+    """Tokens that attention sees, the current one included (mag, mal, attention). None: all tokens (attention)."""
     segment_size: int = 512
     """Tokens of a segment (mac)."""
     num_persistent_tokens: int = 16
-    """Learned tokens before the sequence, in every block (eq. 19)."""
+    """Learned tokens in front of the sequence, in every block (eq. 19)."""
     gate: Literal["product", "convex"] = "product"
     """How mac and mag join attention y and memory m: norm(y) * sigmoid(norm(m)), or g * y + (1 - g) * m, g learned."""
 
@@ -66,21 +66,21 @@ class TitansConfig(PreTrainedConfig):
     """Default: hidden_size / memory_head_dim."""
     memory_head_dim: int = 64
     memory_layers: int = 2
-    """Depth of the memory, 1 or more; 1 is a matrix."""
+    """Depth of the memory, at least 1; 1 is a matrix."""
     memory_dim: int | None = None
     """Hidden width of each head's memory; default 4 * memory_head_dim."""
     memory_lr: float = 0.1
     """Upper bound of theta, the memory's step, in (0, 1]."""
     memory_lr_start: float = 0.01
-    """Where theta begins, in (0, 1]; at most half of memory_lr."""
+    """theta before training, in (0, 1]; at most half of memory_lr."""
     memory_chunk_size: int = 16
-    """Tokens whose gradients are taken at the same weights; 1 is the paper to the letter."""
+    """Tokens whose gradients are taken at the same weights (the inner-loop mini-batch); 1 is exactly the paper."""
     memory_init: Literal["learned", "zero"] = "learned"
     memory_start: Literal["auto", "associative", "random"] = "auto"
-    """Where its projections and convolutions begin before training. associative: as a memory of what followed what;
-    auto: that, where there are convolutions."""
+    """The memory's projections and convolutions before training. associative: a memory of what follows what; auto:
+    associative, if there are convolutions."""
     memory_lags: int = 4
-    """Tokens that a key of an associative start looks at; at most memory_conv_size - 1."""
+    """How many tokens back the keys of an associative start look; at most memory_conv_size - 1."""
     memory_form: Literal["residual", "plain"] = "residual"
     """residual: M(k) = k + norm(MLP(k)), stable; plain: the paper's MLP."""
     memory_activation: Literal["silu", "gelu"] = "silu"
@@ -89,24 +89,24 @@ class TitansConfig(PreTrainedConfig):
     memory_momentum: bool = True
     memory_forgetting: bool = True
     memory_gates_of: Literal["token", "chunk"] = "token"
-    """Step, momentum and forgetting of each token, or of each chunk: those of its first token."""
+    """Whether theta, eta and alpha belong to each token, or to each chunk, as those of its first token."""
     memory_alpha_bias: float = -6.0
-    """Where forgetting begins, before the sigmoid: -5 forgets over some 150 tokens, -8 over 3,000."""
+    """Forgetting before training, before the sigmoid: -5 forgets over some 150 tokens, -8 over 3,000."""
     memory_conv_size: int = 4
     """Width of the causal convolutions on q, k, v; 1: none."""
     memory_loss_weight: float = 0.0
-    """lambda: weight of the memory's own reconstruction loss in training."""
+    """Weight of the memory's own reconstruction loss in training (lambda)."""
     surprise_threshold: float | None = None
-    """A token whose surprise is not above this is not written; None: all are."""
+    """Only tokens with a larger surprise are written; None: all are."""
     surprise_threshold_on: Literal["reconstruction", "prediction"] = "reconstruction"
-    """Which surprise: the memory's reconstruction loss, or the error of a learned prediction of the layer's input."""
+    """The surprise: the memory's reconstruction loss, or the error of a learned prediction of the layer's input."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         for alias, key in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, key, kwargs.pop(alias))
         unknown = [key for key in kwargs if key not in _INHERITED]
-        if unknown and "model_type" not in kwargs:  # a saved configuration has one, nobody types it
+        if unknown and "model_type" not in kwargs:  # only a saved configuration has it
             raise ValueError(unknown_key(unknown[0], known_keys(), "TitansConfig"))
         if unknown:
             _warn_unknown(unknown)
@@ -120,15 +120,15 @@ class TitansConfig(PreTrainedConfig):
         register_models()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a configuration that is unpickled, which `__post_init__` is not called for."""
+        """Unpickle, which does not call `__post_init__`."""
         self.__dict__.update(state)
         register_models()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The configuration that `to_dict` gave, or that a `config.json` holds; `kwargs` replace its values.
+        """The configuration of a dict from `to_dict` or a `config.json`; `kwargs` replace its values.
 
-        Warns of keys that do not exist. Raises ValueError for another model's configuration.
+        Warns about unknown keys. Raises ValueError for another model's configuration.
         """
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
@@ -137,19 +137,19 @@ class TitansConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """As transformers has it, for a class of your own. This one needs none of it: models are saved with `AUTO_MAP`
-        and without a copy of the package's code."""
+        """As transformers has it, for a class of your own. This class does not need it: models are saved with their
+        `AUTO_MAP` and without a copy of the package's code."""
         if cls is not TitansConfig:
             super().register_for_auto_class(auto_class)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As transformers has it."""
-        if self._auto_class is not None:  # transformers adds to the map, which must not be that of all configurations
-            self.auto_map = dict(self.auto_map)  # type: ignore[misc]  # of this configuration alone
+        if self._auto_class is not None:  # transformers adds to the map, so this configuration needs its own
+            self.auto_map = dict(self.auto_map)  # type: ignore[misc]
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def validate_architecture(self) -> None:
-        """Every value possible, by itself and with the others."""
+        """Raises ValueError for a value that is impossible by itself or with the others."""
         for key in _NUMBERS:
             if getattr(self, key) != getattr(self, key):
                 raise ValueError(f"{key} must be a number, got nan")
@@ -164,16 +164,16 @@ class TitansConfig(PreTrainedConfig):
             raise ValueError(f"pad_token_id must be below vocab_size={self.vocab_size}, got {self.pad_token_id}")
 
     def own_fields(self) -> dict[str, Any]:
-        """This project's fields and their values, without those that every transformers model has."""
+        """The fields of this class and their values, without those that it inherits."""
         return {key: getattr(self, key) for key in DEFAULT_CONFIG}
 
 
 def _plain_errors(initialise: Callable[..., None]) -> Callable[..., None]:
-    """What `strict` raises, as a ValueError of one line that names the field."""
+    """Decorates the initialiser: the errors of `strict` become a ValueError of one line that names the field."""
 
     @functools.wraps(initialise)
     def wrapped(self: TitansConfig, *args: Any, **kwargs: Any) -> None:
-        for key, value in kwargs.items():  # 1 is a number as 1.0 is
+        for key, value in kwargs.items():  # an integer stands for a float
             if key in _NUMBERS and type(value) is int:
                 kwargs[key] = float(value)
         try:
@@ -198,38 +198,38 @@ _RANGES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
     (("num_persistent_tokens", "memory_loss_weight", "initializer_range"), lambda value: value >= 0, "0 or more"),
     (("rms_norm_eps", "rope_theta", "memory_clip"), lambda value: value > 0, "above 0"),
     (("memory_lr", "memory_lr_start"), lambda value: 0 < value <= 1, "in (0, 1]"),
-    (("head_dim",), lambda value: value % 2 == 0, "even (rotary positions turn pairs)"),
+    (("head_dim",), lambda value: value % 2 == 0, "even (rotary positions rotate pairs)"),
 ]
 _INHERITED = {f.name for f in dataclasses.fields(PreTrainedConfig)} | {
     "dtype", "torch_dtype", "attn_implementation", "_attn_implementation", "_commit_hash", "model_type", "name_or_path",
     "_name_or_path", "transformers_version", "architectures", "auto_map", "experts_implementation", "num_labels",
     "output_attentions", "quantization_config", "per_layer_config", "transformers_weights",
 }  # fmt: skip
-"""Keys that transformers itself sets, reads and saves."""
+"""Keys that transformers sets, uses and saves."""
 
 
 def known_keys() -> list[str]:
-    """The keys that a person sets: this project's fields, the special tokens and the aliases."""
+    """The keys that a user sets: the fields of this class, the special tokens and the aliases."""
     own = [f.name for f in dataclasses.fields(TitansConfig) if not f.name.startswith("_")]
     return own + list(TitansConfig.attribute_map)
 
 
 def unknown_key(key: str, known: list[str], where: str) -> str:
-    """One line: the key, where it was, and the nearest right one."""
+    """A message of one line: the unknown key, its place, and the nearest known key."""
     near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
     return f"unknown key {key!r} in {where}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def _warn_unknown(keys: list[str]) -> None:
-    """One warning for all of them: values that nothing here reads."""
-    told = "; ".join(unknown_key(key, known_keys(), "config.json") for key in keys)
-    warnings.warn(f"{told} (kept as attributes, without any effect)", stacklevel=2)
+    """Warn once about all unknown keys."""
+    message = "; ".join(unknown_key(key, known_keys(), "config.json") for key in keys)
+    warnings.warn(f"{message} (kept as attributes, without any effect)", stacklevel=2)
 
 
 DEFAULT_CONFIG: dict[str, Any] = {
     f.name: f.default for f in dataclasses.fields(TitansConfig) if f.name in TitansConfig.__annotations__
 }
-"""Every field of our own and its default."""
+"""Every field of this class and its default."""
 
 VARIANT_CONFIGS: dict[str, dict[str, Any]] = {
     "mac": {"variant": "mac"},
@@ -238,6 +238,6 @@ VARIANT_CONFIGS: dict[str, dict[str, Any]] = {
     "lmm": {"variant": "lmm"},
     "attention": {"variant": "attention", "window_size": None, "num_persistent_tokens": 0},
 }
-"""What makes each variant; `TitansConfig(**VARIANT_CONFIGS["mac"])`."""
+"""The keys of each variant, as in `TitansConfig(**VARIANT_CONFIGS["mac"])`."""
 
 AutoConfig.register(TitansConfig.model_type, TitansConfig, exist_ok=True)

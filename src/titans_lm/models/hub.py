@@ -1,4 +1,4 @@
-"""Models with their tokenizers: loaded as data alone, and refused if they are damaged; saved; shipped."""
+"""Load, save and ship models with their tokenizers. Loading runs no code of the folder and refuses damaged files."""
 
 import copy
 import shutil
@@ -17,16 +17,15 @@ from titans_lm.models.tokenizer import plain_reason
 __all__ = ["MODEL_HELP", "NAMES", "RUN", "SHIPPED", "find", "load", "save", "ship"]
 
 RUN = "run.yaml"
-"""In a model's folder: the settings that it was trained with."""
+"""The file in a model's folder with the settings of its training."""
 _AS_DATA: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def load(model: str | Path) -> tuple[TitansForCausalLM, PreTrainedTokenizerBase]:
-    """The model and tokenizer of a folder that `titans train` or `save_pretrained` wrote, or of a shipped name, such as
-    "books". No code of the folder is run.
+    """The model and tokenizer of a folder from `titans train` or `save_pretrained`, or of a shipped model by its name,
+    such as "books". No code of the folder is run.
 
-    Raises ValueError for a folder that is not a Titans checkpoint, whose files are damaged, or whose weights are not
-    finite.
+    Raises ValueError for a folder that holds no Titans model, for damaged files, and for weights that are not finite.
     """
     folder = find(model)
     check_digests(folder)
@@ -50,23 +49,23 @@ def load(model: str | Path) -> tuple[TitansForCausalLM, PreTrainedTokenizerBase]
 
 
 def save(model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write a model and its tokenizer to a folder that `load` reads, all their files under digests."""
+    """Save a model and its tokenizer to a folder for `load`, with digests of all files."""
     model.save_pretrained(folder)
     add_digests(folder, tokenizer.save_pretrained(folder))
 
 
 def ship(source: Path, target: Path, surprise_threshold: float | None = None) -> None:
-    """Make of a training run `source` what is shipped: `ship(Path("runs/books"), SHIPPED / "books")`.
+    """Turn a training run into a shipped model: `ship(Path("runs/books"), SHIPPED / "books")`.
 
-    Weights are stored in bfloat16, half the size, and loaded as the type that they had. `surprise_threshold` is a key
-    of the configuration that may be chosen after training. What else `target` has, such as its README.md, stays. Raises
-    ValueError as `load` does, and for a run that does not say how it was trained.
+    The weights are stored in bfloat16, half the size, and load in their original dtype. `surprise_threshold` is a key
+    of the configuration that may be chosen after training. Other files of `target`, such as its README.md, stay. Raises
+    ValueError as `load` does, and for a run without the settings of its training.
     """
     model, tokenizer = load(source)
     if surprise_threshold is not None:
         model.config.surprise_threshold = surprise_threshold
     if not (find(source) / RUN).is_file():
-        raise ValueError(f"{source} has no {RUN}, which says how it was trained")
+        raise ValueError(f"{source} has no {RUN}, with the settings of its training")
     half = copy.deepcopy(model).to(torch.bfloat16)
     model.save_pretrained(target, state_dict=half.state_dict())
     add_digests(target, tokenizer.save_pretrained(target))

@@ -1,9 +1,11 @@
-"""A model's folder: where shipped models are, the digests of its files, and the code that opens it elsewhere."""
+"""A model's folder: the places of shipped models, digests of the files, and code that opens the model elsewhere."""
 
 import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+
+from titans_lm.utils.deprecation import renamed
 
 AUTO_CODE = "modeling_titans"
 """The module beside saved weights that opens them in a process that has not imported this package."""
@@ -12,13 +14,13 @@ AUTO_MAP = {
     "AutoModel": f"{AUTO_CODE}.TitansModel",
     "AutoModelForCausalLM": f"{AUTO_CODE}.TitansForCausalLM",
 }
-"""Which of its classes an Auto class takes."""
+"""The class in it for each Auto class."""
 SHIPPED = Path(__file__).parent / "shipped"
-"""A folder for each model that is shipped with the package."""
+"""The folder of the models that are shipped with the package, each in a folder of its own."""
 NAMES = sorted(folder.name for folder in SHIPPED.iterdir())
 MODEL_HELP = f"a folder that titans train wrote, or the name of a shipped model: {', '.join(NAMES)}"
 DIGESTS = "digests.json"
-"""In a saved model's folder: the SHA-256 of its files."""
+"""The file in a saved model's folder with the SHA-256 of its other files."""
 _WEIGHTS = ("config.json", "model*.safetensors*", f"{AUTO_CODE}.py")
 _ADAPTER = ("adapter_config.json", "adapter_model*.safetensors*")
 
@@ -34,19 +36,21 @@ package finds it through this file with `trust_remote_code=True`.
 from titans_lm import {", ".join(sorted(name.rsplit(".", 1)[1] for name in AUTO_MAP.values()))}  # noqa: F401
 '''
 
+__getattr__ = renamed(__name__, {"shipped": "shipped_folder", "complete": "add_companions"})
 
-def shipped(name: str | Path) -> str | Path:
-    """The folder of the shipped model of that name, or `name` itself where it is another or a model's folder."""
+
+def shipped_folder(name: str | Path) -> str | Path:
+    """The folder of the shipped model `name`; or `name` itself, if it is a model's folder or no shipped model."""
     return SHIPPED / name if str(name) in NAMES and not (Path(name) / "config.json").is_file() else name
 
 
 def find(model: str | Path) -> Path:
-    """The folder of a model: itself or, where it is none and a shipped model has that name, that one's. A folder of
-    texts may be called as a model is.
+    """The folder of a model: `model` itself if it is one, else the shipped model of that name. (A folder of texts may
+    have the name of a shipped model.)
 
-    Raises ValueError for what is neither.
+    Raises ValueError for anything else.
     """
-    folder = Path(shipped(model))
+    folder = Path(shipped_folder(model))
     if (folder / "config.json").is_file():
         return folder
     if (folder / "adapter_config.json").is_file():
@@ -61,35 +65,37 @@ def find(model: str | Path) -> Path:
 
 
 def is_ours(model: type) -> bool:
-    """Whether a class is of this package, and not of someone who went on from it. FSDP derives a class from each."""
+    """Whether a class is of this package, not one that derives from it elsewhere. (FSDP derives a class of each.)"""
     named = next(c for c in model.__mro__ if not c.__name__.startswith("FSDP"))
     return named.__module__.split(".")[0] == __name__.split(".")[0]
 
 
-def complete(folder: str | Path, *, adapter: bool) -> None:
-    """Write what belongs beside a model, or beside an `adapter` alone, that was just saved: code that opens it, and the
-    digests. Files that were not written now, an adapter's beside a model or a model's beside an adapter, keep theirs.
-    A tokenizer's are forgotten, because it is about to be saved too; `add_digests` has them."""
+def add_companions(folder: str | Path, *, adapter: bool) -> None:
+    """Write the files beside a model, or an `adapter`, that was just saved: code that opens it, and digests.
+
+    A model beside a new adapter, and an adapter beside a new model, keep their digests. A tokenizer loses them, because
+    it is saved next; `add_digests` then adds them."""
     folder = Path(folder)
     if not adapter:
         (folder / f"{AUTO_CODE}.py").write_text(_CODE)
     written, others = (_ADAPTER, _WEIGHTS) if adapter else (_WEIGHTS, _ADAPTER)
     listed = _listed(folder) if (folder / DIGESTS).is_file() else {}
-    there = {path.name for pattern in others for path in folder.glob(pattern)}
-    _write(folder, {name: digest for name, digest in listed.items() if name in there})
+    kept = {path.name for pattern in others for path in folder.glob(pattern)}
+    _write(folder, {name: digest for name, digest in listed.items() if name in kept})
     add_digests(folder, (path for pattern in written for path in sorted(folder.glob(pattern))))
 
 
 def add_digests(folder: str | Path, files: Iterable[str | Path]) -> None:
-    """Put files of a saved model's folder under its digests, such as those that `tokenizer.save_pretrained` returns."""
+    """Add files of a saved model's folder to its digests, such as those that `tokenizer.save_pretrained` returns."""
     folder = Path(folder)
     inside = (path for path in map(Path, files) if path.is_file() and path.resolve().parent == folder.resolve())
     _write(folder, _listed(folder) | {path.name: _digest(path) for path in inside})
 
 
 def check_digests(folder: Path, listed: str = DIGESTS) -> None:
-    """Raises ValueError where a file of a model's folder is not as it was saved, by the digests in its file `listed`.
-    Nothing is checked where a folder has no such file."""
+    """Raises ValueError for a file that was changed or lost since it was saved, by the digests in the file `listed`.
+
+    A folder without that file passes."""
     if not (folder / listed).is_file():
         return
     for name, expected in _listed(folder, listed).items():

@@ -89,7 +89,7 @@ class TitansPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:
         """As transformers has it. It also takes the name of a shipped model, such as "books"."""
         if pretrained_model_name_or_path is not None:  # None: `state_dict` holds the weights
-            pretrained_model_name_or_path = model_files.shipped(pretrained_model_name_or_path)
+            pretrained_model_name_or_path = model_files.shipped_folder(pretrained_model_name_or_path)
         return super().from_pretrained(pretrained_model_name_or_path, *arguments, **options)
 
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **options: Any) -> None:
@@ -100,11 +100,11 @@ class TitansPreTrainedModel(PreTrainedModel):
         self.config.auto_map = saved_map  # type: ignore[misc]  # of this configuration alone
         super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
         if is_main_process:
-            model_files.complete(save_directory, adapter=self._has_adapter)
+            model_files.add_companions(save_directory, adapter=self._has_adapter)
 
     def _upload_modified_files(self, working_dir: str | Path, *arguments: Any, **options: Any) -> Any:
         """Upload the files that `save_pretrained` writes beside the model too."""
-        model_files.complete(working_dir, adapter=self._has_adapter)
+        model_files.add_companions(working_dir, adapter=self._has_adapter)
         return super()._upload_modified_files(working_dir, *arguments, **options)
 
     @property

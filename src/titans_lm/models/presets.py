@@ -1,4 +1,4 @@
-"""Configurations of named sizes, and those that are fitted to a number of parameters, which are counted here."""
+"""Configurations by a named size, or fitted to a number of parameters; and the counting of parameters."""
 
 from typing import Any
 
@@ -17,15 +17,15 @@ SIZES: dict[str, dict[str, Any]] = {
     "400m": {"num_hidden_layers": 24, "hidden_size": 1088},
     "760m": {"num_hidden_layers": 24, "hidden_size": 1536},
 }  # fmt: skip
-"""Layers and widths. The paper's (its 400M is given nowhere); 16 attention heads, memory heads of width 64."""
+"""Layers and widths, from the paper (but for its 400M), with 16 attention heads and memory heads of width 64."""
 
 PARAMETERS = {"tiny": 0.8e6, "small": 15e6, "170m": 170e6, "340m": 340e6, "400m": 400e6, "760m": 760e6}
-"""What the size's name says; for tiny and small, what was chosen."""
+"""The number of parameters that a size stands for: its name, or a choice for tiny and small."""
 
 
 def preset(size: str, variant: Variant = "mag", **changes: Any) -> TitansConfig:
-    """The configuration of a named size, with `changes` set on top, and the MLP as wide as the size's parameter count
-    asks for, so that variants of one size are a fair comparison.
+    """The configuration of a named size, with `changes`. The MLP's width brings it to the size's number of parameters,
+    so that variants of one size compare fairly.
 
     Raises ValueError for a size or a key that does not exist.
     """
@@ -38,7 +38,7 @@ def preset(size: str, variant: Variant = "mag", **changes: Any) -> TitansConfig:
 
 
 def size_target(fields: dict[str, Any]) -> float:
-    """How many parameters the size in `fields` stands for, with the embedding of another vocabulary where it has one.
+    """The number of parameters that the size in `fields` stands for, adjusted for the embedding of another vocabulary.
     Raises ValueError without a size."""
     if fields.get("size") not in SIZES:
         raise ValueError(f"without a size (one of {', '.join(SIZES)}) parameters must be given")
@@ -48,9 +48,9 @@ def size_target(fields: dict[str, Any]) -> float:
 
 
 def fitted(parameters: float, **fields: Any) -> TitansConfig:
-    """The configuration of `fields` whose MLP is as wide as brings the model to this many parameters, within 3 %.
+    """The configuration of `fields`, with the width of the MLP that brings the model to this many parameters.
 
-    Raises ValueError where it cannot be.
+    Raises ValueError where no width comes within 3 %.
     """
     one, two = (count_parameters(TitansConfig(**fields, intermediate_size=n)) for n in (64, 128))
     unit = 64 if parameters > 1e8 else 8
@@ -65,6 +65,6 @@ def fitted(parameters: float, **fields: Any) -> TitansConfig:
 
 
 def count_parameters(config: TitansConfig) -> int:
-    """The parameters of `TitansForCausalLM(config)`, without building it (a meta-device model is built and counted)."""
+    """The number of parameters of `TitansForCausalLM(config)`, counted on the meta device, without memory for them."""
     with torch.device("meta"):
         return sum(p.numel() for p in TitansForCausalLM(config).parameters())

@@ -1,8 +1,8 @@
-"""Makes transformers' Auto classes know Titans models without importing transformers for it.
+"""Registers Titans models with transformers' Auto classes, without importing transformers for it.
 
-Importing the module of the configuration registers it, and importing the module of the models registers these. Both are
-imported by name, as entry points are: the models when a `TitansConfig` is made, because they load torch; the
-configuration at once in a process that has loaded transformers, else as soon as transformers is loaded.
+Importing the configuration's module registers the configuration; importing the models' module registers the models.
+Both are imported by name, as entry points are. The models' module loads torch, so it waits until a `TitansConfig` is
+made. The configuration's module is imported at once if the process has loaded transformers, else when it loads it.
 """
 
 import importlib
@@ -16,28 +16,28 @@ _MODELS = "titans_lm.models.modeling"
 
 
 def register_models() -> None:
-    """Make Auto classes find the models. They load torch, so this waits for a configuration to be made."""
+    """Register the models. They load torch, so this waits for a configuration to be made."""
     importlib.import_module(_MODELS)
 
 
 def register_with_transformers(finders: list[Any]) -> None:
-    """Register now where transformers is loaded; else put a finder first into `finders`, which is `sys.meta_path`."""
+    """Register now if transformers is loaded; else put a finder first into `finders`, which is `sys.meta_path`."""
     if sys.modules.get("transformers") is not None:
         _register()
-    elif "transformers" not in sys.modules:  # None there: someone forbids to import it
+    elif "transformers" not in sys.modules:  # a None there forbids the import
         finders.insert(0, _AfterTransformers())
 
 
 def _register() -> None:
-    """Register the configuration; nothing happens while its module is being imported, which will do it."""
+    """Register the configuration. While its module is being imported, this does nothing: that import registers it."""
     importlib.import_module(_CONFIGURATION)
 
 
 class _AfterTransformers(MetaPathFinder):
-    """Finds transformers as the other finders do, and registers when its top module has run.
+    """Finds transformers through the other finders, and registers when its top module has run.
 
-    At that moment no other module of transformers is half imported, so importing from it is safe. To look for
-    transformers without importing it, as `importlib.util.find_spec` does, changes nothing.
+    At that moment no other module of transformers is half imported, so importing from it is safe. A search without an
+    import, such as `importlib.util.find_spec`, changes nothing.
     """
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
@@ -50,7 +50,7 @@ class _AfterTransformers(MetaPathFinder):
         return spec
 
     def _follow(self, loader: Any) -> None:
-        """The loader of one module, which registers after it has run that module."""
+        """Make the loader register after it has run its module."""
         execute = loader.exec_module
 
         def execute_and_register(module: Any) -> None:

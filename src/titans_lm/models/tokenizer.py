@@ -1,4 +1,4 @@
-"""Tokenizers of models, bytes by default, and a text's tokens."""
+"""Tokenizers, bytes by default, and the tokens of a text."""
 
 from weakref import WeakKeyDictionary
 
@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Ids 0 to 255 are the bytes themselves (of UTF-8 text), then <pad>, <bos>, <eos>. Needs no download."""
+    """A tokenizer of bytes: ids 0 to 255 are the bytes of UTF-8 text, then <pad>, <bos>, <eos>. Needs no download."""
     characters = _byte_characters()
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -22,25 +22,26 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character by which the byte-level alphabet stands for each byte (as in GPT-2's tokenizer)."""
+    """The printable character that stands for each byte in the byte-level alphabet of GPT-2's tokenizer."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(256, 512))
     return [chr(b) if b in set(printable) else chr(next(others)) for b in range(256)]
 
 
-_known: WeakKeyDictionary[PreTrainedTokenizerBase, bool] = WeakKeyDictionary()
+_is_bytes_cache: WeakKeyDictionary[PreTrainedTokenizerBase, bool] = WeakKeyDictionary()
 
 
 def is_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether each token below 256 is one byte."""
-    if tokenizer not in _known:  # asking takes as long as the bytes of a megabyte, and short texts are many
+    """Whether the tokenizer's ids 0 to 255 are the bytes themselves."""
+    if tokenizer not in _is_bytes_cache:  # the check takes as long as encoding a megabyte
         ids = tokenizer.convert_tokens_to_ids(_byte_characters()) if tokenizer.vocab_size == 256 else []
-        _known[tokenizer] = ids == list(range(256))
-    return _known[tokenizer]
+        _is_bytes_cache[tokenizer] = ids == list(range(256))
+    return _is_bytes_cache[tokenizer]
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """ "bytes", or the name or folder of any Hugging Face tokenizer. One that brings its own code is refused."""
+    """The tokenizer "bytes", or any of Hugging Face by its name or folder. Raises ValueError for one that needs its own
+    code, or that cannot be loaded."""
     if name == "bytes":
         return byte_tokenizer()
     try:
@@ -52,20 +53,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def plain_reason(error: Exception) -> str:
-    """What transformers says, as one line; of code that it would run, that it is not."""
+    """The message of an error of transformers, as one line."""
     if "trust_remote_code" in str(error):
         return "it brings Python code of its own, which is never run"
     return " ".join(str(error).split())
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np.int64]:
-    """The text's tokens, `[T]`, without special ones. Raises ValueError for half a character (a lone surrogate), as a
-    command line has it whose bytes are not UTF-8."""
+    """The token ids of a text, `[T]`, without special tokens.
+
+    Raises ValueError for a lone surrogate, which a command line holds where its bytes are not UTF-8."""
     try:
         content = text.encode()
     except UnicodeEncodeError as error:
         place = f"character {error.start:,} is {text[error.start]!r}"
-        raise ValueError(f"this is not text, for it is not UTF-8: {place} in {text[:50]!r}") from None
+        raise ValueError(f"this is not UTF-8 text: {place} in {text[:50]!r}") from None
     if is_bytes(tokenizer):  # a megabyte in a millisecond
         return np.frombuffer(content, np.uint8).astype(np.int64)
     return np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int64)
