@@ -33,7 +33,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "learn": ("cli.learn",),
     "memories": ("cli.memory",),
     "memory": ("layers.memory_state", "layers.neural_memory", "layers.bypass"),
-    "memory_file": ("models.cache_file",),
+    "memory_file": ("models.cache_card", "models.cache_file"),
     "memory_lock": ("utils.memory_lock",),
     "memory_options": ("layers.memory_options",),
     "memory_state": ("layers.memory_state",),
