@@ -17,14 +17,14 @@ VERBS = {
     "serve": "an OpenAI-compatible server; each request forks one memory",
     "evaluate": "needle, BABILong, perplexity, harness tasks, recall and state tracking",
     "study": "a grid of models, seeds and tests from a YAML file, resumable",
-    "stability": "which forms of the memory stay finite on text that repeats",
+    "stability": "train on repeating text and report which forms of the memory stay finite",
     "bench": "measure time and memory: the operation, models, decoding, long texts, peers",
-    "demo": "find a needle in a haystack of any length with a model that is shipped",
-    "learn": "train a small model, read a long text, see what memory adds",
+    "demo": "find a needle in a long haystack, then learn a text: both with shipped models",
+    "learn": "train a small model, then compare its bits on a long text: memory on, frozen, reset",
 }
 """Each verb is a module of this package with `run(arguments)`, which may return a status, and `add_arguments(parser)`
 unless `flags` has a function of its name."""
-_OF_KINDS = ("evaluate", "bench")
+_VERBS_WITH_KINDS = ("evaluate", "bench")
 """Verbs with kinds, of which only the requested one is loaded."""
 _WITHOUT_COMPUTATION = ("memory",)
 """Verbs for which torch's threads do not matter: `titans memory show` does not load torch at all."""
@@ -83,7 +83,7 @@ def _parsed(verb: str, arguments: list[str]) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(f"titans {verb}", description=VERBS[verb])
     add: Callable[..., None] = getattr(flags, verb, None) or _module(verb).add_arguments
-    add(parser, *(arguments[:1] if verb in _OF_KINDS else []))
+    add(parser, *(arguments[:1] if verb in _VERBS_WITH_KINDS else []))
     return parser.parse_args(arguments)
 
 

@@ -50,8 +50,8 @@ def infer(parser: argparse.ArgumentParser) -> None:
         "--stop", nargs="+", metavar="TEXT", help=r"end an answer at one of these; \n, \t, \r and \\ as in Python"
     )
     parser.add_argument("--errors", choices=get_args(Errors), default="strict", help=ERRORS_HELP)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0: greedy")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
 
 
 def read(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +60,7 @@ def read(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument("--memory", type=Path, help="memory file to load, if it exists, and to write")
-    listed = "list the N lines with most bits per byte; after earlier texts in the memory, these are new"
+    listed = "list the N lines with most bits per byte, given the memory and the lines before"
     parser.add_argument("--surprising", type=int, metavar="N", help=listed)
     parser.add_argument(
         "--mode",
@@ -70,7 +70,11 @@ def read(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--save-seconds", type=float, default=30.0, help="time between saves")
     parser.add_argument("--errors", choices=get_args(Errors), default="strict", help=ERRORS_HELP)
-    parser.add_argument("--abandon", action="store_true", help="drop an interrupted reading instead of resuming it")
+    parser.add_argument(
+        "--abandon",
+        action="store_true",
+        help="do not resume an interrupted reading; keep what the memory learned from it",
+    )
 
 
 def memory(parser: argparse.ArgumentParser) -> None:
@@ -81,9 +85,9 @@ def memory(parser: argparse.ArgumentParser) -> None:
     fork = commands.add_parser("fork", help="copy a file; the copy records its origin")
     diff = commands.add_parser("diff", help="compare two files; exit status 1 if they differ")
     for command in (show, verify, fork, diff):
-        command.add_argument("file", type=Path)
+        command.add_argument("file", type=Path, help="a memory file")
     fork.add_argument("to", type=Path, help="the file to write; it must not exist")
-    diff.add_argument("other", type=Path)
+    diff.add_argument("other", type=Path, help="the memory file to compare with")
 
 
 def learn(parser: argparse.ArgumentParser) -> None:

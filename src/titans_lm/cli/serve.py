@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: from other machines too; then set a key"
     )
-    parser.add_argument("--port", type=int, default=8000, help="0: any free port")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at; 0: any free port")
     parser.add_argument(
         "--api-key", help=f"key that clients must send (default: the environment variable {KEY}, if set)"
     )

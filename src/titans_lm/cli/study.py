@@ -21,7 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for runs in progress")
     parser.add_argument("--keep", action="store_true", help="keep the trained models")
-    parser.add_argument("--search", type=int, metavar="TRIALS", help="search for each model's best values instead")
+    parser.add_argument(
+        "--search",
+        type=int,
+        metavar="TRIALS",
+        help="instead of the study, search each model's best values with this many trials",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

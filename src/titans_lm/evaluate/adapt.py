@@ -157,7 +157,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help='files, each one stream; folders; "python-stdlib"')
     parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument("--tokens", type=int, help="maximum tokens of each stream (default: all)")
-    parser.add_argument("--modes", nargs="+", choices=perplexity.MODES, help="(default: all that the model has)")
+    parser.add_argument(
+        "--modes", nargs="+", choices=perplexity.MODES, help="settings of the memory (default: all that the model has)"
+    )
     parser.add_argument(
         "--rates",
         nargs="*",
@@ -165,7 +167,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(RATES),
         help="learning rates of dynamic evaluation; none: skip it",
     )
-    parser.add_argument("--compressors", nargs="*", choices=installed(), default=installed(), help="none: skip them")
+    parser.add_argument(
+        "--compressors",
+        nargs="*",
+        choices=installed(),
+        default=installed(),
+        help="compressors to compare with; none: skip them",
+    )
     parser.add_argument(
         "--bucket", type=int, default=perplexity.BUCKET, help="tokens of the first bucket; the ends double"
     )

@@ -180,7 +180,7 @@ def _adapt(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -> 
     rows = []
     for file in files:
         stream = adapt.read_stream(file, tokenizer, test.get("tokens"))
-        for mode in _possible(model, test):
+        for mode in _available_modes(model, test):
             lengths = adapt.code_lengths(model, stream, mode, options)
             first = lengths["buckets"][0][2]
             rows.append({**label, "stream": stream.name, "mode": mode, "bits_per_byte": lengths["bits_per_byte"],
@@ -203,7 +203,7 @@ def _means(rows: list[dict[str, Any]], label: dict[str, str]) -> list[dict[str, 
     ]
 
 
-def _possible(model: PreTrainedModel, test: dict[str, Any]) -> list[str]:
+def _available_modes(model: PreTrainedModel, test: dict[str, Any]) -> list[str]:
     """The test's modes that this model has."""
     possible = perplexity.possible_modes(model) if isinstance(model, TitansForCausalLM) else ["on"]
     return [mode for mode in test.get("modes", possible) if mode in possible]

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metadata", default="{}", help="for tasks that take it: '{\"max_seq_lengths\": [4096]}'")
     parser.add_argument("--batch", type=int, default=8, help="streams per batch")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="(default: the GPU, if there is one)")
-    parser.add_argument("--seed", type=int, help="of few-shot examples and generated data (default: lm-eval's)")
+    parser.add_argument("--seed", type=int, help="seed of few-shot examples and generated data (default: lm-eval's)")
     parser.add_argument(
         "--out",
         type=Path,

@@ -232,7 +232,9 @@ def token_sizes(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[NDArray[
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help='text files, folders of .txt files, "python-stdlib"')
     parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
-    parser.add_argument("--modes", nargs="+", choices=MODES, help="(default: all that the model has)")
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, help="settings of the memory (default: all that the model has)"
+    )
     parser.add_argument("--tokens", type=int, help="maximum tokens (default: all)")
     parser.add_argument("--bucket", type=int, default=BUCKET, help="tokens of the first bucket; the ends double")
     parser.add_argument("--reset-every", type=int, default=RESET, help="tokens between resets of mode reset")

@@ -111,7 +111,9 @@ def _errors(losses: Tensor, v: Tensor) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--width", type=int, default=16, help="of keys and values; hidden layers are 4 times as wide")
+    parser.add_argument(
+        "--width", type=int, default=16, help="width of keys and values; hidden layers are 4 times as wide"
+    )
     parser.add_argument("--heads", type=int, default=32, help="independent memories, averaged")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of the stream")
     parser.add_argument(

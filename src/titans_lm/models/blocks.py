@@ -32,8 +32,8 @@ from titans_lm.ops import Surprise, lay_out
 from titans_lm.utils.deprecation import renamed
 
 PREFILL_TOKENS = 4096
-"""Tokens of one forward call of a prefill, and those that a block reads at once where no gradients are computed: enough
-to keep a processor busy. Memory use does not depend on the text's length."""
+"""Tokens of one forward call of a prefill. Without gradients a block also splits a longer call into parts of this many
+tokens, so memory use does not depend on the text's length. A part is large enough to keep a processor busy."""
 SEGMENT_SAVED_BYTES = 32 * 2**20
 """What the scan of one MAC segment may save for its backward pass. It is small because a step scans many segments."""
 
@@ -46,7 +46,7 @@ class BlockOutput(NamedTuple):
     x: Tensor
     cache: BlockCache
     surprise: Surprise | None
-    """Of the memory, where it was asked for; None without a memory."""
+    """The memory's surprise, if the call asked for it; None otherwise, and without a memory."""
 
 
 class TitansBlock(GradientCheckpointingLayer, Generic[Cache]):
@@ -113,7 +113,7 @@ class TitansBlock(GradientCheckpointingLayer, Generic[Cache]):
             surprises.append(out.surprise)
             moved = here.advanced(part.shape[1])
             context = context._replace(position=moved.position, uniform_position=moved.uniform_position)
-        return BlockOutput(torch.cat(outputs, 1), cache, _joined(surprises))
+        return BlockOutput(torch.cat(outputs, 1), cache, _concat_surprises(surprises))
 
     def persistent_tokens(self, like: Tensor) -> Tensor:
         """The persistent tokens, normalised as the block's input is: `[1, P, D]`; P = 0 without them."""
@@ -130,7 +130,7 @@ class TitansBlock(GradientCheckpointingLayer, Generic[Cache]):
         return out.y, expand_rows(out.state, batch)
 
 
-def _joined(surprises: list[Surprise | None]) -> Surprise | None:
+def _concat_surprises(surprises: list[Surprise | None]) -> Surprise | None:
     """The surprises of successive tokens as one."""
     given = [surprise for surprise in surprises if surprise is not None]
     return Surprise(*(torch.cat(part, 1) for part in zip(*given, strict=True))) if given else None
@@ -181,7 +181,9 @@ def _attend(
     return attention(x, persistent, cache, c.position, c.rope, c.valid, c.uniform_position, c.eager)
 
 
-def _remember(memory: NeuralMemory, x: Tensor, state: NeuralMemoryState, context: ForwardContext) -> NeuralMemoryOutput:
+def _write_and_read(
+    memory: NeuralMemory, x: Tensor, state: NeuralMemoryState, context: ForwardContext
+) -> NeuralMemoryOutput:
     c = context
     return memory.forward_aligned(x, state, c.valid, update=c.update, surprise=c.surprise, bypass=c.bypass)
 
@@ -222,7 +224,7 @@ class LMMBlock(TitansBlock[LMMCache]):
         return LMMCache(self.read_persistent(self.memory, batch, like, bypass)[1])
 
     def branch(self, x: Tensor, cache: LMMCache, context: ForwardContext) -> BlockOutput:
-        y, memory, surprise = _remember(self.memory, self.norm(x), cache.memory, context)
+        y, memory, surprise = _write_and_read(self.memory, self.norm(x), cache.memory, context)
         return BlockOutput(y, LMMCache(memory), surprise)
 
 
@@ -245,7 +247,7 @@ class MAGBlock(TitansBlock[MAGCache]):
     def branch(self, x: Tensor, cache: MAGCache, context: ForwardContext) -> BlockOutput:
         x = self.norm(x)
         y, attention = _attend(self.attention, x, self.persistent_tokens(x), cache.attention, context)
-        m, memory, surprise = _remember(self.memory, x, cache.memory, context)
+        m, memory, surprise = _write_and_read(self.memory, x, cache.memory, context)
         return BlockOutput(self.gate(y, m), MAGCache(attention, memory), surprise)
 
 
@@ -269,7 +271,7 @@ class MALBlock(TitansBlock[MALCache]):
         return MALCache(self.attention.initial_state(batch, like), memory, prefix.expand(batch, -1, -1))
 
     def branch(self, x: Tensor, cache: MALCache, context: ForwardContext) -> BlockOutput:
-        m, memory, surprise = _remember(self.memory, self.norm(x), cache.memory, context)
+        m, memory, surprise = _write_and_read(self.memory, self.norm(x), cache.memory, context)
         prefix = cache.prefix.to(x.dtype)  # the model's dtype may have changed since
         y, attention = _attend(self.attention, self.attention_norm(x + m), prefix, cache.attention, context)
         return BlockOutput(m + y, MALCache(attention, memory, cache.prefix), surprise)
@@ -362,7 +364,7 @@ class MACBlock(TitansBlock[MACCache]):
             return BlockOutput(torch.zeros_like(x), cache, None)
         y, written, retrieved = (torch.cat(part, 1) for part in zip(*(out[:3] for out in outputs), strict=True))
         m = self.memory.project_output(written, retrieved, bypass=context.bypass)
-        surprise = _joined([out.surprise for out in outputs])
+        surprise = _concat_surprises([out.surprise for out in outputs])
         if surprise is not None:
             surprise = Surprise(*map(layout.from_slots, surprise))
         return BlockOutput(layout.from_slots(self.gate(y, m)), cache, surprise)

@@ -71,14 +71,14 @@ class TitansState(Cache):
 
     def clone(self) -> "TitansState":
         """An independent copy: a fork."""
-        return self._with(lambda t: t.clone())
+        return self._map_tensors(lambda t: t.clone())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TitansState":
         return self.clone()
 
     def detach(self) -> "TitansState":
         """The same state, cut off from the autograd graph: truncated BPTT continues from it."""
-        return self._with(lambda t: t.detach())
+        return self._map_tensors(lambda t: t.detach())
 
     def to(self, device: str | torch.device | int | None, **options: Any) -> "TitansState":
         """The state on `device`; None: where it is. `options` are those of `Tensor.to`.
@@ -88,12 +88,12 @@ class TitansState(Cache):
         goal = self.position.device if device is None else torch.empty(0, device=device).device
         if device is None or all(t.device == goal for t in self._tensors().values()):
             return self
-        return self._with(lambda t: t.to(goal, **options))
+        return self._map_tensors(lambda t: t.to(goal, **options))
 
     def select(self, rows: list[int] | Tensor) -> "TitansState":
         """The state of these rows, in this order. A row may be selected several times."""
         index = self._index(rows)
-        return self._with(lambda t: t[index])
+        return self._map_tensors(lambda t: t[index])
 
     def _index(self, rows: list[int] | Tensor) -> Tensor:
         dtype = None if isinstance(rows, Tensor) else torch.long  # an empty list would become float32
@@ -101,7 +101,7 @@ class TitansState(Cache):
 
     def shallow_copy(self) -> "TitansState":
         """Another object with the same tensors: a call that updates one does not change the other."""
-        return self._with(lambda t: t)
+        return self._map_tensors(lambda t: t)
 
     def continuation(self) -> "TitansState":
         """A fork whose sequence length is 0, for `generate(new_ids, past_key_values=state.continuation())`.
@@ -287,7 +287,7 @@ class TitansState(Cache):
         other.sources = list(self.sources)
         return other
 
-    def _with(self, function: Callable[[Tensor], Tensor]) -> "TitansState":
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> "TitansState":
         other = self._copy()
         other._apply(function)
         return other

@@ -1,4 +1,4 @@
-"""`ForwardContext`: what every block is told of a call's tokens, apart from the tokens."""
+"""`ForwardContext`: the positions, masks and options of a call, the same for every block."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ class ForwardContext(NamedTuple):
     surprise: bool  # the memory's surprise is returned
     eager: bool = False  # attn_implementation="eager"
     bypass: bool = False  # see `bypass_memory`
-    new_rows: Tensor | None = None  # [B], True in rows at their first token, of a cache with other rows; None: no such
+    new_rows: Tensor | None = None  # [B], True in rows at their first token, if other rows are further; None: else
 
     def advanced(self, tokens: int) -> "ForwardContext":
         """The context after the valid ones of these `tokens`."""

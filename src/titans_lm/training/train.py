@@ -173,7 +173,7 @@ def _examples(settings: Settings) -> list[dict[str, Any]]:
 
 
 def earlier(settings: Settings) -> Path | None:
-    """What an earlier run of these settings saved: output_dir if it ended, else its last checkpoint, else None. Raises
+    """What an earlier run of these settings saved: output_dir if it ended, its last checkpoint if not, or None. Raises
     ValueError for a run of other settings."""
     output = Path(settings.training.output_dir)
     saved = output if (output / RUN).is_file() else last_checkpoint(output)

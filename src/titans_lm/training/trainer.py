@@ -117,11 +117,11 @@ class TitansTrainer(Trainer):
     ):
         self.run, self.settings = settings, settings.training
         self.clock = _Clock(self.settings.max_steps, self.settings.max_minutes)
-        self.bytes = tokenizer is not None and is_bytes(tokenizer) and not _asks_some(settings)
+        self.bytes = tokenizer is not None and is_bytes(tokenizer) and not _labels_some_tokens(settings)
         self.tokens = 0  # read in training
         self.logged = (0, time.monotonic())
         self.writing: Path | None = None  # where the checkpoint is that is being written
-        self._start()
+        self._reset_run_state()
         whole = isinstance(model, nn.Module)
         super().__init__(
             model if whole else None,
@@ -135,7 +135,7 @@ class TitansTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)  # `_Clock` shows the progress
 
-    def _start(self) -> None:
+    def _reset_run_state(self) -> None:
         self.batches = 0  # read so far
         self.carried: TitansState | None = None  # the memory after the last of them
         self.last_batch: Any = None  # on the model's device
@@ -143,7 +143,7 @@ class TitansTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`'s. Each trial of a search starts anew."""
-        self._start()
+        self._reset_run_state()
         return super().train(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002
@@ -151,11 +151,11 @@ class TitansTrainer(Trainer):
         if getattr(self, "lr_scheduler", None) is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
-                lambda step: self._rate(step),  # a plain function is not saved in checkpoints
+                lambda step: self._lr_factor(step),  # a plain function is not saved in checkpoints
             )
         return self.lr_scheduler
 
-    def _rate(self, step: int) -> float:
+    def _lr_factor(self, step: int) -> float:
         s, done = self.settings, self.clock.progress(step)
         rise = min(1.0, max(done, (step + 1) / s.max_steps) / s.warmup) if s.warmup else 1.0
         return rise * (s.final_rate + (1 - s.final_rate) * (1 + math.cos(math.pi * done)) / 2)
@@ -185,28 +185,28 @@ class TitansTrainer(Trainer):
         return prepared
 
     def _sampler(self) -> TBPTTSampler | None:
-        """None for a task or a streamed data set: these have an order of their own."""
+        """The order of the blocks; None for a task or a streamed data set, which have an order of their own."""
         if not isinstance(self.train_dataset, Blocks):
             return None
         s = self.settings
         return TBPTTSampler(len(self.train_dataset), s.batch_size, max(s.tbptt_steps), s.seed)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self._stage():
+        with self._bypass_in_core_steps():
             loss: Tensor = super().training_step(*args, **kwargs)
         self.loss_sum = self.loss_sum + loss
         return loss
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._stage():
+        with self._bypass_in_core_steps():
             return super().prediction_step(*args, **kwargs)
 
-    def _stage(self) -> AbstractContextManager[None]:
+    def _bypass_in_core_steps(self) -> AbstractContextManager[None]:
         """Bypasses the memory in the first `core_steps` steps."""
         return bypass_memory(self.model) if self.state.global_step < self.settings.core_steps else nullcontext()
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer`'s; with `tbptt_steps` the memory of the previous batch is carried over, detached."""
+        """The loss of a batch. With `tbptt_steps` above 1 it begins with the previous batch's memory, detached."""
         if model.training:
             self.tokens += inputs["input_ids"].numel()
             self.last_batch = inputs
@@ -265,7 +265,7 @@ class TitansTrainer(Trainer):
         finite = all(bool(t.isfinite().all()) for t in self.model.state_dict().values() if t.is_floating_point())
         if finite and self.last_batch is not None:
             self.model.eval()
-            with self._stage(), self.compute_loss_context_manager():
+            with self._bypass_in_core_steps(), self.compute_loss_context_manager():
                 loss = self.model(**self.last_batch).loss
             finite = bool((loss + self.loss_sum).isfinite())
         if not finite:
@@ -284,7 +284,7 @@ class TitansTrainer(Trainer):
         groups = self.optimizer.param_groups
         for group, decay in zip(groups, (s.weight_decay, 0.0), strict=True):  # those that decay come first
             if s.max_minutes is None:
-                scale = self._rate(self.lr_scheduler.last_epoch)
+                scale = self._lr_factor(self.lr_scheduler.last_epoch)
             else:  # the rate depends on the time, of which the scheduler knows nothing yet
                 scale = group["lr"] / group["initial_lr"]
             group["lr"], group["initial_lr"], group["weight_decay"] = s.learning_rate * scale, s.learning_rate, decay
@@ -316,7 +316,7 @@ class TitansTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def _asks_some(settings: Settings) -> bool:
+def _labels_some_tokens(settings: Settings) -> bool:
     """Whether only some tokens have labels, as in most tasks."""
     return bool(settings.data.task) and not isinstance(make_task(settings.data.task), StreamTask)
 

@@ -17,9 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "files", nargs="*", type=Path, metavar="FILE", help=f"texts for the second part (default: {default})"
     )
     parser.add_argument("--tokens", type=int, default=100_000, help="tokens of the haystack, with question and answer")
-    parser.add_argument("--haystack", default="words", help="words: random words; noise: one line repeated; text")
+    parser.add_argument(
+        "--haystack", default="words", help="words: random words; noise: one line repeated; text: sentences"
+    )
     parser.add_argument("--depth", type=float, default=30.0, help="depth of the needle in percent; 0 is the beginning")
-    parser.add_argument("--seed", type=int, default=0, help="of key, value and haystack")
+    parser.add_argument("--seed", type=int, default=0, help="seed of key, value and haystack")
     parser.add_argument("--model", type=Path, default=Path("needle"), help=f"for the haystack: {MODEL_HELP}")
     parser.add_argument("--text-model", type=Path, default=Path("streams"), help="model for the texts")
     parser.add_argument(
