@@ -2,11 +2,14 @@
 
 import importlib.util
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` ignores it, in the processes that tests send it to as well
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU, operation by operation
 
 import jaxtyping
