@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it
-if hasattr(signal, "SIGHUP"):
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` ignores it, in the processes that tests send it to as well
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU, operation by operation
 
 import jaxtyping
@@ -34,6 +32,15 @@ hook = install_import_hook(
 from titans_lm import TitansConfig, TitansForCausalLM, TitansState  # noqa: E402
 from titans_lm.models.tokenizer import byte_tokenizer  # noqa: E402
 from tolerance import assert_close  # noqa: E402
+
+
+def pytest_configure() -> None:
+    """`nohup` and a shell's `&` ignore signals, in the processes that tests send them to as well."""
+    for name, default in (("SIGHUP", signal.SIG_DFL), ("SIGINT", signal.default_int_handler)):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, default)
+
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=True)
