@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import assert_bitwise, tiny_model, tokens
-from titans_lm import NeuralMemory, TitansConfig, TitansState
+from titans_lm import NeuralMemory, NeuralMemoryState, TitansConfig, TitansState
 from titans_lm.models import block_cache, cache_file
 from titans_lm.models.model_identity import identity
 
@@ -93,6 +93,11 @@ def test_old_attributes_are_the_new_ones_with_a_warning():
         assert state.tails is state.conv_state
     with pytest.warns(DeprecationWarning, match=r"NeuralMemoryState\.last was renamed"):
         assert state.last is None
+    with pytest.warns(DeprecationWarning, match="the argument tails of .* was renamed: use conv_state"):
+        assert NeuralMemoryState(state.memory, tails=state.conv_state).conv_state is state.conv_state
+    for name in ("off", "kept_bytes"):
+        with pytest.raises(AttributeError, match=rf"NeuralMemory\.{name} was removed: use "):
+            setattr(layer, name, 1)
     x = torch.randn(1, 5, 12)
     with pytest.warns(DeprecationWarning, match="use update=False"):
         y, _ = layer.frozen(x, state, None)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from titans_lm.ops import MemoryState, Surprise, gather_tokens
-from titans_lm.utils.deprecation import RenamedAttribute, renamed
+from titans_lm.utils.deprecation import RenamedAttribute, renamed, renamed_arguments
 
 __getattr__ = renamed(
     __name__,
@@ -36,8 +36,10 @@ class NeuralMemoryState(NamedTuple):
         return NeuralMemoryState(self.memory.detach(), tuple(t.detach() for t in self.conv_state), prev_input, gates)
 
 
-for _old, _new in {"tails": "conv_state", "last": "prev_input"}.items():
+_RENAMED = {"tails": "conv_state", "last": "prev_input"}
+for _old, _new in _RENAMED.items():
     setattr(NeuralMemoryState, _old, RenamedAttribute(_old, _new))
+setattr(NeuralMemoryState, "__new__", staticmethod(renamed_arguments(_RENAMED)(NeuralMemoryState.__new__)))  # noqa: B010
 
 
 class ProjectedQueries(NamedTuple):

@@ -39,7 +39,7 @@ from titans_lm.ops import (
     retrieve,
     undo_left_align,
 )
-from titans_lm.utils.deprecation import RenamedAttribute, renamed, renamed_arguments
+from titans_lm.utils.deprecation import RemovedAttribute, RenamedAttribute, renamed, renamed_arguments
 
 MAX_SAVED_BYTES = 128 * 2**20
 """What a scan may save for its backward pass (see `ops.memory_scan`): little, because a model has many layers."""
@@ -391,6 +391,7 @@ class NeuralMemory(nn.Module):
         return self.o_proj(self.output_norm(y).flatten(-2) * torch.sigmoid(gate))
 
     heads, threshold = RenamedAttribute("heads", "num_heads"), RenamedAttribute("threshold", "surprise_threshold")
+    off, kept_bytes = RemovedAttribute("bypass_memory(model)"), RemovedAttribute("max_saved_bytes= of a call")
     theta_max, theta_start = RenamedAttribute("theta_max", "lr"), RenamedAttribute("theta_start", "lr_start")
 
 

@@ -43,6 +43,22 @@ class RenamedAttribute:
         warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
+class RemovedAttribute:
+    """An old attribute that now decides nothing. Raises AttributeError, which says what to use."""
+
+    def __init__(self, use: str):
+        self.use = use
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.message = f"{owner.__name__}.{name} was removed: use {self.use}"
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        raise AttributeError(self.message)
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        raise AttributeError(self.message)
+
+
 def renamed_arguments(names: dict[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator: the function also takes keyword arguments by the `names` old -> new, with a DeprecationWarning.
 
