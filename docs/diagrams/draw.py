@@ -183,11 +183,15 @@ def _end(d: Drawing, branch: Box, y: float, top: Box) -> None:
     d.down(plus, mlp)
 
 
+def _begin(d: Drawing, tokens: str = "x", normed: str = "norm") -> tuple[Box, Box]:
+    x, norm = d.box(MIDDLE, 16, 250, tokens), d.box(MIDDLE, 78, 250, normed, first_bold=False)
+    d.down(x, norm)
+    return x, norm
+
+
 def lmm() -> Drawing:
     d = Drawing(362, "LMM: the memory alone")
-    x = d.box(MIDDLE, 16, 250, "x")
-    norm = d.box(MIDDLE, 78, 250, "norm", first_bold=False)
-    d.down(x, norm)
+    x, norm = _begin(d)
     memory = d.box(MIDDLE, 150, 310, "neural memory", "writes x, reads M_t(x)", kind="memory")
     d.down(norm, memory)
     _end(d, memory, 248, x)
@@ -196,9 +200,7 @@ def lmm() -> Drawing:
 
 def mag() -> Drawing:
     d = Drawing(464, "MAG: memory as gate")
-    x = d.box(MIDDLE, 16, 250, "x")
-    norm = d.box(MIDDLE, 78, 250, "norm", first_bold=False)
-    d.down(x, norm)
+    x, norm = _begin(d)
     p = d.box(88, 78, 60, "P", kind="persistent")
     attention = d.box(160, 160, 200, "attention", "sliding window, P", kind="attention")
     memory = d.box(398, 160, 200, "neural memory", "reads P once, first", kind="memory")
@@ -216,9 +218,7 @@ def mag() -> Drawing:
 
 def mal() -> Drawing:
     d = Drawing(508, "MAL: memory as layer")
-    x = d.box(MIDDLE, 16, 250, "x")
-    norm = d.box(MIDDLE, 78, 250, "norm", first_bold=False)
-    d.down(x, norm)
+    x, norm = _begin(d)
     memory = d.box(MIDDLE, 150, 310, "neural memory", "reads P once, first", kind="memory")
     d.down(norm, memory)
     inner = d.box(MIDDLE, 236, 250, "+, norm", first_bold=False)
@@ -237,9 +237,7 @@ def mal() -> Drawing:
 
 def mac() -> Drawing:
     d = Drawing(770, "MAC: memory as context")
-    x = d.box(MIDDLE, 16, 250, "segment of x")
-    norm = d.box(MIDDLE, 78, 250, "norm: S", first_bold=False)
-    d.down(x, norm)
+    x, norm = _begin(d, "segment of x", "norm: S")
     h = d.box(380, 150, 224, "retrieve h", "M before the segment", kind="memory")
     d.arrow(norm.at("bottom", 0.85), (norm.at("bottom", 0.85)[0], h.y - 1))
     p = d.box(90, 248, 90, "P", kind="persistent")

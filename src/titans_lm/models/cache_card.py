@@ -72,7 +72,7 @@ class StoredTensor(NamedTuple):
     dtype: str
     """PyTorch's name of the type, such as "float32"."""
     shape: tuple[int, ...]
-    data: bytes | memoryview
+    data: bytearray | memoryview
 
     @property
     def is_floating_point(self) -> bool:
@@ -147,7 +147,7 @@ def _read(path: str | Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     unknown = next((t["dtype"] for _, t in found if t["dtype"] not in DTYPES), None)
     if unknown is not None:
         raise ValueError(f"{path} is not a memory: it has numbers of type {unknown}")
-    tensors = {name: StoredTensor(DTYPES[t["dtype"]], tuple(t["shape"]), bytes(t["data"])) for name, t in found}
+    tensors = {name: StoredTensor(DTYPES[t["dtype"]], tuple(t["shape"]), t["data"]) for name, t in found}
     return tensors, {str(key): str(value) for key, value in metadata.items()}
 
 

@@ -162,7 +162,7 @@ def _tensor(stored: StoredTensor) -> Tensor:
     dtype: torch.dtype = getattr(torch, stored.dtype)
     if not stored.data:
         return torch.empty(stored.shape, dtype=dtype)
-    return torch.frombuffer(bytearray(stored.data), dtype=dtype).view(stored.shape)
+    return torch.frombuffer(stored.data, dtype=dtype).view(stored.shape)
 
 
 def _stored(t: Tensor) -> StoredTensor:

@@ -1,7 +1,6 @@
 """`memory_scan`: checks its arguments, chooses a backend, and runs it."""
 
 import contextlib
-import warnings
 from collections.abc import Callable
 from typing import Literal, overload
 
@@ -19,6 +18,7 @@ from titans_lm.ops.grouping import MAX_SAVED_BYTES
 from titans_lm.ops.ragged import masked_zero
 from titans_lm.ops.reference import naive_scan
 from titans_lm.ops.types import MemoryForm, MemoryState, ScanInputs, ScanOutput, Surprise, Tokens
+from titans_lm.utils.deprecation import renamed_arguments
 
 Backend = Literal["auto", "naive", "step", "linear", "chunked", "native", "triton"]
 _SCANS: dict[str, Callable[[ScanInputs], ScanOutput]] = {
@@ -55,20 +55,21 @@ def resolve_backend(backend: Backend, inputs: ScanInputs) -> str:
 def memory_scan(
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, state: MemoryState, *,
     chunk_size: int, form: MemoryForm = ..., mask: Tensor | None = ..., surprise: Literal[False] = ...,
-    backend: Backend = ..., max_saved_bytes: int = ..., kept_bytes: int | None = ...,
+    backend: Backend = ..., max_saved_bytes: int = ...,
 ) -> tuple[Tensor, MemoryState]: ...  # fmt: skip
 @overload
 def memory_scan(
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, state: MemoryState, *,
     chunk_size: int, form: MemoryForm = ..., mask: Tensor | None = ..., surprise: Literal[True],
-    backend: Backend = ..., max_saved_bytes: int = ..., kept_bytes: int | None = ...,
+    backend: Backend = ..., max_saved_bytes: int = ...,
 ) -> tuple[Tensor, MemoryState, Surprise]: ...  # fmt: skip
 @overload
 def memory_scan(
     q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor, state: MemoryState, *,
     chunk_size: int, form: MemoryForm = ..., mask: Tensor | None = ..., surprise: bool,
-    backend: Backend = ..., max_saved_bytes: int = ..., kept_bytes: int | None = ...,
+    backend: Backend = ..., max_saved_bytes: int = ...,
 ) -> tuple[Tensor, MemoryState] | tuple[Tensor, MemoryState, Surprise]: ...  # fmt: skip
+@renamed_arguments({"kept_bytes": "max_saved_bytes"})
 def memory_scan(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
@@ -84,7 +85,6 @@ def memory_scan(
     surprise: bool = False,
     backend: Backend = "auto",
     max_saved_bytes: int = MAX_SAVED_BYTES,
-    kept_bytes: int | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], MemoryState] | tuple[Float[Tensor, "B T H V"], MemoryState, Surprise]:
     """Write T tokens to the memory and read it at each of them (arXiv:2501.00663, eqs. 10 to 15).
 
@@ -110,7 +110,6 @@ def memory_scan(
             widths (README.md beside this file). "naive", "step" and "chunked" are plain PyTorch.
         max_saved_bytes: what "chunked", "native" and "linear" may save for the backward pass. A call that needs more
             recomputes groups of chunks there: a third more time, bounded memory.
-        kept_bytes: the old name of `max_saved_bytes`, deprecated.
 
     Returns:
         y `[B, T, H, V]` in v's dtype, and the state after the last token; with `surprise=True` a `Surprise` too. The
@@ -119,9 +118,6 @@ def memory_scan(
     Raises:
         ValueError: for shapes, sizes or names that do not fit, and for a backend that cannot run these inputs.
     """
-    if kept_bytes is not None:
-        warnings.warn("memory_scan(kept_bytes=) was renamed: use max_saved_bytes", DeprecationWarning, stacklevel=2)
-        max_saved_bytes = kept_bytes
     inputs = ScanInputs(Tokens(q, k, v, theta, eta, alpha), state, chunk_size, form, mask, surprise, max_saved_bytes)
     _check(inputs)
     if mask is not None:
