@@ -229,13 +229,13 @@ def test_a_time_limit_is_that_of_all_parts_of_a_run(texts, tmp_path):
     shutil.rmtree(tmp_path / "out" / "checkpoint-5")
     path = tmp_path / "out" / "checkpoint-4" / "trainer_state.json"
     state = json.loads(path.read_text())
-    assert 0 < state["stateful_callbacks"]["_Clock"]["attributes"]["seconds"] < 600
+    assert 0 < state["stateful_callbacks"]["Clock"]["attributes"]["seconds"] < 600
     shutil.copytree(tmp_path / "out", tmp_path / "late")
     settings.training.resume = True
     settings.training.max_steps = 8
     train(settings)
     assert len(losses(tmp_path / "out")) == 8
-    state["stateful_callbacks"]["_Clock"]["attributes"]["seconds"] = 601
+    state["stateful_callbacks"]["Clock"]["attributes"]["seconds"] = 601
     (tmp_path / "late" / "checkpoint-4" / "trainer_state.json").write_text(json.dumps(state))
     settings.training.output_dir = str(tmp_path / "late")
     train(settings)

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from titans_lm.cli import main
 from titans_lm.training.config import load_settings, parse_settings
+from titans_lm.training.not_finite import NotFinite
 from titans_lm.training.run_folder import RunLock, remove_run
 from titans_lm.training.train import train
-from titans_lm.training.trainer import NotFinite
 
 MODEL = {
     "variant": "mag", "vocab_size": 260, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,

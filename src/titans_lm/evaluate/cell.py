@@ -18,8 +18,8 @@ from titans_lm.tasks import IGNORED, Task, at_least, make_task
 from titans_lm.tasks.babilong import Babilong
 from titans_lm.tasks.needle import Needle
 from titans_lm.training.config import Settings
+from titans_lm.training.not_finite import NotFinite
 from titans_lm.training.train import earlier, train
-from titans_lm.training.trainer import NotFinite
 from titans_lm.utils.corpora import split_held_out, text_files
 from titans_lm.utils.record import provenance
 

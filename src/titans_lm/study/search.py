@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from titans_lm.study.grid import SECTIONS, Cell, Study
 from titans_lm.study.scheduler import run_cells
 from titans_lm.training.config import Settings
+from titans_lm.training.not_finite import NotFinite
 from titans_lm.training.train import model_for, trainer_for
-from titans_lm.training.trainer import NotFinite
 from titans_lm.utils.record import Lines, provenance
 from titans_lm.utils.terminal import PlainConsole
 

@@ -19,6 +19,7 @@ from titans_lm.models.tokenizer import load_tokenizer
 from titans_lm.tasks import Rows, StreamRows, StreamTask, make_task
 from titans_lm.training.config import Settings, check_resumed, check_same, save_settings
 from titans_lm.training.data import Blocks, StreamedBlocks, TBPTTSampler, streamed
+from titans_lm.training.not_finite import NotFinite
 from titans_lm.training.run_folder import (
     UNFINISHED,
     RunLock,
@@ -28,7 +29,7 @@ from titans_lm.training.run_folder import (
     last_checkpoint,
     step_of,
 )
-from titans_lm.training.trainer import NotFinite, Resume, TitansTrainer
+from titans_lm.training.trainer import Resume, TitansTrainer
 from titans_lm.utils.corpora import split_held_out, text_files
 from titans_lm.utils.record import Stopped, on_stop
 from titans_lm.utils.text_file import read_text

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress, TextColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -16,63 +15,24 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     default_data_collator,
 )
-from transformers.trainer_callback import ExportableState, PrinterCallback
+from transformers.trainer_callback import PrinterCallback
 
 from titans_lm.layers.bypass import bypass_memory
 from titans_lm.models.cache import TitansState
 from titans_lm.models.model_files import DIGESTS, add_digests
 from titans_lm.models.tokenizer import is_bytes
 from titans_lm.tasks import StreamTask, make_task
+from titans_lm.training.arguments import trainer_arguments
+from titans_lm.training.clock import Clock
 from titans_lm.training.config import Settings, save_settings
 from titans_lm.training.data import Blocks, TBPTTSampler
+from titans_lm.training.not_finite import NotFinite
 from titans_lm.training.run_folder import step_of, unfinished
 
 CARRIED = "memory.safetensors"
 """In a checkpoint: the memory that the next batch starts with, with `tbptt_steps`."""
-
-
-class _Clock(TrainerCallback, ExportableState):
-    """Stops the run at the time limit, and shows its progress. Counts the time of all parts of an interrupted run:
-    checkpoints record it."""
-
-    def __init__(self, max_steps: int, max_minutes: float | None):
-        self.max_steps, self.limit, self.begun = max_steps, (max_minutes or math.inf) * 60, time.monotonic()
-        self.bar = Progress(*Progress.get_default_columns(), TextColumn("{task.fields[status]}", markup=False))
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"seconds": self.elapsed()}}
-
-    def elapsed(self) -> float:
-        return time.monotonic() - self.begun
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        state.compute_steps(args, state.max_steps)  # a checkpoint holds the intervals of the run that wrote it
-        before = state.stateful_callbacks.setdefault("_Clock", self.state())["attributes"]["seconds"]
-        self.begun = time.monotonic() - (before if state.global_step else 0)
-        if self.limit < math.inf:
-            self.bar.start()
-            self.bar.add_task("training", total=self.limit, status="")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        if self.elapsed() > self.limit:
-            control.should_training_stop = True
-        for task in self.bar.task_ids:
-            self.bar.update(task, completed=min(self.elapsed(), self.limit))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
-        if logs and "loss" in logs:
-            status = f"step {state.global_step}, loss {logs['loss']:.3f}, {logs['tokens_per_second']:,} tokens/s"
-            for task in self.bar.task_ids:
-                self.bar.update(task, status=status)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        self.bar.stop()
-
-    def progress(self, step: int) -> float:
-        return min(1.0, max(step / self.max_steps, self.elapsed() / self.limit))
 
 
 class Resume(TrainerCallback):
@@ -83,21 +43,6 @@ class Resume(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         self.trainer.resume(self.checkpoint)
-
-
-class NotFinite(ValueError):
-    """The loss is NaN or infinite."""
-
-    def __init__(self, step: int, kept: str = ""):
-        self.step = step
-        super().__init__(
-            f"the loss is not a number at step {step}: lower training.learning_rate, or model.memory_lr, or keep "
-            f"model.memory_clip and the residual form{kept}"
-        )
-
-    def after(self, checkpoint: Path | None) -> "NotFinite":
-        """The same error, naming the last checkpoint, which is good, if there is one."""
-        return NotFinite(self.step, "" if checkpoint is None else f"; {checkpoint} is from before, and good")
 
 
 class TitansTrainer(Trainer):
@@ -116,7 +61,7 @@ class TitansTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase | None,
     ):
         self.run, self.settings = settings, settings.training
-        self.clock = _Clock(self.settings.max_steps, self.settings.max_minutes)
+        self.clock = Clock(self.settings.max_steps, self.settings.max_minutes)
         self.bytes = tokenizer is not None and is_bytes(tokenizer) and not _labels_some_tokens(settings)
         self.tokens = 0  # read in training
         self.logged = (0, time.monotonic())
@@ -125,7 +70,7 @@ class TitansTrainer(Trainer):
         whole = isinstance(model, nn.Module)
         super().__init__(
             model if whole else None,
-            _arguments(settings, evaluation_set is not None),
+            trainer_arguments(settings, evaluation_set is not None),
             train_dataset=training_set,
             eval_dataset=evaluation_set,
             processing_class=tokenizer,
@@ -133,7 +78,7 @@ class TitansTrainer(Trainer):
             callbacks=[self.clock],
             model_init=None if whole else model,
         )
-        self.remove_callback(PrinterCallback)  # `_Clock` shows the progress
+        self.remove_callback(PrinterCallback)  # `Clock` shows the progress
 
     def _reset_run_state(self) -> None:
         self.batches = 0  # read so far
@@ -319,31 +264,3 @@ class TitansTrainer(Trainer):
 def _labels_some_tokens(settings: Settings) -> bool:
     """Whether only some tokens have labels, as in most tasks."""
     return bool(settings.data.task) and not isinstance(make_task(settings.data.task), StreamTask)
-
-
-def _arguments(settings: Settings, evaluate: bool) -> TrainingArguments:
-    s = settings.training
-    return TrainingArguments(
-        output_dir=s.output_dir,
-        max_steps=s.max_steps,
-        per_device_train_batch_size=s.batch_size,
-        per_device_eval_batch_size=s.batch_size,
-        gradient_accumulation_steps=s.accumulation,
-        learning_rate=s.learning_rate,
-        weight_decay=s.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=s.max_grad_norm,
-        bf16=s.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        activation_checkpointing=s.activation_checkpointing,
-        logging_steps=s.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # show NaN
-        eval_strategy="steps" if evaluate else "no",
-        eval_steps=s.eval_steps,
-        save_steps=s.save_steps,
-        seed=s.seed,
-        disable_tqdm=s.max_minutes is not None,
-        report_to="tensorboard",
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )

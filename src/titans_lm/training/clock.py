@@ -1,0 +1,51 @@
+"""The time limit of a run, its progress, and the time of all its parts."""
+
+import math
+import time
+from typing import Any
+
+from rich.progress import Progress, TextColumn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Stops the run at the time limit, and shows its progress. Counts the time of all parts of an interrupted run:
+    checkpoints record it."""
+
+    def __init__(self, max_steps: int, max_minutes: float | None):
+        self.max_steps, self.limit, self.begun = max_steps, (max_minutes or math.inf) * 60, time.monotonic()
+        self.bar = Progress(*Progress.get_default_columns(), TextColumn("{task.fields[status]}", markup=False))
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.elapsed()}}
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.begun
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        state.compute_steps(args, state.max_steps)  # a checkpoint holds the intervals of the run that wrote it
+        saved = state.stateful_callbacks
+        before = saved.setdefault("Clock", saved.pop("_Clock", self.state()))["attributes"]["seconds"]  # its old name
+        self.begun = time.monotonic() - (before if state.global_step else 0)
+        if self.limit < math.inf:
+            self.bar.start()
+            self.bar.add_task("training", total=self.limit, status="")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if self.elapsed() > self.limit:
+            control.should_training_stop = True
+        for task in self.bar.task_ids:
+            self.bar.update(task, completed=min(self.elapsed(), self.limit))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
+        if logs and "loss" in logs:
+            status = f"step {state.global_step}, loss {logs['loss']:.3f}, {logs['tokens_per_second']:,} tokens/s"
+            for task in self.bar.task_ids:
+                self.bar.update(task, status=status)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self.bar.stop()
+
+    def progress(self, step: int) -> float:
+        return min(1.0, max(step / self.max_steps, self.elapsed() / self.limit))
