@@ -23,71 +23,12 @@ from titans_lm.models.configuration import TitansConfig, known_keys, unknown_key
 from titans_lm.models.hub import RUN
 from titans_lm.models.model_files import find
 from titans_lm.models.presets import SIZES, fitted, preset
-from titans_lm.tasks import StreamTask, make_task, with_length
-from titans_lm.utils.yaml_values import Dumper, parse_yaml, read_yaml, typed
+from titans_lm.tasks import StreamTask, make_task
+from titans_lm.training.data_settings import DataSettings
+from titans_lm.utils.yaml_values import Dumper, at_least, parse_yaml, read_yaml, typed
 
 RENAMED = {"training": {"carried_steps": "tbptt_steps"}}
 """Section -> old key -> its name now. Old keys are still read."""
-
-
-@dataclass
-class DataSettings:
-    """The data: exactly one of `files`, `dataset` and `task`."""
-
-    files: list[str] = field(default_factory=list)
-    """Text files, folders, or "python-stdlib"."""
-    suffixes: list[str] = field(default_factory=lambda: [".txt"])
-    """File name endings that are read from a folder."""
-    held_out: int = 1
-    """Number of files, the last in order, that are used for evaluation only. 0: no evaluation."""
-    dataset: str | None = None
-    """Name of a Hugging Face data set, which is streamed; "json" or "parquet" with data_files for local files."""
-    dataset_config: str | None = None
-    dataset_split: str = "train"
-    data_files: list[str] | None = None
-    text_column: str = "text"
-    tokenizer: str = "bytes"
-    """ "bytes", or any Hugging Face tokenizer."""
-    sequence_length: int = 1024
-    task: dict[str, Any] = field(default_factory=dict)
-    """Name and options of a synthetic task, such as {name: mqar, pairs: 8} (`titans_lm.tasks`)."""
-    shortest: int | None = None
-    """With a task: draw the length of each batch log-uniformly between this and the task's length."""
-
-    def check(self) -> None:
-        if sum(map(bool, (self.files, self.dataset, self.task))) != 1:
-            raise ValueError("give one of data.files, data.dataset and data.task")
-        if self.task:
-            self._check_task()
-        elif self.shortest is not None:
-            raise ValueError(f"data.shortest={self.shortest} is for data.task; other rows all have sequence_length")
-        if not self.dataset:
-            self._refuse_given(("dataset_config", "data_files", "text_column"), "data.dataset")
-        if not self.files:
-            self._refuse_given(("suffixes",), "data.files")
-        _at_least("data.held_out", self.held_out, 0)
-        _at_least("data.sequence_length", self.sequence_length, 2)
-
-    def _refuse_given(self, keys: tuple[str, ...], needed: str) -> None:
-        """Raises ValueError for settings that would have no effect."""
-        defaults = DataSettings()
-        for key in keys:
-            if getattr(self, key) != getattr(defaults, key):
-                raise ValueError(f"data.{key}={getattr(self, key)!r} has an effect only with {needed}")
-
-    def _check_task(self) -> None:
-        try:
-            task = make_task(self.task)
-        except ValueError as error:
-            raise ValueError(f"data.task: {error}") from error
-        if self.shortest is None:
-            return
-        if not 1 <= self.shortest <= task.length:
-            raise ValueError(f"data.shortest must be from 1 to the task's length={task.length}, got {self.shortest}")
-        try:
-            with_length(task, self.shortest)
-        except ValueError as error:
-            raise ValueError(f"data.shortest: {error}") from error
 
 
 @dataclass
@@ -130,17 +71,17 @@ class TrainingSettings:
         if not self.output_dir:
             raise ValueError("training.output_dir is missing: say which folder the model goes to")
         for key in _COUNTS:
-            _at_least(f"training.{key}", getattr(self, key), 1)
+            at_least(f"training.{key}", getattr(self, key), 1)
         self._check_rates()
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"training.seed must be from 0 to 2**32 - 1, got {self.seed}")
-        _at_least("training.core_steps", self.core_steps, 0)
+        at_least("training.core_steps", self.core_steps, 0)
         if self.core_steps >= self.max_steps:
             raise ValueError(f"training.core_steps must be below max_steps={self.max_steps}, got {self.core_steps}")
         if not 1 <= len(self.tbptt_steps) <= self.batch_size:
             many = f"one number, or at most one for each of training.batch_size={self.batch_size} rows"
             raise ValueError(f"training.tbptt_steps must be {many}, got {self.tbptt_steps}")
-        _at_least("training.tbptt_steps", min(self.tbptt_steps), 1)
+        at_least("training.tbptt_steps", min(self.tbptt_steps), 1)
 
     def _check_rates(self) -> None:
         for key in ("learning_rate", "max_grad_norm", "max_minutes"):
@@ -153,7 +94,7 @@ class TrainingSettings:
         for key in ("final_rate", "warmup"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"training.{key} must be in [0, 1], got {getattr(self, key)}")
-        _at_least("training.weight_decay", self.weight_decay, 0)
+        at_least("training.weight_decay", self.weight_decay, 0)
 
 
 _COUNTS = (
@@ -383,8 +324,3 @@ def _build(kind: type[Any], section: dict[str, Any], where: str) -> Any:
             raise ValueError(unknown_key(str(key), list(hints), where))
         values[key] = typed(value, hints[key], f"{where}.{key}")
     return kind(**values)
-
-
-def _at_least(name: str, value: int | float, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -78,3 +78,9 @@ _NAMES: dict[Any, str] = {
     list[int]: "a whole number, or a list of them",
     dict: "keys and values, such as {name: mqar}",
 }
+
+
+def at_least(name: str, value: int | float, least: int) -> None:
+    """Raises ValueError with `name` for a value below `least`."""
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
