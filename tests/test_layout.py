@@ -17,7 +17,7 @@ STOREYS = [
     ["models"],
     ["tasks"],
     ["training", "inference"],
-    ["evaluate"],
+    ["evaluate", "analyze"],
     ["bench", "study"],
     ["cli"],
 ]

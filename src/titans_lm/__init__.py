@@ -13,6 +13,8 @@ from titans_lm._moved import OldNames
 from titans_lm.models.registration import register_with_transformers
 
 if TYPE_CHECKING:
+    from titans_lm.analyze.arrays import Trace
+    from titans_lm.analyze.trace import trace
     from titans_lm.inference.reader import Reader
     from titans_lm.layers.neural_memory import NeuralMemory, NeuralMemoryState
     from titans_lm.models.cache import TitansState
@@ -34,9 +36,11 @@ __all__ = [
     "TitansForCausalLM",
     "TitansModel",
     "TitansState",
+    "Trace",
     "load",
     "memory_scan",
     "preset",
+    "trace",
 ]
 __version__ = "0.2.0"
 
@@ -52,9 +56,11 @@ _MODULES = {
     "TitansForCausalLM": "models.modeling",
     "TitansModel": "models.modeling",
     "TitansState": "models.cache",
+    "Trace": "analyze.arrays",
     "load": "models.hub",
     "memory_scan": "ops",
     "preset": "models.presets",
+    "trace": "analyze.trace",
 }
 """The module that defines each public name; the operation and the layer need torch alone."""
 
