@@ -57,7 +57,9 @@ class TrainingSettings:
     the batch's start. After N batches the memory is reset. 1: reset before every batch. Several values: row i takes
     value i, in turn, so that some rows learn to start and others to have read much."""
     core_steps: int = 0
-    """Bypass the memory in the first N steps: its output is 0 and its weights stay. Then the whole model learns."""
+    """Bypass the memory in the first N steps: its output is 0 and its weights stay."""
+    memory_steps: int = 0
+    """After the core_steps, train the memory alone for N steps: all other weights stay. Then the whole model learns."""
     seed: int = 0
     logging_steps: int = 10
     eval_steps: int = 200
@@ -78,6 +80,12 @@ class TrainingSettings:
         at_least("training.core_steps", self.core_steps, 0)
         if self.core_steps >= self.max_steps:
             raise ValueError(f"training.core_steps must be below max_steps={self.max_steps}, got {self.core_steps}")
+        at_least("training.memory_steps", self.memory_steps, 0)
+        if self.core_steps + self.memory_steps > self.max_steps:
+            left = self.max_steps - self.core_steps
+            raise ValueError(
+                f"training.memory_steps must be at most max_steps - core_steps={left}, got {self.memory_steps}"
+            )
         if not 1 <= len(self.tbptt_steps) <= self.batch_size:
             many = f"one number, or at most one for each of training.batch_size={self.batch_size} rows"
             raise ValueError(f"training.tbptt_steps must be {many}, got {self.tbptt_steps}")
@@ -262,8 +270,9 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
     if size is not None and size not in list(SIZES):  # a list: a size that a user typed may not be hashable
         raise ValueError(f"model.size={size!r} is not one of {', '.join(SIZES)}")
     kind = getattr(settings.config(), "variant", "mamba2")
-    if training.core_steps and kind not in _WITH_CORE:
-        raise ValueError(f"training.core_steps is for a core beside a memory ({', '.join(_WITH_CORE)}), got {kind}")
+    for key in ("core_steps", "memory_steps"):
+        if getattr(training, key) and kind not in _WITH_CORE:
+            raise ValueError(f"training.{key} is for a core beside a memory ({', '.join(_WITH_CORE)}), got {kind}")
     return settings
 
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from titans_lm.layers.bypass import bypass_memory
 from titans_lm.models.cache import TitansState
 from titans_lm.models.model_files import DIGESTS, add_digests
 from titans_lm.models.tokenizer import is_bytes
@@ -30,6 +29,7 @@ from titans_lm.training.config import Settings, save_settings
 from titans_lm.training.data import Blocks, TBPTTSampler
 from titans_lm.training.not_finite import NotFinite
 from titans_lm.training.run_folder import step_of, unfinished
+from titans_lm.training.stages import Stages
 
 CARRIED = "memory.safetensors"
 """In a checkpoint: the memory that the next batch starts with, with `tbptt_steps`."""
@@ -139,6 +139,7 @@ class TitansTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._bypass_in_core_steps():
             loss: Tensor = super().training_step(*args, **kwargs)
+        self._stages.drop_gradients(self.model, self.state.global_step)
         self.loss_sum = self.loss_sum + loss
         return loss
 
@@ -148,7 +149,11 @@ class TitansTrainer(Trainer):
 
     def _bypass_in_core_steps(self) -> AbstractContextManager[None]:
         """Bypasses the memory in the first `core_steps` steps."""
-        return bypass_memory(self.model) if self.state.global_step < self.settings.core_steps else nullcontext()
+        return self._stages.forward(self.model, self.state.global_step)
+
+    @property
+    def _stages(self) -> Stages:
+        return Stages(self.settings.core_steps, self.settings.memory_steps)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss of a batch. With `tbptt_steps` above 1 it begins with the previous batch's memory, detached."""
