@@ -1,11 +1,13 @@
 """Checks of the arguments of a model's `forward`: each one has its effect, or is refused by name."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from titans_lm.models.block_cache import BlockCache
 from titans_lm.models.cache import TitansState
@@ -55,11 +57,29 @@ other."""
 
 def check_state(state: Any) -> TitansState:
     """`state`. Raises ValueError for a cache that is not a TitansState."""
-    if not isinstance(state, TitansState):
-        raise ValueError(
-            f"past_key_values must be a TitansState, which model.initial_state(batch) makes, got {type(state).__name__}"
+    if isinstance(state, TitansState):
+        return state
+    reason = (
+        f"past_key_values must be a TitansState, which model.initial_state(batch) makes, got {type(state).__name__}"
+    )
+    if isinstance(state, Cache) and state.get_seq_length() > 0:  # of another model, or PEFT's prefix
+        reason += (
+            ": keys and values, as in prefix tuning, have no place in a memory; use PEFT's prompt tuning, whose "
+            "learned tokens the memory reads, or LoRA"
         )
-    return state
+    raise ValueError(reason)
+
+
+def warn_of_memory_loss(weight: float, unused: bool) -> None:
+    """Warns where a call in training cannot add `memory_loss_weight` times the memory's loss, because its loss is
+    computed elsewhere: some trainers, such as TRL's, compute it from the hidden states. `unused`: the call is in
+    training and does not return the surprise."""
+    if weight > 0 and unused and torch.is_grad_enabled():
+        warnings.warn(
+            f"memory_loss_weight={weight} has no effect in a call without labels, as trainers make that compute the "
+            f"loss themselves; set it to 0, or add the loss of output_surprise=True",
+            stacklevel=2,
+        )
 
 
 def check_caches(caches: list[BlockCache], expected: list[type[Any]]) -> None:

@@ -25,6 +25,7 @@ from titans_lm.models.arguments import (
     embedded,
     select_hidden_states,
     token_mask,
+    warn_of_memory_loss,
 )
 from titans_lm.models.block_cache import BlockCache, restart_rows
 from titans_lm.models.blocks import BLOCKS, TitansBlock
@@ -201,6 +202,7 @@ class TitansModel(TitansPreTrainedModel):
         state = self._new_state(x) if past_key_values is None else check_state(past_key_values)
         kwargs["output_attentions"] = kwargs.get("output_attentions", self.config.output_attentions)
         check_caches(state.layer_caches, [block.cache_type for block in self.blocks()])
+        warn_of_memory_loss(self.config.memory_loss_weight, self.training and not output_surprise)
         check_arguments(kwargs, state.columns, x.shape[1])
         mask = token_mask(attention_mask, x, state.batch_size)
         if inputs_embeds is not None or not self.training:  # in training, the loss shows it
