@@ -16,6 +16,7 @@ WHAT = {
     "adapt": "how fast a model learns a stream, compared with compressors and dynamic evaluation",
     "harness": "tasks of lm-evaluation-harness, RULER and BABILong among them, with the carried state",
     "synthetic": "train and test on recall or state tracking: MQAR, copying, parity, word problems",
+    "forecast": "forecasting of series at long horizons: the memory and published rivals, by the standard protocol",
     "probes": "what an untrained memory can hold: a nonlinear stream, capacity",
 }
 

@@ -1,0 +1,1 @@
+"""Long-horizon forecasting by the standard protocol: series, windows, rivals, training, measures."""
