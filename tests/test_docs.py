@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import LlamaConfig
 
 import titans_lm
 from titans_lm import cli
@@ -110,8 +111,10 @@ def test_the_scripts_and_targets_of_a_page_exist(page):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")])
-def test_the_settings_of_a_page_are_ones_that_training_takes(page):
-    """Each block by itself; a section that it leaves out is a small one."""
+def test_the_settings_of_a_page_are_ones_that_training_takes(page, tmp_path, monkeypatch):
+    """Each block by itself; a section that it leaves out is a small one. A page may name a pretrained model."""
+    monkeypatch.chdir(tmp_path)
+    LlamaConfig(num_hidden_layers=5).save_pretrained("runs/graft_base")
     for block in blocks(page, "yaml"):
         small = {"model": {"size": "tiny"}, "data": {"files": ["python-stdlib"]}, "training": {"output_dir": "runs/x"}}
         given = yaml.safe_load(block)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from titans_lm.layers.neural_memory import NeuralMemory, NeuralMemoryState
     from titans_lm.models.cache import TitansState
     from titans_lm.models.configuration import DEFAULT_CONFIG, VARIANT_CONFIGS, TitansConfig
+    from titans_lm.models.graft_files import graft
     from titans_lm.models.hub import load
     from titans_lm.models.modeling import TitansForCausalLM, TitansModel
     from titans_lm.models.presets import preset
@@ -37,6 +38,7 @@ __all__ = [
     "TitansModel",
     "TitansState",
     "Trace",
+    "graft",
     "load",
     "memory_scan",
     "preset",
@@ -57,6 +59,7 @@ _MODULES = {
     "TitansModel": "models.modeling",
     "TitansState": "models.cache",
     "Trace": "analyze.arrays",
+    "graft": "models.graft_files",
     "load": "models.hub",
     "memory_scan": "ops",
     "preset": "models.presets",

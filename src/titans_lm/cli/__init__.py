@@ -11,6 +11,7 @@ from titans_lm.utils.terminal import shown
 
 VERBS = {
     "train": "train a model from a YAML file",
+    "graft": "give a pretrained Hugging Face model a memory, which titans train then trains",
     "infer": "read a text of any length into a memory, answer prompts or continue",
     "read": "read texts into a memory file; resume after an interruption",
     "memory": "show, verify, fork and compare memory files",

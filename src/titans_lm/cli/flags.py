@@ -35,6 +35,19 @@ def train(parser: argparse.ArgumentParser) -> None:
                         help="change one value, such as training.max_steps=100; may be repeated")  # fmt: skip
 
 
+def graft(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", help="the folder or Hub name of a pretrained causal language model of transformers")
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write: the graft, without its base")
+    parser.add_argument("--layers", type=int, nargs="+", metavar="N",
+                        help="the layers that get a memory, counted from 0; default: all")  # fmt: skip
+    parser.add_argument("--window-size", type=int, metavar="TOKENS",
+                        help="cut attention to this many tokens; default: as the base has it")  # fmt: skip
+    parser.add_argument("--lora-rank", type=int, metavar="N", help="train LoRA of this rank on the base's linear maps")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
+                        help="another key of its configuration, such as memory_dim=256; may be repeated")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="seed of the memory's first weights")
+
+
 def infer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
     parser.add_argument("--context", type=Path, nargs="+", default=[], help="texts to read first; -: standard input")

@@ -27,7 +27,7 @@ def dynamic_nats(
     """
     if not rate > 0 or segment < 1:
         raise ValueError(f"dynamic evaluation needs a rate above 0 and a segment of at least 1, got {rate}, {segment}")
-    learner = copy.deepcopy(model).eval()
+    learner = copy.deepcopy(model).eval().requires_grad_(True)  # a graft's base is frozen
     optimizer = torch.optim.SGD(learner.parameters(), lr=rate)
     state = learner.initial_state(1).detach()
     with bypass_memory(learner):

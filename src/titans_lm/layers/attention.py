@@ -130,20 +130,30 @@ class WindowAttention(Attention):
         return self._merge_heads(y), self._advance(keys[:, :, size:], values[:, :, size:], first, valid, x.shape[1])
 
     def _advance(self, keys: Tensor, values: Tensor, first: Tensor, valid: Tensor | None, tokens: int) -> KeyValues:
-        """The last window_size - 1 keys and values of each row, aligned right; all of them without a window."""
-        size = keys.shape[2] if self.window_size is None else self.window_size - 1
-        if valid is None:
-            keys, values = (x[:, :, x.shape[2] - size :] for x in (keys, values))
-            if tokens > 1:  # a view would keep all tokens of the call alive
-                keys, values = keys.clone(), values.clone()
-            return KeyValues((keys,), (values,))
-        end = keys.shape[2] - tokens + valid.sum(1, keepdim=True)
-        slot = end - size + torch.arange(size, device=keys.device)  # [B, S]
-        filled = (slot >= first[:, None])[:, None, :, None]
-        keys, values = (
-            gather_tokens(x.transpose(1, 2), slot.clamp(min=0)).transpose(1, 2) * filled for x in (keys, values)
-        )
+        return last_slots(keys, values, first, valid, tokens, self.window_size)
+
+
+def last_slots(
+    keys: Tensor, values: Tensor, first: Tensor, valid: Tensor | None, tokens: int, window: int | None
+) -> KeyValues:
+    """The last window - 1 keys and values of each row, aligned right; all of them without a window.
+
+    The last `tokens` slots of `keys` and `values` `[B, heads, S, d]` are of a call's tokens, of which each row's first
+    are `valid` `[B, T]`; the slots before are of its cache, and the row's own begin at slot `first` `[B]`.
+    """
+    size = keys.shape[2] if window is None else window - 1
+    if valid is None:
+        keys, values = (x[:, :, x.shape[2] - size :] for x in (keys, values))
+        if tokens > 1:  # a view would keep all tokens of the call alive
+            keys, values = keys.clone(), values.clone()
         return KeyValues((keys,), (values,))
+    end = keys.shape[2] - tokens + valid.sum(1, keepdim=True)
+    slot = end - size + torch.arange(size, device=keys.device)  # [B, S]
+    filled = (slot >= first[:, None])[:, None, :, None]
+    keys, values = (
+        gather_tokens(x.transpose(1, 2), slot.clamp(min=0)).transpose(1, 2) * filled for x in (keys, values)
+    )
+    return KeyValues((keys,), (values,))
 
 
 AttentionFunction = Callable[..., Tensor]
@@ -192,14 +202,19 @@ def _one_block(
     tokens, slots = q.shape[2], keys.shape[2] - size
     if tokens == 1 and first is None and (window is None or slots <= window):
         return attention(q, keys, values)  # the token sees all keys
-    slot = torch.arange(slots, device=q.device)
+    visible = visible_slots(tokens, slots, window, first, q.device)
+    return attention(q, keys, values, attn_mask=F.pad(visible, (size, 0), value=True))
+
+
+def visible_slots(tokens: int, slots: int, window: int | None, first: Tensor | None, device: torch.device) -> Tensor:
+    """Which of the `slots` each of the last `tokens` of them sees, `[T, S]`: those before it and its own, at most
+    `window`. With `first` `[B]`, the slot at which each row's tokens begin, `[B, 1, T, S]`."""
+    slot = torch.arange(slots, device=device)
     own = slot[slots - tokens :, None]  # [T, 1], the slot of each query's own key
     visible = slot <= own  # [T, S]
     if window is not None:
         visible = visible & (slot > own - window)
-    if first is not None:
-        visible = (visible & (slot >= first[:, None, None]))[:, None]  # [B, 1, T, S]
-    return attention(q, keys, values, attn_mask=F.pad(visible, (size, 0), value=True))
+    return visible if first is None else (visible & (slot >= first[:, None, None]))[:, None]
 
 
 def _blocks(

@@ -41,3 +41,19 @@ class ConvexGate(nn.Module):
     def forward(self, y: Tensor, m: Tensor) -> Tensor:
         g = torch.sigmoid(self.mix(torch.cat([y, m], -1)))
         return g * y + (1 - g) * m
+
+
+class ResidualGate(nn.Module):
+    """y + scale * sigmoid(W [y; m] + b) * m, for a memory beside an attention that is trained already.
+
+    `scale` `[D]` begins at 0: the gate is closed and returns y, to the bit. Its gradient is not 0: training opens it.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.mix = nn.Linear(2 * dim, dim)
+        self.scale = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, y: Tensor, m: Tensor) -> Tensor:
+        opened = self.scale * torch.sigmoid(self.mix(torch.cat([y.to(m.dtype), m], -1))) * m
+        return y + opened.to(y.dtype)

@@ -136,7 +136,8 @@ def _concat_surprises(surprises: list[Surprise | None]) -> Surprise | None:
     return Surprise(*(torch.cat(part, 1) for part in zip(*given, strict=True))) if given else None
 
 
-def _memory(config: TitansConfig) -> NeuralMemory:
+def make_memory(config: TitansConfig) -> NeuralMemory:
+    """The memory of a layer."""
     assert config.num_memory_heads is not None
     return NeuralMemory(
         config.hidden_size,
@@ -215,7 +216,7 @@ class LMMBlock(TitansBlock[LMMCache]):
 
     def __init__(self, config: TitansConfig):
         super().__init__(config)
-        self.memory = _memory(config)
+        self.memory = make_memory(config)
 
     def empty_cache(self, batch: int, like: Tensor) -> LMMCache:
         return LMMCache(self.memory.empty_state(batch, like))
@@ -235,7 +236,7 @@ class MAGBlock(TitansBlock[MAGCache]):
 
     def __init__(self, config: TitansConfig):
         super().__init__(config)
-        self.attention, self.memory, self.gate = _window(config), _memory(config), _gate(config)
+        self.attention, self.memory, self.gate = _window(config), make_memory(config), _gate(config)
 
     def empty_cache(self, batch: int, like: Tensor) -> MAGCache:
         return MAGCache(self.attention.initial_state(batch, like), self.memory.empty_state(batch, like))
@@ -258,7 +259,7 @@ class MALBlock(TitansBlock[MALCache]):
 
     def __init__(self, config: TitansConfig):
         super().__init__(config)
-        self.attention, self.memory = _window(config), _memory(config)
+        self.attention, self.memory = _window(config), make_memory(config)
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def empty_cache(self, batch: int, like: Tensor) -> MALCache:
@@ -329,7 +330,7 @@ class MACBlock(TitansBlock[MACCache]):
         dim, eps = config.hidden_size, config.rms_norm_eps
         self.segment_size = config.segment_size
         self.attention = SegmentAttention(dim, config.num_attention_heads, config.head_dim, config.segment_size)
-        self.memory, self.gate = _memory(config), _gate(config)
+        self.memory, self.gate = make_memory(config), _gate(config)
         self.retrieved_norm, self.memory_norm = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
 
     def empty_cache(self, batch: int, like: Tensor) -> MACCache:

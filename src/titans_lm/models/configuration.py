@@ -158,17 +158,20 @@ class TitansConfig(PreTrainedConfig):
                 value = getattr(self, key)
                 if value is not None and not fits(value):
                     raise ValueError(f"{key} must be {words}, got {value}")
-        if self.window_size is None and self.variant in ("mag", "mal"):
-            raise ValueError(f"window_size must be a number for variant {self.variant!r}; null is for 'attention'")
+        self._check_window()
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"pad_token_id must be below vocab_size={self.vocab_size}, got {self.pad_token_id}")
+
+    def _check_window(self) -> None:
+        if self.window_size is None and self.variant in ("mag", "mal"):
+            raise ValueError(f"window_size must be a number for variant {self.variant!r}; null is for 'attention'")
 
     def own_fields(self) -> dict[str, Any]:
         """The fields of this class and their values, without those that it inherits."""
         return {key: getattr(self, key) for key in DEFAULT_CONFIG}
 
 
-def _plain_errors(initialise: Callable[..., None]) -> Callable[..., None]:
+def plain_errors(initialise: Callable[..., None]) -> Callable[..., None]:
     """Decorates the initialiser: the errors of `strict` become a ValueError of one line that names the field."""
 
     @functools.wraps(initialise)
@@ -186,7 +189,7 @@ def _plain_errors(initialise: Callable[..., None]) -> Callable[..., None]:
 
 
 _NUMBERS = {f.name for f in dataclasses.fields(TitansConfig) if f.type in (float, float | None)}
-TitansConfig.__init__ = _plain_errors(TitansConfig.__init__)  # type: ignore[method-assign]
+TitansConfig.__init__ = plain_errors(TitansConfig.__init__)  # type: ignore[method-assign]
 
 _COUNTS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size",

@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from titans_lm.models.configuration import TitansConfig
+from titans_lm.models.graft_config import GraftConfig
+from titans_lm.models.graft_files import load_graft
 from titans_lm.models.model_files import MODEL_HELP, NAMES, SHIPPED, add_digests, check_digests, find
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import plain_reason
@@ -31,6 +33,8 @@ def load(model: str | Path) -> tuple[TitansForCausalLM, PreTrainedTokenizerBase]
     check_digests(folder)
     try:
         kind = PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
+        if kind == GraftConfig.model_type:
+            return load_graft(folder)
         if kind != TitansConfig.model_type:
             raise ValueError(f"its config.json is of a model of type {kind!r}")
         loaded, report = TitansForCausalLM.from_pretrained(folder, output_loading_info=True, **_AS_DATA)

@@ -70,13 +70,14 @@ def is_ours(model: type) -> bool:
     return named.__module__.split(".")[0] == __name__.split(".")[0]
 
 
-def add_companions(folder: str | Path, *, adapter: bool) -> None:
-    """Write the files beside a model, or an `adapter`, that was just saved: code that opens it, and digests.
+def add_companions(folder: str | Path, *, adapter: bool, code: bool = True) -> None:
+    """Write the files beside a model, or an `adapter`, that was just saved: code that opens it (if
+    `code`, and not for an adapter) and digests.
 
     A model beside a new adapter, and an adapter beside a new model, keep their digests. A tokenizer loses them, because
     it is saved next; `add_digests` then adds them."""
     folder = Path(folder)
-    if not adapter:
+    if code and not adapter:
         (folder / f"{AUTO_CODE}.py").write_text(_CODE)
     written, others = (_ADAPTER, _WEIGHTS) if adapter else (_WEIGHTS, _ADAPTER)
     listed = _listed(folder) if (folder / DIGESTS).is_file() else {}

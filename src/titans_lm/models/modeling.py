@@ -240,7 +240,7 @@ class TitansModel(TitansPreTrainedModel):
         their first token."""
         caches, position = self._begin_rows(state)
         positions = set(position.tolist()) if caches else {0}  # without a synchronisation with a GPU
-        before: list[BlockCache] | list[None] = [None] * len(self.layers) if positions == {0} else caches
+        before: list[BlockCache] | list[None] = [None] * self.config.num_hidden_layers if positions == {0} else caches
         length, tokens = torch.full_like(position, x.shape[1]), x.shape[1]
         valid = None
         if mask is not None:
@@ -258,6 +258,21 @@ class TitansModel(TitansPreTrainedModel):
             eager=self.config._attn_implementation == "eager",
             new_rows=position == 0 if 0 in positions and len(positions) > 1 else None,
         )
+        x, after, hidden, surprises = self._run_layers(x, before, context, options)
+        if mask is not None:
+            x, *hidden = (undo_left_align(h, mask) for h in (x, *hidden))
+            surprises = [Surprise(*(undo_left_align(part, mask) for part in s)) for s in surprises]
+        return StackOutput(x, state.advanced(after, position + length, tokens), hidden, surprises)
+
+    def _run_layers(
+        self,
+        x: Tensor,
+        before: list[BlockCache] | list[None],
+        context: ForwardContext,
+        options: OutputOptions,
+    ) -> tuple[Tensor, list[BlockCache], list[Tensor], list[Surprise]]:
+        """Left-aligned embeddings -> the final norm's output, each layer's cache, its input and its memory's surprise.
+        `before` None: all rows are at their first token."""
         after: list[BlockCache] = []
         hidden: list[Tensor] = []
         surprises: list[Surprise] = []
@@ -268,11 +283,7 @@ class TitansModel(TitansPreTrainedModel):
             after.append(cache)
             if surprise is not None:
                 surprises.append(surprise)
-        x = self.norm(x)
-        if mask is not None:
-            x, *hidden = (undo_left_align(h, mask) for h in (x, *hidden))
-            surprises = [Surprise(*(undo_left_align(part, mask) for part in s)) for s in surprises]
-        return StackOutput(x, state.advanced(after, position + length, tokens), hidden, surprises)
+        return self.norm(x), after, hidden, surprises
 
     def _rope(self, position: Tensor, dtype: torch.dtype) -> RotaryEmbedding:
         assert self.config.head_dim is not None

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 
 from titans_lm.models.baselines import BASELINES, MAMBA2, NAMES, mamba2_config
 from titans_lm.models.configuration import TitansConfig, known_keys, unknown_key
+from titans_lm.models.graft_config import GraftConfig, graft_config, saved_config
 from titans_lm.models.hub import RUN
 from titans_lm.models.model_files import find
 from titans_lm.models.presets import SIZES, fitted, preset
@@ -116,7 +117,8 @@ class Settings:
 
     `model` has fields of TitansConfig and may have a `size` of the presets, a `baseline` (`baselines.NAMES`), and
     `parameters`: the MLP's width is chosen to reach this count. Or it has `pretrained` alone: folder or name of the
-    model whose weights training starts from.
+    model whose weights training starts from. Or it has `graft`, a pretrained model that gets a memory, and fields of
+    GraftConfig.
     """
 
     model: dict[str, Any]
@@ -127,7 +129,9 @@ class Settings:
         """The model's configuration. Raises ValueError with the key's full name."""
         fields = dict(self.model)
         if "pretrained" in fields:
-            return _pretrained_config(fields["pretrained"], sorted(fields.keys() - {"pretrained"}))
+            return _pretrained_config(dict(fields))
+        if "graft" in fields:
+            return _graft_config(fields)
         for key in fields:
             if key not in (*_MODEL_KEYS, *known_keys()):
                 raise ValueError(unknown_key(key, [*_MODEL_KEYS, *known_keys()], "model"))
@@ -180,17 +184,28 @@ def _config(fields: dict[str, Any]) -> PreTrainedConfig:
     return TitansConfig(**fields) if size is None else preset(size, **fields)
 
 
-def _pretrained_config(model: Any, others: list[str]) -> PreTrainedConfig:
-    """The configuration that the weights were saved with. No key may change it: the weights would not fit."""
+def _pretrained_config(fields: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration that the weights were saved with. No key may change it, because the weights would not fit, but
+    a graft's `distillation`, which is of its training."""
+    model = fields.pop("pretrained")
     if not isinstance(model, str) or not model:
         raise ValueError(f"model.pretrained must be a folder or a shipped model's name, got {model!r}")
-    if others:
-        raise ValueError(f"model.{others[0]} has no effect beside model.pretrained={model}; leave it out")
     try:
-        config: PreTrainedConfig = TitansConfig.from_pretrained(find(model), local_files_only=True)
+        config: PreTrainedConfig = saved_config(find(model))
+        if isinstance(config, GraftConfig) and "distillation" in fields:
+            config = GraftConfig.from_dict({**config.to_dict(), "distillation": fields.pop("distillation")})
     except (ValueError, OSError) as error:
         raise ValueError(f"model.pretrained: {error}") from error
+    if fields:
+        raise ValueError(f"model.{min(fields)} has no effect beside model.pretrained={model}; leave it out")
     return config
+
+
+def _graft_config(fields: dict[str, Any]) -> PreTrainedConfig:
+    try:
+        return graft_config({key: _typed_field(key, value) for key, value in fields.items()})
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"model: {error.__cause__ or error}") from error
 
 
 def load_settings(path: Path, changes: list[str]) -> Settings:
@@ -269,11 +284,22 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
     size = settings.model.get("size")
     if size is not None and size not in list(SIZES):  # a list: a size that a user typed may not be hashable
         raise ValueError(f"model.size={size!r} is not one of {', '.join(SIZES)}")
-    kind = getattr(settings.config(), "variant", "mamba2")
+    config = settings.config()
+    if isinstance(config, GraftConfig):
+        _check_graft(training)
+    kind = getattr(config, "variant", "mamba2")
     for key in ("core_steps", "memory_steps"):
         if getattr(training, key) and kind not in _WITH_CORE:
             raise ValueError(f"training.{key} is for a core beside a memory ({', '.join(_WITH_CORE)}), got {kind}")
     return settings
+
+
+def _check_graft(training: TrainingSettings) -> None:
+    for key in ("core_steps", "memory_steps"):
+        if getattr(training, key):
+            raise ValueError(f"training.{key}: the core of a graft is its base, which is trained and stays frozen")
+    if training.activation_checkpointing:
+        raise ValueError("training.activation_checkpointing: transformers drops the cache then, and a graft needs it")
 
 
 def _check_tbptt(data: DataSettings, model: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from titans_lm.models.baselines import build
+from titans_lm.models.graft_config import GraftConfig
+from titans_lm.models.graft_files import check_tokenizer, make_graft
 from titans_lm.models.hub import RUN, load
 from titans_lm.models.tokenizer import load_tokenizer
 from titans_lm.tasks import Rows, StreamRows, StreamTask, make_task
@@ -92,11 +94,16 @@ def model_for(settings: Settings) -> PreTrainedModel:
         if settings.model.get(key, own) != own:
             raise ValueError(f"model.{key}={settings.model[key]} is not the tokenizer's, {own}; leave it out")
         setattr(config, key, own)
-    _check_size(config)
+    if isinstance(config, GraftConfig):
+        check_tokenizer(config, tokenizer)
+    else:
+        _check_size(config)
     transformers.set_seed(settings.training.seed)
     if settings.pretrained is None:
-        return build(config)
+        return make_graft(config).train() if isinstance(config, GraftConfig) else build(config)
     model, _ = load(settings.pretrained)
+    if isinstance(config, GraftConfig):
+        model.config.distillation = config.distillation
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(model.config, key, getattr(config, key))
     return model.train()

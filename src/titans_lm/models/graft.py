@@ -1,0 +1,342 @@
+"""A memory for a pretrained causal language model of transformers: beside the attention of chosen layers (MAG).
+
+The gate between them begins closed, so a new graft computes what its base computes, to the bit. The base's weights are
+frozen. A graft is a `TitansForCausalLM`: its state is a `TitansState`, so whatever reads, generates, serves or trains
+takes it.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from titans_lm.layers.attention import RotaryEmbedding
+from titans_lm.layers.bypass import is_bypassed
+from titans_lm.layers.gating import ResidualGate
+from titans_lm.layers.memory_state import NeuralMemoryState
+from titans_lm.models import model_files
+from titans_lm.models.block_cache import AttentionCache, BlockCache, LMMCache, MAGCache, restart_rows
+from titans_lm.models.blocks import PREFILL_TOKENS, make_memory
+from titans_lm.models.cache import TitansState
+from titans_lm.models.forward_context import ForwardContext
+from titans_lm.models.graft_cache import BaseShape, GraftCall
+from titans_lm.models.graft_config import GraftConfig, windows
+from titans_lm.models.modeling import TitansCausalLMOutput, TitansForCausalLM, TitansModel
+from titans_lm.models.packing import OutputOptions
+from titans_lm.ops import Surprise
+
+WINDOW_TOKENS = 1024
+"""Without gradients a base with a window reads this many tokens at a time: its masks are dense."""
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+"""What decoder layers of transformers call their attention."""
+
+
+class GraftedAttention(nn.Module):
+    """A layer's attention with a memory beside it, in its place. Called without a `GraftCall` it is the attention."""
+
+    def __init__(self, attention: nn.Module, layer: int, config: GraftConfig):
+        super().__init__()
+        self.attention, self.layer = attention, layer
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.memory = make_memory(config)
+        self.gate = ResidualGate(config.hidden_size)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.attention(*args, **kwargs)
+        call = next((value for value in (*kwargs.values(), *args) if isinstance(value, GraftCall)), None)
+        if call is None:
+            return out
+        x = args[0] if args else kwargs["hidden_states"]
+        if isinstance(out, tuple):
+            return (self._join(x, out[0], call), *out[1:])
+        return self._join(x, out, call)
+
+    def _join(self, x: Tensor, y: Tensor, call: GraftCall) -> Tensor:
+        """x, the attention's input, and y, its output, `[B, T, D]` -> y and what the gate adds of the memory."""
+        c, bypass = call.context, is_bypassed(self.memory)
+        x = self.norm(x.to(self.norm.weight.dtype))
+        state = self._begin(call.memories[self.layer], x, c)
+        out = self.memory.forward_aligned(x, state, c.valid, update=c.update, surprise=c.surprise, bypass=bypass)
+        call.memories[self.layer] = out.state
+        if out.surprise is not None:
+            call.surprises.append(out.surprise)
+        return y if bypass else self.gate(y, out.y)
+
+    def _begin(self, state: NeuralMemoryState | None, x: Tensor, context: ForwardContext) -> NeuralMemoryState:
+        """The state, with the first memory in rows at their first token."""
+        if state is not None and context.new_rows is None:
+            return state
+        first = self.memory.initial_state_like(len(x), x)
+        if state is None or context.new_rows is None:
+            return first
+        return restart_rows(context.new_rows, LMMCache(first), LMMCache(state)).memory
+
+
+class _Cached:
+    """What `TitansModel` asks a block about its cache."""
+
+    def __init__(self, shape: BaseShape, layer: int, grafted: GraftedAttention | None):
+        self.shape, self.layer, self.grafted = shape, layer, grafted
+        self.cache_type = AttentionCache if grafted is None else MAGCache
+
+    def empty_cache(self, batch: int, like: Tensor) -> BlockCache:
+        attention = self.shape.empty(self.layer, batch, like)
+        if self.grafted is None:
+            return AttentionCache(attention)
+        own = like.to(self.grafted.norm.weight.dtype)
+        return MAGCache(attention, self.grafted.memory.empty_state(batch, own))
+
+
+class GraftModel(TitansModel):
+    """The base's decoder with memories in its layers. Everything around the layers is `TitansModel`'s."""
+
+    config: GraftConfig
+
+    def __init__(self, config: GraftConfig, base: PreTrainedModel):
+        super(TitansModel, self).__init__(config)  # not the blocks of TitansModel
+        self.base = base
+        self.shape = BaseShape.of(base.config, windows(base.config, config.window_size))
+        self.gradient_checkpointing = False
+        self._beginning: TitansState | None = None
+        decoder_layers = _decoder_layers(base)
+        for layer in config.grafted:
+            name = _attention_name(decoder_layers[layer], base)
+            grafted = GraftedAttention(getattr(decoder_layers[layer], name), layer, config)
+            grafted.memory.reset_parameters()
+            setattr(decoder_layers[layer], name, grafted.to(_device(base)))
+        with no_init_weights():
+            self.post_init()
+
+    @property
+    def embed_tokens(self) -> nn.Module:  # type: ignore[override]
+        """The base's embedding."""
+        return cast(nn.Module, self.base.get_input_embeddings())
+
+    def grafts(self) -> list[GraftedAttention]:
+        """The attentions with a memory, in the order of layers."""
+        return [module for module in self.base.modules() if isinstance(module, GraftedAttention)]
+
+    def blocks(self) -> list[Any]:
+        own = {grafted.layer: grafted for grafted in self.grafts()}
+        return [_Cached(self.shape, layer, own.get(layer)) for layer in range(self.config.num_hidden_layers)]
+
+    def _rope(self, position: Tensor, dtype: torch.dtype) -> RotaryEmbedding:
+        """None: the base has its own positions."""
+        empty = torch.empty(*position.shape, 0, dtype=dtype, device=position.device)
+        return RotaryEmbedding(empty, empty)
+
+    def _run_layers(
+        self,
+        x: Tensor,
+        before: list[BlockCache] | list[None],
+        context: ForwardContext,
+        options: OutputOptions,
+    ) -> tuple[Tensor, list[BlockCache], list[Tensor], list[Surprise]]:
+        most = PREFILL_TOKENS if None in self.shape.windows else max(WINDOW_TOKENS, *map(int, self.shape.windows))  # type: ignore[arg-type]
+        if x.shape[1] <= most or torch.is_grad_enabled():
+            return self._run_base(x, before, context, options)
+        outputs = []
+        for start in range(0, x.shape[1], most):
+            part = x[:, start : start + most]
+            here = context.part(start, start + most)
+            outputs.append(self._run_base(part, before, here, options))
+            before = outputs[-1][1]
+            moved = here.advanced(part.shape[1])
+            context = context._replace(position=moved.position, uniform_position=moved.uniform_position, new_rows=None)
+        xs, caches, hidden, surprises = zip(*outputs, strict=True)
+        whole = [torch.cat(layer, 1) for layer in zip(*hidden, strict=True)]
+        found = [Surprise(*(torch.cat(p, 1) for p in zip(*s, strict=True))) for s in zip(*surprises, strict=True)]
+        return torch.cat(xs, 1), caches[-1], whole, found
+
+    def _run_base(
+        self,
+        x: Tensor,
+        before: list[BlockCache] | list[None],
+        context: ForwardContext,
+        options: OutputOptions,
+    ) -> tuple[Tensor, list[BlockCache], list[Tensor], list[Surprise]]:
+        if not x.shape[1]:
+            caches = self.initial_state(len(x)).layer_caches if None in before else before
+            return x, cast(list[BlockCache], caches), [x] * self.config.num_hidden_layers * options.hidden, []
+        call = GraftCall(self.shape, before, context)
+        position = context.position[:, None] + torch.arange(x.shape[1], device=x.device)
+        limit = self.config.max_position_embeddings
+        out = self.base(
+            inputs_embeds=x,
+            attention_mask=call.masks(x),
+            position_ids=position if limit is None else position.clamp(max=limit - 1),  # of padding
+            past_key_values=call,
+            use_cache=True,
+            output_hidden_states=options.hidden,
+        )
+        hidden = list(out.hidden_states[:-1]) if options.hidden else []
+        return out.last_hidden_state, call.after(x.shape[1]), hidden, call.surprises
+
+
+class GraftHead(nn.Module):
+    """The base's logits: its last linear map, and what its configuration says is done to them."""
+
+    def __init__(self, linear: nn.Module, config: Any):
+        super().__init__()
+        self.linear = linear
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.scale = getattr(config, "logit_scale", None)
+        self.divisor = getattr(config, "logits_scaling", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.linear(x)
+        logits = logits if self.scale is None else logits * self.scale
+        logits = logits if self.divisor is None else logits / self.divisor
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+class GraftForCausalLM(TitansForCausalLM):
+    """A pretrained language model with a memory.
+
+    Takes `base`, a causal language model of transformers, over: its attention modules are replaced in place. Raises
+    ValueError for one without a list of decoder layers with attention, and for LoRA without PEFT installed.
+    """
+
+    config: GraftConfig
+    _tied_weights_keys = None  # type: ignore[assignment]
+    supports_gradient_checkpointing = False
+
+    def __init__(self, config: GraftConfig, base: PreTrainedModel):
+        super(TitansForCausalLM, self).__init__(config)  # not its TitansModel
+        base.requires_grad_(False)
+        frozen = {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
+        if config.lora_rank:
+            _add_lora(base, config)
+        self.model = GraftModel(config, _decoder(base))
+        self.vocab_size = config.vocab_size
+        self.lm_head = GraftHead(base.get_output_embeddings(), base.config)  # type: ignore[assignment]
+        self.generation_config = copy.deepcopy(base.generation_config)
+        self.generation_config.cache_implementation = None  # its cache is a TitansState
+        with no_init_weights():
+            self.post_init()
+        named = self.state_dict(keep_vars=True)
+        self._keys_to_ignore_on_save = {name for name, tensor in named.items() if id(tensor) in frozen}
+
+    def own_state_dict(self) -> dict[str, Tensor]:
+        """The weights that are not the base's: those of memories, gates and LoRA."""
+        return {name: t for name, t in self.state_dict().items() if name not in self._keys_to_ignore_on_save}
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: TitansState | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **options: Any,
+    ) -> TitansCausalLMOutput:
+        """As `TitansForCausalLM.forward`. In training `labels` give the loss that the configuration's `distillation`
+        names."""
+        weight = self.config.distillation if self.training and labels is not None else 0
+        teacher = self.base_logits(input_ids, attention_mask, inputs_embeds) if weight else None
+        out: TitansCausalLMOutput = super().forward(
+            input_ids, attention_mask, past_key_values, inputs_embeds, labels, **options
+        )
+        if teacher is not None:
+            assert out.loss is not None and out.logits is not None and labels is not None
+            loss = _divergence(teacher, out.logits, labels, options.get("num_items_in_batch"))
+            out.loss = weight * loss + (1 - weight) * out.loss
+        return out
+
+    @torch.no_grad()
+    def base_logits(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        """The logits of the base as it was published, for rows `[B, T]` from their first token on.
+
+        Raises ValueError for more tokens than the base has positions."""
+        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        limit = getattr(self.model.base.config, "max_position_embeddings", None)
+        if limit is not None and x.shape[1] > limit:
+            raise ValueError(f"distillation: rows of {x.shape[1]} tokens are longer than the base's {limit} positions")
+        with without_lora(self.model.base):
+            out = self.model.base(inputs_embeds=x, attention_mask=attention_mask, use_cache=False)
+        return self.lm_head(out.last_hidden_state)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:  # noqa: ARG003
+        raise ValueError(f"{pretrained_model_name_or_path} is a graft: titans_lm.load loads it, together with its base")
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **options: Any) -> None:
+        """Save memories, gates and LoRA as an adapter: config.json, which names the base, and model.safetensors. No
+        weight of the base is written."""
+        PreTrainedModel.save_pretrained(self, save_directory, is_main_process=is_main_process, **options)
+        if is_main_process:
+            model_files.add_companions(save_directory, adapter=False, code=False)
+
+
+def _divergence(teacher: Tensor, logits: Tensor, labels: Tensor, items: Any) -> Tensor:
+    """KL(teacher, graft) of each token's prediction, over those that have a label; `items`: their number in all batches
+    of a step."""
+    counted = labels[:, 1:] != -100
+    p, q = (F.log_softmax(x[:, :-1].float(), -1) for x in (teacher, logits))
+    each = F.kl_div(q, p, reduction="none", log_target=True).sum(-1) * counted
+    return each.sum() / (counted.sum().clamp(min=1) if items is None else items)
+
+
+# ------------------------------------------------------------------------------------------------ the base's parts
+
+
+def _decoder(base: PreTrainedModel) -> PreTrainedModel:
+    decoder = base.base_model
+    if decoder is base or base.get_output_embeddings() is None:
+        raise ValueError(f"graft: {type(base).__name__} is not a decoder with a head for its vocabulary")
+    return cast(PreTrainedModel, decoder)
+
+
+def _decoder_layers(decoder: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers. Raises ValueError for a model that has none."""
+    count = decoder.config.num_hidden_layers
+    for part in decoder.children():
+        if isinstance(part, nn.ModuleList) and len(part) == count:
+            return part
+    raise ValueError(f"graft: {type(decoder).__name__} has no list of {count} decoder layers that a memory could go to")
+
+
+def _attention_name(layer: nn.Module, decoder: PreTrainedModel) -> str:
+    """The attribute with a layer's attention. Raises ValueError for a layer without one."""
+    for name in _ATTENTION:
+        if isinstance(getattr(layer, name, None), nn.Module):
+            return name
+    raise ValueError(f"graft: {type(layer).__name__} of {type(decoder).__name__} has none of: {', '.join(_ATTENTION)}")
+
+
+def _device(base: PreTrainedModel) -> torch.device:
+    return next(base.parameters()).device
+
+
+def _add_lora(base: PreTrainedModel, config: GraftConfig) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ValueError("lora_rank needs the package peft: pip install peft") from None
+    alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    targets: Any = "all-linear" if config.lora_targets is None else config.lora_targets
+    try:
+        inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=targets), base)  # type: ignore[arg-type]
+    except ValueError as error:  # no module has such a name
+        raise ValueError(f"lora_targets={targets}: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def without_lora(module: nn.Module) -> Iterator[None]:
+    """Within this context, LoRA is left out."""
+    layers: list[Any] = [part for part in module.modules() if hasattr(part, "lora_A")]
+    for layer in layers:
+        layer._disable_adapters = True  # `enable_adapters(False)` would change requires_grad too
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
