@@ -1,6 +1,5 @@
 """The models for transformers: embedding, blocks, logits and loss. They are registered with its Auto classes."""
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from titans_lm.layers.attention import RotaryEmbedding, rotary_embedding
 from titans_lm.layers.module_call import empty_like_weights
@@ -35,31 +34,9 @@ from titans_lm.models.forward_context import ForwardContext
 from titans_lm.models.generation import TitansGeneration
 from titans_lm.models.loss import LOSS_ARGUMENTS, label_counts, memory_losses
 from titans_lm.models.model_identity import Identity, identity
+from titans_lm.models.outputs import TitansCausalLMOutput, TitansModelOutput
 from titans_lm.models.packing import OutputOptions, StackOutput, document_starts, documents, read_documents
 from titans_lm.ops import Surprise, gather_tokens, left_align, masked_zero, undo_left_align
-
-
-@dataclass
-class TitansModelOutput(ModelOutput):
-    """`surprise` (output_surprise=True): `loss` and `gradient_norm`, each `[B, T, H]`, of each layer with a memory."""
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: TitansState | None = None
-    hidden_states: tuple[Tensor | None, ...] | None = None
-    surprise: tuple[Surprise, ...] | None = None
-
-
-@dataclass
-class TitansCausalLMOutput(ModelOutput):
-    """`loss` includes `memory_loss_weight * memory_loss`. `memory_loss` is the mean reconstruction loss before each
-    write: the mean of each row, and of rows weighted by their number of labels, as in the rest of the loss."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: TitansState | None = None
-    hidden_states: tuple[Tensor | None, ...] | None = None
-    surprise: tuple[Surprise, ...] | None = None
-    memory_loss: Tensor | None = None
 
 
 class TitansPreTrainedModel(PreTrainedModel):
