@@ -4,11 +4,16 @@ import torch
 from transformers import TrainingArguments
 
 from titans_lm.training.config import Settings
+from titans_lm.training.progress import shows_bar
+from titans_lm.training.trackers import check_installed
 
 
 def trainer_arguments(settings: Settings, evaluate: bool) -> TrainingArguments:
-    """`TrainingArguments` of the settings; `evaluate`: whether there is text to evaluate on."""
+    """`TrainingArguments` of the settings; `evaluate`: whether there is text to evaluate on.
+
+    Raises ValueError for a tracker that is not installed."""
     s = settings.training
+    check_installed(s.report_to)
     return TrainingArguments(
         output_dir=s.output_dir,
         max_steps=s.max_steps,
@@ -29,7 +34,7 @@ def trainer_arguments(settings: Settings, evaluate: bool) -> TrainingArguments:
         eval_steps=s.eval_steps,
         save_steps=s.save_steps,
         seed=s.seed,
-        disable_tqdm=s.max_minutes is not None,
-        report_to="tensorboard",
+        disable_tqdm=s.max_minutes is not None or not shows_bar(),
+        report_to=list(s.report_to),
         dataloader_pin_memory=torch.cuda.is_available(),
     )

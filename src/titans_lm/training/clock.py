@@ -1,12 +1,15 @@
 """The time limit of a run, its progress, and the time of all its parts."""
 
 import math
+import sys
 import time
 from typing import Any
 
 from rich.progress import Progress, TextColumn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+
+from titans_lm.utils.terminal import PlainConsole
 
 
 class Clock(TrainerCallback, ExportableState):
@@ -15,7 +18,8 @@ class Clock(TrainerCallback, ExportableState):
 
     def __init__(self, max_steps: int, max_minutes: float | None):
         self.max_steps, self.limit, self.begun = max_steps, (max_minutes or math.inf) * 60, time.monotonic()
-        self.bar = Progress(*Progress.get_default_columns(), TextColumn("{task.fields[status]}", markup=False))
+        columns = (*Progress.get_default_columns(), TextColumn("{task.fields[status]}", markup=False))
+        self.bar = Progress(*columns, console=PlainConsole(stderr=True), disable=not sys.stderr.isatty())
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"seconds": self.elapsed()}}

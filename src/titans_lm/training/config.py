@@ -26,6 +26,7 @@ from titans_lm.models.model_files import find
 from titans_lm.models.presets import SIZES, fitted, preset
 from titans_lm.tasks import StreamTask, make_task
 from titans_lm.training.data_settings import DataSettings
+from titans_lm.training.trackers import check_names
 from titans_lm.utils.yaml_values import Dumper, at_least, parse_yaml, read_yaml, typed
 
 RENAMED = {"training": {"carried_steps": "tbptt_steps"}}
@@ -67,6 +68,15 @@ class TrainingSettings:
     eval_blocks: int = 32
     """Maximum number of held-out sequences in an evaluation."""
     save_steps: int = 200
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Where the run is shown while it trains: tensorboard, wandb, trackio, several, or none ([])."""
+    sample_steps: int = 0
+    """Write what the model answers to sample_prompts to the trackers, each N steps. 0: never."""
+    sample_prompts: list[str] = field(default_factory=list)
+    sample_tokens: int = 64
+    """Tokens of each sample."""
+    progress_seconds: float = 60.0
+    """Where no terminal shows a bar: a line of progress each N seconds."""
     resume: bool = False
     """Resume from the last checkpoint in output_dir."""
 
@@ -76,6 +86,7 @@ class TrainingSettings:
         for key in _COUNTS:
             at_least(f"training.{key}", getattr(self, key), 1)
         self._check_rates()
+        self._check_watching()
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"training.seed must be from 0 to 2**32 - 1, got {self.seed}")
         at_least("training.core_steps", self.core_steps, 0)
@@ -91,6 +102,21 @@ class TrainingSettings:
             many = f"one number, or at most one for each of training.batch_size={self.batch_size} rows"
             raise ValueError(f"training.tbptt_steps must be {many}, got {self.tbptt_steps}")
         at_least("training.tbptt_steps", min(self.tbptt_steps), 1)
+
+    def _check_watching(self) -> None:
+        check_names(self.report_to)
+        at_least("training.sample_steps", self.sample_steps, 0)
+        if self.sample_steps and not (self.sample_prompts and self.report_to):
+            raise ValueError(
+                f"training.sample_steps={self.sample_steps} needs training.sample_prompts, texts to go on from, and "
+                f"training.report_to, where samples go"
+            )
+        if self.sample_prompts and not self.sample_steps:
+            raise ValueError("training.sample_prompts has an effect only with training.sample_steps above 0")
+        if not all(self.sample_prompts):
+            raise ValueError("training.sample_prompts has an empty text; a sample goes on from at least one token")
+        if not self.progress_seconds > 0:
+            raise ValueError(f"training.progress_seconds must be above 0, got {self.progress_seconds}")
 
     def _check_rates(self) -> None:
         for key in ("learning_rate", "max_grad_norm", "max_minutes"):
@@ -108,6 +134,7 @@ class TrainingSettings:
 
 _COUNTS = (
     "max_steps", "batch_size", "accumulation", "logging_steps", "eval_steps", "eval_blocks", "save_steps",
+    "sample_tokens",
 )  # fmt: skip
 
 
@@ -237,6 +264,7 @@ def check_same(folder: Path, settings: Settings) -> None:
 MAY_CHANGE = (
     "max_steps", "max_minutes", "learning_rate", "final_rate", "warmup", "weight_decay", "max_grad_norm", "bf16",
     "activation_checkpointing", "logging_steps", "eval_steps", "eval_blocks", "save_steps",
+    "report_to", "sample_steps", "sample_prompts", "sample_tokens", "progress_seconds",
 )  # fmt: skip
 """Keys of `training` that may change on resume. They take effect from there on."""
 
@@ -280,6 +308,8 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
     training.check()
     if max(training.tbptt_steps) > 1:
         _check_tbptt(data, tree.get("model", {}))
+    if training.sample_prompts and data.task and getattr(make_task(data.task), "tokenizer", None) is None:
+        raise ValueError("training.sample_prompts are texts, and the tokens of this data.task are numbers")
     settings = Settings(tree.get("model", {}), data, training)
     size = settings.model.get("size")
     if size is not None and size not in list(SIZES):  # a list: a size that a user typed may not be hashable

@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from titans_lm.models.hub import RUN
 from titans_lm.models.model_files import DIGESTS, check_digests
-from titans_lm.utils.memory_lock import FileLock
+from titans_lm.utils.memory_lock import FileLock, beside
 
 STATE = "trainer_state.json"
 """The last file of a checkpoint: a checkpoint without it is incomplete."""
@@ -28,6 +28,8 @@ UNFINISHED = ".unfinished-checkpoint"
 STATE_DIGESTS = "training_digests.json"
 """File in a checkpoint: the SHA-256 of the states of optimizer, scheduler and random generators."""
 LOGS = "runs"
+PROGRESS = "progress.json"
+"""File in the folder that says how far the run is."""
 KEPT = 2
 """Number of checkpoints that a run keeps."""
 _STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -140,7 +142,7 @@ def is_begun(output: Path) -> bool:
 def _is_leftover(path: Path) -> bool:
     if path.name == LOGS and path.is_dir():
         return all(p.name.startswith("events.out.tfevents") for p in path.rglob("*") if not p.is_dir())
-    return path.name in (LOCK, UNFINISHED)
+    return path.name in (LOCK, UNFINISHED, PROGRESS, beside(path.with_name(PROGRESS), "part").name)
 
 
 def remove_run(output: Path, model: bool = True) -> None:
@@ -151,6 +153,7 @@ def remove_run(output: Path, model: bool = True) -> None:
         remove_run(trial)
     if _is_leftover(output / LOGS):
         shutil.rmtree(output / LOGS, ignore_errors=True)
+    (output / PROGRESS).unlink(missing_ok=True)
     if model:
         for path in {path for pattern in _MODEL_FILES for path in output.glob(pattern) if path.is_file()}:
             path.unlink(missing_ok=True)

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,11 @@ from titans_lm.training.clock import Clock
 from titans_lm.training.config import Settings, save_settings
 from titans_lm.training.data import Blocks, TBPTTSampler
 from titans_lm.training.not_finite import NotFinite
+from titans_lm.training.progress import Progress
 from titans_lm.training.run_folder import step_of, unfinished
 from titans_lm.training.stages import Stages
+from titans_lm.training.trackers import Trackers
+from titans_lm.training.watch import Watch
 
 CARRIED = "memory.safetensors"
 """In a checkpoint: the memory that the next batch starts with, with `tbptt_steps`."""
@@ -75,15 +78,20 @@ class TitansTrainer(Trainer):
             eval_dataset=evaluation_set,
             processing_class=tokenizer,
             data_collator=default_data_collator,
-            callbacks=[self.clock],
+            callbacks=[
+                self.clock,
+                Progress(Path(self.settings.output_dir), self.clock, self.settings.progress_seconds),
+                Watch(self, Trackers(self)),
+            ],
             model_init=None if whole else model,
         )
-        self.remove_callback(PrinterCallback)  # `Clock` shows the progress
+        self.remove_callback(PrinterCallback)  # `Clock` and `Progress` show how far the run is
 
     def _reset_run_state(self) -> None:
         self.batches = 0  # read so far
         self.carried: TitansState | None = None  # the memory after the last of them
         self.last_batch: Any = None  # on the model's device
+        self.last_state: TitansState | None = None  # the memory before it
         self.loss_sum = torch.zeros(())  # of all batches; it stays NaN or infinite once a loss was
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -151,6 +159,12 @@ class TitansTrainer(Trainer):
         """Bypasses the memory in the first `core_steps` steps."""
         return self._stages.forward(self.model, self.state.global_step)
 
+    @contextmanager
+    def as_in_training(self) -> Iterator[None]:
+        """The context of a forward pass beside training: the stage's memory, the run's precision."""
+        with self._bypass_in_core_steps(), self.compute_loss_context_manager():
+            yield
+
     @property
     def _stages(self) -> Stages:
         return Stages(self.settings.core_steps, self.settings.memory_steps)
@@ -159,10 +173,11 @@ class TitansTrainer(Trainer):
         """The loss of a batch. With `tbptt_steps` above 1 it begins with the previous batch's memory, detached."""
         if model.training:
             self.tokens += inputs["input_ids"].numel()
-            self.last_batch = inputs
+            self.last_batch, self.last_state = inputs, None
         if max(self.settings.tbptt_steps) == 1 or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         self._reset_rows()
+        self.last_state = None if self.carried is None else self.carried.shallow_copy()
         self.batches += 1
         kwargs["return_outputs"] = True
         loss, out = super().compute_loss(
