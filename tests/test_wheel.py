@@ -61,7 +61,7 @@ def test_a_wheel_has_what_is_not_python(installed: Path):
     package = installed / "titans_lm"
     there = {path.relative_to(package) for path in package.rglob("*") if path.is_file()}
     source = ROOT / "src" / "titans_lm"
-    for pattern in ("py.typed", "ops/cpu/csrc/*", "models/shipped/*/*"):
+    for pattern in ("py.typed", "analyze/assets/*", "ops/cpu/csrc/*", "models/shipped/*/*"):
         expected = {path.relative_to(source) for path in source.glob(pattern) if path.is_file()}
         assert expected, pattern
         assert expected <= there, expected - there

@@ -16,6 +16,7 @@ VERBS = {
     "read": "read texts into a memory file; resume after an interruption",
     "memory": "show, verify, fork and compare memory files",
     "serve": "an OpenAI-compatible server; each request forks one memory",
+    "analyze": "a page that shows what a memory did with a text: surprise, gates, predictions",
     "evaluate": "needle, BABILong, perplexity, harness tasks, recall and state tracking",
     "study": "a grid of models, seeds and tests from a YAML file, resumable",
     "stability": "train on repeating text and report which forms of the memory stay finite",
@@ -120,3 +121,8 @@ def main_train() -> int:
 def main_infer() -> int:
     """`titans-infer`"""
     return _run("infer", sys.argv[1:])
+
+
+def main_analyze() -> int:
+    """`titans-analyze`"""
+    return _run("analyze", sys.argv[1:])

@@ -90,6 +90,26 @@ def read(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def analyze(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
+    parser.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="texts, read in this order; -: standard input",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the page and the numbers")
+    parser.add_argument("--memory", type=Path, help="memory file to begin with; it stays as it is")
+    parser.add_argument("--tokens", type=int, default=100_000, help="most tokens that are read and shown")
+    parser.add_argument(
+        "--what-if", action="append", default=[], metavar="CASE",
+        help="frozen:START, memory frozen from this token on; skip:A-B, this passage not written; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--errors", choices=get_args(Errors), default="strict", help=ERRORS_HELP)
+
+
 def memory(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="show|verify|fork|diff")
     show = commands.add_parser("show", help="show model, texts and sizes of a memory file")

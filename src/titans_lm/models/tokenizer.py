@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of bytes: ids 0 to 255 are the bytes of UTF-8 text, then <pad>, <bos>, <eos>. Needs no download."""
-    characters = _byte_characters()
+    characters = byte_characters()
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -21,7 +21,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The printable character that stands for each byte in the byte-level alphabet of GPT-2's tokenizer."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(256, 512))
@@ -34,7 +34,7 @@ _is_bytes_cache: WeakKeyDictionary[PreTrainedTokenizerBase, bool] = WeakKeyDicti
 def is_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer's ids 0 to 255 are the bytes themselves."""
     if tokenizer not in _is_bytes_cache:  # the check takes as long as encoding a megabyte
-        ids = tokenizer.convert_tokens_to_ids(_byte_characters()) if tokenizer.vocab_size == 256 else []
+        ids = tokenizer.convert_tokens_to_ids(byte_characters()) if tokenizer.vocab_size == 256 else []
         _is_bytes_cache[tokenizer] = ids == list(range(256))
     return _is_bytes_cache[tokenizer]
 
