@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from titans_lm.models.tokenizer import byte_tokenizer, encode, is_bytes
-from titans_lm.training.data import Blocks, StreamedBlocks, TBPTTSampler, streamed
+from titans_lm.training.data import Blocks, TBPTTSampler
 from titans_lm.utils.corpora import split_held_out, stdlib_files, text_files
 from titans_lm.utils.text_file import read_text, text_pieces
 
@@ -41,18 +41,6 @@ def test_blocks_are_the_texts_in_order_each_closed_by_the_end_token():
     assert torch.cat([blocks[i]["input_ids"] for i in range(len(blocks))]).tolist() == stream[: len(blocks) * 5]
     assert len(blocks) == len(stream) // 5
     assert torch.equal(blocks[1]["labels"], blocks[1]["input_ids"])
-
-
-def test_a_streamed_data_set_gives_the_same_blocks(tmp_path):
-    texts = ["first", "second text", "third"]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
-    rows = streamed("json", None, "train", [str(path)])
-    blocks = Blocks(texts, TOKENIZER, 5)
-    found = [block["input_ids"] for block in StreamedBlocks(rows, "text", TOKENIZER, 5)]
-    assert torch.equal(torch.stack(found), blocks.blocks.long())
-    with pytest.raises(ValueError, match=r"text_column='words'.*it has text"):
-        next(iter(StreamedBlocks(rows, "words", TOKENIZER, 5)))
 
 
 def test_a_text_shorter_than_a_block_is_named():
@@ -142,28 +130,6 @@ def test_empty_files_of_a_folder_are_left_out_and_counted(tmp_path, caplog):
     (tmp_path / "a.py").write_text("")
     with pytest.raises(ValueError, match="has only empty files"):
         text_files([str(tmp_path)], [".py"])
-
-
-def test_rows_without_text_are_left_out_and_counted(tmp_path):
-    lines = ('{"text": "first line"}', '{"text": null}', '{"text": "second line"}', '{"text": null}')
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
-    rows = streamed("json", None, "train", [str(tmp_path / "rows.jsonl")])
-    blocks = StreamedBlocks(rows, "text", TOKENIZER, 8)
-    with pytest.warns(UserWarning, match=r"row 1 of the data set has no text \(null\)"):
-        ids = torch.cat([block["input_ids"] for block in blocks]).tolist()
-    assert ids == [*b"first line", 258, *b"second line", 258][:16]
-    assert blocks.skipped == 2
-
-
-def test_rows_that_are_no_text_or_too_little_or_broken_are_named(tmp_path):
-    with pytest.raises(ValueError, match="holds int, not text, in row 0"):
-        list(StreamedBlocks([{"text": 5}], "text", TOKENIZER, 8))
-    with pytest.raises(ValueError, match=r"has 4 tokens, fewer than one block of sequence_length=8 \(1 rows"):
-        list(StreamedBlocks([{"text": "abc"}, {"text": None}], "text", TOKENIZER, 8))
-    (tmp_path / "rows.jsonl").write_text('{"text": "a line of text"}\n{"text": \n')
-    rows = streamed("json", None, "train", [str(tmp_path / "rows.jsonl")])
-    with pytest.raises(ValueError, match=r"JSON|read on"):
-        list(StreamedBlocks(rows, "text", TOKENIZER, 8))
 
 
 def test_the_standard_library_is_megabytes_of_text_and_not_its_tests():

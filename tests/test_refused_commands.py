@@ -65,7 +65,7 @@ word model.size=tiny | model must be a section of keys and values, got 'tiny'
 run data=3 | must be section.key=value
 run data.files=null | data.files must be a list of texts
 run data.files=[1] | data.files must be a list of texts
-run data.files=[] | give one of data.files, data.dataset and data.task
+run data.files=[] | give one of data.files, data.dataset, data.task and data.sources
 run data.files=[empty.txt,texts/0.txt] | empty.txt is empty
 run data.files=[texts/0.txt,binary.bin] | binary.bin is not text
 run data.suffixes=[] | has no file that ends in
@@ -78,7 +78,7 @@ run data.sequence_length=1 | data.sequence_length must be at least 2
 run data.sequence_length=100000000000000000000000000 | fewer than one block
 run data.tokenizer=5 | data.tokenizer must be a text
 run data.tokenizer=/dev/null | tokenizer '/dev/null' cannot be loaded
-run data.dataset=json | give one of data.files, data.dataset and data.task
+run data.dataset=json | give one of data.files, data.dataset, data.task and data.sources
 task data.task=mqar | data.task must be keys and values
 task "data.task={name: [1]}" | task '[1]' is not one of
 task "data.task={name: mqar, length: 1e3}" | length must be a whole number of at least 16, got 1000.0

@@ -113,7 +113,7 @@ def test_what_cannot_be_carried_is_told(texts, tmp_path):
     tree = dataclasses.asdict(settings)
     with pytest.raises(ValueError, match=r"tbptt_steps above 1 does not go with data\.shortest"):
         parse_settings({**tree, "data": {**tree["data"], "shortest": 8}})
-    with pytest.raises(ValueError, match=r"needs data\.files, or a data\.task whose rows continue"):
+    with pytest.raises(ValueError, match=r"needs data\.files, data\.dataset, or a data\.task whose rows continue"):
         parse_settings({**tree, "data": {"task": {"name": "parity", "length": 8}}})
 
 

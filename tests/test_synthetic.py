@@ -114,7 +114,7 @@ def test_rows_are_made_from_their_seed_in_batches_of_one_length():
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({}, "give one of data.files, data.dataset and data.task"),
+        ({}, "give one of data.files, data.dataset, data.task and data.sources"),
         ({"task": {"name": "parity"}, "files": ["a"]}, "give one of"),
         ({"task": {"name": "party"}}, "data.task: task 'party' is not one of"),
         ({"task": {"length": 4}}, "a task needs a name"),

@@ -121,10 +121,17 @@ class Rows(IterableDataset[dict[str, Tensor]]):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for number in itertools.count():
-            rng = np.random.default_rng((self.seed, number))
-            task = self.task if self.shortest is None else with_length(self.task, self._drawn(rng, self.shortest))
-            ids, labels = map(torch.from_numpy, task.batch(rng, self.rows))
-            yield from ({"input_ids": i, "labels": j} for i, j in zip(ids, labels, strict=True))
+            batch = self.rows_of(number, self.rows, range(self.rows))
+            yield from ({key: rows[row] for key, rows in batch.items()} for row in range(self.rows))
+
+    def rows_of(self, number: int, rows: int, indices: Sequence[int], length: int | None = None) -> dict[str, Tensor]:
+        """The rows `indices` of batch `number`, which has so many `rows`, of this length."""
+        rng = np.random.default_rng((self.seed, number))
+        task = self.task if length is None else with_length(self.task, length)
+        if self.shortest is not None:
+            task = with_length(task, self._drawn(rng, self.shortest))
+        ids, labels = (torch.from_numpy(part)[list(indices)] for part in task.batch(rng, rows))
+        return {"input_ids": ids, "labels": labels}
 
     def _drawn(self, rng: np.random.Generator, shortest: int) -> int:
         return round(math.exp(rng.uniform(math.log(shortest), math.log(self.task.length))))
@@ -139,29 +146,46 @@ class StreamRows(IterableDataset[dict[str, Tensor]]):
 
     def __init__(self, task: StreamTask, spans: Sequence[int], rows: int, seed: int):
         self.task, self.seed = task, seed
-        self.spans = [spans[row % len(spans)] for row in range(rows)]
+        self.spans, self._pattern = [spans[row % len(spans)] for row in range(rows)], list(spans)
+        self._made: dict[int, tuple[tuple[int, int], Tensor]] = {}  # row -> number of its stream and length, the stream
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        streams: dict[int, tuple[int, Tensor]] = {}  # row -> number of its stream, [span, length]
         for number in itertools.count():
-            for row, span in enumerate(self.spans):
-                which, part = self._place(number, span)
-                if row not in streams or streams[row][0] != which:
-                    streams[row] = which, self._made(row, span, which)
-                ids = streams[row][1][part].long()
-                yield {"input_ids": ids, "labels": ids}
+            ids = self.rows_of(number, len(self.spans), range(len(self.spans)))["input_ids"]
+            yield from ({"input_ids": row, "labels": row} for row in ids)
+
+    def rows_of(
+        self,
+        number: int,
+        rows: int,  # noqa: ARG002 - as in Rows
+        indices: Sequence[int],
+        length: int | None = None,
+    ) -> dict[str, Tensor]:
+        """The rows `indices` of batch `number`, which has so many `rows`, of this length."""
+        length = self.task.length if length is None else length
+        made = []
+        for row in indices:
+            span = self._pattern[row % len(self._pattern)]
+            which, part = self._place(number, span)
+            if self._made.get(row, ((), ()))[0] != (which, length):
+                self._made[row] = (which, length), self._stream(row, span, which, length)
+            made.append(self._made[row][1][part].long())
+        ids = torch.stack(made)
+        return {"input_ids": ids, "labels": ids}
 
     def _place(self, number: int, span: int) -> tuple[int, int]:
         """-> the number of the stream in its row that batch `number` is part of, and the number of the part."""
         turns, within = divmod(number, max(self.spans))
         return turns * math.ceil(max(self.spans) / span) + within // span, within % span
 
-    def _made(self, row: int, span: int, which: int) -> Tensor:
+    def _stream(self, row: int, span: int, which: int, length: int) -> Tensor:
         rng = np.random.default_rng((self.seed, row, which))
-        return torch.from_numpy(self.task.stream(rng, span * self.task.length)).view(span, self.task.length)
+        return torch.from_numpy(self.task.stream(rng, span * length)).view(span, length)
 
 
 def with_length(task: Task, length: int) -> Task:
-    """The task with another row length."""
+    """The task with this row length."""
+    if length == task.length:
+        return task
     changed: Task = dataclasses.replace(task, length=length)  # type: ignore[type-var]
     return changed

@@ -24,8 +24,8 @@ from titans_lm.models.graft_config import GraftConfig, graft_config, saved_confi
 from titans_lm.models.hub import RUN
 from titans_lm.models.model_files import find
 from titans_lm.models.presets import SIZES, fitted, preset
-from titans_lm.tasks import StreamTask, make_task
-from titans_lm.training.data_settings import DataSettings
+from titans_lm.tasks import make_task
+from titans_lm.training.data_settings import RESET, DataSettings
 from titans_lm.training.trackers import check_names
 from titans_lm.utils.yaml_values import Dumper, at_least, parse_yaml, read_yaml, typed
 
@@ -280,7 +280,8 @@ def check_resumed(checkpoint: Path, settings: Settings) -> None:
     other = {key: theirs.get(key) for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)}
     if settings.config().to_dict() == before.config().to_dict():  # the same model under other key names
         other = {key: value for key, value in other.items() if not key.startswith("model.")}
-    fixed = {key: value for key, value in other.items() if key not in {f"training.{name}" for name in MAY_CHANGE}}
+    free = {f"training.{name}" for name in MAY_CHANGE if name != "max_steps" or not settings.data.curriculum}
+    fixed = {key: value for key, value in other.items() if key not in free}
     if fixed:
         changes = ", ".join(f"{key}={ours.get(key)!r} (was {value!r})" for key, value in fixed.items())
         raise ValueError(f"{changes} cannot change on resume; keep it, or train in another training.output_dir")
@@ -306,6 +307,7 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
     training = _build(TrainingSettings, tree.get("training", {}), "training")
     data.check()
     training.check()
+    data.check_batches(training.batch_size, training.max_minutes is not None)
     if max(training.tbptt_steps) > 1:
         _check_tbptt(data, tree.get("model", {}))
     if training.sample_prompts and data.task and getattr(make_task(data.task), "tokenizer", None) is None:
@@ -314,14 +316,21 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
     size = settings.model.get("size")
     if size is not None and size not in list(SIZES):  # a list: a size that a user typed may not be hashable
         raise ValueError(f"model.size={size!r} is not one of {', '.join(SIZES)}")
-    config = settings.config()
+    _check_model(settings.config(), settings)
+    return settings
+
+
+def _check_model(config: PreTrainedConfig, settings: Settings) -> None:
+    """Raises ValueError for what this model cannot do."""
+    training = settings.training
     if isinstance(config, GraftConfig):
         _check_graft(training)
     kind = getattr(config, "variant", "mamba2")
+    if settings.data.documents == RESET and kind == "mamba2":
+        raise ValueError(f"data.documents={RESET} needs a Titans model: {config.model_type} cannot reset within a row")
     for key in ("core_steps", "memory_steps"):
         if getattr(training, key) and kind not in _WITH_CORE:
             raise ValueError(f"training.{key} is for a core beside a memory ({', '.join(_WITH_CORE)}), got {kind}")
-    return settings
 
 
 def _check_graft(training: TrainingSettings) -> None:
@@ -337,14 +346,7 @@ def _check_tbptt(data: DataSettings, model: dict[str, Any]) -> None:
         raise ValueError(
             f"training.tbptt_steps must be 1 with model.baseline={MAMBA2}: its class cannot continue a row"
         )
-    goes_on = data.task and isinstance(make_task(data.task), StreamTask)
-    if not data.files and not goes_on:
-        raise ValueError(
-            "training.tbptt_steps above 1 needs data.files, or a data.task whose rows continue ({name: streams}): "
-            "other data has no such order"
-        )
-    if goes_on and data.shortest is not None:
-        raise ValueError("training.tbptt_steps above 1 does not go with data.shortest: streams continue by whole rows")
+    data.check_continued()
 
 
 def current_key(section: str, key: str) -> str:

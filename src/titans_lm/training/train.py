@@ -1,6 +1,5 @@
 """Train a language model from its settings, with transformers' `Trainer`."""
 
-import itertools
 import os
 import shutil
 import signal
@@ -18,9 +17,9 @@ from titans_lm.models.graft_config import GraftConfig
 from titans_lm.models.graft_files import check_tokenizer, make_graft
 from titans_lm.models.hub import RUN, load
 from titans_lm.models.tokenizer import load_tokenizer
-from titans_lm.tasks import Rows, StreamRows, StreamTask, make_task
+from titans_lm.tasks import make_task
 from titans_lm.training.config import Settings, check_resumed, check_same, save_settings
-from titans_lm.training.data import Blocks, StreamedBlocks, TBPTTSampler, streamed
+from titans_lm.training.data.build import data_of, examples
 from titans_lm.training.not_finite import NotFinite
 from titans_lm.training.run_folder import (
     UNFINISHED,
@@ -32,12 +31,7 @@ from titans_lm.training.run_folder import (
     step_of,
 )
 from titans_lm.training.trainer import Resume, TitansTrainer
-from titans_lm.utils.corpora import split_held_out, text_files
 from titans_lm.utils.record import Stopped, on_stop
-from titans_lm.utils.text_file import read_text
-
-EVALUATION_SEED = 2_000_003
-"""Seed of the task examples on which a search compares trials."""
 
 
 def train(settings: Settings) -> PreTrainedModel:
@@ -76,9 +70,9 @@ def trainer_for(settings: Settings, make: Callable[[Any], PreTrainedModel] | Non
     """
     tokenizer = _tokenizer(settings)
     model = model_for(settings) if make is None else make
-    training_set, evaluation_set = _data(settings, tokenizer)
+    training_set, evaluation_set = data_of(settings, tokenizer, settings.training.batch_size)
     if make is not None and evaluation_set is None:
-        evaluation_set = _examples(settings)
+        evaluation_set = examples(settings)
     return TitansTrainer(model, settings, training_set, evaluation_set, tokenizer)
 
 
@@ -137,44 +131,6 @@ def _save(trainer: TitansTrainer, settings: Settings, output: Path) -> None:
         save_settings(settings, output)
     except (SafetensorError, RuntimeError, OSError) as error:  # a full disk, as three libraries report it
         raise OSError(f"cannot write to {output}: {error}; the last whole checkpoint there is untouched") from error
-
-
-# ------------------------------------------------------------------------------------------------ data
-
-
-def _data(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Any, Any]:
-    data = settings.data
-    if data.task or tokenizer is None:
-        return _rows(settings), None
-    if data.dataset is not None:
-        rows = streamed(data.dataset, data.dataset_config, data.dataset_split, data.data_files)
-        return StreamedBlocks(rows, data.text_column, tokenizer, data.sequence_length), None
-    files, held_out = split_held_out(text_files(data.files, data.suffixes), data.held_out)
-    blocks = Blocks((read_text(f) for f in files), tokenizer, data.sequence_length)
-    training = settings.training
-    TBPTTSampler(len(blocks), training.batch_size, max(training.tbptt_steps), training.seed)  # raises for too few
-    if not held_out:
-        return blocks, None
-    evaluation = Blocks((read_text(f) for f in held_out), tokenizer, data.sequence_length)
-    evaluation.blocks = evaluation.blocks[: settings.training.eval_blocks]
-    return blocks, evaluation
-
-
-def _rows(settings: Settings) -> Rows | StreamRows:
-    """The rows of a task. With `tbptt_steps` its streams continue over that many batches."""
-    task, training = make_task(settings.data.task), settings.training
-    if max(training.tbptt_steps) > 1:
-        assert isinstance(task, StreamTask)  # settings were checked
-        return StreamRows(task, training.tbptt_steps, training.batch_size, training.seed)
-    return Rows(task, training.batch_size, training.seed, settings.data.shortest)
-
-
-def _examples(settings: Settings) -> list[dict[str, Any]]:
-    """Examples of a task on which the trials of a search are compared."""
-    if not settings.data.task:
-        raise ValueError("a search needs a task, or files of which some are held out (data.held_out)")
-    rows = Rows(make_task(settings.data.task), settings.training.batch_size, EVALUATION_SEED)
-    return list(itertools.islice(rows, settings.training.eval_blocks))
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints

@@ -27,6 +27,8 @@ from titans_lm.training.arguments import trainer_arguments
 from titans_lm.training.clock import Clock
 from titans_lm.training.config import Settings, save_settings
 from titans_lm.training.data import Blocks, TBPTTSampler
+from titans_lm.training.data.continued import continue_documents
+from titans_lm.training.data.loader import Loader, Stream
 from titans_lm.training.not_finite import NotFinite
 from titans_lm.training.progress import Progress
 from titans_lm.training.run_folder import step_of, unfinished
@@ -85,6 +87,7 @@ class TitansTrainer(Trainer):
             ],
             model_init=None if whole else model,
         )
+        self.args.ignore_data_skip = isinstance(training_set, Stream)  # it goes to its place by itself
         self.remove_callback(PrinterCallback)  # `Clock` and `Progress` show how far the run is
 
     def _reset_run_state(self) -> None:
@@ -122,8 +125,10 @@ class TitansTrainer(Trainer):
             if isinstance(module, nn.Linear) and module.weight is not tied
         ]
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """As `Trainer`'s, but blocks of texts come in the order of `TBPTTSampler`."""
+    def get_train_dataloader(self) -> DataLoader[Any] | Loader:
+        """As `Trainer`'s, but blocks of texts come in the order of `TBPTTSampler`, and a stream makes its batches."""
+        if isinstance(self.train_dataset, Stream):
+            return self.train_dataset.begin(self.args.process_index, self.args.world_size)
         sampler = self._sampler()
         if sampler is None:
             return super().get_train_dataloader()
@@ -177,6 +182,7 @@ class TitansTrainer(Trainer):
         if max(self.settings.tbptt_steps) == 1 or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         self._reset_rows()
+        self.last_batch = inputs = continue_documents(inputs, self.carried)
         self.last_state = None if self.carried is None else self.carried.shallow_copy()
         self.batches += 1
         kwargs["return_outputs"] = True
@@ -220,6 +226,8 @@ class TitansTrainer(Trainer):
             save_settings(self.run, folder)
             if self.carried is not None:
                 self.carried.save(folder / CARRIED)
+            if isinstance(self.train_dataset, Stream) and self.train_dataset.loader is not None:
+                self.train_dataset.loader.save(folder)
             super()._save_checkpoint(model, trial)
         self.writing = None
 
@@ -240,6 +248,8 @@ class TitansTrainer(Trainer):
         """Take the carried memory of `checkpoint`, and this run's learning rate and weight decay, not those of the run
         that wrote it. `Trainer` has loaded its optimizer and scheduler."""
         self._apply_settings()
+        if isinstance(self.train_dataset, Stream) and self.train_dataset.loader is not None:
+            self.train_dataset.loader.load(checkpoint, self._batches_of(step_of(checkpoint)))
         if max(self.settings.tbptt_steps) > 1:
             self.batches = self._batches_of(step_of(checkpoint))
             self.carried = TitansState.load(checkpoint / CARRIED, self.model)

@@ -1,5 +1,6 @@
 """Lists of text files: from files, folders and the Python standard library, and which of them are held out."""
 
+import glob
 import logging
 import sysconfig
 import zlib
@@ -15,9 +16,10 @@ _NOT_PROSE = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledem
 
 
 def text_files(paths: Iterable[str], suffixes: Iterable[str]) -> list[Path]:
-    """The files among `paths`, and for each folder, sorted, its files with one of `suffixes` that are not blank.
+    """The files among `paths`, sorted those that fit a pattern such as data/*.txt, and for each folder, sorted, its
+    files with one of `suffixes` that are not blank.
 
-    Raises ValueError for a path that does not exist or a folder without such a file.
+    Raises ValueError for a path that does not exist, and a pattern or a folder without such a file.
     """
     files: list[Path] = []
     for name in paths:
@@ -35,6 +37,11 @@ def text_files(paths: Iterable[str], suffixes: Iterable[str]) -> list[Path]:
             files += with_text
         elif path.exists():
             files.append(path)
+        elif glob.has_magic(name):
+            found = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
+            if not found:
+                raise ValueError(f"no file fits {name}")
+            files += found
         else:
             raise ValueError(f"{path} does not exist; give text files, folders or {STDLIB!r}")
     return files

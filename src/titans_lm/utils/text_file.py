@@ -95,6 +95,14 @@ def is_blank(path: Path) -> bool:
         return all(block.isspace() for block in iter(lambda: file.read(1 << 16), b""))
 
 
+def decode_text(content: bytes, path: Path) -> str:
+    """The text of a file whose `content` has been read by other means. Raises ValueError as `examine` does."""
+    text = _decode(content, 0, path, "strict")
+    if not text.strip():
+        raise ValueError(f"{path} is empty; give a file with text in it")
+    return text
+
+
 # ------------------------------------------------------------------------------------------------ parts
 
 

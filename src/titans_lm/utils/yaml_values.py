@@ -62,7 +62,7 @@ def typed(value: Any, hint: Any, name: str) -> Any:
     elif typing.get_origin(kind) is list:
         (item,) = typing.get_args(kind)
         values = value if isinstance(value, list) else [value]
-        if all(type(v) is item for v in values):
+        if all(type(v) is (typing.get_origin(item) or item) for v in values):
             return values
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
@@ -76,6 +76,7 @@ _NAMES: dict[Any, str] = {
     bool: "true or false",
     list[str]: "a list of texts",
     list[int]: "a whole number, or a list of them",
+    list[dict[str, Any]]: "a list of keys and values, such as [{until: 1.0, sequence_length: 512}]",
     dict: "keys and values, such as {name: mqar}",
 }
 
