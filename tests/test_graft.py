@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 import torch
 import transformers as hf
 from safetensors import safe_open
 from torch import Tensor
 
+from test_serve import LIMITS, serving
 from titans_lm import Reader, TitansForCausalLM, TitansState, load
 from titans_lm.cli import main
+from titans_lm.inference.serve.app import Service
 from titans_lm.layers.bypass import bypass_memory
 from titans_lm.models.graft import GraftForCausalLM
 from titans_lm.models.graft_config import graft_config
@@ -458,3 +461,49 @@ def test_the_example_grafts_trains_and_saves(bases, tmp_path, monkeypatch, capsy
     before, after = (float(number) for number in re.findall(r"\d+\.\d{3}", capsys.readouterr().out))
     assert after < before - 0.1
     assert load(tmp_path / "out")[0].config.grafted == [1]
+
+
+# ------------------------------------------------------------------------------------------------ and everything else
+
+
+def test_the_server_answers_from_the_memory_of_a_graft(llama):
+    reader = Reader(llama, byte_tokenizer()).read("My number is 777. " * 9)
+    with serving(Service(llama, byte_tokenizer(), reader.state, LIMITS)) as url:
+        body = {"model": "titans", "prompt": "My number", "max_tokens": 6, "temperature": 0}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+    assert answer == reader.ask("My number", max_new_tokens=6)[0]
+
+
+@torch.no_grad()
+def test_beams_carry_the_memory_and_continue_a_state(llama):
+    x, options = ids(1, 9), {"num_beams": 3, "max_new_tokens": 7, "eos_token_id": None}
+    state = llama.initial_state(1)
+    out = llama.generate(x, past_key_values=state, attention_mask=torch.ones_like(x), **options)
+    assert torch.equal(out, llama.generate(x, attention_mask=torch.ones_like(x), use_cache=False, **options))
+    later = ids(1, 5)
+    fork = state.continuation()
+    expected = llama(torch.cat([out, later], 1)).logits[:, -5:]
+    assert_close(llama(later, past_key_values=fork).logits, expected)
+
+
+@torch.no_grad()
+def test_documents_of_one_row_do_not_see_one_another(llama):
+    one, two = ids(1, 11), ids(1, 7)
+    position = torch.cat([torch.arange(11), torch.arange(7)])[None]
+    packed = llama(torch.cat([one, two], 1), position_ids=position).logits
+    assert_close(packed, torch.cat([llama(one).logits, llama(two).logits], 1))
+
+
+@torch.no_grad()
+def test_a_base_in_half_precision_has_a_memory_in_single(bases, tmp_path):
+    folder = tmp_path / "half"
+    plain(bases["llama"]).to(torch.bfloat16).save_pretrained(folder)
+    model, x = graft(str(folder), opened=False, window_size=6), ids()
+    assert torch.equal(model(x[:, :6]).logits, plain(str(folder))(x[:, :6]).logits)
+    assert model.model.grafts()[0].memory.q_proj.weight.dtype == torch.float32
+    torch.nn.init.normal_(model.model.grafts()[0].gate.scale)
+    state = model.initial_state(1)
+    model(x[:1], past_key_values=state)
+    state.save(tmp_path / "a.memory")
+    loaded = TitansState.load(tmp_path / "a.memory", model)
+    assert torch.equal(model(x[1:], past_key_values=loaded).logits, model(x[1:], past_key_values=state).logits)
