@@ -78,19 +78,21 @@ class GraftedAttention(nn.Module):
         return restart_rows(context.new_rows, LMMCache(first), LMMCache(state)).memory
 
 
-class _Cached:
-    """What `TitansModel` asks a block about its cache."""
+class GraftedLayer(nn.Module):
+    """A layer as its surroundings see a block: its cache, and its memory and gate, if it has them. It is not called."""
 
     def __init__(self, shape: BaseShape, layer: int, grafted: GraftedAttention | None):
-        self.shape, self.layer, self.grafted = shape, layer, grafted
+        super().__init__()
+        self.shape, self.layer = shape, layer
         self.cache_type = AttentionCache if grafted is None else MAGCache
+        if grafted is not None:
+            self.memory, self.gate, self.norm = grafted.memory, grafted.gate, grafted.norm
 
     def empty_cache(self, batch: int, like: Tensor) -> BlockCache:
         attention = self.shape.empty(self.layer, batch, like)
-        if self.grafted is None:
+        if self.cache_type is AttentionCache:
             return AttentionCache(attention)
-        own = like.to(self.grafted.norm.weight.dtype)
-        return MAGCache(attention, self.grafted.memory.empty_state(batch, own))
+        return MAGCache(attention, self.memory.empty_state(batch, like.to(self.norm.weight.dtype)))
 
 
 class GraftModel(TitansModel):
@@ -124,7 +126,7 @@ class GraftModel(TitansModel):
 
     def blocks(self) -> list[Any]:
         own = {grafted.layer: grafted for grafted in self.grafts()}
-        return [_Cached(self.shape, layer, own.get(layer)) for layer in range(self.config.num_hidden_layers)]
+        return [GraftedLayer(self.shape, layer, own.get(layer)) for layer in range(self.config.num_hidden_layers)]
 
     def _rope(self, position: Tensor, dtype: torch.dtype) -> RotaryEmbedding:
         """None: the base has its own positions."""

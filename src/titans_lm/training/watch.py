@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from titans_lm.layers.gating import ConvexGate, ProductGate
+from titans_lm.layers.gating import ConvexGate, ProductGate, ResidualGate
 from titans_lm.layers.neural_memory import NeuralMemory
 from titans_lm.models.cache import TitansState
 from titans_lm.models.modeling import TitansForCausalLM
@@ -97,7 +97,7 @@ def _gates(model: TitansForCausalLM, persistent: bool) -> Iterator[Callable[[], 
             listen("alpha", layer, memory.alpha)
         if isinstance(join, ProductGate):
             listen("gate", layer, join.m_norm)
-        elif isinstance(join, ConvexGate):
+        elif isinstance(join, ConvexGate | ResidualGate):
             listen("gate", layer, join.mix)
 
     def means() -> dict[tuple[str, str], float]:
