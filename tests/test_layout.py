@@ -20,6 +20,7 @@ STOREYS = [
     ["evaluate", "analyze"],
     ["bench", "study"],
     ["cli"],
+    ["__main__"],
 ]
 """What is in a storey imports from its own and from those before it; two of one line do not know each other."""
 WITHIN_OPS = [

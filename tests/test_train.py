@@ -267,8 +267,11 @@ def test_only_linear_maps_decay(texts, tmp_path):
         ("training.max_steps=many", "training.max_steps must be a whole number, got 'many'"),
         ("training.max_steps=0", "training.max_steps must be at least 1"),
         ("training.tbptt_steps=[4, 0]", "training.tbptt_steps must be at least 1, got 0"),
-        ("training.tbptt_steps=[]", "one number, or at most one for each of training.batch_size=2 rows, got []"),
-        ("training.tbptt_steps=[2, 3, 4]", "at most one for each of training.batch_size=2 rows, got [2, 3, 4]"),
+        ("training.tbptt_steps=[]", "one number, or at most one for each row of a batch, got []"),
+        (
+            "training.tbptt_steps=[2, 3, 4]",
+            "at most one for each of the 2 rows of a batch",
+        ),
         ("training.tbptt_steps=[4, many]", "training.tbptt_steps must be a whole number, or a list of them"),
         ("training.core_steps=6", "training.core_steps must be below max_steps=6, got 6"),
         ("training.core_steps=-1", "training.core_steps must be at least 0, got -1"),

@@ -13,8 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from conftest import each_titan, tiny_model, tokens
 from titans_lm.analyze.trace import trace
 from titans_lm.models.hub import load
-from titans_lm.training.config import check_resumed, parse_settings
+from titans_lm.training.config import parse_settings
 from titans_lm.training.progress import line
+from titans_lm.training.resume import check_resumed
 from titans_lm.training.run_folder import is_begun
 from titans_lm.training.train import train
 from titans_lm.training.watch import matmul_rate, memory_statistics, operations_per_token
@@ -238,7 +239,7 @@ def test_what_is_left_is_estimated_from_this_part_of_a_run_and_files_of_progress
     assert is_begun(tmp_path)  # of a run that was killed before its first checkpoint
     train(settings(text, tmp_path, max_steps=2))
     whole = settings(text, tmp_path, max_steps=6, resume=True, progress_seconds=1e-6, report_to=[])
-    check_resumed(tmp_path / "checkpoint-2", whole)  # what is shown may change
+    check_resumed(tmp_path / "checkpoint-2", whole, whole.training.batch_size)  # what is shown may change
     capfd.readouterr()
     train(whole)
     steps = [match[1] for match in map(LINE.fullmatch, capfd.readouterr().err.splitlines()) if match]

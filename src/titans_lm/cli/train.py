@@ -3,6 +3,7 @@
 import argparse
 
 from titans_lm.training.config import load_settings
+from titans_lm.training.processes import Processes
 from titans_lm.training.train import train
 
 
@@ -10,4 +11,5 @@ def run(arguments: argparse.Namespace) -> None:
     settings = load_settings(arguments.config, arguments.changes)
     model = train(settings)
     size = sum(p.numel() for p in model.parameters())
-    print(f"{settings.training.output_dir}: a model of {size:,} parameters; titans infer --model reads with it")
+    if Processes().is_first:
+        print(f"{settings.training.output_dir}: a model of {size:,} parameters; titans infer --model reads with it")

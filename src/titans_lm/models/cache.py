@@ -52,6 +52,10 @@ class TitansState(Cache):
         self.identity = identity
         """The model that this state belongs to, for memory files."""
 
+    restarts = False
+    """Whether rows start anew in the next call of any process of a training run. Then the first memory is part of the
+    graph in all of them, as FSDP needs: it adds up the gradients of the same weights everywhere."""
+
     memories = RenamedAttribute("memories", "layer_caches")
 
     def __setstate__(self, state: dict[str, Any]) -> None:

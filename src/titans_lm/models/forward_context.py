@@ -22,7 +22,7 @@ class ForwardContext(NamedTuple):
     surprise: bool  # the memory's surprise is returned
     eager: bool = False  # attn_implementation="eager"
     bypass: bool = False  # see `bypass_memory`
-    new_rows: Tensor | None = None  # [B], True in rows at their first token, if other rows are further; None: else
+    new_rows: Tensor | None = None  # [B], True in rows at their first token, if others are further; None: else
 
     def advanced(self, tokens: int) -> "ForwardContext":
         """The context after the valid ones of these `tokens`."""

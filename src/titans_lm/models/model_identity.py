@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 _NOT_IDENTITY = {
@@ -33,7 +34,10 @@ def identity(model: PreTrainedModel) -> dict[str, str]:
     weights, count = hashlib.sha256(), 0
     for name, parameter in sorted(model.base_model.named_parameters()):
         weights.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        weights.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        whole: Any = parameter.detach()
+        if isinstance(whole, DTensor):  # sharded by FSDP: a collective call
+            whole = whole.full_tensor()
+        weights.update(whole.cpu().contiguous().view(-1).view(torch.uint8).numpy())
         count += parameter.numel()
     return {
         "configuration": hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest(),

@@ -233,7 +233,7 @@ class TitansModel(TitansPreTrainedModel):
             update=not state.frozen,
             surprise=options.surprise and not state.frozen,
             eager=self.config._attn_implementation == "eager",
-            new_rows=position == 0 if 0 in positions and len(positions) > 1 else None,
+            new_rows=position == 0 if positions != {0} and (0 in positions or state.restarts) else None,
         )
         x, after, hidden, surprises = self._run_layers(x, before, context, options)
         if mask is not None:

@@ -36,5 +36,7 @@ def trainer_arguments(settings: Settings, evaluate: bool) -> TrainingArguments:
         seed=s.seed,
         disable_tqdm=s.max_minutes is not None or not shows_bar(),
         report_to=list(s.report_to),
+        fsdp=True if s.fsdp else None,
+        ddp_find_unused_parameters=True,  # a bypassed memory, for one, has no gradient
         dataloader_pin_memory=torch.cuda.is_available(),
     )

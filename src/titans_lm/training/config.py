@@ -6,7 +6,6 @@ the comparison on resume, which are the rest of this file, would stay.
 """
 
 import dataclasses
-import logging
 import math
 import typing
 import warnings
@@ -54,6 +53,10 @@ class TrainingSettings:
     max_grad_norm: float = 1.0
     bf16: bool = False
     activation_checkpointing: bool = False
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer state over the processes of torchrun or accelerate (FSDP2, by block)."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
     tbptt_steps: list[int] = field(default_factory=lambda: [1])
     """Carry the memory across N batches (truncated BPTT). Each batch continues its rows' texts, and gradients stop at
     the batch's start. After N batches the memory is reset. 1: reset before every batch. Several values: row i takes
@@ -68,6 +71,8 @@ class TrainingSettings:
     eval_blocks: int = 32
     """Maximum number of held-out sequences in an evaluation."""
     save_steps: int = 200
+    keep: int = 2
+    """Number of checkpoints that are kept: the last ones."""
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Where the run is shown while it trains: tensorboard, wandb, trackio, several, or none ([])."""
     sample_steps: int = 0
@@ -98,9 +103,8 @@ class TrainingSettings:
             raise ValueError(
                 f"training.memory_steps must be at most max_steps - core_steps={left}, got {self.memory_steps}"
             )
-        if not 1 <= len(self.tbptt_steps) <= self.batch_size:
-            many = f"one number, or at most one for each of training.batch_size={self.batch_size} rows"
-            raise ValueError(f"training.tbptt_steps must be {many}, got {self.tbptt_steps}")
+        if not self.tbptt_steps:
+            raise ValueError("training.tbptt_steps must be one number, or at most one for each row of a batch, got []")
         at_least("training.tbptt_steps", min(self.tbptt_steps), 1)
 
     def _check_watching(self) -> None:
@@ -134,7 +138,7 @@ class TrainingSettings:
 
 _COUNTS = (
     "max_steps", "batch_size", "accumulation", "logging_steps", "eval_steps", "eval_blocks", "save_steps",
-    "sample_tokens",
+    "sample_tokens", "keep",
 )  # fmt: skip
 
 
@@ -251,47 +255,6 @@ def load_settings(path: Path, changes: list[str]) -> Settings:
 def save_settings(settings: Settings, folder: Path) -> None:
     """Write `run.yaml`, which `load_settings` reads."""
     (folder / RUN).write_text(yaml.dump(dataclasses.asdict(settings), Dumper=Dumper, sort_keys=False))
-
-
-def check_same(folder: Path, settings: Settings) -> None:
-    """Raises ValueError if the run in `folder` has other settings, or no run.yaml."""
-    ours, theirs = _flat(settings), _flat(load_settings(folder / RUN, []))
-    other = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-    if other:
-        raise ValueError(f"{folder} is of a run of other settings ({', '.join(other)}); remove it, or run elsewhere")
-
-
-MAY_CHANGE = (
-    "max_steps", "max_minutes", "learning_rate", "final_rate", "warmup", "weight_decay", "max_grad_norm", "bf16",
-    "activation_checkpointing", "logging_steps", "eval_steps", "eval_blocks", "save_steps",
-    "report_to", "sample_steps", "sample_prompts", "sample_tokens", "progress_seconds",
-)  # fmt: skip
-"""Keys of `training` that may change on resume. They take effect from there on."""
-
-
-def check_resumed(checkpoint: Path, settings: Settings) -> None:
-    """Raises ValueError if a run of these settings cannot resume from `checkpoint`: with another model, other data or
-    another order of it, the result would be of neither run."""
-    if not (checkpoint / RUN).is_file():  # written by an early version
-        logging.getLogger(__name__).warning("%s has no run.yaml: its settings cannot be compared", checkpoint)
-        return
-    before = load_settings(checkpoint / RUN, [])
-    ours, theirs = _flat(settings), _flat(before)
-    other = {key: theirs.get(key) for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)}
-    if settings.config().to_dict() == before.config().to_dict():  # the same model under other key names
-        other = {key: value for key, value in other.items() if not key.startswith("model.")}
-    free = {f"training.{name}" for name in MAY_CHANGE if name != "max_steps" or not settings.data.curriculum}
-    fixed = {key: value for key, value in other.items() if key not in free}
-    if fixed:
-        changes = ", ".join(f"{key}={ours.get(key)!r} (was {value!r})" for key, value in fixed.items())
-        raise ValueError(f"{changes} cannot change on resume; keep it, or train in another training.output_dir")
-
-
-def _flat(settings: Settings) -> dict[str, Any]:
-    """Dotted key -> value, without `output_dir` and `resume`."""
-    sections = dataclasses.asdict(settings)
-    del sections["training"]["output_dir"], sections["training"]["resume"]
-    return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
 
 
 def parse_settings(tree: dict[str, Any]) -> Settings:

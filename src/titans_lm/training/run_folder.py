@@ -18,6 +18,8 @@ from transformers.trainer_pt_utils import safe_globals
 
 from titans_lm.models.hub import RUN
 from titans_lm.models.model_files import DIGESTS, check_digests
+from titans_lm.training.processes import Processes
+from titans_lm.training.sharded_checkpoint import SHARDS
 from titans_lm.utils.memory_lock import FileLock, beside
 
 STATE = "trainer_state.json"
@@ -30,9 +32,10 @@ STATE_DIGESTS = "training_digests.json"
 LOGS = "runs"
 PROGRESS = "progress.json"
 """File in the folder that says how far the run is."""
-KEPT = 2
-"""Number of checkpoints that a run keeps."""
-_STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+ROWS = "processes.json"
+"""File in a checkpoint: the rows in the batch of all processes. Without it: `training.batch_size`."""
+_PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
+"""Files that torch reads without executing what is in them (`weights_only`)."""
 _MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template.jinja",
@@ -73,61 +76,108 @@ def check_names_free(output: Path) -> None:
 
 def check_checkpoint(folder: Path) -> None:
     """Raises ValueError, naming the file, for a checkpoint that is damaged or incomplete. Executes nothing in it."""
-    check_digests(folder)
-    check_digests(folder, STATE_DIGESTS)
-    for name in (STATE, *_STATES):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is damaged: {name} is missing")
+    shards = folder / SHARDS
+    for digested in (folder, shards):
+        check_digests(digested)
+        check_digests(digested, STATE_DIGESTS)
+    needed = [STATE, "scheduler.pt", "rng_state*.pth", *([] if shards.is_dir() else ["optimizer.pt"])]
+    for pattern in needed:
+        if not any(folder.glob(pattern)):
+            raise ValueError(f"{folder} is damaged: {pattern.replace('*', '')} is missing")
     try:
         json.loads((folder / STATE).read_text())["global_step"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder} is damaged: {STATE} is not what a training run wrote") from None
-    for weights in folder.glob("*.safetensors"):
+    for weights in [*folder.glob("*.safetensors"), *shards.glob("*.safetensors")]:
         try:
             with safe_open(weights, "pt"):  # reads the header, and compares it with the file's size
                 pass
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{folder} is damaged: {weights.name} cannot be loaded ({error})") from error
-    for name in _STATES:
+    for path in (path for pattern in _PICKLES for path in folder.glob(pattern)):
         try:
             with safe_globals():
-                torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+                torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many kinds; all mean that the file is damaged
             reason = str(error).split(". ")[0].split("\n")[0]
-            raise ValueError(f"{folder} is damaged: {name} cannot be read ({reason})") from error
+            raise ValueError(f"{folder} is damaged: {path.name} cannot be read ({reason})") from error
+
+
+def rows_of(checkpoint: Path, alone: int) -> int:
+    """Rows in a batch of all processes that wrote the checkpoint; `alone`: those in one of one process. Raises
+    ValueError for a damaged file."""
+    if not (checkpoint / ROWS).is_file():
+        return alone
+    try:
+        return int(json.loads((checkpoint / ROWS).read_text())["rows"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{checkpoint} is damaged: {ROWS} is not what a training run wrote") from None
+
+
+def write_rows(checkpoint: Path, rows: int, processes: Processes) -> None:
+    """Write how many `rows` the processes have together in a batch."""
+    (checkpoint / ROWS).write_text(json.dumps({"processes": processes.count, "rows": rows}) + "\n")
 
 
 @contextlib.contextmanager
-def unfinished(output: Path) -> Iterator[Path]:
-    """Yields a folder to write a checkpoint in. On success moves it to `output` and removes all but the last `KEPT`
-    checkpoints.
+def unfinished(output: Path, step: int, keep: int, processes: Processes) -> Iterator[Path]:
+    """Yields the folder of the checkpoint of `step`, made inside a folder of its own, for all processes to write in. On
+    success moves it to `output` and removes all checkpoints but the last `keep`.
 
-    Raises OSError if it cannot be written, and then leaves nothing behind.
+    Raises OSError if it cannot be written, and then leaves nothing behind. On several machines `output` has to be on a
+    file system that they share, or this is an OSError too.
     """
     folder = output / UNFINISHED
+    checkpoint = folder / f"checkpoint-{step}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-        for made in _numbered(folder):
-            _finish(made)
-            os.replace(made, output / made.name)
+        with processes.together():
+            if processes.is_first:
+                shutil.rmtree(folder, ignore_errors=True)
+                checkpoint.mkdir(parents=True)
+        with processes.together():
+            if not checkpoint.is_dir():
+                raise OSError(f"process {processes.index} does not see it: all machines have to share this folder")
+        with processes.together():
+            yield checkpoint
+        with processes.together():
+            if processes.is_first:
+                _finish(checkpoint)
+                os.replace(checkpoint, output / checkpoint.name)
+                _sync(output)
     except (RuntimeError, OSError) as error:  # torch and safetensors report a full disk as RuntimeError
         raise OSError(f"cannot write to {output}: {error}; the last whole checkpoint there is untouched") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    for old in checkpoints(output)[:-KEPT]:
-        shutil.rmtree(old)
+        if processes.is_first:
+            shutil.rmtree(folder, ignore_errors=True)
+    if processes.is_first:
+        for old in checkpoints(output)[:-keep]:
+            os.replace(old, output / UNFINISHED)  # half removed, it would be taken for a damaged checkpoint
+            shutil.rmtree(output / UNFINISHED)
 
 
 def _finish(checkpoint: Path) -> None:
     """Write the digests, and flush all files to the disk."""
-    digests = {}
-    for path in sorted(checkpoint.iterdir()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            if path.name in _STATES:
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    (checkpoint / STATE_DIGESTS).write_text(json.dumps(digests, indent=1) + "\n")
+    for folder in [path for path in checkpoint.iterdir() if path.is_dir()] + [checkpoint]:
+        digests = {}
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                if folder != checkpoint or any(path.match(pattern) for pattern in _PICKLES):
+                    digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        listed = folder / STATE_DIGESTS
+        listed.write_text(json.dumps(digests, indent=1) + "\n")
+        _sync(listed)
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    with contextlib.suppress(PermissionError):  # Windows opens no folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------------ the folder

@@ -1,9 +1,10 @@
 """Train a language model from its settings, with transformers' `Trainer`."""
 
+import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from titans_lm.models.graft_files import check_tokenizer, make_graft
 from titans_lm.models.hub import RUN, load
 from titans_lm.models.tokenizer import load_tokenizer
 from titans_lm.tasks import make_task
-from titans_lm.training.config import Settings, check_resumed, check_same, save_settings
+from titans_lm.training.config import Settings, save_settings
 from titans_lm.training.data.build import data_of, examples
 from titans_lm.training.not_finite import NotFinite
+from titans_lm.training.processes import Processes
+from titans_lm.training.resume import check_resumed, check_same
 from titans_lm.training.run_folder import (
     UNFINISHED,
     RunLock,
@@ -41,14 +44,15 @@ def train(settings: Settings) -> PreTrainedModel:
     invalid settings or texts, NotFinite if the loss becomes NaN or infinite, OSError if a file cannot be written, and
     KeyboardInterrupt after Ctrl-C, SIGTERM or SIGHUP, once a checkpoint is saved.
     """
-    output = Path(settings.training.output_dir)
-    _checkpoint(output, settings)
-    trainer = trainer_for(settings)
-    interruption = _SaveAndStop()
+    output, processes = Path(settings.training.output_dir), Processes()
+    rows = settings.training.batch_size * processes.count
+    processes.of_first(lambda: _checkpoint(output, settings, rows))
+    with processes.together():
+        trainer = trainer_for(settings)
+    interruption = _SaveAndStop(processes)
     trainer.add_callback(interruption)
-    with RunLock(output), on_stop(interruption.ask):
-        checkpoint = _checkpoint(output, settings)  # again: another run may have ended there since
-        shutil.rmtree(output / UNFINISHED, ignore_errors=True)
+    with _lock(output, processes), on_stop(interruption.ask):
+        checkpoint = processes.of_first(lambda: _begin(output, settings, rows))
         if checkpoint is not None:
             trainer.add_callback(Resume(trainer, checkpoint))
         try:
@@ -56,9 +60,10 @@ def train(settings: Settings) -> PreTrainedModel:
             if not interruption.number:
                 _save(trainer, settings, output)
         except NotFinite as error:
-            raise error.after(last_checkpoint(output)) from None
+            raise processes.said_once(error.after(last_checkpoint(output))) from None
     if interruption.number:
-        raise Stopped(interruption.number, f"saved in {output}; continue with --set training.resume=true")
+        stopped = Stopped(interruption.number, f"saved in {output}; continue with --set training.resume=true")
+        raise processes.said_once(stopped, Stopped.status(stopped))
     model: PreTrainedModel = trainer.model
     return model
 
@@ -70,7 +75,7 @@ def trainer_for(settings: Settings, make: Callable[[Any], PreTrainedModel] | Non
     """
     tokenizer = _tokenizer(settings)
     model = model_for(settings) if make is None else make
-    training_set, evaluation_set = data_of(settings, tokenizer, settings.training.batch_size)
+    training_set, evaluation_set = data_of(settings, tokenizer, settings.training.batch_size * Processes().count)
     if make is not None and evaluation_set is None:
         evaluation_set = examples(settings)
     return TitansTrainer(model, settings, training_set, evaluation_set, tokenizer)
@@ -127,8 +132,10 @@ def _save(trainer: TitansTrainer, settings: Settings, output: Path) -> None:
     trainer.check_finite()
     try:
         trainer.save_model()
-        trainer.save_state()
-        save_settings(settings, output)
+        with trainer.processes.together():
+            if trainer.processes.is_first:
+                trainer.save_state()
+                save_settings(settings, output)
     except (SafetensorError, RuntimeError, OSError) as error:  # a full disk, as three libraries report it
         raise OSError(f"cannot write to {output}: {error}; the last whole checkpoint there is untouched") from error
 
@@ -146,7 +153,22 @@ def earlier(settings: Settings) -> Path | None:
     return saved
 
 
-def _checkpoint(output: Path, settings: Settings) -> Path | None:
+def _begin(output: Path, settings: Settings, rows: int) -> Path | None:
+    """As `_checkpoint`, once the folder is locked: another run may have ended there since. Removes leftovers."""
+    checkpoint = _checkpoint(output, settings, rows)
+    shutil.rmtree(output / UNFINISHED, ignore_errors=True)
+    return checkpoint
+
+
+@contextlib.contextmanager
+def _lock(output: Path, processes: Processes) -> Iterator[None]:
+    """A context in which the first process holds the folder's lock, for all."""
+    with contextlib.ExitStack() as stack:
+        processes.of_first(lambda: stack.enter_context(RunLock(output)) and None)
+        yield
+
+
+def _checkpoint(output: Path, settings: Settings, rows: int) -> Path | None:
     """The checkpoint to resume from, checked; None to start. Raises ValueError rather than overwrite another run."""
     training, last = settings.training, last_checkpoint(output)
     check_names_free(output)
@@ -154,7 +176,7 @@ def _checkpoint(output: Path, settings: Settings) -> Path | None:
         check_checkpoint(last)
         if step_of(last) >= training.max_steps:
             raise ValueError(f"training.max_steps={training.max_steps} are done in {output}; give more to continue")
-        check_resumed(last, settings)
+        check_resumed(last, settings, rows)
         return last
     if is_begun(output):  # and killed before its first checkpoint
         return None
@@ -174,11 +196,15 @@ class _SaveAndStop(TrainerCallback):
     number = 0
     """Of the signal received."""
 
+    def __init__(self, processes: Processes):
+        self.processes = processes
+
     def ask(self, number: int, _: Any) -> None:
         if self.number and number == signal.SIGINT:
             raise Stopped(number)
         self.number = self.number or number
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 - the callback's form
+        self.number = max(self.processes.gather(self.number))
         if self.number:
             control.should_save = control.should_training_stop = True

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -23,21 +24,23 @@ from titans_lm.models.cache import TitansState
 from titans_lm.models.model_files import DIGESTS, add_digests
 from titans_lm.models.tokenizer import is_bytes
 from titans_lm.tasks import StreamTask, make_task
+from titans_lm.training import sharded_checkpoint
 from titans_lm.training.arguments import trainer_arguments
+from titans_lm.training.carried_memory import CarriedMemory
 from titans_lm.training.clock import Clock
 from titans_lm.training.config import Settings, save_settings
 from titans_lm.training.data import Blocks, TBPTTSampler
 from titans_lm.training.data.continued import continue_documents
 from titans_lm.training.data.loader import Loader, Stream
+from titans_lm.training.data_settings import RESET
+from titans_lm.training.fsdp import prepare_fsdp, reshard
 from titans_lm.training.not_finite import NotFinite
+from titans_lm.training.processes import OwnOrder, Processes
 from titans_lm.training.progress import Progress
-from titans_lm.training.run_folder import step_of, unfinished
+from titans_lm.training.run_folder import step_of, unfinished, write_rows
 from titans_lm.training.stages import Stages
 from titans_lm.training.trackers import Trackers
 from titans_lm.training.watch import Watch
-
-CARRIED = "memory.safetensors"
-"""In a checkpoint: the memory that the next batch starts with, with `tbptt_steps`."""
 
 
 class Resume(TrainerCallback):
@@ -66,7 +69,12 @@ class TitansTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase | None,
     ):
         self.run, self.settings = settings, settings.training
-        self.clock = Clock(self.settings.max_steps, self.settings.max_minutes)
+        self.processes = Processes()
+        self.rows = self.settings.batch_size * self.processes.count  # of the batch of all processes
+        if len(self.settings.tbptt_steps) > self.rows:
+            many = f"one number, or at most one for each of the {self.rows} rows of a batch (training.batch_size)"
+            raise ValueError(f"training.tbptt_steps must be {many}, got {self.settings.tbptt_steps}")
+        self.clock = Clock(self.settings.max_steps, self.settings.max_minutes, self.processes)
         self.bytes = tokenizer is not None and is_bytes(tokenizer) and not _labels_some_tokens(settings)
         self.tokens = 0  # read in training
         self.logged = (0, time.monotonic())
@@ -87,12 +95,17 @@ class TitansTrainer(Trainer):
             ],
             model_init=None if whole else model,
         )
+        if self.is_fsdp_enabled and settings.data.documents == RESET:
+            raise ValueError(f"FSDP gathers weights as often in each process: data.documents={RESET} needs DDP")
         self.args.ignore_data_skip = isinstance(training_set, Stream)  # it goes to its place by itself
+        if self.settings.compile:
+            for block in self.model.base_model.layers:
+                block.compile()  # in place: its name in checkpoints stays
         self.remove_callback(PrinterCallback)  # `Clock` and `Progress` show how far the run is
 
     def _reset_run_state(self) -> None:
-        self.batches = 0  # read so far
-        self.carried: TitansState | None = None  # the memory after the last of them
+        s = self.settings
+        self.carried = CarriedMemory(s.tbptt_steps, s.batch_size, self.processes)
         self.last_batch: Any = None  # on the model's device
         self.last_state: TitansState | None = None  # the memory before it
         self.loss_sum = torch.zeros(())  # of all batches; it stays NaN or infinite once a loss was
@@ -116,6 +129,19 @@ class TitansTrainer(Trainer):
         rise = min(1.0, max(done, (step + 1) / s.max_steps) / s.warmup) if s.warmup else 1.0
         return rise * (s.final_rate + (1 - s.final_rate) * (1 + math.cos(math.pi * done)) / 2)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As `Trainer`'s. With FSDP, weights are gathered in float32 and half precision is autocast's, as without it:
+        the memory's state, its first memory M_0 and its gates stay float32."""
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = prepare_fsdp(self.accelerator, self.args.fsdp_plugin_args)
+
+    def compute_loss_context_manager(self) -> Any:
+        """As `Trainer`'s, with autocast where FSDP is on: accelerate then leaves it out."""
+        context = super().compute_loss_context_manager()
+        if self.is_fsdp_enabled:
+            context.enter_context(self.accelerator.autocast())  # no-op without training.bf16
+        return context
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The weights of linear maps: no norms, biases, embeddings, convolutions, persistent tokens, nor M_0."""
         tied = model.get_input_embeddings().weight  # type: ignore[operator]
@@ -126,28 +152,28 @@ class TitansTrainer(Trainer):
         ]
 
     def get_train_dataloader(self) -> DataLoader[Any] | Loader:
-        """As `Trainer`'s, but blocks of texts come in the order of `TBPTTSampler`, and a stream makes its batches."""
+        """This process's rows of the batches of all: of blocks in the order of `TBPTTSampler`, or as a stream makes
+        them."""
         if isinstance(self.train_dataset, Stream):
-            return self.train_dataset.begin(self.args.process_index, self.args.world_size)
-        sampler = self._sampler()
+            return self.train_dataset.begin(self.processes.index, self.processes.count)
+        sampler, rows = self._sampler(), self.settings.batch_size
         if sampler is None:
             return super().get_train_dataloader()
-        loader = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             self.train_dataset,
-            batch_size=self.args.train_batch_size,
-            sampler=sampler,
+            batch_size=rows,
+            sampler=OwnOrder(sampler, rows, self.processes),
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
-        )
-        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
-        return prepared
+        )  # as if this process were the only one: accelerate would give each every second batch of all rows
+        return prepare_data_loader(loader, self.args.device, 1, 0, put_on_device=True, dispatch_batches=False)
 
     def _sampler(self) -> TBPTTSampler | None:
         """The order of the blocks; None for a task or a streamed data set, which have an order of their own."""
         if not isinstance(self.train_dataset, Blocks):
             return None
         s = self.settings
-        return TBPTTSampler(len(self.train_dataset), s.batch_size, max(s.tbptt_steps), s.seed)
+        return TBPTTSampler(len(self.train_dataset), self.rows, max(s.tbptt_steps), s.seed)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._bypass_in_core_steps():
@@ -179,35 +205,23 @@ class TitansTrainer(Trainer):
         if model.training:
             self.tokens += inputs["input_ids"].numel()
             self.last_batch, self.last_state = inputs, None
-        if max(self.settings.tbptt_steps) == 1 or not model.training:
+        if not self.carried.is_on or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        self._reset_rows()
-        self.last_batch = inputs = continue_documents(inputs, self.carried)
-        self.last_state = None if self.carried is None else self.carried.shallow_copy()
-        self.batches += 1
+        before = self.carried.next()
+        self.last_batch = inputs = continue_documents(inputs, before)
+        self.last_state = None if before is None else before.shallow_copy()
         kwargs["return_outputs"] = True
-        loss, out = super().compute_loss(
-            model, {**inputs, "past_key_values": self.carried, "use_cache": True}, *args, **kwargs
-        )
-        self.carried = out.past_key_values.detach()
+        inputs = {**inputs, "past_key_values": before, "use_cache": True}
+        loss, out = super().compute_loss(model, inputs, *args, **kwargs)
+        self.carried.keep(out.past_key_values)
         return loss
-
-    def _reset_rows(self) -> None:
-        """Reset the memories of rows that have read their `tbptt_steps` batches."""
-        spans = self.settings.tbptt_steps
-        done = self.batches % max(spans)
-        if done == 0:
-            self.carried = None
-            return
-        assert self.carried is not None
-        over = [row for row in range(self.carried.batch_size) if done % spans[row % len(spans)] == 0]
-        if over:  # else the state would be copied at every step
-            self.carried.reset(over)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer`'s, with digests of the tokenizer's files too."""
         super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or self.args.output_dir)
+        if not self.processes.is_first:
+            return
         if self.processing_class is not None and (folder / DIGESTS).is_file():  # models of transformers have none
             add_digests(folder, self.processing_class.save_pretrained(folder))
 
@@ -220,27 +234,69 @@ class TitansTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_finite()
-        with unfinished(Path(self._get_output_dir(trial))) as self.writing:
-            folder = self.writing / f"checkpoint-{self.state.global_step}"
-            folder.mkdir()
-            save_settings(self.run, folder)
-            if self.carried is not None:
-                self.carried.save(folder / CARRIED)
-            if isinstance(self.train_dataset, Stream) and self.train_dataset.loader is not None:
-                self.train_dataset.loader.save(folder)
+        reshard(self.model)
+        output, keep = Path(self._get_output_dir(trial)), self.settings.keep
+        with unfinished(output, self.state.global_step, keep, self.processes) as folder:
+            self.writing = folder.parent
+            with self.processes.together():
+                if self.processes.is_first:
+                    save_settings(self.run, folder)
+                    write_rows(folder, self.rows, self.processes)
+                self.carried.save(folder)
+                if isinstance(self.train_dataset, Stream) and self.train_dataset.loader is not None:
+                    self.train_dataset.loader.save(folder)
             super()._save_checkpoint(model, trial)
         self.writing = None
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if state_dict is not None:  # gathered from shards, where tied weights are no longer one tensor
+            twice = sharded_checkpoint.tied(self.model)
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in twice}
+        with self.processes.together():  # a full disk ends all
+            super()._save(output_dir, state_dict)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with self.processes.together():
+            super()._save_rng_state(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            with self.processes.together():
+                super()._save_optimizer_and_scheduler(output_dir)
+            return
+        sharded_checkpoint.save(Path(output_dir), self.model, self.optimizer.optimizer)
+        with self.processes.together():
+            if self.processes.is_first:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_fsdp_enabled:  # else they are loaded with the optimizer's state
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        folder = Path(checkpoint or "")
+        if checkpoint is None or not (self.is_fsdp_enabled or (folder / sharded_checkpoint.SHARDS).is_dir()):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        sharded_checkpoint.load(folder, self.model, self.optimizer.optimizer)
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+        for group, rate, base in zip(
+            self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), self.lr_scheduler.base_lrs, strict=True
+        ):
+            group["lr"], group["initial_lr"] = rate, base
 
     @torch.no_grad()
     def check_finite(self) -> None:
         """Raises NotFinite where a weight or a loss is not finite, also the loss of the last batch with the weights as
         they are now, which no step has computed yet. So what is saved is good."""
-        finite = all(bool(t.isfinite().all()) for t in self.model.state_dict().values() if t.is_floating_point())
+        weights = (t for t in self.model.state_dict().values() if t.is_floating_point())
+        own = all(bool(sharded_checkpoint.local(t).isfinite().all()) for t in weights)
+        finite = all(self.processes.gather(own))
         if finite and self.last_batch is not None:
             self.model.eval()
             with self._bypass_in_core_steps(), self.compute_loss_context_manager():
                 loss = self.model(**self.last_batch).loss
-            finite = bool((loss + self.loss_sum).isfinite())
+            finite = all(self.processes.gather(bool((loss + self.loss_sum).isfinite())))
         if not finite:
             raise NotFinite(self.state.global_step)
 
@@ -250,9 +306,8 @@ class TitansTrainer(Trainer):
         self._apply_settings()
         if isinstance(self.train_dataset, Stream) and self.train_dataset.loader is not None:
             self.train_dataset.loader.load(checkpoint, self._batches_of(step_of(checkpoint)))
-        if max(self.settings.tbptt_steps) > 1:
-            self.batches = self._batches_of(step_of(checkpoint))
-            self.carried = TitansState.load(checkpoint / CARRIED, self.model)
+        if self.carried.is_on:
+            self.carried.load(checkpoint, self.model, self._batches_of(step_of(checkpoint)))
 
     def _apply_settings(self) -> None:
         s = self.settings
@@ -271,7 +326,7 @@ class TitansTrainer(Trainer):
         accumulation, sampler = self.settings.accumulation, self._sampler()
         if sampler is None:
             return steps * accumulation
-        epoch = len(sampler) // self.settings.batch_size
+        epoch = len(sampler) // self.rows
         epochs, rest = divmod(steps, math.ceil(epoch / accumulation))
         return epochs * epoch + rest * accumulation
 
@@ -282,7 +337,8 @@ class TitansTrainer(Trainer):
                 logs[name.replace("loss", "bits_per_byte")] = round(logs[name] / math.log(2), 4)
         if "loss" in logs:
             (tokens, then), now = self.logged, time.monotonic()
-            logs["tokens_per_second"] = round((self.tokens - tokens) / (now - then))
+            read = sum(self.processes.gather(self.tokens - tokens))
+            logs["tokens_per_second"] = round(read / (now - then))
             self.logged = (self.tokens, now)
             if skipped := getattr(self.train_dataset, "skipped", 0):
                 logs["rows_without_text"] = skipped

@@ -1,0 +1,233 @@
+"""Training in several processes gives what one gives with the same batches, and its checkpoints go on anywhere."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import distributed, nn
+
+from titans_lm import TitansConfig, TitansForCausalLM
+from titans_lm.training.arithmetic import Arithmetic
+from titans_lm.training.config import parse_settings
+from titans_lm.training.train import train
+
+MODEL = {
+    "vocab_size": 260, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+    "window_size": 8, "num_persistent_tokens": 2, "memory_head_dim": 8, "memory_dim": 8,
+}  # fmt: skip
+VARIANTS = ("mac", "mag", "mal", "lmm")
+SPANS = [2, 3, 4, 1]
+MODES = {
+    **{
+        f"{variant}-apart": ({"variant": variant, "memory_loss_weight": 0.1}, {"accumulation": 2})
+        for variant in VARIANTS
+    },
+    **{f"{variant}-carried": ({"variant": variant}, {"tbptt_steps": SPANS}) for variant in VARIANTS},
+    "stages": ({"variant": "mag"}, {"core_steps": 1, "activation_checkpointing": True, "accumulation": 2}),
+    "threshold": ({"variant": "mag", "surprise_threshold": 0.5}, {}),
+}
+"""Name -> the model's section and the training's."""
+
+
+def tree(folder, output, model, **training):
+    training = {"max_steps": 3, "batch_size": 4, "logging_steps": 1, "save_steps": 99, "warmup": 0.0, **training}
+    return {
+        "model": {**MODEL, **model},
+        "data": {"files": [str(folder / "texts")], "sequence_length": 16, "held_out": 0},
+        "training": {"output_dir": str(folder / output), **training},
+    }
+
+
+def losses(output):
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def difference(one, other):
+    """The largest of losses, and of weights."""
+    ours, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert len(losses(one)) == len(losses(other))
+    apart = max(abs(a - b) for a, b in zip(losses(one), losses(other), strict=True))
+    return apart, max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All runs: of one process, of two, and of four that go on with what two have saved."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "texts").mkdir()
+    for i in range(3):
+        (folder / "texts" / f"{i}.txt").write_text("".join(f"line {n * (i + 3)} of many\n" for n in range(60)))
+    two = {"batch_size": 2}
+    pairs = {}
+    for name, (model, training) in MODES.items():
+        train(parse_settings(tree(folder, f"one/{name}", model, **training)))
+        pairs[f"ddp/{name}"] = tree(folder, f"ddp/{name}", model, **training, **two)
+        pairs[f"fsdp/{name}"] = tree(folder, f"fsdp/{name}", model, **training, **two, fsdp=True)
+    task = {"name": "streams", "length": 16, "files": [str(folder / "texts")], "sources": {"markov": 1}}
+    streams = {**tree(folder, "one/streams", {"variant": "mag"}, tbptt_steps=SPANS), "data": {"task": task}}
+    train(parse_settings(streams))
+    pairs["ddp/streams"] = {
+        **streams,
+        "training": {**streams["training"], "output_dir": str(folder / "ddp/streams"), **two},
+    }
+    pairs["stopped"] = tree(folder, "stopped", {"variant": "mag"}, tbptt_steps=SPANS, **two, fsdp=True, save_steps=2)
+    pairs["taken"] = tree(folder, "one/mag-apart", {"variant": "mag"}, **two)
+    late = {"max_minutes": 0.03, "max_steps": 100000, "logging_steps": 1}
+    pairs["skewed"] = tree(folder, "skewed", {"variant": "mag"}, **two, **late)
+    shutil.copytree(folder / "one/mag-carried", folder / "reference")
+    again = {"tbptt_steps": SPANS, "save_steps": 2, "resume": True}
+    fours = {
+        f"four-{fsdp}": tree(folder, f"four-{fsdp}", {"variant": "mag"}, **again, batch_size=1, fsdp=fsdp)
+        for fsdp in (True, False)
+    }
+    plan = folder / "plan.json"
+    said = ""
+    for stage in ([2, pairs], [4, fours]):
+        plan.write_text(json.dumps([stage]))
+        worker = [sys.executable, str(Path(__file__).with_name("processes_worker.py")), str(plan)]
+        done = subprocess.run(worker, capture_output=True, text=True, env=environment(), check=False, timeout=300)
+        said += done.stdout
+        assert done.returncode == 0, done.stdout + done.stderr
+        for name in fours if stage[0] == 2 else ():
+            shutil.copytree(folder / "stopped" / "checkpoint-2", folder / name / "checkpoint-2")
+    return folder, [line for line in said.splitlines() if line.startswith("raised")]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_processes_are_one_with_the_same_batches(runs, how, mode):
+    folder, _ = runs
+    loss, weight = difference(folder / "one" / mode, folder / how / mode)
+    assert loss <= 2e-6
+    assert weight <= 1e-6
+
+
+def test_rows_of_a_task_go_on_in_their_process(runs):
+    folder, _ = runs
+    assert max(difference(folder / "one/streams", folder / "ddp/streams")) <= 2e-6
+
+
+def test_a_sharded_checkpoint_of_two_goes_on_in_four_and_in_one(runs):
+    folder, _ = runs
+    shards = folder / "stopped" / "checkpoint-2" / "sharded"
+    assert len(list(shards.glob("*.safetensors"))) == 2
+    assert not list(shards.glob("*.metadata"))  # which would be a pickle
+    for name in ("four-True", "four-False"):
+        assert max(difference(folder / "reference", folder / name)) <= 2e-6
+    shutil.copytree(folder / "stopped" / "checkpoint-2", folder / "alone" / "checkpoint-2")
+    settings = tree(folder, "alone", {"variant": "mag"}, tbptt_steps=SPANS, save_steps=2, resume=True)
+    train(parse_settings(settings))
+    assert max(difference(folder / "reference", folder / "alone")) <= 2e-6
+
+
+def test_other_batches_than_those_of_a_checkpoint_are_refused(runs, tmp_path):
+    folder, _ = runs
+    shutil.copytree(folder / "stopped" / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
+    settings = tree(folder, tmp_path / "out", {"variant": "mag"}, tbptt_steps=SPANS, save_steps=2, resume=True)
+    with pytest.raises(ValueError, match="batches of 4 rows in all, not 2"):
+        train(parse_settings({**settings, "training": {**settings["training"], "batch_size": 2}}))
+
+
+def test_shards_that_were_changed_are_named(runs, tmp_path):
+    folder, _ = runs
+    shutil.copytree(folder / "stopped" / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
+    shard = next((tmp_path / "out" / "checkpoint-2" / "sharded").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    settings = tree(folder, tmp_path / "out", {"variant": "mag"}, tbptt_steps=SPANS, save_steps=2, resume=True)
+    with pytest.raises(ValueError, match=shard.name):
+        train(parse_settings(settings))
+
+
+def test_one_process_says_why_and_the_others_end_without_words(runs):
+    _, said = runs
+    first = [line for line in said if line.startswith("raised taken 0")]
+    assert len(first) == 1
+    assert "ValueError" in first[0]
+    assert "is not empty" in first[0]
+    assert [line for line in said if line not in first] == ["raised taken 1 FailedElsewhere 2"]
+
+
+def test_the_first_clock_ends_all_and_sets_the_rate(runs):
+    """The other process's clock is a thousand times as fast: by it, the run would end in its first step."""
+    folder, _ = runs
+    state = json.loads((folder / "skewed" / "trainer_state.json").read_text())
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    assert state["global_step"] > 1
+    assert rates[1] > 0.5 * rates[0]
+
+
+def test_torchrun_and_the_module_train_and_say_it_once(runs, tmp_path):
+    folder, _ = runs
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        yaml.safe_dump(tree(folder, tmp_path / "out", {"variant": "mag"}, tbptt_steps=SPANS, batch_size=2))
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "titans_lm", "train", str(config)],
+        capture_output=True, text=True, env=environment(), check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("a model of") == 1
+    assert max(difference(folder / "one/mag-carried", tmp_path / "out")) <= 2e-6
+
+
+def test_one_process_where_several_were_asked_for_is_refused(tmp_path, monkeypatch):
+    for name in ("WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(ValueError, match="started one"):
+        train(parse_settings(tree(tmp_path, "out", {"variant": "mag"})))
+
+
+def test_sharding_needs_processes(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a line of many\n" * 50)
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node"):
+        train(parse_settings(tree(tmp_path, "out", {"variant": "mag"}, fsdp=True)))
+
+
+@pytest.mark.parametrize("variant", ["mag", "lmm"])
+def test_the_arithmetic_is_that_of_real_tensors(variant):
+    config = TitansConfig(variant=variant, **MODEL)
+    arithmetic, model = Arithmetic(config), TitansForCausalLM(config)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    sent = []
+
+    def count(_, bucket):
+        sent.append(bucket.buffer().nbytes)
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        parallel.register_comm_hook(None, count)
+        optimizer = torch.optim.AdamW(model.parameters())
+        ids = torch.zeros(1, 16, dtype=torch.long)
+        parallel(ids, labels=ids).loss.backward()
+        optimizer.step()
+    finally:
+        distributed.destroy_process_group()
+    state = model.initial_state(1)
+    assert arithmetic.memory_state() + arithmetic.window_state() == state.nbytes
+    tensors = [t for p in model.parameters() for t in (p, p.grad)]
+    moments = [t for s in optimizer.state.values() for t in (s["exp_avg"], s["exp_avg_sq"])]
+    assert arithmetic.training_state() == sum(t.nbytes for t in [*tensors, *moments])
+    assert arithmetic.all_reduce(2) == sum(sent)  # two GPUs: each sends half, twice
