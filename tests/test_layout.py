@@ -24,13 +24,16 @@ STOREYS = [
 ]
 """What is in a storey imports from its own and from those before it; two of one line do not know each other."""
 WITHIN_OPS = [
-    ["types", "grouping", "ragged", "decays", "cpu.build"],
+    ["types", "grouping", "ragged", "decays", "library", "cpu.build"],
     ["reference", "mlp", "cpu.compiled"],
     ["chunked.chunk"],
     ["chunked.group"],
     ["chunked.scan"],
     ["decode", "delta_rule"],
     ["cpu.native"],
+    ["cpu.saved_call"],
+    ["operators"],
+    ["flops"],
     ["triton.kernel_mlp"],
     ["triton.kernels"],
     ["triton.fused"],

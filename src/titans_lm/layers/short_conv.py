@@ -4,6 +4,7 @@
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from titans_lm.layers.checkpointing import checkpointed_pure
 from titans_lm.ops.cpu.compiled import (
+    SCALARS,
     NativeArgs,
     as_contiguous,
     empty_contiguous,
@@ -21,6 +24,8 @@ from titans_lm.ops.cpu.compiled import (
     thread_count,
     unsupported_tensor_reason,
 )
+from titans_lm.ops.library import LIBRARY, define_operator, recorded_by_autograd
+from titans_lm.ops.types import is_traced, is_watched
 from titans_lm.utils.deprecation import renamed
 
 Filters = Float[Tensor, "I size"]
@@ -56,11 +61,16 @@ def qkv_features(
     and then of the T tokens. `filters` None: no convolution. `compiled`: use compiled code where it can run.
     """
     alike = filters is None or (filters.dtype, filters.device) == (past.dtype, past.device)
-    if compiled and alike and unsupported_tensor_reason(past, past.dtype) is None:
+    traced, compiled = is_traced(past), compiled and alike
+    if compiled and (_is_for_operator(past) if traced else unsupported_tensor_reason(past, past.dtype) is None):
         filters = past.new_ones(past.shape[2], 1) if filters is None else filters
+        if traced or is_watched():
+            return tuple(torch.ops.titans_lm.features(past, filters, heads, head_dim))
         run = _CompiledFeatures.apply if torch.is_grad_enabled() else _features_forward
         return run(past, filters, heads, head_dim)
     inputs = (past,) if filters is None else (past, filters)
+    if traced:  # what traces a call decides itself what it recomputes
+        return eager_features(*inputs, heads=heads, head_dim=head_dim)
     return checkpointed_pure(lambda *inputs: eager_features(*inputs, heads=heads, head_dim=head_dim), *inputs)
 
 
@@ -139,13 +149,95 @@ class _CompiledFeatures(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        past, filters = ctx.saved_tensors
-        args = FeatureArgs.of(past, filters, *ctx.heads)
-        grad_past, grad_filters = (empty_contiguous(x, past.dtype) for x in (past, filters))
-        args.set_tensors(
-            grad_outputs=[as_contiguous(x, past.dtype) for x in grad_outputs],
-            grad_past=grad_past,
-            grad_filters=grad_filters,
-        )
-        args.run("titans_features_backward")
-        return grad_past, grad_filters, None, None
+        (past, filters), (heads, head_dim) = ctx.saved_tensors, ctx.heads
+        return *_features_backward(past, filters, heads, head_dim, grad_outputs), None, None
+
+
+def _features_backward(
+    past: Tensor, filters: Tensor, heads: int, head_dim: int, grad_outputs: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    args = FeatureArgs.of(past, filters, heads, head_dim)
+    grad_past, grad_filters = (empty_contiguous(x, past.dtype) for x in (past, filters))
+    args.set_tensors(
+        grad_outputs=[as_contiguous(x, past.dtype) for x in grad_outputs],
+        grad_past=grad_past,
+        grad_filters=grad_filters,
+    )
+    args.run("titans_features_backward")
+    return grad_past, grad_filters
+
+
+# ------------------------------------------------------------------------------------------------ operators
+
+
+def _is_for_operator(past: Tensor) -> bool:
+    """Whether a traced call takes the operator; elsewhere a compiler of graphs has operations that it can fuse."""
+    return past.device.type == "cpu" and past.dtype in SCALARS
+
+
+def _operator(past: Tensor, filters: Tensor, heads: int, head_dim: int) -> list[Tensor]:
+    if unsupported_tensor_reason(past, past.dtype) is None:
+        return list(_features_forward(past, filters, heads, head_dim))
+    return [x.contiguous() for x in eager_features(past, filters, heads=heads, head_dim=head_dim)]
+
+
+def _operator_fake(past: Tensor, filters: Tensor, heads: int, head_dim: int) -> list[Tensor]:
+    batch, slots, channels = past.shape
+    shape = (batch, slots - filters.shape[1] + 1, heads, head_dim)
+    return [past.new_empty(shape) for _ in range(int(channels // (heads * head_dim)))]
+
+
+def _operator_backward(
+    past: Tensor, filters: Tensor, heads: int, head_dim: int, grad_outputs: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    if unsupported_tensor_reason(past, past.dtype) is None:
+        return _features_backward(past, filters, heads, head_dim, grad_outputs)
+    with recorded_by_autograd():
+        leaves = [x.detach().requires_grad_() for x in (past, filters)]
+        outputs = eager_features(*leaves, heads=heads, head_dim=head_dim)
+        grad_past, grad_filters = torch.autograd.grad(outputs, leaves, grad_outputs)
+    return grad_past.contiguous(), grad_filters.contiguous()
+
+
+def _operator_backward_fake(
+    past: Tensor,
+    filters: Tensor,
+    heads: int,  # noqa: ARG001
+    head_dim: int,  # noqa: ARG001
+    grad_outputs: list[Tensor],  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    return empty_contiguous(past, past.dtype), empty_contiguous(filters, past.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:  # noqa: ARG001
+    ctx.heads = inputs[2:]
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    return *torch.ops.titans_lm.features_backward(*ctx.saved_tensors, *ctx.heads, list(grads)), None, None
+
+
+define_operator(
+    "features", "(Tensor past, Tensor filters, SymInt heads, SymInt head_dim) -> Tensor[]", _operator, _operator_fake
+)
+define_operator(
+    "features_backward",
+    "(Tensor past, Tensor filters, SymInt heads, SymInt head_dim, Tensor[] grads) -> (Tensor, Tensor)",
+    _operator_backward,
+    _operator_backward_fake,
+)
+torch.library.register_autograd("titans_lm::features", _differentiate, setup_context=_setup_context, lib=LIBRARY)
+
+
+@register_flop_formula(torch.ops.titans_lm.features)
+def features_flops(past: Sequence[int], filters: Sequence[int], *_: Any, **__: Any) -> int:
+    """The convolution's."""
+    (batch, slots, channels), size = past, filters[1]
+    return 2 * batch * (slots - size + 1) * channels * size
+
+
+@register_flop_formula(torch.ops.titans_lm.features_backward)
+def features_backward_flops(*arguments: Any, **_: Any) -> int:
+    """By the inputs, by the filters, and the convolution once more, of which nothing is saved."""
+    return 3 * features_flops(*arguments)

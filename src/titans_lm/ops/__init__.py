@@ -4,6 +4,7 @@ Dimensions, everywhere in this project: `B` rows, `T` tokens, `H` heads, `C` tok
 width, `V` value width, `P` persistent tokens, `W` window, `D` model width, `L` layers of the memory.
 """
 
+from titans_lm.ops import flops as flops  # registers the formulas
 from titans_lm.ops.api import Backend, memory_scan, resolve_backend
 from titans_lm.ops.mlp import retrieve
 from titans_lm.ops.ragged import Layout, gather_tokens, lay_out, left_align, masked_zero, undo_left_align

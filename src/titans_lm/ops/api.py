@@ -8,22 +8,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from titans_lm.ops.chunked.scan import chunked_scan
-from titans_lm.ops.cpu.native import native_scan
 from titans_lm.ops.cpu.native import unsupported_reason as native_unsupported_reason
 from titans_lm.ops.decode import step_scan
-from titans_lm.ops.delta_rule import linear_scan
 from titans_lm.ops.delta_rule import unsupported_reason as linear_unsupported_reason
 from titans_lm.ops.grouping import MAX_SAVED_BYTES
+from titans_lm.ops.operators import SCANS, operator_scan
 from titans_lm.ops.ragged import masked_zero
 from titans_lm.ops.reference import naive_scan
-from titans_lm.ops.types import MemoryForm, MemoryState, ScanInputs, ScanOutput, Surprise, Tokens
+from titans_lm.ops.types import MemoryForm, MemoryState, ScanInputs, ScanOutput, Surprise, Tokens, is_traced, is_watched
 from titans_lm.utils.deprecation import renamed_arguments
 
 Backend = Literal["auto", "naive", "step", "linear", "chunked", "native", "triton"]
-_SCANS: dict[str, Callable[[ScanInputs], ScanOutput]] = {
-    "naive": naive_scan, "step": step_scan, "linear": linear_scan, "chunked": chunked_scan, "native": native_scan,
-}  # fmt: skip
+_SCANS: dict[str, Callable[[ScanInputs], ScanOutput]] = {"naive": naive_scan, "step": step_scan, **SCANS}
 
 
 def resolve_backend(backend: Backend, inputs: ScanInputs) -> str:
@@ -122,14 +118,19 @@ def memory_scan(
     _check(inputs)
     if mask is not None:
         inputs = inputs._replace(tokens=Tokens(*(masked_zero(x, mask) for x in inputs.tokens)))
-    name, dtype = resolve_backend(backend, inputs), state.weights[0].dtype
-    unchanged = 3 if name in ("triton", "chunked", "native") else 0  # these save bfloat16 q, k, v as they are
+    traced = is_traced(q) and backend in ("auto", *SCANS)
+    name, dtype = backend if traced else resolve_backend(backend, inputs), state.weights[0].dtype
+    unchanged = 3 if name in ("auto", "triton", "chunked", "native") else 0  # these save bfloat16 q, k, v as they are
     tokens = Tokens(*inputs.tokens[:unchanged], *(x.to(dtype) for x in inputs.tokens[unchanged:]))
     if form.norm is not None:
         form = form._replace(norm=(form.norm[0].to(dtype), form.norm[1].to(dtype)))
     autocast = torch.is_autocast_enabled(q.device.type)  # state and decays are never rounded to half precision
     with torch.autocast(q.device.type, enabled=False) if autocast else contextlib.nullcontext():
-        y, state, per_token = _scan_of(name)(inputs._replace(tokens=tokens, form=form))
+        inputs = inputs._replace(tokens=tokens, form=form)
+        if traced or (name == "native" and is_watched()):
+            y, state, per_token = operator_scan(inputs, name)
+        else:
+            y, state, per_token = _scan_of(name)(inputs)
     y = y.to(v.dtype)
     return (y, state) if per_token is None else (y, state, per_token)
 

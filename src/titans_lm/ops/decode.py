@@ -13,7 +13,16 @@ from torch import Tensor
 
 from titans_lm.ops.chunked.scan import chunked_scan
 from titans_lm.ops.mlp import act_backward, activate, inner_loss
-from titans_lm.ops.types import NORM_EPS, MemoryForm, MemoryState, ScanInputs, ScanOutput, Surprise, where_rows
+from titans_lm.ops.types import (
+    NORM_EPS,
+    MemoryForm,
+    MemoryState,
+    ScanInputs,
+    ScanOutput,
+    Surprise,
+    is_traced,
+    where_rows,
+)
 from titans_lm.utils.deprecation import renamed
 
 __getattr__ = renamed(__name__, {"step": "step_scan"})
@@ -24,7 +33,7 @@ Layers = tuple[Tensor, ...]
 
 def step_scan(inputs: ScanInputs) -> ScanOutput:
     """`naive_scan` for T = 1. With gradients it runs as a chunk, which has a backward pass of its own."""
-    return chunked_scan(inputs) if needs_grad(inputs) else decode_token(inputs, _update)
+    return chunked_scan(inputs) if needs_grad(inputs) else decode_token(inputs, update_token)
 
 
 def needs_grad(inputs: ScanInputs) -> bool:
@@ -56,7 +65,8 @@ def decode_token(inputs: ScanInputs, update: Callable[[ScanInputs, Layers], Toke
     return ScanOutput(y, new_state, surprise)
 
 
-def _update(inputs: ScanInputs, anchor: Layers) -> TokenUpdate:
+def update_token(inputs: ScanInputs, anchor: Layers) -> TokenUpdate:
+    """Write one token, whose gradient is taken at `anchor`, and read after it. No row is padding."""
     (q, k, v, *gates), state, form = inputs.tokens, inputs.state, inputs.form
     batch, _, heads, _ = q.shape
     rows = batch * heads
@@ -79,8 +89,9 @@ def _update(inputs: ScanInputs, anchor: Layers) -> TokenUpdate:
 
 
 def _select_rows(rows: Tensor, yes: Layers, no: Layers) -> Layers:
-    """`where_rows`, without a copy on the CPU if all rows agree. On a GPU the comparison would wait for the device."""
-    if rows.device.type == "cpu":
+    """`where_rows`, without a copy on the CPU if all rows agree. On a GPU the comparison would wait for the device, and
+    a traced call has no values."""
+    if rows.device.type == "cpu" and not is_traced(rows):
         values = rows.tolist()
         if all(values) or not any(values):
             return yes if all(values) else no

@@ -5,6 +5,8 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 Activation = Literal["silu", "gelu"]
 
@@ -106,3 +108,13 @@ def initial_state(weights: tuple[Float[Tensor, "H _i _o"], ...], batch: int) -> 
 def where_rows(rows: Tensor, yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """For each layer `[B, ...]`: `yes` in the rows where `rows` `[B]` is True, `no` in the others."""
     return tuple(torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(yes, no, strict=True))
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether `torch.compile`, `torch.export` or a fake tensor mode looks at a call with x: x may have no values."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor | FunctionalTensor)
+
+
+def is_watched() -> bool:
+    """Whether a mode, such as `FlopCounterMode`, looks at every operator that runs."""
+    return torch._C._len_torch_dispatch_stack() > 0

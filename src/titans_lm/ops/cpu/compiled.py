@@ -1,5 +1,6 @@
 """Load the library that `build.py` compiles, and pass arguments to its functions."""
 
+import contextlib
 import ctypes
 import logging
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from titans_lm.ops.cpu.build import NativeBuildError, build, find_compiler
+from titans_lm.ops.types import is_traced
 
 LOG = logging.getLogger(__name__)
 FUNCTIONS = [
@@ -64,7 +66,7 @@ def unsupported_tensor_reason(x: Tensor, dtype: torch.dtype) -> str | None:
     """Why the library cannot run on tensors such as x, with scalars of `dtype`; None if it can."""
     if x.device.type != "cpu":
         return f"runs on CPUs, got tensors on {x.device.type}"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in PLAIN_TENSORS:
+    if torch.jit.is_tracing() or not (type(x) in PLAIN_TENSORS or is_traced(x)):
         return "is called with addresses of tensors, which tracing does not have"
     return _build_failure(dtype) if dtype in SCALARS else f"computes in float32 and float64, got {dtype}"
 
@@ -102,7 +104,10 @@ class NativeArgs:
 
     def run(self, function: str) -> None:
         """Call a function that returns an error code. Raises MemoryError if its buffers could not be allocated."""
-        if self.call(function):
+        profiled = torch.autograd._profiler_enabled()
+        with torch.profiler.record_function(function) if profiled else contextlib.nullcontext():
+            failed = self.call(function)
+        if failed:
             raise MemoryError(f"{function}: its buffers could not be allocated")
 
 

@@ -71,9 +71,13 @@ class ScanArgs(NativeArgs):
             threads=thread_count(work), activation=form.activation == "gelu", surprise=surprise,
             has_threshold=form.threshold is not None, threshold=form.threshold or 0, clip=form.clip or 0,
         )  # fmt: skip
-        args.set_array("widths", (ctypes.c_long * (len(weights) + 1))(shapes[0][0], *[o for _, o in shapes]))
+        args.set_widths(weights)
         args.set_tensors(**tokens._asdict())
         return args
+
+    def set_widths(self, weights: Sequence[Tensor]) -> None:
+        widths = [int(weights[0].shape[-2]), *(int(w.shape[-1]) for w in weights)]
+        self.set_array("widths", (ctypes.c_long * len(widths))(*widths))
 
 
 def _run_args(inputs: RunInputs, run: ChunkRun) -> ScanArgs:
@@ -91,10 +95,15 @@ def _run_args(inputs: RunInputs, run: ChunkRun) -> ScanArgs:
 # ------------------------------------------------------------------------------------------------ a run of chunks
 
 
+def _empty_output(inputs: RunInputs, run: ChunkRun) -> GroupOutput:
+    dtype, gate = inputs.anchor[0].dtype, inputs.tokens.theta
+    loss, norm = (empty_contiguous(gate, dtype) if run.surprise else None for _ in range(2))
+    return GroupOutput(empty_contiguous(inputs.tokens.v, dtype), loss, norm)
+
+
 def _forward(args: ScanArgs, inputs: RunInputs, run: ChunkRun) -> RunOutput:
     dtype = inputs.anchor[0].dtype
-    y, gate = empty_contiguous(inputs.tokens.v, dtype), inputs.tokens.theta
-    loss, norm = (empty_contiguous(gate, dtype) if run.surprise else None for _ in range(2))
+    y, loss, norm = _empty_output(inputs, run)
     end = StateLayers(*([empty_contiguous(x, dtype) for x in inputs.anchor] for _ in range(3)))
     args.set_tensors(y=y, loss=loss, gradient_norm=norm, last_anchor=end.anchor, new_w=end.w, new_s=end.s)
     args.run("titans_forward")
@@ -125,13 +134,29 @@ def _addresses(blocks: Sequence[Tensor]) -> Any:
     return (ctypes.c_void_p * len(rows))(*rows)
 
 
-class _ScanRun(torch.autograd.Function):
+class FinishedRun(NamedTuple):
+    """A run whose forward pass is over: what its backward pass needs of it."""
+
+    blocks: list[Tensor]
+    """All activations, as `_saved_blocks` with one group of chunks makes them."""
+    end: StateLayers
+
+
+class ScanRun(torch.autograd.Function):
     """`scan_run` with a backward pass. It saves the inputs, and all activations or the state at each group's start."""
 
     @staticmethod
-    def forward(ctx: Any, run: ChunkRun, max_saved_bytes: int, *flat: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any, run: ChunkRun, max_saved_bytes: int, finished: FinishedRun | None, *flat: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         inputs = RunInputs.unflatten(flat)
         ctx.set_materialize_grads(False)
+        ctx.run, ctx.count = run, len(flat)
+        if finished is not None:
+            ctx.saves_all, ctx.group = True, inputs.slots() // run.chunk_size
+            ctx.save_for_backward(*flat, *finished.blocks)
+            y, loss, norm = _empty_output(inputs, run)
+            return y.to(inputs.tokens.v.dtype), loss, norm, *(x.detach() for x in itertools.chain(*finished.end))
         args = _run_args(inputs, run)
         like, chunks = inputs.anchor[0], inputs.slots() // run.chunk_size
         rows, item_bytes = len(like), like.element_size()
@@ -147,7 +172,6 @@ class _ScanRun(torch.autograd.Function):
             saved = [like.new_empty(max(-(-chunks // ctx.group) - 1, 1), rows, state)]
             args.set_tensors(starts=saved[0])
         args.fields["group"] = ctx.group
-        ctx.run, ctx.count = run, len(flat)
         out, end = _forward(args, inputs, run)
         ctx.save_for_backward(*flat, *saved)
         if run.surprise:
@@ -179,14 +203,29 @@ class _ScanRun(torch.autograd.Function):
         args.set_tensors(grad_weight=grad_norm[0], grad_bias=grad_norm[1])
         args.run("titans_backward")
         tokens = (grad.to(x.dtype) for grad, x in zip(grad_tokens, inputs.tokens, strict=True))
-        return None, None, *tokens, *grad_norm, *itertools.chain(*grads)
+        return None, None, None, *tokens, *grad_norm, *itertools.chain(*grads)
 
 
 def scan_run(run: ChunkRun, inputs: RunInputs, max_saved_bytes: int) -> RunOutput:
     """`chunked.scan.scan_run` in C++."""
     if inputs.needs_grad():
-        return split_outputs(_ScanRun.apply(run, max_saved_bytes, *inputs.flatten()))
+        return split_outputs(ScanRun.apply(run, max_saved_bytes, None, *inputs.flatten()))
     return _forward(_run_args(inputs, run), inputs, run)
+
+
+def scan_run_into(run: ChunkRun, inputs: RunInputs, blocks: list[Tensor]) -> RunOutput:
+    """`scan_run` without gradients, which saves all activations in `blocks`: one for all rows, or one for each."""
+    args = _run_args(inputs, run)
+    args.set_array("saved", _addresses(blocks))
+    args.fields["group"] = inputs.slots() // run.chunk_size
+    return _forward(args, inputs, run)
+
+
+def saved_size(weights: Sequence[Tensor], chunk_size: int) -> int:
+    """Scalars that one chunk of one row saves."""
+    args = ScanArgs(weights[0].dtype, layers=len(weights), chunk_size=chunk_size)
+    args.set_widths(weights)
+    return args.call("titans_saved_size")
 
 
 # ------------------------------------------------------------------------------------------------ the whole call
@@ -195,11 +234,12 @@ def scan_run(run: ChunkRun, inputs: RunInputs, max_saved_bytes: int) -> RunOutpu
 def native_scan(inputs: ScanInputs) -> ScanOutput:
     """`naive_scan` by compiled code."""
     if inputs.tokens.q.shape[1] == 1 and not needs_grad(inputs):
-        return decode_token(inputs, _update)
+        return decode_token(inputs, update_token)
     return scan_runs(inputs, partial(scan_run, max_saved_bytes=inputs.max_saved_bytes))
 
 
-def _update(inputs: ScanInputs, anchor: Layers) -> TokenUpdate:
+def update_token(inputs: ScanInputs, anchor: Layers) -> TokenUpdate:
+    """`decode.update_token` by compiled code."""
     dtype, batch = inputs.state.weights[0].dtype, len(inputs.tokens.q)
     tokens = Tokens(*(as_contiguous(x, dtype) for x in inputs.tokens))
     args = ScanArgs.of(inputs.form, inputs.surprise, tokens, anchor, chunk_size=1)
