@@ -24,6 +24,7 @@ from titans_lm.models.hub import RUN
 from titans_lm.models.model_files import find
 from titans_lm.models.presets import SIZES, fitted, preset
 from titans_lm.tasks import make_task
+from titans_lm.training.combinations import check_data, check_length, check_model, check_model_keys
 from titans_lm.training.data_settings import RESET, DataSettings
 from titans_lm.training.trackers import check_names
 from titans_lm.utils.yaml_values import Dumper, at_least, parse_yaml, read_yaml, typed
@@ -167,6 +168,7 @@ class Settings:
             if key not in (*_MODEL_KEYS, *known_keys()):
                 raise ValueError(unknown_key(key, [*_MODEL_KEYS, *known_keys()], "model"))
         fields = {key: _typed_field(key, value) for key, value in fields.items()}
+        check_model_keys(fields)
         if self.data.task:
             fields.setdefault("vocab_size", make_task(self.data.task).vocab_size)
         try:
@@ -269,6 +271,7 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
     data = _build(DataSettings, tree.get("data", {}), "data")
     training = _build(TrainingSettings, tree.get("training", {}), "training")
     data.check()
+    check_data(data)
     training.check()
     data.check_batches(training.batch_size, training.max_minutes is not None)
     if max(training.tbptt_steps) > 1:
@@ -286,6 +289,8 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
 def _check_model(config: PreTrainedConfig, settings: Settings) -> None:
     """Raises ValueError for what this model cannot do."""
     training = settings.training
+    check_model(settings.model, config)
+    check_length(settings.data, config, training.tbptt_steps)
     if isinstance(config, GraftConfig):
         _check_graft(training)
     kind = getattr(config, "variant", "mamba2")

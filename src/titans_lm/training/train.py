@@ -100,7 +100,12 @@ def model_for(settings: Settings) -> PreTrainedModel:
     transformers.set_seed(settings.training.seed)
     if settings.pretrained is None:
         return make_graft(config).train() if isinstance(config, GraftConfig) else build(config)
-    model, _ = load(settings.pretrained)
+    model, own = load(settings.pretrained)
+    if tokenizer is not None and tokenizer.get_vocab() != own.get_vocab():
+        raise ValueError(
+            f"data.tokenizer={settings.data.tokenizer} is not the one that model.pretrained={settings.pretrained} "
+            f"learned with; name that one: a folder of it can be given"
+        )
     if isinstance(config, GraftConfig):
         model.config.distillation = config.distillation
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
