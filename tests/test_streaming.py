@@ -141,6 +141,16 @@ def test_nothing_before_a_place_is_read_again(tmp_path):
     assert equal([again.rows(Place(5, 2, 16, 0), [0, 1])], [expected])
 
 
+def test_documents_of_rows_that_a_later_stage_lacks_are_read_on(tmp_path):
+    paths = [tmp_path / f"{letter}.txt" for letter in "abcdefgh"]
+    for path in paths:
+        path.write_text(path.stem * 10)
+    rows = PackedRows(Documents(TextFiles(paths)), TOKENIZER, borders=True, continued=True)
+    read = [rows.rows(Place(0, 4, 4, 0), range(4))] + [rows.rows(Place(n, 2, 8, 1), range(2)) for n in range(1, 5)]
+    counts = torch.cat([batch["input_ids"].flatten() for batch in read]).bincount()
+    assert [int(counts[ord(letter)]) for letter in "abcdef"] == [10] * 6
+
+
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("kinds", [["jsonl"], ["parquet"], ["jsonl", "jsonl.gz", "jsonl.xz"]])
 def test_shards_have_every_document_once(tmp_path, kinds, count):
@@ -148,6 +158,8 @@ def test_shards_have_every_document_once(tmp_path, kinds, count):
     shards = [list(Documents(TableRows(shard_of(tables(files), i, count), "text")).once()) for i in range(count)]
     assert sorted(text for shard in shards for text in shard) == sorted(TEXTS)
     assert all(shards)
+    if len(files) >= count:  # each reads its own files alone
+        assert [shard_of(tables(files), i, count).num_shards for i in range(count)] == [[2, 1], [1, 1, 1]][count - 2]
 
 
 def test_workers_pack_rows_of_their_own_and_go_on_from_their_places(tmp_path):
@@ -171,7 +183,7 @@ def test_workers_pack_rows_of_their_own_and_go_on_from_their_places(tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"words": "a line"}\n' * 9)
     with pytest.raises(ValueError, match=r"^data.text_column='text' is not in the data set; it has words$"):
-        take(Loader(stream_of({**data, "files": [str(broken)], "workers": 2}), Shard(0, 1)), 1)
+        take(Loader(stream_of({**data, "files": [str(broken)], "workers": 1}), Shard(0, 1)), 1)
 
 
 def test_a_place_that_is_not_one_is_named(tmp_path):
@@ -296,6 +308,8 @@ def test_a_curriculum_keeps_the_tokens_of_a_batch(tmp_path):
         ({"curriculum": [{"until": 1.5, "sequence_length": 8}]}, "above 0, where it begins, and at most 1, got 1.5"),
         ({"curriculum": 3}, "data.curriculum must be a list of keys and values"),
         ({"files": [], "sources": [{"files": ["a"], "wieght": 2}]}, "did you mean 'weight'"),
+        ({"files": [], "sources": [{"files": ["a"]}], "held_out": 2}, "data.held_out=2 has an effect only with"),
+        ({"files": [], "sources": [{"dataset": "a", "held_out": 2}]}, r"data.sources\[0\].held_out=2 has an effect"),
         ({"files": [], "sources": [{"weight": 2}]}, r"data.sources\[0\]: give one of"),
         ({"files": [], "sources": [{"files": ["a"], "weight": 0}]}, r"data.sources\[0\].weight must be above 0"),
         ({"files": [], "sources": [{"task": {"name": "mqar"}}]}, r"data.sources\[0\].task: its tokens are numbers"),

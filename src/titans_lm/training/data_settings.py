@@ -75,6 +75,8 @@ class DataSettings:
             if key not in hints and key != "weight":
                 raise ValueError(unknown_key(str(key), [*hints, "weight"], name))
             values[key] = typed(value, hints.get(key, float), f"{name}.{key}")
+        if values["held_out"] and "files" not in values:
+            raise ValueError(f"{name}.held_out={values['held_out']} has an effect only with files")
         weight = values.pop("weight", 1.0)
         if not 0 < weight < float("inf"):
             raise ValueError(f"{name}.weight must be above 0 and finite, got {weight}")
@@ -127,6 +129,8 @@ class DataSettings:
             self._refuse_given(("suffixes", "format", "stream"), "data.files")
         if not (self.files or self.dataset):
             self._refuse_given(("text_column",), "data.files or data.dataset")
+        if self.sources:
+            self._refuse_given(("held_out",), "data.files, and each of data.sources has its own")
         if self.task:
             self._refuse_given(("separator",), "data.files, data.dataset or data.sources")
             self._refuse_given(("documents",), "texts: each row of a task is read alone already, but")
