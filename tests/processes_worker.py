@@ -1,10 +1,12 @@
 """Runs settings in processes that it forks, as torchrun would start them: `processes_worker.py PLAN`.
 
-PLAN is JSON: a list of [number of processes, {name: settings}]. Prints what each process raised, by name and process.
+PLAN is JSON: a list of [number of processes, {name: settings}, {folder: its copy, made before}]. Prints what each
+process raised, by name and process.
 """
 
 import json
 import os
+import shutil
 import socket
 import sys
 import time
@@ -16,7 +18,8 @@ from titans_lm.training.train import train
 
 
 def run(index: int, count: int, port: int, runs: dict) -> None:
-    os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count), "MASTER_PORT": str(port)}
+    if count > 1:
+        os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count), "MASTER_PORT": str(port)}
     for name, settings in runs.items():
         if name == "skewed" and index:
             time.monotonic = lambda now=time.monotonic: now() * 1000
@@ -28,13 +31,18 @@ def run(index: int, count: int, port: int, runs: dict) -> None:
                 traceback.print_exc()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def main() -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
-    for count, runs in json.loads(Path(sys.argv[1]).read_text()):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = []
+    for count, runs, copies in json.loads(Path(sys.argv[1]).read_text()):
+        for source, goal in copies.items():
+            shutil.copytree(source, goal)
+        port, children = free_port(), []
         for index in range(count):
             child = os.fork()
             if child == 0:
