@@ -204,6 +204,18 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(run, monkeypatch, nam
     assert (output / "checkpoint-best").is_dir()
 
 
+@pytest.mark.parametrize("name", ["training_args.bin", "pytorch_model.bin", "scaler.pt", "sharded/.metadata"])
+def test_nothing_of_a_stranger_is_executed(run, monkeypatch, name):
+    """Files that the run does not need, or does not write, are pickles that would make a folder."""
+    output, resume = run
+    monkeypatch.chdir(output.parent)
+    path = output / "checkpoint-2" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(pickle.dumps(Malicious()))
+    resume()
+    assert not Path("made").exists()
+
+
 def test_folders_of_the_user_stay_and_are_no_checkpoints(run):
     """Also a copy of a whole checkpoint under a name of the user's own."""
     output, resume = run

@@ -273,6 +273,9 @@ class TitansTrainer(Trainer):
         if not self.is_fsdp_enabled:  # else they are loaded with the optimizer's state
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: bfloat16 has no scaler, so a file of that name is not a run's."""
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         folder = Path(checkpoint or "")
         if checkpoint is None or not (self.is_fsdp_enabled or (folder / sharded_checkpoint.SHARDS).is_dir()):
