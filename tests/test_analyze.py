@@ -7,9 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from titans_lm import Trace, cli, load, trace
+from titans_lm.analyze.figures import half_life
+from titans_lm.analyze.report import other_model_bits
 from titans_lm.analyze.trace import read_bits
+from titans_lm.cli.memory import head_changes
+from titans_lm.models.cache_file import load_file
+from titans_lm.models.tokenizer import byte_characters, byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 TEXT = "One line.\nAnother line with é.\n\nOne line.\n" * 4
@@ -89,6 +96,10 @@ def test_it_refuses_what_cannot_be(folder, text, tmp_path, capsys):
         ({"--what-if": "skip:9-5"}, "--what-if skip:9-5: give"),
         ({"--what-if": "frozen:900"}, "only 172 tokens"),
         ({"--what-if": "skip:5-900"}, "only 172 tokens"),
+        ({"--sources": "5"}, "--sources 5: give A-B"),
+        ({"--passage": "170-180"}, "--passage 170-180: the text has only 172 tokens"),
+        ({"--sources": "0-5"}, "not its first"),
+        ({"--compare": "nothing"}, "nothing"),
         ({"--memory": str(tmp_path / "none.memory")}, "none.memory"),
     ):
         flags = [word for pair in {**base, **changes}.items() for word in pair]
@@ -98,3 +109,75 @@ def test_it_refuses_what_cannot_be(folder, text, tmp_path, capsys):
         assert words in said
         assert not (tmp_path / "out").exists()
     assert (tmp_path / "site/index.html").read_text() == "mine"
+
+
+def test_all_flags_at_once(folder, text, tmp_path):
+    """Figures as PNG and SVG, sources, a passage, and another model beside."""
+    out = tmp_path / "out"
+    command = ["analyze", "--model", str(folder), "--text", str(text), "--out", str(out), "--figures"]
+    assert cli.main([*command, "--compare", str(folder), "--sources", "60-62", "--passage", "10-18"]) == 0
+    names = ("along", "norms", "span", "singular_values", "similarity", "overview", "sources", "held")
+    for name in names:
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+        assert b"<svg" in (out / f"{name}.svg").read_bytes(), name
+    meta, about = meta_of(out), json.loads((out / "analyze.json").read_text())
+    assert meta["compared"] == "model0"
+    assert about["compared"]["bits"] == pytest.approx(about["bits"]["bits"], rel=1e-5)  # it is the same model
+    assert [one["token"] for one in meta["sources"]] == [60, 61]
+    assert all(source < one["token"] for one in meta["sources"] for source, _ in one["sources"])
+    assert about["passage"]["tokens"] == [10, 18]
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_another_model_s_bits_are_placed_by_bytes(model):
+    """Tokens of two bytes against tokens of one: the bits of both bytes."""
+    vocabulary = {**{c: i for i, c in enumerate(byte_characters())}, "ab": 256}
+    pairs = Tokenizer(models.BPE(vocabulary, [("a", "b")]))
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pairs.decoder = decoders.ByteLevel()
+    content = b"xabyab"
+    found = other_model_bits("o", model, byte_tokenizer(), [b"x", b"ab", b"y", b"ab"])
+    single, _ = read_bits(model, torch.tensor(list(content)), None, [])
+    assert found.bits[1:] == pytest.approx([single[1] + single[2], single[3], single[4] + single[5]], rel=1e-5)
+    found = other_model_bits("o", model, PreTrainedTokenizerFast(tokenizer_object=pairs), [bytes([b]) for b in content])
+    double, _ = read_bits(model, torch.tensor([120, 256, 121, 256]), None, [])
+    assert found.bits[1:] == pytest.approx([double[1], 0, double[2], double[3], 0], rel=1e-5)
+    with pytest.raises(ValueError, match="special tokens"):
+        other_model_bits("o", model, byte_tokenizer(), [b"x", "<eos>"])
+
+
+@pytest.mark.parametrize(("eta", "alpha"), [(0.0, 0.1), (0.9, 0.01), (0.5, 0.5), (0.9, 0.1), (0.99, 0.3)])
+def test_the_half_life_is_that_of_a_write_followed_step_by_step(eta, alpha):
+    memory, momentum, left = 0.0, 1.0, []
+    for _ in range(3000):
+        memory = (1 - alpha) * memory + momentum
+        momentum *= eta
+        left.append(memory)
+    peak = int(np.argmax(left))
+    below = next(n for n in range(peak, 3000) if left[n] < max(left) / 2)
+    assert half_life(eta, alpha) == pytest.approx(below, abs=1.01)
+    assert half_life(0.9, 0.0) == np.inf
+
+
+def test_a_picture_of_two_memories(folder, text, tmp_path, capsys):
+    one, two, picture = (tmp_path / name for name in ("one.memory", "two.memory", "diff.png"))
+    for file, count in ((one, 1), (two, 2)):
+        texts = [tmp_path / f"{count}-{i}.txt" for i in range(count)]
+        for path in texts:
+            path.write_text(TEXT * count)
+        assert cli.main(["read", "--model", str(folder), "--memory", str(file), *map(str, texts)]) == 0
+    assert cli.main(["memory", "diff", str(one), str(two), "--picture", str(picture)]) == 1
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    a, b = load_file(one)[0], load_file(two)[0]
+    changes = head_changes(a, b)
+    parts = [f"layers.1.memory.memory.weights.{i}" for i in range(2)]
+    apart = sum(float((a[n] - b[n])[0, 1].double().square().sum()) for n in parts)
+    size = sum(float(a[n][0, 1].double().square().sum()) for n in parts)
+    assert changes.shape == (2, 2)
+    assert float(changes[1, 1]) == pytest.approx((apart / size) ** 0.5)
+    capsys.readouterr()
+    picture.write_bytes(b"mine")
+    assert cli.main(["memory", "diff", str(one), str(two), "--picture", str(picture)]) == 2
+    assert "not a picture of this command" in capsys.readouterr().err
+    assert picture.read_bytes() == b"mine"
+    assert cli.main(["memory", "diff", str(one), str(two), "--picture", str(tmp_path / "x.jpg")]) == 2

@@ -43,6 +43,8 @@ def test_it_reads_asks_and_tells(tmp_path, capsys, monkeypatch):
     assert 1 <= found["surprise"]["rank"] <= found["surprise"]["stretches"]
     assert found["command"].startswith("titans demo --tokens 9000")
     assert Path("out/demo.png").read_bytes().startswith(b"\x89PNG")
+    assert "needle.html" in said
+    assert found["key"] in Path("out/needle.html").read_text()
     assert not list(Path("out").glob(".*"))
 
 

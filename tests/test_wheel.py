@@ -72,4 +72,4 @@ def test_the_demo_runs_from_the_wheel_in_another_folder(installed: Path, tmp_pat
     command = [sys.executable, "-c", code, "demo", "--tokens", "2000", "--text-tokens", "0", "--output", "out"]
     told = run(command, tmp_path, PYTHONPATH=str(installed))
     assert Path(told.splitlines()[0]).is_relative_to(installed)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"demo.json", "demo.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"demo.json", "demo.png", "needle.html"}

@@ -2,8 +2,8 @@
 
 import argparse
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +11,16 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
+from titans_lm.analyze import figures
 from titans_lm.analyze.arrays import Trace
-from titans_lm.analyze.display import token_bytes
-from titans_lm.analyze.page import PageData, PageText, Series, page
+from titans_lm.analyze.attribution import prediction_sources
+from titans_lm.analyze.display import label, token_bytes
+from titans_lm.analyze.page import PageText, Series, page
+from titans_lm.analyze.probe import Probe, probe
+from titans_lm.analyze.report import other_model_bits, page_data
 from titans_lm.analyze.trace import Span, read_bits, trace
 from titans_lm.models.cache import TitansState
 from titans_lm.models.hub import load
-from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import encode
 from titans_lm.utils.record import check_least, command_line, provenance, write_json, write_text
 from titans_lm.utils.terminal import PlainConsole, shown
@@ -29,34 +32,62 @@ PAGE, NUMBERS, ABOUT = "index.html", "trace.npz", "analyze.json"
 def run(arguments: argparse.Namespace) -> None:
     check_least(arguments, 2, "tokens")
     what_if = [what_if_of(text) for text in arguments.what_if]
+    sources, passage = (passage_of(arguments, name) for name in ("sources", "passage"))
     for text in arguments.text:
         examine(text, arguments.errors)  # before the model is loaded
     check_folder(arguments.out)
     console = PlainConsole(stderr=True)
     model, tokenizer = load(arguments.model)
+    other = None if arguments.compare in (None, "frozen") else load(arguments.compare)
     ids, texts, left = read_tokens(arguments.text, tokenizer, arguments.tokens, arguments.errors)
+    for name, span in (("sources", sources), ("passage", passage)):
+        if span is not None and span[1] > len(ids):
+            raise ValueError(f"--{name} {span[0]}-{span[1]}: the text has only {len(ids):,} tokens")
     spans = [spans_of(one, len(ids)) for one in what_if]
     state = None if arguments.memory is None else TitansState.load(arguments.memory, model)
-    with _bar(console, (2 + len(spans)) * len(ids)) as progress:
+    with _bar(console, (2 + len(spans) + (other is not None)) * len(ids)) as progress:
         found = trace(model, ids, state, progress=progress)
         others = [
-            Series(label, read_bits(model, torch.from_numpy(ids), state, [span], progress=progress)[0], span[0])
-            for label, span in spans
+            Series(case, read_bits(model, torch.from_numpy(ids), state, [span], progress=progress)[0], span[0])
+            for case, span in spans
         ]
+        compared = None if arguments.compare is None else Series("memory frozen", found["bits_frozen"])
+        if other is not None:
+            parts = token_bytes(tokenizer, ids)
+            compared = other_model_bits(Path(arguments.compare).name, *other, parts, progress)
+    places = [] if sources is None else list(range(*sources))
+    attributions = prediction_sources(model, ids, places, state) if places else []
     arguments.out.mkdir(parents=True, exist_ok=True)
-    facts = facts_of(arguments.model, model, found, texts)
-    data = PageData(
-        f"{arguments.model.name} reads {', '.join(text.name for text in texts)}", found,
-        token_bytes(tokenizer, ids), vocabulary_of(tokenizer, found), texts, facts, others,
-    )  # fmt: skip
+    name = arguments.model.name
+    data = page_data(name, model, tokenizer, found, texts, others, compared, attributions)
     write_text(arguments.out / PAGE, page(data))
     found.to_npz(arguments.out / NUMBERS)
-    write_json(arguments.out / ABOUT, {**provenance(command_line("analyze", arguments)), **summary(found, others)})
+    results = summary(found, others, compared)
+    if arguments.figures:
+        figures.draw(found, arguments.out)
+    if attributions:
+        figures.arcs(attributions, arguments.out / "sources.png", len(ids))
+    if passage is not None:
+        held = probe(model, ids, passage, state)
+        figures.held(held, arguments.out / "held.png", [label(part) for part in data.parts[slice(*passage)]])
+        results["passage"] = held_summary(held)
+    write_json(arguments.out / ABOUT, {**provenance(command_line("analyze", arguments)), **results})
     if left:
         console.print(f"Shown are the first {len(ids):,} tokens, as --tokens says; the texts have more.")
     bits, frozen = (float(np.nanmean(found[name])) for name in ("bits", "bits_frozen"))
     console.print(f"{len(ids):,} tokens: {bits:.3f} bits each, {frozen:.3f} with the memory frozen.")
     print(shown(f"Open {arguments.out / PAGE} in a browser; {NUMBERS} beside it has the numbers."))
+
+
+def passage_of(arguments: argparse.Namespace, name: str) -> Span | None:
+    """The tokens of a flag A-B, from A to before B. Raises ValueError for anything else."""
+    text = getattr(arguments, name)
+    if text is None:
+        return None
+    first, _, end = text.partition("-")
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise ValueError(f"--{name} {text}: give A-B with A below B, in tokens from 0")
+    return int(first), int(end)
 
 
 def what_if_of(text: str) -> tuple[str, int, int | None]:
@@ -106,40 +137,27 @@ def check_folder(out: Path) -> None:
             raise ValueError(f"{out / name} is not of this command; give --out another folder")
 
 
-def facts_of(name: Path, model: TitansForCausalLM, found: Trace, texts: list[PageText]) -> dict[str, str]:
-    """What the top of a page says."""
-    bits = f"{float(np.nanmean(found['bits'])):.3f} a token"
-    if "bits_frozen" in found:
-        bits += f", {float(np.nanmean(found['bits_frozen'])):.3f} with the memory frozen"
-    threshold = model.config.surprise_threshold
-    facts = {
-        "model": f"{name.name} ({model.config.variant}, {found.layers} layers, {found.heads} memory heads)",
-        "text": ", ".join(text.name for text in texts),
-        "tokens": f"{len(found):,}",
-        "bits": bits,
-    }
-    if threshold is not None and "theta" in found:
-        facts["written"] = f"{float((found['theta'] > 0).mean()):.1%} (surprise above {threshold:g})"
-    return facts | {"made": datetime.now(UTC).strftime("%Y-%m-%d")}
-
-
-def vocabulary_of(tokenizer: PreTrainedTokenizerBase, found: Trace) -> dict[int, bytes | str]:
-    """The bytes of each token that was predicted."""
-    seen = [found[name].ravel() for name in ("prediction", "prediction_frozen") if name in found]
-    ids = np.unique(np.concatenate(seen)) if seen else np.zeros(0, np.int64)
-    ids = ids[ids >= 0].astype(np.int64)
-    return dict(zip(ids.tolist(), token_bytes(tokenizer, ids), strict=True))
-
-
-def summary(found: Trace, others: list[Series]) -> dict[str, object]:
+def summary(found: Trace, others: list[Series], compared: Series | None) -> dict[str, Any]:
     """The result in numbers."""
-    return {
+    results: dict[str, Any] = {
         "tokens": len(found),
         "bits": {name: float(np.nanmean(found[name])) for name in ("bits", "bits_frozen") if name in found},
         "what_if": [
             {"label": one.label, "bits_from_there": float(np.nanmean(one.bits[one.start :]))} for one in others
         ],
     }
+    if compared is not None:
+        results["compared"] = {"label": compared.label, "bits": float(np.nanmean(compared.bits))}
+    return results
+
+
+def held_summary(held: Probe) -> dict[str, Any]:
+    """What is held of a passage, by layer and head; a half-life is None where the text ends before."""
+    lives = [[life if np.isfinite(life) else None for life in layer] for layer in held.half_life().tolist()]
+    ranks = np.median(held.rank, 0).tolist()
+    errors = held.error.mean(1)[[0, 1, -1]].tolist()
+    return {"tokens": list(held.passage), "half_life": lives, "median_rank": ranks, "candidates": held.candidates,
+            "error": dict(zip(("before", "after", "at_the_end"), errors, strict=True))}  # fmt: skip
 
 
 class _bar:

@@ -107,6 +107,14 @@ def analyze(parser: argparse.ArgumentParser) -> None:
         "--what-if", action="append", default=[], metavar="CASE",
         help="frozen:START, memory frozen from this token on; skip:A-B, this passage not written; may be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "--compare",
+        metavar="MODEL",
+        help="another model beside this one, from its own beginning; frozen: this one, frozen",
+    )
+    parser.add_argument("--sources", metavar="A-B", help="show where the predictions of these tokens come from")
+    parser.add_argument("--passage", metavar="A-B", help="draw what the memory holds of this passage later (held.png)")
+    parser.add_argument("--figures", action="store_true", help="draw figures too, as PNG and SVG")
     parser.add_argument("--errors", choices=get_args(Errors), default="strict", help=ERRORS_HELP)
 
 
@@ -121,6 +129,7 @@ def memory(parser: argparse.ArgumentParser) -> None:
         command.add_argument("file", type=Path, help="a memory file")
     fork.add_argument("to", type=Path, help="the file to write; it must not exist")
     diff.add_argument("other", type=Path, help="the memory file to compare with")
+    diff.add_argument("--picture", type=Path, metavar="FILE.png", help="draw which heads changed most")
 
 
 def learn(parser: argparse.ArgumentParser) -> None:

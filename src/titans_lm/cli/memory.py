@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,12 @@ def run(arguments: argparse.Namespace) -> int | None:
         save_file(arguments.to, tensors, Card(**{**vars(card), "parent": card.digest}))
         console.print(f"{arguments.to}: a fork of {arguments.file}")
     else:
-        return _diff(console, (tensors, card), load_file(arguments.other))
+        if arguments.picture is not None:
+            _check_picture(arguments.picture)
+        other, its_card = load_file(arguments.other)
+        if arguments.picture is not None:
+            _draw_diff(tensors, other, arguments.picture)
+        return _diff(console, (tensors, card), (other, its_card))
     return None
 
 
@@ -91,3 +97,47 @@ def _diff(console: Console, one: "tuple[dict[str, Tensor], Card]", two: "tuple[d
             table.add_row(shown(name), f"{float(apart):.3e}")
     console.print(table if table.rows else "the same numbers")
     return 1 if table.rows else 0
+
+
+def _check_picture(path: Path) -> None:
+    """Raises ValueError for a name that is not of a PNG, and for a file that is not a picture of this package."""
+    if path.suffix != ".png" or not path.absolute().parent.is_dir():
+        raise ValueError(f"--picture {path}: give the name of a file that ends in .png, in a folder that exists")
+    if path.exists() and b"Matplotlib" not in path.read_bytes()[:1024]:
+        raise ValueError(f"{path} is not a picture of this command; give --picture another name")
+
+
+def head_changes(one: "dict[str, Tensor]", two: "dict[str, Tensor]") -> "Tensor":
+    """How much each head's memory differs, by layer with a memory, `[L, H]`: || A - B || / || A || over its weights.
+
+    Raises ValueError for files without memories of the same shape."""
+    import torch
+
+    layers: dict[int, list[str]] = {}
+    for name in one:
+        found = re.fullmatch(r"layers\.(\d+)\.memory\.memory\.weights\.\d+", name)
+        if found is not None:
+            layers.setdefault(int(found[1]), []).append(name)
+    if not layers or any(
+        name not in two or two[name].shape != one[name].shape for names in layers.values() for name in names
+    ):
+        raise ValueError("a picture compares memories of the same shape, which these two files do not have")
+    rows = []
+    for _, names in sorted(layers.items()):
+        apart = torch.stack([(one[n].double() - two[n].double()).square().sum((0, 2, 3)) for n in names]).sum(0)
+        size = torch.stack([one[n].double().square().sum((0, 2, 3)) for n in names]).sum(0)
+        rows.append((apart / size.clamp(min=1e-60)).sqrt())
+    return torch.stack(rows)
+
+
+def _draw_diff(one: "dict[str, Tensor]", two: "dict[str, Tensor]", path: Path) -> None:
+    from titans_lm.utils.figures import figure_file
+
+    changes = head_changes(one, two).numpy()
+    size = (2.6 + 0.7 * min(changes.shape[1], 24), 1.8 + 0.5 * min(changes.shape[0], 32))
+    with figure_file(path, figsize=size) as axis:
+        image = axis.imshow(changes, cmap="cividis", aspect="auto", vmin=0)
+        axis.set(title="Relative difference of each memory", xlabel="head", ylabel="layer")
+        axis.set_xticks(range(changes.shape[1]))
+        axis.set_yticks(range(changes.shape[0]))
+        axis.figure.colorbar(image, ax=axis)

@@ -9,8 +9,9 @@ from titans_lm.utils.memory_lock import beside
 
 
 @contextmanager
-def figure_file(path: Path, *grid: int, dpi: int = 130, **options: Any) -> Iterator[Any]:
-    """Yields the axes of `pyplot.subplots(*grid, **options)`. Writes `path`, a PNG, if the block raises nothing."""
+def figure_file(path: Path, *grid: int, dpi: int = 130, svg: bool = False, **options: Any) -> Iterator[Any]:
+    """Yields the axes of `pyplot.subplots(*grid, **options)`. Writes `path`, a PNG, if the block raises nothing; with
+    `svg`, an SVG beside it too."""
     import matplotlib  # a second, and only commands that draw need it
 
     matplotlib.use("Agg")
@@ -20,8 +21,9 @@ def figure_file(path: Path, *grid: int, dpi: int = 130, **options: Any) -> Itera
     part = beside(path, "part")
     try:
         yield axes
-        figure.savefig(part, format="png", dpi=dpi)
-        part.replace(path)
+        for goal in (path, path.with_suffix(".svg")) if svg else (path,):
+            figure.savefig(part, format="svg" if goal.suffix == ".svg" else "png", dpi=dpi)
+            part.replace(goal)
     finally:
         part.unlink(missing_ok=True)
         plt.close(figure)

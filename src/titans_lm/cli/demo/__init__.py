@@ -52,4 +52,6 @@ def run(arguments: argparse.Namespace) -> None:
         learning.print_summary(results, console)
         write_json(output / "learning.json", {**origin, **identity(model), **results})
         written += ", learning.png and learning.json"
+    needle.write_page(folder, task, arguments.seed, output / needle.PAGE)
     console.print(f"In {output}: {written}.")
+    console.print(f"Open {output / needle.PAGE} in a browser: it shows what the memory did with a shorter haystack.")

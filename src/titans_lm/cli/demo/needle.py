@@ -5,7 +5,7 @@ Its state keeps one size while it reads. Its surprise is plotted along the text.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from titans_lm.analyze.attribution import prediction_sources
+from titans_lm.analyze.page import PageText, page
+from titans_lm.analyze.report import page_data
+from titans_lm.analyze.trace import trace
 from titans_lm.bench.measure import resident
 from titans_lm.evaluate.needle import begins
 from titans_lm.inference.generate import generate_from, prefill
@@ -25,14 +29,18 @@ from titans_lm.models.cache import TitansState
 from titans_lm.models.hub import RUN, load
 from titans_lm.models.model_identity import identity
 from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.models.tokenizer import encode
 from titans_lm.tasks.haystack import encoder
 from titans_lm.tasks.needle import Needle
 from titans_lm.utils.figures import figure_file
+from titans_lm.utils.record import write_text
 
 COLUMNS = 60
 """Columns of the chart in the terminal."""
 BINS = 1000
 """Maximum points of the figure."""
+PAGE, PAGE_TOKENS = "needle.html", 2000
+"""The page, and the most tokens of the haystack that it shows."""
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -238,3 +246,16 @@ def plot(hidden: Hidden, reading: Reading, path: Path) -> None:
         below.set_ylabel("MiB")
         below.set_xlabel("tokens read")
         below.legend(frameon=False, ncols=2)
+
+
+def write_page(folder: Path, task: Needle, seed: int, path: Path) -> None:
+    """Write a page that shows the model reading a haystack of at most `PAGE_TOKENS`, its needle, question and answer,
+    with the sources of the answer."""
+    model, tokenizer = load(folder)
+    hidden = hide(replace(task, length=min(task.length, PAGE_TOKENS)), seed)
+    value = encode(tokenizer, hidden.value)
+    ids = torch.cat([hidden.ids[0], torch.from_numpy(value)])
+    places = range(len(ids) - len(value), len(ids))
+    sources = prediction_sources(model, ids, places) if model.config.memory_gates_of == "token" else []
+    text = PageText(f"a haystack with {hidden.key}{hidden.value} in it", len(ids))
+    write_text(path, page(page_data(folder.name, model, tokenizer, trace(model, ids), [text], attributions=sources)))
