@@ -155,11 +155,11 @@ def test_the_half_life_is_that_of_a_write_followed_step_by_step(eta, alpha):
         left.append(memory)
     peak = int(np.argmax(left))
     below = next(n for n in range(peak, 3000) if left[n] < max(left) / 2)
-    assert half_life(eta, alpha) == pytest.approx(below, abs=1.01)
+    assert half_life(eta, alpha) == pytest.approx(below, abs=1.2)
     assert half_life(0.9, 0.0) == np.inf
 
 
-def test_a_picture_of_two_memories(folder, text, tmp_path, capsys):
+def test_a_picture_of_two_memories(folder, tmp_path, capsys):
     one, two, picture = (tmp_path / name for name in ("one.memory", "two.memory", "diff.png"))
     for file, count in ((one, 1), (two, 2)):
         texts = [tmp_path / f"{count}-{i}.txt" for i in range(count)]

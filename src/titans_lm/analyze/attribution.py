@@ -217,8 +217,8 @@ def _shares(
 
 
 def _decays(theta: Tensor, eta: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How much of each token's step is in the last weights, `[T, H]`, and how much of momentum and weights at the start,
-    `[H]`: eqs. 10 and 13, from the last token back."""
+    """How much of each token's step is in the last weights, `[T, H]`, and how much of momentum and weights at the
+    start, `[H]`: eqs. 10 and 13, from the last token back."""
     in_weights, in_momentum = torch.ones_like(theta[0]), torch.zeros_like(theta[0])
     found = []
     for t in range(len(theta) - 1, -1, -1):
@@ -238,7 +238,7 @@ def _chunks(position: int, tokens: int, size: int) -> Iterator[tuple[int, int]]:
 def _inner_products(
     memory: NeuralMemory, anchor: tuple[Tensor, ...], slope: Sequence[Tensor], k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """For each token of a chunk: the inner product of its inner gradient (eq. 12) with `slope`, and its loss, `[C, H]`."""
+    """For each token of a chunk, `[C, H]`: the inner product of its inner gradient (eq. 12) with `slope`; its loss."""
     form = memory._form()
     x, inputs, sums = k.transpose(0, 1).to(anchor[0].dtype), list[Tensor](), list[Tensor]()
     v = v.transpose(0, 1).to(x.dtype)

@@ -45,16 +45,17 @@ def binned(values: NDArray[Any], bins: int = BINS) -> tuple[NDArray[np.float64],
 def along(trace: Trace, path: Path) -> None:
     """Bits, surprise and gates along the text: means over layers and heads, of stretches."""
     with figure_file(path, 3, 1, svg=True, figsize=(9, 7), sharex=True) as (bits, surprise, gates):
-        for name, style in (("bits", "-"), ("bits_frozen", "--")):
+        for name, drawn in (("bits", "-"), ("bits_frozen", "--")):
             if name in trace:
-                bits.plot(*binned(trace[name]), style, linewidth=1, label=name.replace("_", ", memory "))
+                bits.plot(*binned(trace[name]), drawn, linewidth=1, label=name.replace("_", ", memory "))
         bits.set_ylabel("bits of a token")
+        styles: list[Any] = ["-", "--", ":", "-.", (0, (1, 3))]
         surprise.plot(*binned(trace["surprise"].mean((1, 2))), linewidth=1, label="reconstruction loss")
         surprise.set_ylabel("surprise")
         for number, name in enumerate(("theta", "eta", "alpha", "output_gate", "memory_gate")):
             if name in trace:
                 values = trace[name].reshape(len(trace), -1).mean(1)
-                gates.plot(*binned(values), ("-", "--", ":", "-.", (0, (1, 3)))[number], label=name.replace("_", " "))
+                gates.plot(*binned(values), linestyle=styles[number], label=name.replace("_", " "))
         gates.set(ylabel="gates", xlabel="tokens read")
         for axis in (bits, surprise, gates):
             axis.legend(frameon=False, ncols=5, fontsize="small")

@@ -185,6 +185,7 @@ class Charts {
     ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
     ctx.clip();
     ctx.strokeStyle = colours.mark;
+    ctx.setLineDash([]);
     ctx.lineWidth = devicePixelRatio;
     ctx.beginPath();
     ctx.moveTo(at(this.active), bbox.top);

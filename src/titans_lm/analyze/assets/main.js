@@ -82,7 +82,7 @@ function reshade() {
   const steps = [];
   if (shade.diverging) for (let i = -SIDES; i <= SIDES; i++) steps.push(classOf(i, true));
   else for (let i = 0; i <= LEVELS; i++) steps.push(classOf(i, false));
-  const ends = shade.diverging ? [`${shown(shade.low)} saved`, `lost ${shown(shade.high)}`] : [shown(shade.low), shown(shade.high)];
+  const ends = shade.diverging ? [`${shown(-shade.low)} less`, `${shown(shade.high)} more`] : [shown(shade.low), shown(shade.high)];
   byId("scale").replaceChildren(element("span", {text: ends[0]}), ...steps.map((kind) => element("span", {class: `step ${kind}`})), element("span", {text: ends[1]}));
   byId("scale").setAttribute("aria-label", `Shading by ${entry.label}, from ${ends[0]} to ${ends[1]}`);
   byId("layer").disabled = meta.layers === 1;
@@ -139,12 +139,14 @@ function start() {
     panes.push(new TextPane("pane2", `Text, shaded by the bits of ${meta.compared}`, events));
     byId("panes").classList.add("two");
     byId("panes").append(panes[1].grid);
+    byId("text-title").textContent = `Text, and the same text shaded by bits: ${meta.compared}`;
   }
   for (const pane of panes) pane.layout();
   reshade();
   rebuild();
   byId("lists").replaceChildren(...lists(activate));
-  activate(0);
+  const answer = meta.sources[meta.sources.length - 1];
+  activate(answer ? answer.token : 0, {scroll: true});
   new ResizeObserver(() => {
     if (panes.some((pane) => pane.layout())) panes.forEach((pane) => pane.reveal(active, true));
     charts.resize();
