@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from test_serve import LIMITS, serving
-from titans_lm import Reader, TitansForCausalLM, TitansState, load
+from titans_lm import Reader, TitansForCausalLM, TitansState, load, trace
 from titans_lm.cli import main
 from titans_lm.inference.serve.app import Service
 from titans_lm.layers.bypass import bypass_memory
@@ -445,7 +446,12 @@ def test_runs_that_make_no_sense_are_refused(bases, tmp_path):
     other = hf.PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer)
     other.add_tokens(["two words"])
     other.save_pretrained(tmp_path / "tokenizer")
-    data = {"files": [str(Path(__file__))], "held_out": 0, "tokenizer": str(tmp_path / "tokenizer")}
+    data = {
+        "files": [str(Path(__file__))],
+        "held_out": 0,
+        "sequence_length": 24,
+        "tokenizer": str(tmp_path / "tokenizer"),
+    }
     with pytest.raises(ValueError, match=r"data.tokenizer has other tokens|below the tokenizer's"):
         train(parse_settings({**tree, "data": data, "training": {"output_dir": str(tmp_path / "run")}}))
 
@@ -507,3 +513,13 @@ def test_a_base_in_half_precision_has_a_memory_in_single(bases, tmp_path):
     state.save(tmp_path / "a.memory")
     loaded = TitansState.load(tmp_path / "a.memory", model)
     assert torch.equal(model(x[1:], past_key_values=loaded).logits, model(x[1:], past_key_values=state).logits)
+
+
+def test_a_trace_looks_into_the_layers_with_a_memory(llama):
+    x = ids(1, 20)
+    found = trace(llama, x)
+    with torch.no_grad():
+        logits = llama(x).logits[0, :-1].double()
+    bits = torch.nn.functional.cross_entropy(logits, x[0, 1:], reduction="none") / math.log(2)
+    assert_close(torch.as_tensor(found.arrays["bits"])[1:].float(), bits.float())
+    assert found.arrays["surprise"].shape == (20, 1, 2)
