@@ -40,7 +40,7 @@ def test_it_writes_a_page_and_the_numbers(folder, text, tmp_path, capsys):
     other.write_text("something else\n")
     out = tmp_path / "out"
     command = ["analyze", "--model", str(folder), "--text", str(text), str(other), "--out", str(out)]
-    command += ["--what-if", "frozen:50", "--what-if", "skip:10-20"]
+    command += ["--what-if", "frozen:50", "skip:10-20"]
     assert cli.main(command) == 0
     assert str(out / "index.html") in capsys.readouterr().out
     model, _ = load(folder)
@@ -63,6 +63,8 @@ def test_it_writes_a_page_and_the_numbers(folder, text, tmp_path, capsys):
     assert meta["helped"][0][0] == best
     about = json.loads((out / "analyze.json").read_text())
     assert about["command"].startswith("titans analyze")
+    assert about["command"].split("--what-if ")[1].startswith("frozen:50 skip:10-20")
+    assert about["page_bytes"] == (out / "index.html").stat().st_size
     skipped = read_bits(model, torch.from_numpy(ids), None, [(10, 20)])[0]
     assert about["what_if"][1]["bits_from_there"] == pytest.approx(float(skipped[10:].mean()))
     assert cli.main(command) == 0  # over its own files

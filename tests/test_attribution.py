@@ -137,6 +137,7 @@ def test_a_passage_is_held_after_it_is_read(kind):
     assert found.rank.shape == (6, 2, 2)
     assert found.rank.min() >= 1
     assert found.rank.max() <= found.candidates == 60
+    assert (probe(model, ids[:, :1], (0, 1)).rank == 1).all()  # there is no other value
     start = probe(model, ids, (0, 60), piece=10)
     assert start.read.tolist() == [0, 60]
     late = probe(model, ids[:, :26], (20, 26))

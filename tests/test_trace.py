@@ -218,3 +218,10 @@ def test_what_cannot_be_traced_is_refused(model, tmp_path):
 def test_it_is_public():
     assert titans_lm.trace is trace
     assert {"trace", "Trace"} <= set(titans_lm.__all__)
+
+
+@pytest.mark.parametrize(("threshold", "written"), [(1e-9, True), (1e9, False)])
+def test_theta_shows_what_a_predictor_s_threshold_leaves_out(threshold, written):
+    options = {"surprise_threshold": threshold, "surprise_threshold_on": "prediction"}
+    found = trace(tiny_model("mag", torch.float32, **options), tokens(1, 12), frozen=False)
+    assert ((found["theta"] > 0) == written).all()

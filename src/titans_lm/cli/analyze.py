@@ -1,6 +1,7 @@
 """`titans analyze`: a page that shows what a memory did with a text, figures, and the numbers."""
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ PAGE, NUMBERS, ABOUT = "index.html", "trace.npz", "analyze.json"
 
 
 def run(arguments: argparse.Namespace) -> None:
+    begun = time.monotonic()
     check_least(arguments, 2, "tokens")
-    what_if = [what_if_of(text) for text in arguments.what_if]
+    what_if = [what_if_of(text) for text in arguments.what_if or ()]
     sources, passage = (passage_of(arguments, name) for name in ("sources", "passage"))
     for text in arguments.text:
         examine(text, arguments.errors)  # before the model is loaded
@@ -45,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {span[0]}-{span[1]}: the text has only {len(ids):,} tokens")
     spans = [spans_of(one, len(ids)) for one in what_if]
     state = None if arguments.memory is None else TitansState.load(arguments.memory, model)
+    started = time.monotonic()
     with _bar(console, (2 + len(spans) + (other is not None)) * len(ids)) as progress:
         found = trace(model, ids, state, progress=progress)
         others = [
@@ -55,6 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         if other is not None:
             parts = token_bytes(tokenizer, ids)
             compared = other_model_bits(Path(arguments.compare).name, *other, parts, progress)
+    read = time.monotonic() - started
     places = [] if sources is None else list(range(*sources))
     attributions = prediction_sources(model, ids, places, state) if places else []
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -71,6 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
         held = probe(model, ids, passage, state)
         figures.held(held, arguments.out / "held.png", [label(part) for part in data.parts[slice(*passage)]])
         results["passage"] = held_summary(held)
+    size = (arguments.out / PAGE).stat().st_size
+    results |= {"seconds": {"reading": round(read, 2), "all": round(time.monotonic() - begun, 2)}, "page_bytes": size}
     write_json(arguments.out / ABOUT, {**provenance(command_line("analyze", arguments)), **results})
     if left:
         console.print(f"Shown are the first {len(ids):,} tokens, as --tokens says; the texts have more.")

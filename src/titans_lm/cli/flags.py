@@ -104,8 +104,8 @@ def analyze(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", type=Path, help="memory file to begin with; it stays as it is")
     parser.add_argument("--tokens", type=int, default=100_000, help="most tokens that are read and shown")
     parser.add_argument(
-        "--what-if", action="append", default=[], metavar="CASE",
-        help="frozen:START, memory frozen from this token on; skip:A-B, this passage not written; may be repeated",
+        "--what-if", nargs="+", metavar="CASE",
+        help="frozen:START, memory frozen from this token on; skip:A-B, this passage not written",
     )  # fmt: skip
     parser.add_argument(
         "--compare",

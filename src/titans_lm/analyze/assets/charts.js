@@ -76,7 +76,7 @@ class Charts {
     this.root.append(element("figure", {}, element("figcaption", {}, element("span", {text: chart.title}), legend), box));
     const axis = {stroke: colours.text, grid: {stroke: colours.grid, width: 1}, ticks: {stroke: colours.grid, width: 1}, font: "11px system-ui, sans-serif"};
     const options = {
-      width, height: CHART_HEIGHT, legend: {show: false}, padding: [8, 10, 0, 0],
+      width, height: CHART_HEIGHT, legend: {show: false}, padding: [8, 26, 0, 0],
       cursor: {sync: {key: "text"}, drag: {x: true, y: false, setScale: false}, points: {size: 5}},
       scales: {x: {time: false, range: () => this.range}, y: {range: (_, low, high) => spread(low, high)}},
       axes: [{...axis, size: 26, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? count(tick) : ""))}, {...axis, size: 52, values: (_, ticks) => ticks.map(tickText)}],
