@@ -24,7 +24,7 @@ hook = install_import_hook(
     [
         f"titans_lm.{path.relative_to(SOURCE).with_suffix('').as_posix().replace('/', '.')}"
         for path in [*SOURCE.glob("*.py"), *SOURCE.glob("*/*")]
-        if path.stem not in ("__init__", "_moved", "configuration", "shipped")
+        if path.stem not in ("__init__", "_moved", "configuration", "time_series_configuration", "shipped")
     ],
     "beartype.beartype",
 )

@@ -16,7 +16,13 @@ from transformers.testing_utils import torch_device
 
 import transformers_sdist
 from conftest import TITANS, tiny_config
-from titans_lm import TitansConfig, TitansForCausalLM, TitansModel
+from titans_lm import (
+    TitansConfig,
+    TitansForCausalLM,
+    TitansForSequenceClassification,
+    TitansForTokenClassification,
+    TitansModel,
+)
 
 common = transformers_sdist.load("test_modeling_common")
 ConfigTester = transformers_sdist.load("test_configuration_common").ConfigTester
@@ -27,7 +33,7 @@ NOT_APPLICABLE = {
     "attn_implementation_": "they look for attention modules and weights of transformers' own; eager has a test here",
     "flash_attn_|flex_attention_|kernels_": "attention is PyTorch's own, fused or written out",
     "eager_matches_batched_and_grouped_|moe_|output_router_logits_": "there are no experts",
-    "get_(text|image|audio|video)_features_|problem_types|encoder_decoder_": "a decoder of text, of one class",
+    "get_(text|image|audio|video)_features_|problem_types|encoder_decoder_": "a decoder of text",
     "internal_model_config_": "a configuration has no others in it",
     "model_rope_|vision_axial_rope|resize_position_vector_": "rotary positions have a base, and no other setting",
     "capture_outputs_decorator|can_capture_specific_layers_": "the model gives hidden states itself: with padding it "
@@ -77,12 +83,21 @@ def listed(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' tests know what a class is for by lists of names."""
     monkeypatch.setitem(common.MODEL_MAPPING_NAMES, "titans", "TitansModel")
     monkeypatch.setitem(common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "titans", "TitansForCausalLM")
+    names = common.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    monkeypatch.setitem(names, "titans", "TitansForSequenceClassification")
+    names = common.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+    monkeypatch.setitem(names, "titans", "TitansForTokenClassification")
 
 
 @pytest.mark.usefixtures("listed", "unchecked")
 class Laws(common.ModelTesterMixin, transformers_sdist.GenerationTesterMixin):
     variant: str
-    all_model_classes = (TitansModel, TitansForCausalLM)
+    all_model_classes = (
+        TitansModel,
+        TitansForCausalLM,
+        TitansForSequenceClassification,
+        TitansForTokenClassification,
+    )
     has_attentions = False
     test_can_init_all_missing_weights_before_2023 = True
 

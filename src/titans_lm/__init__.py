@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from titans_lm.inference.reader import Reader
     from titans_lm.layers.neural_memory import NeuralMemory, NeuralMemoryState
     from titans_lm.models.cache import TitansState
+    from titans_lm.models.classification import TitansForSequenceClassification, TitansForTokenClassification
     from titans_lm.models.configuration import DEFAULT_CONFIG, VARIANT_CONFIGS, TitansConfig
     from titans_lm.models.graft_files import graft
     from titans_lm.models.hub import load
     from titans_lm.models.modeling import TitansForCausalLM, TitansModel
     from titans_lm.models.presets import preset
+    from titans_lm.models.time_series import TitansForTimeSeriesPrediction
+    from titans_lm.models.time_series_configuration import TitansTimeSeriesConfig
     from titans_lm.ops import MemoryState, Surprise, memory_scan
 
 __all__ = [
@@ -35,8 +38,12 @@ __all__ = [
     "Surprise",
     "TitansConfig",
     "TitansForCausalLM",
+    "TitansForSequenceClassification",
+    "TitansForTimeSeriesPrediction",
+    "TitansForTokenClassification",
     "TitansModel",
     "TitansState",
+    "TitansTimeSeriesConfig",
     "Trace",
     "graft",
     "load",
@@ -56,8 +63,12 @@ _MODULES = {
     "Surprise": "ops",
     "TitansConfig": "models.configuration",
     "TitansForCausalLM": "models.modeling",
+    "TitansForSequenceClassification": "models.classification",
+    "TitansForTimeSeriesPrediction": "models.time_series",
+    "TitansForTokenClassification": "models.classification",
     "TitansModel": "models.modeling",
     "TitansState": "models.cache",
+    "TitansTimeSeriesConfig": "models.time_series_configuration",
     "Trace": "analyze.arrays",
     "graft": "models.graft_files",
     "load": "models.hub",

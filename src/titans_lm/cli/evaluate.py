@@ -17,6 +17,7 @@ WHAT = {
     "harness": "tasks of lm-evaluation-harness, RULER and BABILong among them, with the carried state",
     "synthetic": "train and test on recall or state tracking: MQAR, copying, parity, word problems",
     "forecast": "forecasting of series at long horizons: the memory and published rivals, by the standard protocol",
+    "classify": "classifiers of DNA: folders of GenomicBenchmarks, FASTA, CSV, or planted motifs",
     "probes": "what an untrained memory can hold: a nonlinear stream, capacity",
 }
 

@@ -91,11 +91,17 @@ def check_caches(caches: list[BlockCache], expected: list[type[Any]]) -> None:
         raise ValueError(f"past_key_values belongs to another model: its layers are {got}, this model's are {wanted}")
 
 
-def embedded(embedding: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """The inputs as `[B, T, D]`. Raises ValueError unless exactly one of the two is given."""
+def embedded(embedding: nn.Module | None, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """The inputs as `[B, T, D]`. Raises ValueError unless exactly one of the two is given, and for tokens without an
+    `embedding`, which a forecaster's model does not have."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("pass input_ids or inputs_embeds, and not both")
-    return embedding(input_ids) if inputs_embeds is None else inputs_embeds
+    if inputs_embeds is not None:
+        return inputs_embeds
+    if embedding is None:
+        raise ValueError("this model has no embedding of tokens: pass inputs_embeds")
+    embeds: Tensor = embedding(input_ids)
+    return embeds
 
 
 def token_mask(attention_mask: Tensor | None, x: Tensor, rows: int) -> Tensor | None:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from titans_lm.models.model_files import AUTO_MAP
-from titans_lm.models.registration import register_models
+from titans_lm.models.registration import register_models, register_other_configurations
 
 VARIANTS = ("mac", "mag", "mal", "lmm", "attention")
 Variant = Literal["mac", "mag", "mal", "lmm", "attention"]
@@ -107,9 +107,9 @@ class TitansConfig(PreTrainedConfig):
                 setattr(self, key, kwargs.pop(alias))
         unknown = [key for key in kwargs if key not in _INHERITED]
         if unknown and "model_type" not in kwargs:  # only a saved configuration has it
-            raise ValueError(unknown_key(unknown[0], known_keys(), "TitansConfig"))
+            raise ValueError(unknown_key(unknown[0], known_keys(type(self)), type(self).__name__))
         if unknown:
-            _warn_unknown(unknown)
+            _warn_unknown(unknown, type(self))
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         if self.memory_dim is None:
@@ -139,7 +139,7 @@ class TitansConfig(PreTrainedConfig):
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
         """As transformers has it, for a class of your own. This class does not need it: models are saved with their
         `AUTO_MAP` and without a copy of the package's code."""
-        if cls is not TitansConfig:
+        if cls.__module__.split(".")[0] != __name__.split(".")[0]:
             super().register_for_auto_class(auto_class)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -176,8 +176,9 @@ def plain_errors(initialise: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(initialise)
     def wrapped(self: TitansConfig, *args: Any, **kwargs: Any) -> None:
+        numbers = {f.name for f in dataclasses.fields(self) if f.type in (float, float | None)}
         for key, value in kwargs.items():  # an integer stands for a float
-            if key in _NUMBERS and type(value) is int:
+            if key in numbers and type(value) is int:
                 kwargs[key] = float(value)
         try:
             initialise(self, *args, **kwargs)
@@ -211,9 +212,9 @@ _INHERITED = {f.name for f in dataclasses.fields(PreTrainedConfig)} | {
 """Keys that transformers sets, uses and saves."""
 
 
-def known_keys() -> list[str]:
+def known_keys(config: type = TitansConfig) -> list[str]:
     """The keys that a user sets: the fields of this class, the special tokens and the aliases."""
-    own = [f.name for f in dataclasses.fields(TitansConfig) if not f.name.startswith("_")]
+    own = [f.name for f in dataclasses.fields(config) if not f.name.startswith("_")]
     return own + list(TitansConfig.attribute_map)
 
 
@@ -223,9 +224,9 @@ def unknown_key(key: str, known: list[str], where: str) -> str:
     return f"unknown key {key!r} in {where}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-def _warn_unknown(keys: list[str]) -> None:
+def _warn_unknown(keys: list[str], config: type) -> None:
     """Warn once about all unknown keys."""
-    message = "; ".join(unknown_key(key, known_keys(), "config.json") for key in keys)
+    message = "; ".join(unknown_key(key, known_keys(config), "config.json") for key in keys)
     warnings.warn(f"{message} (kept as attributes, without any effect)", stacklevel=2)
 
 
@@ -244,3 +245,4 @@ VARIANT_CONFIGS: dict[str, dict[str, Any]] = {
 """The keys of each variant, as in `TitansConfig(**VARIANT_CONFIGS["mac"])`."""
 
 AutoConfig.register(TitansConfig.model_type, TitansConfig, exist_ok=True)
+register_other_configurations()

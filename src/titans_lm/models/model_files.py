@@ -13,8 +13,16 @@ AUTO_MAP = {
     "AutoConfig": f"{AUTO_CODE}.TitansConfig",
     "AutoModel": f"{AUTO_CODE}.TitansModel",
     "AutoModelForCausalLM": f"{AUTO_CODE}.TitansForCausalLM",
+    "AutoModelForSequenceClassification": f"{AUTO_CODE}.TitansForSequenceClassification",
+    "AutoModelForTokenClassification": f"{AUTO_CODE}.TitansForTokenClassification",
 }
 """The class in it for each Auto class."""
+TIME_SERIES_AUTO_MAP = {
+    "AutoConfig": f"{AUTO_CODE}.TitansTimeSeriesConfig",
+    "AutoModelForTimeSeriesPrediction": f"{AUTO_CODE}.TitansForTimeSeriesPrediction",
+}
+"""The same of the forecasters."""
+_CLASSES = {name.rsplit(".", 1)[1] for name in (*AUTO_MAP.values(), *TIME_SERIES_AUTO_MAP.values())}
 SHIPPED = Path(__file__).parent / "shipped"
 """The folder of the models that are shipped with the package, each in a folder of its own."""
 NAMES = sorted(folder.name for folder in SHIPPED.iterdir())
@@ -33,7 +41,7 @@ After `import titans_lm`, `AutoModelForCausalLM.from_pretrained(FOLDER)` works t
 package finds it through this file with `trust_remote_code=True`.
 """
 
-from titans_lm import {", ".join(sorted(name.rsplit(".", 1)[1] for name in AUTO_MAP.values()))}  # noqa: F401
+from titans_lm import ({", ".join(sorted(_CLASSES))})  # noqa: F401
 '''
 
 __getattr__ = renamed(__name__, {"shipped": "shipped_folder", "complete": "add_companions"})

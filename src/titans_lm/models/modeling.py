@@ -74,7 +74,8 @@ class TitansPreTrainedModel(PreTrainedModel):
         """As transformers has it. It also writes code that finds this package, and digests of the written files, by
         which `titans` detects a damaged folder."""
         ours = model_files.is_ours(type(self))  # a registered class of someone else adds itself to the map
-        saved_map = dict(model_files.AUTO_MAP) if ours else {"AutoConfig": model_files.AUTO_MAP["AutoConfig"]}
+        known = type(self.config).auto_map  # of the class, whatever a loaded configuration has
+        saved_map = dict(known) if ours else {"AutoConfig": known["AutoConfig"]}
         self.config.auto_map = saved_map  # type: ignore[misc]  # of this configuration alone
         super().save_pretrained(save_directory, is_main_process=is_main_process, **options)
         if is_main_process:

@@ -12,12 +12,15 @@ from importlib.machinery import ModuleSpec
 from typing import Any
 
 _CONFIGURATION = "titans_lm.models.configuration"
-_MODELS = "titans_lm.models.modeling"
+_OTHER_CONFIGURATIONS = ("titans_lm.models.time_series_configuration",)
+"""Those that derive from it."""
+_MODELS = ("titans_lm.models.modeling", "titans_lm.models.classification", "titans_lm.models.time_series")
 
 
 def register_models() -> None:
     """Register the models. They load torch, so this waits for a configuration to be made."""
-    importlib.import_module(_MODELS)
+    for module in _MODELS:
+        importlib.import_module(module)
 
 
 def register_with_transformers(finders: list[Any]) -> None:
@@ -29,8 +32,14 @@ def register_with_transformers(finders: list[Any]) -> None:
 
 
 def _register() -> None:
-    """Register the configuration. While its module is being imported, this does nothing: that import registers it."""
+    """Register the configurations. While the module is being imported, this does nothing: that import registers it."""
     importlib.import_module(_CONFIGURATION)
+
+
+def register_other_configurations() -> None:
+    """Register the configurations that derive from `TitansConfig`, at the end of its module."""
+    for module in _OTHER_CONFIGURATIONS:
+        importlib.import_module(module)
 
 
 class _AfterTransformers(MetaPathFinder):

@@ -12,6 +12,7 @@ from titans_lm.evaluate.forecasting.contenders import CONTENDERS, Task, build, p
 from titans_lm.evaluate.forecasting.fit import Recipe, fit, measure
 from titans_lm.evaluate.forecasting.metrics import Errors
 from titans_lm.evaluate.forecasting.series import Parts, Series, standardised
+from titans_lm.evaluate.forecasting.stream import fit_stream, measure_stream
 from titans_lm.evaluate.forecasting.windows import check_no_leak, windows_of
 
 
@@ -61,11 +62,15 @@ class Cell:
         values = standardised(self.series, self.parts)
         data = windows_of(values, self.parts, self.task.look_back, self.task.horizon)
         check_no_leak(data, self.parts)
-        fitted = fit(lambda: build(self.model, self.task, self.seed), data, self.recipe, self.seed, tell)
-        test = measure(fitted.model, data.test)
+        stream = CONTENDERS[self.model].stream
+        train = fit_stream if stream else fit
+        fitted = train(lambda: build(self.model, self.task, self.seed), data, self.recipe, self.seed, tell)
+        test = (measure_stream if stream else measure)(fitted.model, data.test)
+        alone = measure_stream(fitted.model, data.test, carried=False) if stream else None
         return {
             **self.key(),
             **self._errors(fitted.val, test),
+            **({} if alone is None else {"mse_look_back_alone": alone.mse, "mae_look_back_alone": alone.mae}),
             "parameters": parameters(fitted.model),
             "rate": fitted.rate,
             "epochs": fitted.epochs,

@@ -1,14 +1,18 @@
 """The models of `titans evaluate forecast`: how each is built and trained."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from titans_lm.evaluate.forecasting.fit import Recipe
 from titans_lm.evaluate.forecasting.rivals import DLinear, NLinear, RLinear, SeasonalNaive
+from titans_lm.models.baselines import BASELINES
+from titans_lm.models.time_series import TitansForTimeSeriesPrediction
+from titans_lm.models.time_series_configuration import TitansTimeSeriesConfig
 
 
 class Task(NamedTuple):
@@ -25,6 +29,8 @@ class Contender(NamedTuple):
 
     build: Callable[[Task], nn.Module]
     recipe: Recipe = Recipe()
+    stream: bool = False
+    """Whether it reads the whole series in order, with a memory carried from its first row."""
 
 
 class Prediction(nn.Module):
@@ -60,9 +66,64 @@ def _patch_tsmixer(task: Task) -> nn.Module:
     )))  # fmt: skip
 
 
+def _titans(fields: dict[str, Any]) -> Callable[[Task], nn.Module]:
+    """Our forecaster of one look-back, with changed fields."""
+
+    def make(task: Task) -> nn.Module:
+        return Prediction(TitansForTimeSeriesPrediction(_config(task, fields)))
+
+    return make
+
+
+def _config(task: Task, fields: dict[str, Any]) -> TitansTimeSeriesConfig:
+    return TitansTimeSeriesConfig(
+        num_input_channels=task.columns, context_length=task.look_back, prediction_length=task.horizon, **fields
+    )
+
+
+class _Mamba2(nn.Module):
+    """transformers' Mamba2 as sequence model: embeddings `[R, N, D]` to hidden states."""
+
+    def __init__(self, width: int):
+        from transformers import Mamba2Config, Mamba2Model
+
+        super().__init__()
+        self.mamba = Mamba2Model(Mamba2Config(
+            vocab_size=1, hidden_size=width, num_hidden_layers=1, expand=2, head_dim=16, num_heads=width // 8,
+            n_groups=1, state_size=64, chunk_size=16, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+        ))  # fmt: skip
+        self.mamba.embeddings = nn.Identity()  # patches are embedded before
+
+    def forward(self, inputs_embeds: Tensor, **options: Any) -> ModelOutput:  # noqa: ARG002 - of a stream
+        out = self.mamba(inputs_embeds=inputs_embeds, use_cache=False)
+        return ModelOutput(last_hidden_state=out.last_hidden_state, past_key_values=None, hidden_states=None)
+
+
+class _Mamba2Forecaster(TitansForTimeSeriesPrediction):
+    """Our forecaster with Mamba2 in place of the memory."""
+
+    def _sequence_model(self) -> nn.Module:
+        return _Mamba2(self.config.hidden_size)
+
+
+def _mamba2(task: Task) -> nn.Module:
+    return Prediction(_Mamba2Forecaster(_config(task, {})))
+
+
+def _titans_stream(task: Task) -> nn.Module:
+    """One look-back is a token, and tokens are a season apart."""
+    length = min(_STREAM["patch_length"], task.look_back)
+    fields = _STREAM | {"use": "stream", "patch_stride": task.season, "patch_length": length}
+    return TitansForTimeSeriesPrediction(_config(task, fields))
+
+
+_STREAM: dict[str, Any] = {"patch_length": 24, "head_dropout": 0.3}
+"""Chosen by the validation part of ETTh1 and ETTh2 at horizon 96, of six settings."""
 _LINEAR = Recipe(rates=(1e-3, 5e-3))
 _PATCHES = Recipe(rates=(1e-3,), batch_size=64, epochs=12, decay=0.8, windows=2048, val_stride=4)
 """An epoch is a random quarter of ETTh's training windows: the study has to run on two CPU cores."""
+
+_READING = Recipe(rates=(1e-3,), epochs=8, patience=2, decay=0.85, loss="huber")
 
 CONTENDERS: dict[str, Contender] = {
     "seasonal_naive": Contender(lambda t: SeasonalNaive(t.horizon, t.season)),
@@ -71,6 +132,12 @@ CONTENDERS: dict[str, Contender] = {
     "rlinear": Contender(lambda t: RLinear(t.look_back, t.horizon, t.columns), _LINEAR),
     "patchtst": Contender(_patch_tst, _PATCHES),
     "patchtsmixer": Contender(_patch_tsmixer, _PATCHES),
+    "mamba2": Contender(_mamba2, _PATCHES),
+    "gated_delta_net": Contender(_titans(BASELINES["gated_delta_net"]), _PATCHES),
+    "titans_lmm": Contender(_titans({"variant": "lmm"}), _PATCHES),
+    "titans_mag": Contender(_titans({"variant": "mag"}), _PATCHES),
+    "titans_mal": Contender(_titans({"variant": "mal"}), _PATCHES),
+    "titans_stream": Contender(_titans_stream, _READING, stream=True),
 }
 
 

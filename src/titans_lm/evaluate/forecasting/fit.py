@@ -45,50 +45,69 @@ class Fitted(NamedTuple):
     """Epochs until its weights, the best on the validation part."""
 
 
+class Best:
+    """The weights with the lowest MSE on the validation part, and whether training is over."""
+
+    def __init__(self, recipe: Recipe):
+        self.patience, self.epoch = recipe.patience, 0
+        self.val, self.weights = Errors(math.inf, math.inf, 0), dict[str, Tensor]()
+
+    def is_over(self, model: nn.Module, val: Errors, epoch: int) -> bool:
+        """Note the error after `epoch` -> whether it has been higher than the best for too long."""
+        if val.mse < self.val.mse:
+            self.val, self.weights, self.epoch = val, copy.deepcopy(model.state_dict()), epoch
+        return epoch - self.epoch >= self.patience
+
+    def fitted(self, model: nn.Module, rate: float) -> Fitted | None:
+        """The model with its best weights; None if no error was finite."""
+        if not self.weights:
+            return None
+        model.load_state_dict(self.weights)
+        return Fitted(model, self.val, rate, self.epoch)
+
+    @staticmethod
+    def of_rates(
+        build: Callable[[], nn.Module], recipe: Recipe, seed: int, train: Callable[[nn.Module, float], Fitted | None]
+    ) -> Fitted:
+        """`train` a model for each rate, from the same seed -> the one with the lowest MSE on the validation part.
+
+        Raises ValueError if none has a finite error.
+        """
+        found = []
+        for rate in recipe.rates:
+            torch.manual_seed(seed)
+            found.append(train(build(), rate))
+        finite = [fitted for fitted in found if fitted is not None]
+        if not finite:
+            raise ValueError(f"the validation error was not finite at any learning rate of {list(recipe.rates)}")
+        return min(finite, key=lambda fitted: fitted.val.mse)
+
+
 def fit(build: Callable[[], nn.Module], data: Data, recipe: Recipe, seed: int, tell: Callable[[str], None]) -> Fitted:
-    """Train a model for each rate, from the same seed -> the one with the lowest MSE on the validation part.
+    """Train on windows in random order, as `Best.of_rates`. `tell` gets a line of progress after each epoch."""
 
-    Raises ValueError if none has a finite error.
-    """
-    best: Fitted | None = None
-    for rate in recipe.rates:
-        torch.manual_seed(seed)
-        fitted = _train(build(), data, recipe, rate, seed, tell)
-        if fitted is not None and (best is None or fitted.val.mse < best.val.mse):
-            best = fitted
-    if best is None:
-        raise ValueError(f"the validation error was not finite at any learning rate of {recipe.rates}")
-    return best
+    def train(model: nn.Module, rate: float) -> Fitted | None:
+        if not any(p.requires_grad for p in model.parameters()):
+            return Fitted(model, measure(model, data.val), 0.0, 0)
+        order = torch.Generator().manual_seed(seed)
+        optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=recipe.weight_decay)
+        best = Best(recipe)
+        for epoch in range(1, recipe.epochs + 1):
+            model.train()
+            for past, future in _batches(data.train, recipe, order):
+                optimizer.zero_grad(set_to_none=True)
+                LOSSES[recipe.loss](model(past), future).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+            val = measure(model, data.val, recipe.val_stride)
+            tell(f"rate {rate:g}, epoch {epoch} of at most {recipe.epochs}, validation {val.mse:.4f}")
+            if best.is_over(model, val, epoch):
+                break
+            for group in optimizer.param_groups:
+                group["lr"] *= recipe.decay
+        return best.fitted(model, rate)
 
-
-def _train(
-    model: nn.Module, data: Data, recipe: Recipe, rate: float, seed: int, tell: Callable[[str], None]
-) -> Fitted | None:
-    """One training. None if its error on the validation part was never finite."""
-    if not any(p.requires_grad for p in model.parameters()):
-        return Fitted(model, measure(model, data.val), 0.0, 0)
-    order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=recipe.weight_decay)
-    best, weights, best_epoch = Errors(math.inf, math.inf, 0), {}, 0
-    for epoch in range(1, recipe.epochs + 1):
-        model.train()
-        for past, future in _batches(data.train, recipe, order):
-            optimizer.zero_grad(set_to_none=True)
-            LOSSES[recipe.loss](model(past), future).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-        val = measure(model, data.val, recipe.val_stride)
-        tell(f"rate {rate:g}, epoch {epoch} of at most {recipe.epochs}, validation {val.mse:.4f}")
-        if val.mse < best.mse:
-            best, weights, best_epoch = val, copy.deepcopy(model.state_dict()), epoch
-        elif epoch - best_epoch >= recipe.patience:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] *= recipe.decay
-    if not weights:
-        return None
-    model.load_state_dict(weights)
-    return Fitted(model, best, rate, best_epoch)
+    return Best.of_rates(build, recipe, seed, train)
 
 
 def _batches(windows: Windows, recipe: Recipe, order: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
