@@ -126,3 +126,25 @@ def test_a_memory_is_asked_by_a_later_process(tmp_path, monkeypatch, capsys):
     known, unknown = map(float, re.findall(r"([\d.]+) with", said("compare", memory, text)))
     assert known < 0.9 * unknown
     assert memory.read_bytes() == written
+
+
+def test_the_example_forecasts_a_table(tmp_path, monkeypatch, capsys):
+    table = tmp_path / "table.csv"
+    rows = [f"2020-01-{1 + i // 24:02} {i % 24:02}:00,{i % 24},{(i % 24) ** 2}" for i in range(400)]
+    table.write_text("date,a,b\n" + "\n".join(rows))
+    flags = ["--horizon", "4", "--look-back", "24", "--epochs", "1", "--output", str(tmp_path / "model")]
+    monkeypatch.setattr(sys, "argv", ["forecast.py", str(table), *flags])
+    example("forecast").main()
+    out = capsys.readouterr().out.splitlines()
+    assert out[-5] == "step\ta\tb"
+    assert [line.split("\t")[0] for line in out[-4:]] == ["1", "2", "3", "4"]
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_example_classifies(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "model"
+    monkeypatch.setattr(sys, "argv", ["classify.py", "--steps", "1", "--length", "16", "--output", str(folder)])
+    example("classify").main()
+    assert re.search(r"accuracy 0\.\d+, MCC -?0\.\d+; ", capsys.readouterr().out)
+    assert titans_lm.TitansForSequenceClassification.from_pretrained(folder).config.num_labels == 2
