@@ -56,9 +56,7 @@ def main() -> None:
     values = standardised(series, parts)
     error, model = train(values, parts, arguments.look_back, arguments.horizon, arguments.season, arguments.epochs)
     model.save_pretrained(arguments.output)
-    print(
-        f"mean squared error on the last fifth: {error:.3f} of the training variance; {arguments.output}"
-    )
+    print(f"mean squared error on the last fifth: {error:.3f} of the training variance; {arguments.output}")
     past = series.values[: parts.train]
     std, mean = past.std(0, correction=0), past.mean(0)
     print("step", *series.columns, sep="\t")
