@@ -132,3 +132,9 @@ def test_packed_documents_get_their_own_labels():
     alone = torch.cat([model(text[None]).logits[0] for text in TEXTS])
     assert torch.allclose(model(packed, position_ids=positions).logits[0], alone, atol=1e-5)
     assert not torch.allclose(model(packed).logits[0], alone, atol=1e-3)
+
+
+def test_accumulated_gradients_weigh_each_label_once(model: TitansForSequenceClassification):
+    ids, labels = torch.randint(1, 20, (3, 5)), torch.tensor([0, 2, 1])
+    parts = [model(ids[a:b], labels=labels[a:b], num_items_in_batch=3).loss for a, b in ((0, 1), (1, 3))]
+    assert torch.allclose(sum(parts), model(ids, labels=labels).loss, atol=1e-6)

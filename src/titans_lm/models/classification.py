@@ -68,6 +68,7 @@ class TitansForSequenceClassification(_Classifier):
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         last = _last_tokens(attention_mask, tokens)
+        items = kwargs.pop("num_items_in_batch", None)
         if position_ids is not None:
             _check_one_document(position_ids, attention_mask)
         out = self.model(
@@ -77,7 +78,7 @@ class TitansForSequenceClassification(_Classifier):
         hidden = out.last_hidden_state[torch.arange(len(tokens), device=tokens.device), last]
         logits = self.score(hidden)
         return SequenceClassifierOutputWithPast(
-            loss=None if labels is None else self._loss(logits, labels),
+            loss=None if labels is None else self._loss(logits, labels) * _share(labels, items),
             logits=logits,
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
@@ -134,6 +135,11 @@ class TitansForTokenClassification(_Classifier):
                 raise ValueError(f"labels must be [B, T] = {list(logits.shape[:2])}, got {list(labels.shape)}")
             loss = self.loss_function(logits, labels, self.config, num_items_in_batch=items)
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+
+
+def _share(labels: Tensor, items: Tensor | int | None) -> Tensor | float:
+    """What makes a mean over these labels their part of the mean over `items`, when gradients accumulate."""
+    return 1.0 if items is None else (labels != -100).sum() / items
 
 
 def _last_tokens(mask: Tensor | None, tokens: Tensor) -> Tensor:

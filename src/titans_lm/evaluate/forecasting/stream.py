@@ -94,7 +94,8 @@ def _segments(
     those with targets from row `first` to the windows' end; and which count, `[S, N]`."""
     stride, length = model.config.patch_stride, windows.look_back
     last = windows.end - windows.horizon  # the first target of the last window
-    tokens = torch.arange(skipped, -(-(last - length + 1) // stride))
+    count = -(-(last - length + 1) // stride)
+    tokens = torch.arange(min(skipped, count // 2), count)  # of a short series, at most half is skipped
     for token in tokens.split(SEGMENT):
         target = length + streams[:, None] + stride * token
         counts = (target >= first) & (target <= last)
