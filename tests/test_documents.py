@@ -139,7 +139,7 @@ def run(output, data, **training):
     return parse_settings(
         {
             "model": {"variant": "mag", **MODEL, "initializer_range": 0.02},
-            "data": {"sequence_length": 16, **data},
+            "data": data if "task" in data else {"sequence_length": 16, **data},
             "training": {"output_dir": str(output), "max_steps": 6, "batch_size": 2, "logging_steps": 1,
                          "save_steps": 3, **training},
         }

@@ -873,7 +873,7 @@ def test_what_is_elsewhere_or_of_another_kind_is_named():
         ("clip must be above 0 or None, got 0.0", {"form": MemoryForm(clip=0.0)}),
         ("activation='relu'", {"form": MemoryForm(activation="relu")}),
         ("residual form needs V == K, got K=4, V=5", {"form": MemoryForm(norm=(torch.ones(H, 5), torch.ones(H, 5)))}),
-        ("backend='fast' is not one of: auto, naive, step, linear, chunked, native, triton", {"backend": "fast"}),
+        ("backend='fast' is not one of: auto, naive, step, linear, native, chunked, triton", {"backend": "fast"}),
         (
             r"norm's weight and bias must be \[H, V\] = \[2, 5\], got \[4\]",
             {"form": MemoryForm(norm=(torch.ones(K),) * 2)},

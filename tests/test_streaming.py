@@ -45,7 +45,7 @@ def settings(data, **training):
     return parse_settings(
         {
             "model": {"size": "tiny"},
-            "data": {"sequence_length": 32, **data},
+            "data": data if "task" in data else {"sequence_length": 32, **data},
             "training": {"output_dir": "nowhere", "max_steps": 20, "batch_size": 4, **training},
         }
     )

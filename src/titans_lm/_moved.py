@@ -22,7 +22,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "called": ("layers.module_call",),
     "checkpoint": ("models.model_files", "models.hub"),
     "config": ("models.model_files", "models.configuration", "models.presets"),
-    "data": ("utils.text_file", "utils.corpora", "models.tokenizer", "training.data"),
+    "data": ("utils.text_file", "utils.corpora", "models.tokenizer", "training.data.blocks", "training.data.documents"),
     "demo": ("cli.demo",),
     "demo.learning": ("cli.demo.learning",),
     "demo.needle": ("cli.demo.needle",),

@@ -88,8 +88,14 @@ def _rows(settings: Settings, rows: int) -> Rows | StreamRows:
 
 
 def _files(data: DataSettings) -> tuple[list[Path], list[Path]]:
-    """The files to train on, and those held out."""
-    return split_held_out(text_files(data.files, data.suffixes), data.held_out)
+    """The files to train on, and those held out. Raises ValueError for a column of files that have none."""
+    files = text_files(data.files, data.suffixes)
+    if data.text_column != DataSettings().text_column and all(format_of(f, data.format) == "text" for f in files):
+        raise ValueError(
+            f"data.text_column={data.text_column!r} has an effect only with data.dataset, or with files of rows "
+            f"(JSON lines, CSV, Parquet): all of data.files are read as text"
+        )
+    return split_held_out(files, data.held_out)
 
 
 def _evaluation(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Blocks | None:
