@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from titans_lm.ops import choice
 from titans_lm.ops.cpu.native import unsupported_reason as native_unsupported_reason
 from titans_lm.ops.decode import step_scan
 from titans_lm.ops.delta_rule import unsupported_reason as linear_unsupported_reason
@@ -25,7 +26,8 @@ _SCANS: dict[str, Callable[[ScanInputs], ScanOutput]] = {"naive": naive_scan, "s
 def resolve_backend(backend: Backend, inputs: ScanInputs) -> str:
     """The backend that `memory_scan` runs for `backend` on `inputs`: "auto" chooses, any other name is that backend.
 
-    "auto" never chooses "triton", whose kernels were not measured on a GPU: opt in with `backend="triton"`.
+    On a GPU "auto" chooses between "chunked" and "triton": at the first call of a kind it compares and times both, and
+    takes the faster one if it is right (`choice.py`). It never takes a kernel that failed.
 
     Raises ValueError for an unknown name, and for a backend that cannot run these inputs.
     """
@@ -35,6 +37,8 @@ def resolve_backend(backend: Backend, inputs: ScanInputs) -> str:
             return "linear"
         if native_unsupported_reason(inputs) is None:
             return "native"
+        if tokens > 1 and _may_run_kernels(inputs):
+            return choice.choose(inputs, {name: _as_run(name) for name in ("chunked", "triton")})
         return "step" if tokens == 1 else "chunked"
     if backend not in (*_SCANS, "triton"):
         raise ValueError(f"backend={backend!r} is not one of: auto, {', '.join(_SCANS)}, triton")
@@ -45,6 +49,33 @@ def resolve_backend(backend: Backend, inputs: ScanInputs) -> str:
     if backend == "native" and (reason := native_unsupported_reason(inputs)) is not None:
         raise ValueError(f'backend="native" {reason}; use "chunked"')
     return backend
+
+
+def _may_run_kernels(inputs: ScanInputs) -> bool:
+    """Whether there is a GPU, whose kernels could run these inputs."""
+    if not (inputs.tokens.q.is_cuda and torch.cuda.is_available()) or torch.compiler.is_compiling():
+        return False
+    from titans_lm.ops.triton.fused import check_supported
+
+    try:
+        check_supported(inputs.tokens.q, inputs.state, inputs.chunk_size)
+    except ValueError:
+        return False
+    return True
+
+
+def _as_run(name: Backend) -> Callable[[ScanInputs], ScanOutput]:
+    """`memory_scan` with this backend, as a function of its arguments."""
+
+    def run(inputs: ScanInputs) -> ScanOutput:
+        _, state, chunk_size, form, mask, surprise, max_saved_bytes = inputs
+        y, after, *per_token = memory_scan(
+            *inputs.tokens, state, chunk_size=chunk_size, form=form, mask=mask, surprise=surprise, backend=name,
+            max_saved_bytes=max_saved_bytes,
+        )  # fmt: skip
+        return ScanOutput(y, after, per_token[0] if per_token else None)
+
+    return run
 
 
 @overload
@@ -100,7 +131,7 @@ def memory_scan(
         form: the function M, its clip and its threshold.
         mask: False at padding, which is not written, does not decay and does not count in the chunk. Its output is 0.
         surprise: whether to return each token's loss and gradient norm too.
-        backend: "auto" chooses. "linear" is for depth 1 in the plain form with `chunk_size=1`. "native" is C++ for
+        backend: "auto" chooses; on a GPU it compares and times "chunked" and "triton" once. "linear" is for depth 1 in the plain form with `chunk_size=1`. "native" is C++ for
             CPUs, compiled at first use by `$CXX` or the compiler that is installed, and cached in
             `$XDG_CACHE_HOME/titans_lm` (~/.cache). "triton" runs fused kernels on a CUDA device, for some depths and
             widths (README.md beside this file). "naive", "step" and "chunked" are plain PyTorch.
