@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: test test-fast lint docs demo learn clean
+.PHONY: test test-fast lint docs demo learn gpu gpu-wheels clean
 
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -27,6 +27,21 @@ demo: $(READY)
 
 learn: $(READY)
 	$(BIN)/titans learn
+
+# Checks and measures this machine's GPU (docs/gpu.md), with the PyTorch that $(PYTHON) has. `make gpu DEVICE=cpu` tries the script
+# at toy sizes without one. No virtual environment: one made from another would not see that one's packages.
+DEVICE ?= cuda
+MINUTES ?= 12
+GPU_FLAGS ?= $(if $(filter cpu,$(DEVICE)),--toy)
+WHEELS := .cache/wheels
+SITE := .cache/site
+gpu:
+	if ls $(WHEELS)/*.whl >/dev/null 2>&1; then \
+	  $(PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target $(SITE) $(WHEELS)/*.whl; fi
+	PYTHONPATH=src:$(SITE) $(PYTHON) -m titans_lm.cli bench gpu --device $(DEVICE) --minutes $(MINUTES) $(GPU_FLAGS)
+
+gpu-wheels:
+	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: -r requirements-gpu.txt -d $(WHEELS)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

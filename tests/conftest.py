@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU, operation by operation
 
 import jaxtyping
 import pytest
@@ -18,6 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU, operation by operation
 SOURCE = Path(importlib.util.find_spec("titans_lm").origin).parent
 # Before anything imports the package. Not the configuration, whose initialiser takes keys that no signature has.
 hook = install_import_hook(

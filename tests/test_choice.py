@@ -40,15 +40,15 @@ class _HalfGradient(torch.autograd.Function):
     """The same number with a gradient that is not its own."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(_, x):
         return x.clone()
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(_, gradient):
         return 0.5 * gradient
 
 
-def fails(inputs: ScanInputs) -> ScanOutput:
+def fails(_: ScanInputs) -> ScanOutput:
     raise RuntimeError("out of resource: shared memory")
 
 
@@ -138,8 +138,8 @@ def test_a_decision_is_made_once_and_kept_for_other_processes(cache: Path, caplo
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda kept: "{",
-        lambda kept: json.dumps([]),
+        lambda _: "{",
+        lambda _: json.dumps([]),
         lambda kept: json.dumps(kept | {"backend": "unknown"}),
         lambda kept: json.dumps(kept | {"versions": {}}),
         lambda kept: json.dumps(kept | {"trials": {"other": {}}}),
@@ -156,7 +156,7 @@ def test_a_damaged_decision_is_made_again(spoil, cache: Path):
     assert calls
 
 
-def test_a_kept_failure_is_not_used_and_not_said_again(cache: Path):
+def test_a_kept_failure_is_not_used_and_not_said_again():
     candidates = {"chunked": slow, "wrong": WRONG["not finite"]}
     with pytest.warns(UserWarning, match="does not use"):
         choice.choose(call(), candidates)

@@ -56,7 +56,7 @@ def ours(options: dict[str, Any], setting: Setting, scan: Callable[..., Any] = m
 
 def backend(shape: Shape, setting: Setting, x: Inputs) -> str:
     """The backend that the setting resolves to."""
-    state, memory = initial_state(x.first, shape.rows), form(shape.form, setting.device)
+    state, memory = initial_state(x.first, shape.rows), form(shape, setting.device)
     call = ScanInputs(Tokens(*x[:6]), state, shape.chunk, memory, None, False, 0)
     return resolve_backend(setting.backend, call)  # type: ignore[arg-type]
 

@@ -16,7 +16,7 @@ CLIP = 1.0
 
 
 class Shape(NamedTuple):
-    """Size of the operation: `rows` x HEADS memories of width WIDTH, with `depth` layers of hidden width `hidden`."""
+    """Size of the operation: `rows` x `heads` memories of `width`, with `depth` layers of hidden width `hidden`."""
 
     rows: int
     tokens: int
@@ -24,16 +24,18 @@ class Shape(NamedTuple):
     chunk: int
     form: str = "plain"
     depth: int = 2
+    width: int = WIDTH
+    heads: int = HEADS
 
     def layers(self) -> list[tuple[int, int]]:
-        return list(itertools.pairwise([WIDTH, *[self.hidden] * (self.depth - 1), WIDTH]))
+        return list(itertools.pairwise([self.width, *[self.hidden] * (self.depth - 1), self.width]))
 
     def operations(self) -> int:
         """Forward (`ops/README.md`, section Cost): a weight has six multiply-adds per token, those of the first
         layer five, because no gradient passes through it."""
         weights = [i * o for i, o in self.layers()]
         scores = sum(2 * self.chunk * (i + o) for i, o in self.layers())
-        return self.rows * HEADS * self.tokens * (12 * sum(weights) - 2 * weights[0] + scores)
+        return self.rows * self.heads * self.tokens * (12 * sum(weights) - 2 * weights[0] + scores)
 
 
 class Inputs(NamedTuple):
@@ -63,20 +65,20 @@ class Inputs(NamedTuple):
 
 def inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
     wide = torch.promote_types(dtype, torch.float32)
-    size = (shape.rows, shape.tokens, HEADS)
-    q, k, v = (torch.randn(*size, WIDTH, dtype=wide) for _ in "qkv")
+    size = (shape.rows, shape.tokens, shape.heads)
+    q, k, v = (torch.randn(*size, shape.width, dtype=wide) for _ in "qkv")
     theta, eta, alpha = (torch.sigmoid(torch.randn(size, dtype=wide) + bias) for bias in (-2, 2.5, -6))
-    first = [torch.randn(HEADS, i, o) / i**0.5 for i, o in shape.layers()]
+    first = [torch.randn(shape.heads, i, o) / i**0.5 for i, o in shape.layers()]
     tokens = (q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True), v / 8)
     gates = (0.1 * theta, eta, alpha)
     narrow = [x.to(device, dtype) for x in tokens]
     return Inputs.of([*narrow, *(x.to(device) for x in gates), *(w.to(device, wide) for w in first)])
 
 
-def form(name: str, device: str, dtype: torch.dtype = torch.float32) -> MemoryForm:
-    if name == "plain":
+def form(shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> MemoryForm:
+    if shape.form == "plain":
         return MemoryForm()
-    one = torch.ones(HEADS, WIDTH, device=device, dtype=dtype)
+    one = torch.ones(shape.heads, shape.width, device=device, dtype=dtype)
     return MemoryForm(norm=(one, torch.zeros_like(one)), clip=CLIP)
 
 
@@ -85,7 +87,7 @@ Read = Callable[[Inputs], tuple[Tensor, Any]]
 
 def reader(shape: Shape, setting: Setting, scan: Callable[..., Any] = memory_scan) -> Read:
     """A function that runs `memory_scan`, or `scan`, from M_0, and returns y and the state."""
-    memory = form(shape.form, setting.device)
+    memory = form(shape, setting.device)
 
     def read(x: Inputs) -> tuple[Tensor, MemoryState]:
         state = initial_state(x.first, shape.rows)

@@ -166,6 +166,8 @@ def _largest(pairs: list[tuple[Tensor, Tensor]]) -> float:
 def gated_delta_rule(options: dict[str, Any], setting: Setting) -> Contender:
     """flash-linear-attention's kernel at the same heads and width: a matrix as memory, no momentum. Not our function,
     and not measured on a GPU."""
+    if importlib.util.find_spec("fla") is None:
+        raise ValueError("flash-linear-attention is not installed")
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     def read(x: Inputs) -> tuple[Tensor, None]:

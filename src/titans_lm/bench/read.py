@@ -101,7 +101,7 @@ class Operation:
     def __init__(self, options: dict[str, Any], setting: Setting):
         self.setting, self.piece, self.finite = setting, options["piece"], True
         self.shape = Shape(1, options["piece"], 64, 16, "residual")
-        self.form = form(self.shape.form, setting.device)
+        self.form = form(self.shape, setting.device)
         self.state = initial_state(inputs(self.shape, torch.float32, setting.device).first, 1)
         self.values = torch.randn(HEADS, WIDTH, WIDTH, device=setting.device)
 

@@ -23,10 +23,14 @@ WHAT = {
     "decode": "time per token after a long context; peers: full attention, Mamba2",
     "write": "share of tokens written, quality and speed of a trained model, by threshold",
     "read": "a long text through the carried state; peers: sliding window, Mamba2",
+    "gpu": "check and measure a GPU, all of it in one command of at most twelve minutes",
 }
-"""Each kind is a module of `titans_lm.bench`: `add_arguments`, `check`, `heats`, `summary`, `table`, `BUILD`."""
+"""Each kind is a module of `titans_lm.bench`: `add_arguments`, `check`, `heats`, `summary`, `table`, `BUILD`. `gpu` has
+`add_arguments` and `run`."""
 WIDTH = 150
 """Width of tables that go to a file."""
+OWN = ("gpu",)
+"""Kinds with flags and a `run` of their own."""
 RUNS = {"op": 7, "model": 3, "decode": 5, "write": 2}
 
 
@@ -36,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser, chosen: str | None = None) ->
 
 
 def _add_arguments_of(parser: argparse.ArgumentParser, name: str) -> None:
+    if name in OWN:
+        importlib.import_module(f"titans_lm.bench.{name}").add_arguments(parser)
+        return
     from titans_lm.ops import Backend
 
     parser.add_argument("--peers", action="store_true", help="also measure other implementations and architectures")
@@ -60,6 +67,9 @@ def run(arguments: argparse.Namespace) -> None:
     from titans_lm.utils.terminal import PlainConsole
 
     command = importlib.import_module(f"titans_lm.bench.{arguments.what}")
+    if arguments.what in OWN:
+        command.run(arguments)
+        return
     _check(arguments)
     command.check(arguments)
     setting = _setting(arguments)

@@ -131,10 +131,11 @@ def memory_scan(
         form: the function M, its clip and its threshold.
         mask: False at padding, which is not written, does not decay and does not count in the chunk. Its output is 0.
         surprise: whether to return each token's loss and gradient norm too.
-        backend: "auto" chooses; on a GPU it compares and times "chunked" and "triton" once. "linear" is for depth 1 in the plain form with `chunk_size=1`. "native" is C++ for
-            CPUs, compiled at first use by `$CXX` or the compiler that is installed, and cached in
-            `$XDG_CACHE_HOME/titans_lm` (~/.cache). "triton" runs fused kernels on a CUDA device, for some depths and
-            widths (README.md beside this file). "naive", "step" and "chunked" are plain PyTorch.
+        backend: "auto" chooses; on a GPU it compares and times "chunked" and "triton" at first use. "linear" is for
+            depth 1 in the plain form with `chunk_size=1`. "native" is C++ for CPUs, compiled at first use by `$CXX` or
+            the compiler that is installed, and cached in `$XDG_CACHE_HOME/titans_lm` (~/.cache). "triton" runs fused
+            kernels on a CUDA device, for some depths and widths (README.md beside this file). "naive", "step" and
+            "chunked" are plain PyTorch.
         max_saved_bytes: what "chunked", "native" and "linear" may save for the backward pass. A call that needs more
             recomputes groups of chunks there: a third more time, bounded memory.
 
