@@ -5,7 +5,6 @@ The candidates are functions of the package and changed ones, run on the CPU.
 
 import json
 import logging
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,17 +14,33 @@ import torch
 
 from titans_lm.ops import ScanInputs, choice
 from titans_lm.ops.agreement import TOLERANCE, Problem, Run, cast_inputs, random_inputs, relative_errors, results
-from titans_lm.ops.api import _as_run
+from titans_lm.ops.api import run_with
 from titans_lm.ops.types import ScanOutput
 
 KIND = choice.CallKind("cpu", "float32", 2, 16, 16, 4, True, True, "silu", False, True, 16, 2)
 CPU = torch.device("cpu")
-chunked, naive = _as_run("chunked"), _as_run("naive")
+chunked, naive = run_with("chunked"), run_with("naive")
+
+
+seconds = [0.0]
+
+
+def clock() -> float:
+    """Seconds that only `slow` spends, so that no other load decides."""
+    return seconds[0]
 
 
 def slow(inputs: ScanInputs) -> ScanOutput:
-    time.sleep(0.1)
+    seconds[0] += 1
     return chunked(inputs)
+
+
+def decide(kind: choice.CallKind, candidates: dict[str, Run]) -> choice.Decision:
+    return choice.decide(kind, candidates, "chunked", CPU, clock)
+
+
+def choose(inputs: ScanInputs, candidates: dict[str, Run]) -> str:
+    return choice.choose(inputs, candidates, clock=clock)
 
 
 def changed(change: Callable[[ScanOutput], ScanOutput]) -> Run:
@@ -77,7 +92,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("what", WRONG)
 def test_a_wrong_form_is_not_taken_and_named_once(what: str):
     with pytest.warns(UserWarning, match='does not use "wrong" on cpu') as warned:
-        decision = choice.decide(KIND, {"chunked": slow, "wrong": WRONG[what]}, "chunked", CPU)
+        decision = decide(KIND, {"chunked": slow, "wrong": WRONG[what]})
     assert len(warned) == 1
     assert decision.backend == "chunked", "though it is slower"
     assert not decision.trials["wrong"].right
@@ -87,18 +102,18 @@ def test_a_wrong_form_is_not_taken_and_named_once(what: str):
 def test_the_fastest_right_form_is_taken():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choice.decide(KIND, {"chunked": slow, "other": chunked}, "chunked", CPU).backend == "other"
-        assert choice.decide(KIND, {"chunked": chunked, "other": slow}, "chunked", CPU).backend == "chunked"
+        assert decide(KIND, {"chunked": slow, "other": chunked}).backend == "other"
+        assert decide(KIND, {"chunked": chunked, "other": slow}).backend == "chunked"
 
 
 def test_without_gradients_a_wrong_gradient_does_not_matter():
     kind = KIND._replace(gradients=False)
-    assert choice.decide(kind, {"chunked": slow, "other": WRONG["gradient"]}, "chunked", CPU).backend == "other"
+    assert decide(kind, {"chunked": slow, "other": WRONG["gradient"]}).backend == "other"
 
 
 def test_a_reference_that_fails_is_an_error():
     with pytest.raises(RuntimeError, match="shared memory"):
-        choice.decide(KIND, {"chunked": fails, "other": chunked}, "chunked", CPU)
+        decide(KIND, {"chunked": fails, "other": chunked})
 
 
 def counting(run: Run) -> tuple[Run, list[int]]:
@@ -119,18 +134,18 @@ def test_a_decision_is_made_once_and_kept_for_other_processes(cache: Path, caplo
     counted, calls = counting(chunked)
     candidates = {"chunked": slow, "other": counted}
     with caplog.at_level(logging.DEBUG, "titans_lm"):
-        assert choice.choose(call(), candidates) == "other"
+        assert choose(call(), candidates) == "other"
     assert "other (chunked: " in caplog.text, "a log line says it"
     made = len(calls)
-    assert choice.choose(call(11), candidates) == "other", "of the same kind: both are rounded to 16 tokens"
+    assert choose(call(11), candidates) == "other", "of the same kind: both are rounded to 16 tokens"
     assert len(calls) == made
     kept = [json.loads(file.read_text()) for file in (cache / "titans_lm").glob("backend-*.json")]
     assert [one["backend"] for one in kept] == ["other"]
     assert kept[0]["versions"]["torch"] == torch.__version__
     choice._decisions.clear()  # as a new process has it
-    assert choice.choose(call(), candidates) == "other"
+    assert choose(call(), candidates) == "other"
     assert len(calls) == made
-    assert choice.choose(call(40), candidates) == "other"
+    assert choose(call(40), candidates) == "other"
     assert len(calls) > made, "another kind is decided anew"
     assert choice.decided(call(), gradients=True).trials["other"].right
 
@@ -147,29 +162,29 @@ def test_a_decision_is_made_once_and_kept_for_other_processes(cache: Path, caplo
 )
 def test_a_damaged_decision_is_made_again(spoil, cache: Path):
     candidates = {"chunked": slow, "other": chunked}
-    choice.choose(call(), candidates)
+    choose(call(), candidates)
     (file,) = (cache / "titans_lm").glob("backend-*.json")
     file.write_text(spoil(json.loads(file.read_text())))
     choice._decisions.clear()
     counted, calls = counting(chunked)
-    assert choice.choose(call(), {"chunked": slow, "other": counted}) == "other"
+    assert choose(call(), {"chunked": slow, "other": counted}) == "other"
     assert calls
 
 
 def test_a_kept_failure_is_not_used_and_not_said_again():
     candidates = {"chunked": slow, "wrong": WRONG["not finite"]}
     with pytest.warns(UserWarning, match="does not use"):
-        choice.choose(call(), candidates)
+        choose(call(), candidates)
     choice._decisions.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choice.choose(call(), candidates) == "chunked"
+        assert choose(call(), candidates) == "chunked"
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert choice.choose(call(), {"chunked": slow, "other": chunked}) == "other"
+    assert choose(call(), {"chunked": slow, "other": chunked}) == "other"
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def resolve_backend(backend: Backend, inputs: ScanInputs) -> str:
         if native_unsupported_reason(inputs) is None:
             return "native"
         if tokens > 1 and _may_run_kernels(inputs):
-            return choice.choose(inputs, {name: _as_run(name) for name in ("chunked", "triton")})
+            return choice.choose(inputs, {name: run_with(name) for name in ("chunked", "triton")})
         return "step" if tokens == 1 else "chunked"
     if backend not in (*_SCANS, "triton"):
         raise ValueError(f"backend={backend!r} is not one of: auto, {', '.join(_SCANS)}, triton")
@@ -64,7 +64,7 @@ def _may_run_kernels(inputs: ScanInputs) -> bool:
     return True
 
 
-def _as_run(name: Backend) -> Callable[[ScanInputs], ScanOutput]:
+def run_with(name: Backend) -> Callable[[ScanInputs], ScanOutput]:
     """`memory_scan` with this backend, as a function of its arguments."""
 
     def run(inputs: ScanInputs) -> ScanOutput:

@@ -14,7 +14,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ LOG = logging.getLogger(__name__)
 MAX_TOKENS, MAX_MEMORIES = 1024, 256
 """Limits of the problem that is timed. A longer call belongs to the same kind as one of this size."""
 TIMED = 3
+Clock = Callable[[], float]
 
 
 class CallKind(NamedTuple):
@@ -122,8 +123,14 @@ def _said(trial: Trial) -> str:
     return f"{1e3 * trial.seconds:.2f} ms, error {trial.error:.1e}"
 
 
-def decide(kind: CallKind, candidates: Mapping[str, Run], reference: str, device: torch.device) -> Decision:
-    """Compare each candidate with the candidate named `reference`, and time those that agree.
+def decide(
+    kind: CallKind,
+    candidates: Mapping[str, Run],
+    reference: str,
+    device: torch.device,
+    clock: Clock = time.perf_counter,
+) -> Decision:
+    """Compare each candidate with the candidate named `reference`, and time those that agree, in seconds of `clock`.
 
     Warns once for each candidate that does not."""
     tolerance = TOLERANCE[getattr(torch, kind.dtype)]
@@ -136,7 +143,7 @@ def decide(kind: CallKind, candidates: Mapping[str, Run], reference: str, device
             errors = relative_errors(results(run, inputs, gradients=kind.gradients), expected)
             worst = max(errors, key=lambda key: errors[key])
             right = errors[worst] <= tolerance
-            seconds = _time(run, timed, kind.gradients) if right else None
+            seconds = _time(run, timed, kind.gradients, clock) if right else None
             trials[name] = Trial(right, worst, errors[worst], seconds)
         except Exception as error:  # a compiler's, a launch's: whatever it is, this form does not run here
             if name == reference:
@@ -148,15 +155,15 @@ def decide(kind: CallKind, candidates: Mapping[str, Run], reference: str, device
     return Decision(min(right_ones, key=lambda name: right_ones[name]), trials)
 
 
-def _time(run: Run, inputs: ScanInputs, gradients: bool) -> float:
+def _time(run: Run, inputs: ScanInputs, gradients: bool, clock: Clock) -> float:
     """Median seconds of a call, with its backward pass if `gradients`, after one that is not counted."""
     spent = []
     for _ in range(TIMED + 1):
         _wait(inputs)
-        begun = time.perf_counter()
+        begun = clock()
         forward_and_backward(run, inputs, gradients)
         _wait(inputs)
-        spent.append(time.perf_counter() - begun)
+        spent.append(clock() - begun)
     return statistics.median(spent[1:])
 
 
@@ -171,7 +178,9 @@ _decisions: dict[CallKind, Decision] = {}
 """Decisions that this process has made or read."""
 
 
-def choose(inputs: ScanInputs, candidates: Mapping[str, Run], reference: str = "chunked") -> str:
+def choose(
+    inputs: ScanInputs, candidates: Mapping[str, Run], reference: str = "chunked", clock: Clock = time.perf_counter
+) -> str:
     """The name of the candidate to run for a call. The first call of a kind takes some seconds, and waits for the
     device; where that is not possible (a CUDA graph is being captured) it is the reference, until a later call
     decides."""
@@ -183,7 +192,7 @@ def choose(inputs: ScanInputs, candidates: Mapping[str, Run], reference: str = "
         decision = _read(kind, candidates)
         if decision is None:
             with torch.inference_mode(False):
-                decision = decide(kind, candidates, reference, device)
+                decision = decide(kind, candidates, reference, device, clock)
             _write(kind, decision)
         LOG.debug("%s: %s", kind, decision)
         _decisions[kind] = decision

@@ -13,38 +13,25 @@ from torch import Tensor
 
 from titans_lm.bench import lm
 from titans_lm.bench.measure import Contender, Setting
-from titans_lm.ops import ScanInputs, choice, memory_scan
-from titans_lm.ops.agreement import TOLERANCE, Problem, Run, cast_inputs, random_inputs, relative_errors, results
-from titans_lm.ops.types import ScanOutput
+from titans_lm.ops import choice
+from titans_lm.ops.agreement import TOLERANCE, Problem, cast_inputs, random_inputs, relative_errors, results
+from titans_lm.ops.api import run_with
 
 MODEL_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Of a model's logits, after layers that each add their rounding."""
 
 
-def run_of(backend: str) -> Run:
-    """`memory_scan` by `backend`."""
-
-    def run(inputs: ScanInputs) -> ScanOutput:
-        _, state, chunk_size, form, mask, _, _ = inputs
-        y, after, *per_token = memory_scan(
-            *inputs.tokens, state, chunk_size=chunk_size, form=form, mask=mask, surprise=inputs.surprise,
-            backend=backend,  # type: ignore[arg-type]
-        )  # fmt: skip
-        return ScanOutput(y, after, per_token[0] if per_token else None)
-
-    return run
-
-
 @contextlib.contextmanager
 def uninitialised_memory_is_nan() -> Iterator[None]:
-    before, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic  # a module that type checkers do not know
+    before, filled = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        deterministic.fill_uninitialized_memory = filled
 
 
 def check(options: dict[str, Any], setting: Setting) -> Contender:
@@ -52,10 +39,10 @@ def check(options: dict[str, Any], setting: Setting) -> Contender:
     changes = {key: value for key, value in options.items() if key != "form"}
     problem = Problem(**changes, dtype=setting.torch_dtype())
     inputs = random_inputs(problem, setting.device)
-    expected = results(run_of("naive"), cast_inputs(random_inputs(problem, "cpu"), torch.float64))
+    expected = results(run_with("naive"), cast_inputs(random_inputs(problem, "cpu"), torch.float64))
     expected = {name: x.to(setting.device) for name, x in expected.items()}
     with uninitialised_memory_is_nan():
-        actual, again = (results(run_of(options["form"]), inputs) for _ in range(2))
+        actual, again = (results(run_with(options["form"]), inputs) for _ in range(2))
     return Contender({}, judged(actual, expected, TOLERANCE[problem.dtype]) | {"repeats": _same(actual, again)})
 
 
@@ -103,7 +90,7 @@ def auto(options: dict[str, Any], setting: Setting) -> Contender:
         residual=True, clip=True, activation="silu", threshold=False, gradients=size["gradients"],
         tokens=size["tokens"], memories=size["memories"],
     )  # fmt: skip
-    candidates = {name: run_of(name) for name in ("chunked", "triton")}
+    candidates = {name: run_with(name) for name in ("chunked", "triton")}
     decision = choice.decide(kind, candidates, "chunked", torch.device(setting.device))
     trials = {name: trial._asdict() for name, trial in decision.trials.items()}
     return Contender({}, {"right": decision.trials["triton"].right, "decision": str(decision), "trials": trials})

@@ -58,7 +58,7 @@ def _learned(state: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     log = [entry for entry in state["log_history"] if "loss" in entry]
     losses = [entry["loss"] for entry in log]
     few = max(1, len(losses) // 10)
-    whole = next((entry for entry in state["log_history"] if "train_runtime" in entry), {})
+    whole: dict[str, Any] = next((entry for entry in state["log_history"] if "train_runtime" in entry), {})
     tokens = state["global_step"] * options["batch_size"] * options["length"]
     seconds = whole.get("train_runtime")
     return {
