@@ -56,12 +56,20 @@ def _add_arguments_of(parser: argparse.ArgumentParser, name: str) -> None:
         "--memory-limit", type=float, help="GiB that a contender may allocate on a CPU (default: 0.8 of what is free)"
     )
     parser.add_argument("--out", type=Path, default=Path(f"results/bench_{name}.json"), help="JSON file to write")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        help="an earlier result file of this machine: print what got slower; status 1 if any did",
+    )
+    parser.add_argument("--slower", type=float, default=0.1, help="with --against: by how much, 0.1 for a tenth")
     importlib.import_module(f"titans_lm.bench.{name}").add_arguments(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, write and print. Returns 1 if with `--against` something got slower, else 0."""
     import torch
 
+    from titans_lm.bench import against
     from titans_lm.bench.race import run_heats
     from titans_lm.utils.record import command_line, provenance, write_json
     from titans_lm.utils.terminal import PlainConsole
@@ -69,28 +77,30 @@ def run(arguments: argparse.Namespace) -> None:
     command = importlib.import_module(f"titans_lm.bench.{arguments.what}")
     if arguments.what in OWN:
         command.run(arguments)
-        return
+        return 0
     _check(arguments)
     command.check(arguments)
     setting = _setting(arguments)
     console = PlainConsole(width=None if sys.stdout.isatty() else WIDTH)
+    here = provenance(command_line(f"bench {arguments.what}", arguments))
+    record: dict[str, Any] = {**here, "threads": str(setting.threads), "setting": dataclasses.asdict(setting)}
+    if setting.device == "cuda":
+        record["device"] = torch.cuda.get_device_name()
+    earlier = None if arguments.against is None else against.load_earlier(arguments.against, record, record["setting"])
     rows: list[dict[str, Any]] = []
     with _hold_interruption() as interruption:
         run_heats(command.heats(arguments, setting), setting, rows, console)
     results = command.summary(rows)
-    record = {
-        **provenance(command_line(f"bench {arguments.what}", arguments)),
-        "threads": str(setting.threads),
-        "setting": dataclasses.asdict(setting),
-    }
-    if setting.device == "cuda":
-        record["device"] = torch.cuda.get_device_name()
     write_json(arguments.out, {**record, "complete": not interruption, "summary": results, "rows": rows})
     for table in command.table(rows, results):
         console.print(table)
     if hasattr(command, "plot") and rows:
         command.plot(rows, arguments.out.with_suffix(".png"))
+    found = [] if earlier is None else against.changes(rows, earlier)
+    if earlier is not None:
+        console.print(against.change_table(found, arguments.slower, arguments.against))
     _end(rows, arguments.out, bool(interruption))
+    return int(any(change.is_slower(arguments.slower) for change in found))
 
 
 @contextlib.contextmanager
@@ -122,6 +132,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--threads must be from 1 to {cores()}, the cores of this process, got {arguments.threads}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no GPU that PyTorch can use")
+    if not 0 <= arguments.slower < math.inf:
+        raise ValueError(f"--slower must be a number of at least 0, got {arguments.slower}")
     limit = arguments.memory_limit
     if limit is not None and not 0 <= limit < math.inf:
         raise ValueError(f"--memory-limit must be a number of GiB, 0 for no limit, got {limit}")

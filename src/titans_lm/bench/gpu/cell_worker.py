@@ -52,14 +52,19 @@ def run_cell(order: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _free(device: str) -> None:
-    """Free what the last cell held. Raises what the GPU reports late, if its context is broken."""
+def _is_broken(device: str) -> bool:
+    """Free what the last cell held. Whether the GPU's context is broken, which it may report late."""
     import torch
 
     gc.collect()
-    if device == "cuda":
+    if device != "cuda":
+        return False
+    try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+    except RuntimeError:
+        return True
+    return False
 
 
 def main() -> None:
@@ -75,9 +80,11 @@ def main() -> None:
             answer = run_cell(order)
         except Exception as error:  # whatever it is, it is this cell's result
             answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
+        answer["process_ends"] = _is_broken(order["setting"]["device"])
         pipe.write(json.dumps(answer) + "\n")
         pipe.flush()
-        _free(order["setting"]["device"])
+        if answer["process_ends"]:
+            return
 
 
 # ------------------------------------------------------------------------------------------------ from outside
@@ -110,13 +117,15 @@ class CellProcess:
         if not line:
             return {"error": self._why(process)}
         answer: dict[str, Any] = json.loads(line)
+        if answer.pop("process_ends"):
+            self.end()
         return answer
 
     def _started(self) -> "subprocess.Popen[bytes]":
         if self.process is not None and self.process.poll() is None:
             return self.process
         self.end()
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         environment.pop("TRITON_INTERPRET", None)
         if self.device == "cpu":
             environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
