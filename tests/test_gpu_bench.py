@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 
 TOY = {section.name: section.cells for section in all_sections("cpu", toy=True)}
 FULL = {section.name: section for section in all_sections("cuda", toy=False)}
-DECODE = ["bench", "gpu", "--device", "cpu", "--toy", "--sections", "decode", "--out"]
+DECODE = ["bench", "gpu", "--device", "cpu", "--toy", "--minutes", "60", "--sections", "decode", "--out"]
 
 
 def run(cell: Cell) -> dict[str, Any]:
@@ -81,14 +81,14 @@ def test_a_cell_that_fails_or_takes_too_long_is_a_result_and_the_next_one_runs()
         with pytest.raises(OutOfTime):
             process.run(good, 0.01)
         assert process.process is None, "it was ended"
-        failed = process.run(good._replace(options={**good.options, "form": "plain", "depth": "unknown"}), 60)
+        failed = process.run(good._replace(options={**good.options, "form": "plain", "depth": "unknown"}), 600)
         assert failed["error"].startswith("TypeError: ")
         number = process.process.pid
-        assert not process.run(good, 60)["same_function"]
+        assert not process.run(good, 600)["same_function"]
         assert process.process.pid == number, "a cell that fails does not end the process"
         process.process.kill()
         process.process.wait()
-        assert not process.run(good, 60)["same_function"], "a new one"
+        assert not process.run(good, 600)["same_function"], "a new one"
     finally:
         process.end()
 

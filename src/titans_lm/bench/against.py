@@ -59,7 +59,9 @@ def changes(rows: list[dict[str, Any]], earlier: dict[str, Any]) -> list[Change]
     found = []
     for row in rows:
         other = next((old for old in earlier["rows"] if _same(row, old)), None)
-        for action, now in row["actions"].items() if other is not None else ():
+        if other is None:
+            continue
+        for action, now in row["actions"].items():
             before = other["actions"].get(action)
             if before is None or not before["seconds"] or action == "matmul":  # that is the machine's
                 continue
