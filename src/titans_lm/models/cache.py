@@ -51,6 +51,8 @@ class TitansState(Cache):
         """The texts that a `Reader` has read. Memory files store them."""
         self.identity = identity
         """The model that this state belongs to, for memory files."""
+        self._known: tuple[Tensor, int, list[int]] | None = None
+        """A `position`, its version, and its values: see `positions`."""
 
     restarts = False
     """Whether rows start anew in the next call of any process of a training run. Then the first memory is part of the
@@ -60,6 +62,7 @@ class TitansState(Cache):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle, also a state of an older version."""
+        self._known = None
         self.__dict__.update({"layer_caches" if name == "memories" else name: value for name, value in state.items()})
 
     # ------------------------------------------------------------------------------------------ as a value
@@ -68,6 +71,20 @@ class TitansState(Cache):
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
         return sum(t.nbytes for t in self._tensors().values())
+
+    def positions(self) -> list[int]:
+        """The values of `position`. After calls without padding they are known without asking a GPU."""
+        if self._known is not None:
+            tensor, version, values = self._known
+            if tensor is self.position and _version(tensor) == version:
+                return values
+        values = self.position.tolist()
+        self.note_positions(values)
+        return values
+
+    def note_positions(self, values: list[int]) -> None:
+        """Say what the values of `position` are, where that is known on the host."""
+        self._known = (self.position, _version(self.position), values)
 
     def memory_states(self) -> list[MemoryState]:
         """The state of each layer's memory, of the layers that have one."""
@@ -158,17 +175,22 @@ class TitansState(Cache):
         state.pending = torch.where(expected, -1, self.pending)
         return state
 
-    def advanced(self, layer_caches: list[BlockCache], position: Tensor, columns: int) -> "TitansState":
-        """Another state, `columns` columns later, with these caches and positions."""
+    def advanced(
+        self, layer_caches: list[BlockCache], position: Tensor, columns: int, positions: list[int] | None = None
+    ) -> "TitansState":
+        """Another state, `columns` columns later, with these caches and positions; `positions` are their values, where
+        they are known on the host."""
         other = self._copy()
         other.layer_caches, other.position = layer_caches, position
         other.columns = self.columns + columns
+        if positions is not None:
+            other.note_positions(positions)
         return other
 
     def assign(self, other: "TitansState") -> None:
         """Take over the tensors, rows and columns of `other`, of the same model. `frozen` and `sources` stay."""
         self.layer_caches, self.position = other.layer_caches, other.position
-        self.columns, self.pending = other.columns, other.pending
+        self.columns, self.pending, self._known = other.columns, other.pending, other._known
 
     @staticmethod
     def concat(states: list["TitansState"]) -> "TitansState":
@@ -306,6 +328,11 @@ for _old, _new in {
     "joined": "concat",
 }.items():
     setattr(TitansState, _old, RenamedAttribute(_old, _new))
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the tensor was written in place; 0 for one of inference mode, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _walk(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:

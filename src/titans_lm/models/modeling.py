@@ -145,7 +145,9 @@ class TitansModel(TitansPreTrainedModel):
 
     def _state(self, caches: list[BlockCache], batch: int, device: torch.device) -> TitansState:
         position = torch.zeros(batch, dtype=torch.long, device=device)
-        return TitansState(caches, position, Identity(partial(identity, self)))
+        state = TitansState(caches, position, Identity(partial(identity, self)))
+        state.note_positions([0] * batch)
+        return state
 
     def blocks(self) -> list[TitansBlock[Any]]:
         """The layers, with their type."""
@@ -183,8 +185,8 @@ class TitansModel(TitansPreTrainedModel):
         warn_of_memory_loss(self.config.memory_loss_weight, self.training and not output_surprise)
         check_arguments(kwargs, state.columns, x.shape[1])
         mask = token_mask(attention_mask, x, state.batch_size)
-        if inputs_embeds is not None or not self.training:  # in training, the loss shows it
-            check_finite(x, mask)
+        if inputs_embeds is not None or not (self.training or x.is_cuda):  # in training, the loss shows it
+            check_finite(x, mask)  # of the model's own embeddings a GPU would have to be waited for
         expected = self._expected(state) if position_ids is not None and state.layer_caches else [[]] * len(x)
         starts = document_starts(mask, (len(x), x.shape[1]), position_ids, expected, kwargs)
         if state.pending is not None:
@@ -216,8 +218,8 @@ class TitansModel(TitansPreTrainedModel):
     def _run_blocks(self, x: Tensor, mask: Tensor | None, state: TitansState, options: OutputOptions) -> StackOutput:
         """Embeddings `[B, T, D]` -> the final norm's output. `state` stays as it is; without caches, all rows are at
         their first token."""
-        caches, position = self._begin_rows(state)
-        positions = set(position.tolist()) if caches else {0}  # without a synchronisation with a GPU
+        caches, position, values = self._begin_rows(state)
+        positions = set(values) if caches else {0}
         before: list[BlockCache] | list[None] = [None] * self.config.num_hidden_layers if positions == {0} else caches
         length, tokens = torch.full_like(position, x.shape[1]), x.shape[1]
         valid = None
@@ -225,7 +227,7 @@ class TitansModel(TitansPreTrainedModel):
             order, length = left_align(mask)
             x = gather_tokens(masked_zero(x, mask), order)
             valid = torch.arange(tokens, device=x.device) < length[:, None]
-        self._check_length(position + length)
+        self._check_length(position + length if mask is not None else max(values, default=0) + tokens)
         context = ForwardContext(
             position,
             uniform_position=min(positions) if valid is None and len(positions) == 1 else None,
@@ -240,7 +242,8 @@ class TitansModel(TitansPreTrainedModel):
         if mask is not None:
             x, *hidden = (undo_left_align(h, mask) for h in (x, *hidden))
             surprises = [Surprise(*(undo_left_align(part, mask) for part in s)) for s in surprises]
-        return StackOutput(x, state.advanced(after, position + length, tokens), hidden, surprises)
+        known = None if mask is not None else [value + tokens for value in values]
+        return StackOutput(x, state.advanced(after, position + length, tokens, known), hidden, surprises)
 
     def _run_layers(
         self,
@@ -291,18 +294,21 @@ class TitansModel(TitansPreTrainedModel):
             return self.initial_state(len(x))
         return self._state([], len(x), x.device)
 
-    def _begin_rows(self, state: TitansState) -> tuple[list[BlockCache], Tensor]:
-        """The state's caches and positions, where rows at position 0 begin with the memory of `begin_with`."""
-        if self._beginning is None or not bool((new := state.position == 0).any()):
-            return state.layer_caches, state.position
-        begin = self.initial_state(state.batch_size)
+    def _begin_rows(self, state: TitansState) -> tuple[list[BlockCache], Tensor, list[int]]:
+        """The state's caches, positions and their values, where rows at position 0 begin with the memory of
+        `begin_with`."""
+        values = state.positions()
+        if self._beginning is None or 0 not in values:
+            return state.layer_caches, state.position, values
+        new, begin = state.position == 0, self.initial_state(state.batch_size)
         caches = [restart_rows(new, b, old) for b, old in zip(begin.layer_caches, state.layer_caches, strict=True)]
-        return caches, torch.where(new, begin.position, state.position)
+        begun = [b if value == 0 else value for b, value in zip(begin.positions(), values, strict=True)]
+        return caches, torch.where(new, begin.position, state.position), begun
 
-    def _check_length(self, total: Tensor) -> None:
+    def _check_length(self, total: Tensor | int) -> None:
         limit = self.config.max_position_embeddings
-        if limit is not None and int(total.max()) > limit:
-            raise ValueError(f"{int(total.max())} tokens are more than this model's max_position_embeddings={limit}")
+        if limit is not None and (most := int(total if isinstance(total, int) else total.max())) > limit:
+            raise ValueError(f"{most} tokens are more than this model's max_position_embeddings={limit}")
 
 
 class TitansForCausalLM(TitansPreTrainedModel, TitansGeneration, GenerationMixin):
