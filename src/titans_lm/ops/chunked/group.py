@@ -53,7 +53,7 @@ class ChunkGroup:
         self, tokens: Tokens, run: ChunkRun, norm: NormParams | None, shapes: list[tuple[int, int]], save: bool
     ):
         self.tokens, self.run, self.norm, self.shapes, self.save = tokens, run, norm, shapes, save
-        may_skip = not save and not run.surprise
+        may_skip = not save and not run.surprise and tokens.q.device.type == "cpu"  # a GPU would be waited for
         self.options = ChunkOptions(run.form, None if norm is None else norm[0], run.surprise, may_skip)
         self.writes = [True] * len(tokens.q)  # for each chunk, whether any token may be written
         if may_skip:
