@@ -67,7 +67,7 @@ def test_results_of_another_machine_are_not_continued(done: Path, tmp_path: Path
     [
         (["--device", "cpu"], "add --toy"),
         (["--device", "cpu", "--toy", "--minutes", "0"], "--minutes must be above 0"),
-        (["--device", "cpu", "--toy", "--out", __file__], "is not a folder"),
+        (["--device", "cpu", "--toy", "--out", str(Path(__file__).with_name("conftest.py"))], "is not a folder"),
     ],
 )
 def test_what_cannot_be_done_is_said(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]):

@@ -53,12 +53,13 @@ def resolve_backend(backend: Backend, inputs: ScanInputs) -> str:
 
 def _may_run_kernels(inputs: ScanInputs) -> bool:
     """Whether there is a GPU, whose kernels could run these inputs."""
-    if not (inputs.tokens.q.is_cuda and torch.cuda.is_available()) or torch.compiler.is_compiling():
+    q = inputs.tokens.q
+    if not (q.is_cuda and torch.cuda.is_available()) or is_traced(q):
         return False
     from titans_lm.ops.triton.fused import check_supported
 
     try:
-        check_supported(inputs.tokens.q, inputs.state, inputs.chunk_size)
+        check_supported(q, inputs.state, inputs.chunk_size)
     except ValueError:
         return False
     return True
