@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import titans_lm
 from conftest import TITANS, each_titan, tiny_model, tokens
@@ -71,7 +72,11 @@ class _Operators(TorchDispatchMode):
         self.found = found
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__ in _OPERATORS and (where := place()):
+        name = function.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(
+            getattr(x, "dtype", None) == torch.bool for x in tree_leaves(args[1:])
+        )
+        if (name in _OPERATORS or by_mask) and (where := place()):
             self.found.add(where)
         return function(*args, **(kwargs or {}))
 
