@@ -18,7 +18,7 @@ from titans_lm.bench import peers
 from titans_lm.bench.measure import MATMUL_OPERATIONS, Action, Contender, Setting, matmul
 from titans_lm.bench.operation import HEADS, Inputs, Shape, both_ways, form, inputs, reader
 from titans_lm.bench.race import Entrant, Heat
-from titans_lm.ops import ScanInputs, Tokens, initial_state, memory_scan, resolve_backend
+from titans_lm.ops import ScanInputs, Tokens, choice, initial_state, memory_scan, resolve_backend
 from titans_lm.utils.record import check_least
 from titans_lm.utils.terminal import red
 
@@ -50,15 +50,20 @@ def ours(options: dict[str, Any], setting: Setting, scan: Callable[..., Any] = m
             action.run(action.prepare())
 
     profile = {"profile": profiled(actions["training"])}
-    about = {"operations": shape.operations(), "backend": backend(shape, setting, x)}
+    about: dict[str, Any] = {"operations": shape.operations(), "backend": backend(shape, setting, x)}
+    if setting.backend == "auto" and (decision := choice.decided(_call(shape, setting, x), gradients=True)):
+        about["decision"] = str(decision)  # on a GPU: what was compared, and how fast each was
     return Contender({"matmul": matmul(setting), **actions, **profile}, about, warm)
 
 
 def backend(shape: Shape, setting: Setting, x: Inputs) -> str:
     """The backend that the setting resolves to."""
+    return resolve_backend(setting.backend, _call(shape, setting, x))  # type: ignore[arg-type]
+
+
+def _call(shape: Shape, setting: Setting, x: Inputs) -> ScanInputs:
     state, memory = initial_state(x.first, shape.rows), form(shape, setting.device)
-    call = ScanInputs(Tokens(*x[:6]), state, shape.chunk, memory, None, False, 0)
-    return resolve_backend(setting.backend, call)  # type: ignore[arg-type]
+    return ScanInputs(Tokens(*x[:6]), state, shape.chunk, memory, None, False, 0)
 
 
 def compiled(options: dict[str, Any], setting: Setting) -> Contender:

@@ -29,7 +29,7 @@ from titans_lm.ops.triton.kernel_mlp import (
 # ------------------------------------------------------------------------------------------------ forward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "rows"])  # one binary for all lengths and batches
 @no_type_check
 def forward_kernel(  # noqa: C901 - a kernel is one function
     q, k, shift,  # [N, R, C, K]
@@ -139,7 +139,7 @@ def forward_kernel(  # noqa: C901 - a kernel is one function
 # ------------------------------------------------------------------------------------------------ backward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks", "rows"])  # one binary for all lengths and batches
 @no_type_check
 def backward_kernel(  # noqa: C901
     q, k, shift,  # [N, R, C, K]
