@@ -118,7 +118,8 @@ def _titans_stream(task: Task) -> nn.Module:
 
 
 _STREAM: dict[str, Any] = {"patch_length": 24, "head_dropout": 0.3}
-"""One of six settings tried on ETTh1 and ETTh2 at horizon 96, with validation and test errors in view: not chosen by validation alone."""
+"""One of six settings tried on ETTh1 and ETTh2 at horizon 96, with validation and test errors in view: not chosen by
+validation alone."""
 _LINEAR = Recipe(rates=(1e-3, 5e-3))
 _PATCHES = Recipe(rates=(1e-3,), batch_size=64, epochs=12, decay=0.8, windows=2048, val_stride=4)
 """An epoch is a random quarter of ETTh's training windows: the study has to run on two CPU cores."""
