@@ -123,7 +123,7 @@ def test_all_flags_at_once(folder, text, tmp_path):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
         assert b"<svg" in (out / f"{name}.svg").read_bytes(), name
     meta, about = meta_of(out), json.loads((out / "analyze.json").read_text())
-    assert meta["compared"] == "model0"
+    assert meta["compared"] == folder.name
     assert about["compared"]["bits"] == pytest.approx(about["bits"]["bits"], rel=1e-5)  # it is the same model
     assert [one["token"] for one in meta["sources"]] == [60, 61]
     assert all(source < one["token"] for one in meta["sources"] for source, _ in one["sources"])
