@@ -12,33 +12,17 @@ import sys
 import time
 from pathlib import Path
 
-from processes_worker import free_port, run
+from processes_worker import started
 from titans_lm.training.run_folder import last_checkpoint
-
-
-def started(settings: dict, count: int) -> list[int]:
-    port, children = free_port(), []
-    for index in range(count):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                run(index, count, port, {"killed": settings})
-                status = 0
-            finally:
-                os._exit(status)
-        children.append(child)
-    return children
 
 
 def main(path: str, kills: str, count: str, seed: str) -> None:
     settings, chance = json.loads(Path(path).read_text()), random.Random(int(seed))
     output = Path(settings["training"]["output_dir"])
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
     for left in range(int(kills), -1, -1):
         before, begun = last_checkpoint(output), time.monotonic()
         settings["training"]["resume"] = before is not None
-        children = started(settings, int(count))
+        children = started(int(count), {"killed": settings})
         if left:
             while last_checkpoint(output) == before and time.monotonic() < begun + 60:
                 time.sleep(0.005)

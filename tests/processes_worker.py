@@ -37,23 +37,29 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def started(count: int, runs: dict) -> list[int]:
+    """The process ids of `count` processes of the same runs."""
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    port, children = free_port(), []
+    for index in range(count):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                run(index, count, port, runs)
+                status = 0
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        children.append(child)
+    return children
+
+
 def main() -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1"}
     for count, runs, copies in json.loads(Path(sys.argv[1]).read_text()):
         for source, goal in copies.items():
             shutil.copytree(source, goal)
-        port, children = free_port(), []
-        for index in range(count):
-            child = os.fork()
-            if child == 0:
-                status = 1
-                try:
-                    run(index, count, port, runs)
-                    status = 0
-                finally:
-                    sys.stdout.flush()
-                    os._exit(status)
-            children.append(child)
+        children = started(count, runs)
         for child in children:
             assert os.waitpid(child, 0)[1] == 0
 

@@ -12,6 +12,7 @@ import httpx2 as httpx
 import pytest
 import torch
 import transformers as hf
+import yaml
 from safetensors import safe_open
 from torch import Tensor
 
@@ -454,6 +455,22 @@ def test_runs_that_make_no_sense_are_refused(bases, tmp_path):
     }
     with pytest.raises(ValueError, match=r"data.tokenizer has other tokens|below the tokenizer's"):
         train(parse_settings({**tree, "data": data, "training": {"output_dir": str(tmp_path / "run")}}))
+
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("graft*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_settings_are_read(path, tmp_path):
+    """With a tiny base in place of the one that each names."""
+    hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES | {"num_hidden_layers": 4})).save_pretrained(tmp_path / "base")
+    save_graft(graft(str(tmp_path / "base"), window_size=256), tmp_path / "graft")
+    tree = yaml.safe_load(path.read_text())
+    model = tree["model"]
+    key = "graft" if "graft" in model else "pretrained"
+    assert model[key].startswith("runs/graft")
+    model[key] = str(tmp_path / ("base" if key == "graft" else "graft"))
+    assert parse_settings(tree).training.output_dir == f"runs/{path.stem}"
 
 
 def test_the_example_grafts_trains_and_saves(bases, tmp_path, monkeypatch, capsys):

@@ -152,20 +152,26 @@ def memory_scan(
     if mask is not None:
         inputs = inputs._replace(tokens=Tokens(*(masked_zero(x, mask) for x in inputs.tokens)))
     traced = is_traced(q) and backend in ("auto", *SCANS)
-    name, dtype = backend if traced else resolve_backend(backend, inputs), state.weights[0].dtype
-    unchanged = 3 if name in ("auto", "triton", "chunked", "native") else 0  # these save bfloat16 q, k, v as they are
-    tokens = Tokens(*inputs.tokens[:unchanged], *(x.to(dtype) for x in inputs.tokens[unchanged:]))
-    if form.norm is not None:
-        form = form._replace(norm=(form.norm[0].to(dtype), form.norm[1].to(dtype)))
+    name = backend if traced else resolve_backend(backend, inputs)
     autocast = torch.is_autocast_enabled(q.device.type)  # state and decays are never rounded to half precision
     with torch.autocast(q.device.type, enabled=False) if autocast else contextlib.nullcontext():
-        inputs = inputs._replace(tokens=tokens, form=form)
+        inputs = _in_state_dtype(inputs, name)
         if traced or (name == "native" and is_watched()):
             y, state, per_token = operator_scan(inputs, name)
         else:
             y, state, per_token = _scan_of(name)(inputs)
     y = y.to(v.dtype)
     return (y, state) if per_token is None else (y, state, per_token)
+
+
+def _in_state_dtype(inputs: ScanInputs, backend: str) -> ScanInputs:
+    """Gates and norm in the state's dtype; q, k and v too, where the backend would not save them as they are."""
+    dtype, norm = inputs.state.weights[0].dtype, inputs.form.norm
+    unchanged = 3 if backend in ("auto", "triton", "chunked", "native") else 0
+    tokens = Tokens(*inputs.tokens[:unchanged], *(x.to(dtype) for x in inputs.tokens[unchanged:]))
+    if norm is not None:
+        norm = norm[0].to(dtype), norm[1].to(dtype)
+    return inputs._replace(tokens=tokens, form=inputs.form._replace(norm=norm))
 
 
 def _scan_of(name: str) -> Callable[[ScanInputs], ScanOutput]:

@@ -87,6 +87,7 @@ def main(size: str) -> None:
         held = a.training_state() / gb, a.training_state(gpus) / gb
         sent = a.all_reduce(gpus) / gb, a.sharded(gpus) / gb
         print(f"| {gpus} | {held[0]:.1f} | {held[1]:.3f} | {sent[0]:.2f} | {sent[1]:.2f} |")
+    print(f"\nA pipeline of 8 GPUs waits {a.pipeline_idle(8, 64):.0%} of the time with 64 segments")
 
 
 if __name__ == "__main__":

@@ -86,28 +86,47 @@ class Best:
 def fit(build: Callable[[], nn.Module], data: Data, recipe: Recipe, seed: int, tell: Callable[[str], None]) -> Fitted:
     """Train on windows in random order, as `Best.of_rates`. `tell` gets a line of progress after each epoch."""
 
+    def epoch(model: nn.Module, optimizer: torch.optim.Optimizer, order: torch.Generator) -> Errors:
+        for past, future in _batches(data.train, recipe, order):
+            step(optimizer, LOSSES[recipe.loss](model(past), future))
+        return measure(model, data.val, recipe.val_stride)
+
     def train(model: nn.Module, rate: float) -> Fitted | None:
         if not any(p.requires_grad for p in model.parameters()):
             return Fitted(model, measure(model, data.val), 0.0, 0)
-        order = torch.Generator().manual_seed(seed)
-        optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=recipe.weight_decay)
-        best = Best(recipe)
-        for epoch in range(1, recipe.epochs + 1):
-            model.train()
-            for past, future in _batches(data.train, recipe, order):
-                optimizer.zero_grad(set_to_none=True)
-                LOSSES[recipe.loss](model(past), future).backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-            val = measure(model, data.val, recipe.val_stride)
-            tell(f"rate {rate:g}, epoch {epoch} of at most {recipe.epochs}, validation {val.mse:.4f}")
-            if best.is_over(model, val, epoch):
-                break
-            for group in optimizer.param_groups:
-                group["lr"] *= recipe.decay
-        return best.fitted(model, rate)
+        return train_epochs(model, rate, recipe, seed, epoch, tell)
 
     return Best.of_rates(build, recipe, seed, train)
+
+
+Epoch = Callable[[nn.Module, torch.optim.Optimizer, torch.Generator], Errors]
+"""Trains a model for an epoch, in an order that the generator draws, and returns its errors on the validation part."""
+
+
+def train_epochs(
+    model: nn.Module, rate: float, recipe: Recipe, seed: int, epoch: Epoch, tell: Callable[[str], None]
+) -> Fitted | None:
+    """Train with AdamW at `rate` until the validation error no longer falls -> the best epoch's weights."""
+    order = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=recipe.weight_decay)
+    best = Best(recipe)
+    for number in range(1, recipe.epochs + 1):
+        model.train()
+        val = epoch(model, optimizer, order)
+        tell(f"rate {rate:g}, epoch {number} of at most {recipe.epochs}, validation {val.mse:.4f}")
+        if best.is_over(model, val, number):
+            break
+        for group in optimizer.param_groups:
+            group["lr"] *= recipe.decay
+    return best.fitted(model, rate)
+
+
+def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One update, with the gradient's norm clipped at 1."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
 
 
 def _batches(windows: Windows, recipe: Recipe, order: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:

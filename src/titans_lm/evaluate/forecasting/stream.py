@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from titans_lm.evaluate.forecasting.fit import LOSSES, Best, Fitted, Recipe
+from titans_lm.evaluate.forecasting.fit import LOSSES, Best, Fitted, Recipe, step, train_epochs
 from titans_lm.evaluate.forecasting.metrics import Errors, ErrorSum
 from titans_lm.evaluate.forecasting.windows import Data, Windows
 from titans_lm.models.time_series import TitansForTimeSeriesPrediction
@@ -26,22 +26,14 @@ def fit_stream(
 ) -> Fitted:
     """As `fit`, in the order of time. An epoch reads the training part once in every stream."""
 
-    def train(model: nn.Module, rate: float) -> Fitted | None:
+    def epoch(model: nn.Module, optimizer: torch.optim.Optimizer, order: torch.Generator) -> Errors:
         assert isinstance(model, TitansForTimeSeriesPrediction)
-        order = torch.Generator().manual_seed(seed)
-        optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=recipe.weight_decay)
-        best = Best(recipe)
-        for epoch in range(1, recipe.epochs + 1):
-            model.train()
-            for streams in torch.randperm(model.config.patch_stride, generator=order).split(STREAMS):
-                _train_streams(model, data.train, streams, optimizer, recipe, order)
-            val = measure_stream(model, data.val)
-            tell(f"rate {rate:g}, epoch {epoch} of at most {recipe.epochs}, validation {val.mse:.4f}")
-            if best.is_over(model, val, epoch):
-                break
-            for group in optimizer.param_groups:
-                group["lr"] *= recipe.decay
-        return best.fitted(model, rate)
+        for streams in torch.randperm(model.config.patch_stride, generator=order).split(STREAMS):
+            _train_streams(model, data.train, streams, optimizer, recipe, order)
+        return measure_stream(model, data.val)
+
+    def train(model: nn.Module, rate: float) -> Fitted | None:
+        return train_epochs(model, rate, recipe, seed, epoch, tell)
 
     return Best.of_rates(build, recipe, seed, train)
 
@@ -57,11 +49,8 @@ def _train_streams(
     """One reading of the training part. It begins at a random token of the first segment, so that segments differ."""
     state, skipped = None, int(torch.randint(SEGMENT, (), generator=order))
     for look_back, future, counts in _segments(model, windows, streams, windows.look_back, skipped):
-        optimizer.zero_grad(set_to_none=True)
         predicted, state = model.stream(look_back, state)
-        LOSSES[recipe.loss](predicted[counts], future).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        step(optimizer, LOSSES[recipe.loss](predicted[counts], future))
         state = state.detach()
 
 
