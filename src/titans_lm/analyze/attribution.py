@@ -191,7 +191,7 @@ def _shares(
     memory: NeuralMemory, state: MemoryState, q: Tensor, k: Tensor, v: Tensor, gates: list[Tensor], after: MemoryState
 ) -> tuple[Tensor, Tensor]:
     """The shares of writes `[T, H]`, and of the memory at the start `[H]`, in the last token's retrieval."""
-    form, start = memory._form(), state
+    form, start = memory.form(), state
     with torch.enable_grad():
         weights = tuple(w.detach().requires_grad_() for w in after.weights)
         y = retrieve(q[None, -1:], weights, form)[0, 0]
@@ -239,7 +239,7 @@ def _inner_products(
     memory: NeuralMemory, anchor: tuple[Tensor, ...], slope: Sequence[Tensor], k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
     """For each token of a chunk, `[C, H]`: the inner product of its inner gradient (eq. 12) with `slope`; its loss."""
-    form = memory._form()
+    form = memory.form()
     x, inputs, sums = k.transpose(0, 1).to(anchor[0].dtype), list[Tensor](), list[Tensor]()
     v = v.transpose(0, 1).to(x.dtype)
     h = x

@@ -108,13 +108,13 @@ def _cut(tokens: Tensor, first: int, end: int, piece: int) -> list[Tensor]:
 
 def _errors(memory: NeuralMemory, passage: Features, weights: tuple[Tensor, ...]) -> Tensor:
     """`[P, H]`"""
-    found = retrieve(passage.k[None], weights, memory._form())[0]
+    found = retrieve(passage.k[None], weights, memory.form())[0]
     return (found - passage.v).square().sum(-1) / passage.v.square().sum(-1).clamp(min=1e-30)
 
 
 def _ranks(memory: NeuralMemory, passage: Features, weights: tuple[Tensor, ...], values: Tensor) -> Tensor:
     """`[P, H]`: 1 plus the candidates `[C, H, V]` that are nearer to M(k) than the right value."""
-    found = retrieve(passage.k[None], weights, memory._form())[0]
+    found = retrieve(passage.k[None], weights, memory.form())[0]
     own = (found - passage.v).square().sum(-1)
     apart = torch.cdist(found.transpose(0, 1), values.transpose(0, 1)).square()  # [H, P, C]
     return 1 + (apart < own.t()[..., None] * (1 - 1e-4)).sum(-1).t()

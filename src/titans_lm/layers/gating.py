@@ -1,10 +1,26 @@
-"""Gated parts of a block: its MLP, and the gates that join attention and memory."""
+"""Gates: of a memory's step, momentum and forgetting, of a block's MLP, and of what joins attention and memory."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_lm.layers.checkpointing import checkpointed
+from titans_lm.layers.module_call import is_plain_linear
+
+
+def sigmoid_gates(x: Tensor, maps: Sequence[nn.Linear | None], num_heads: int) -> list[Tensor]:
+    """For each of the maps sigmoid(map(x)) `[B, T, H]`, in float32 or float64; 0 for a map that is None. The first map
+    is none such."""
+    given = [gate for gate in maps if gate is not None]
+    if all(map(is_plain_linear, given)):  # one product for all, because each has few rows
+        z = F.linear(x, torch.cat([gate.weight for gate in given]), torch.cat([gate.bias for gate in given]))
+    else:
+        z = torch.cat([gate(x) for gate in given], -1)
+    gates = list(torch.sigmoid(z if z.dtype == torch.float64 else z.float()).split(num_heads, -1))
+    zero = torch.zeros_like(gates[0])
+    return [zero if gate is None else gates.pop(0) for gate in maps]
 
 
 class SwiGLU(nn.Module):

@@ -6,13 +6,14 @@ import warnings
 from typing import Literal, overload
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from titans_lm.layers import compiled_step
 from titans_lm.layers.associative import start_associative
 from titans_lm.layers.bypass import is_bypassed
 from titans_lm.layers.checkpointing import checkpointed
+from titans_lm.layers.gating import sigmoid_gates
 from titans_lm.layers.memory_options import RENAMED, check_options
 from titans_lm.layers.memory_state import (
     InitialMemory,
@@ -23,9 +24,9 @@ from titans_lm.layers.memory_state import (
     chunk_gates,
     next_prev_input,
 )
-from titans_lm.layers.module_call import as_call, empty_like_weights, is_plain_linear, routes_methods
+from titans_lm.layers.module_call import as_call, empty_like_weights, routes_methods
 from titans_lm.layers.predictor import AuxiliaryLoss, Predictor
-from titans_lm.layers.short_conv import ShortConvolution, qkv_features
+from titans_lm.layers.short_conv import ShortConvolution, continue_features
 from titans_lm.ops import (
     Activation,
     Backend,
@@ -185,8 +186,6 @@ class NeuralMemory(nn.Module):
             projections, filters = (self.q_proj, self.k_proj, self.v_proj), [conv.weight for conv in convs]
             start_associative(projections, filters, self.num_heads, self.lags, self.norm_weight is not None)
 
-    # ---------------------------------------------------------------------------------------------- state
-
     def initial_state(self, batch: int) -> NeuralMemoryState:
         """The state before the first token, for `batch` rows. Gradients flow back to the learned M_0."""
         return self.initial_state_like(batch, empty_like_weights(self))
@@ -276,9 +275,21 @@ class NeuralMemory(nn.Module):
         """Read a memory with these `weights`."""
         if bypass:
             return queries.gate.new_zeros(*queries.gate.shape[:2], self.dim)
-        return checkpointed(self._gated_output, retrieve(queries.q, weights, self._form()), queries.gate)
+        return checkpointed(self._gated_output, retrieve(queries.q, weights, self.form()), queries.gate)
 
     retrieve_projected = as_call(_retrieve_projected)
+
+    def _retrieve_next(
+        self, x: Tensor, conv_state: Tensor, weights: tuple[Tensor, ...], valid: Tensor | None, *, bypass: bool = False
+    ) -> tuple[Float[Tensor, "B T D"], Tensor]:
+        """`project_queries` and `retrieve_projected`; and the `conv_state` after."""
+        if not bypass and compiled_step.is_supported(self, x, weights, valid):
+            y, conv_state = compiled_step.read_token(self, x, conv_state, weights)
+            return self.o_proj(y), conv_state
+        queries, conv_state = self._project_queries(x, conv_state, valid)
+        return self._retrieve_projected(queries, weights, bypass=bypass), conv_state
+
+    retrieve_next = as_call(_retrieve_next)
 
     def _forward_aligned(
         self,
@@ -291,6 +302,10 @@ class NeuralMemory(nn.Module):
         bypass: bool = False,
     ) -> NeuralMemoryOutput:
         """`scan` and `project_output`."""
+        if update and not bypass and compiled_step.is_supported(self, x, state.memory.weights, valid):
+            self._state_shapes.check(state, len(x))
+            out = compiled_step.write_token(self, x, state, surprise)
+            return out._replace(y=self.o_proj(out.y))
         out = self._scan(x, state, valid, update=update, surprise=surprise, bypass=bypass)
         return out._replace(y=self._project_output(x, out.y, bypass=bypass))
 
@@ -319,7 +334,7 @@ class NeuralMemory(nn.Module):
         (q, k, v), conv_state = self._features(x, state.conv_state, valid)
         prev_input = None if state.prev_input is None else next_prev_input(x, state.prev_input, valid)
         if not update:
-            y = retrieve(q, state.memory.weights, self._form())
+            y = retrieve(q, state.memory.weights, self.form())
             return NeuralMemoryOutput(y, NeuralMemoryState(state.memory, conv_state, prev_input, state.gates), None)
         (theta, eta, alpha), gates = self._gates(x), state.gates
         if gates is not None:
@@ -330,7 +345,7 @@ class NeuralMemory(nn.Module):
             theta = theta * (error.detach() > self.surprise_threshold)[..., None]
         y, memory, *found = memory_scan(
             q, k, v, theta, eta, alpha, state.memory,
-            chunk_size=self.chunk_size, form=self._form(), mask=valid, surprise=surprise, backend=self.backend,
+            chunk_size=self.chunk_size, form=self.form(), mask=valid, surprise=surprise, backend=self.backend,
             max_saved_bytes=max_saved_bytes,
         )  # fmt: skip
         if error is not None and y.requires_grad:
@@ -351,39 +366,24 @@ class NeuralMemory(nn.Module):
 
     project_output = as_call(_project_output)
 
-    # ---------------------------------------------------------------------------------------------- details
-
     def _features(
         self, x: Tensor, conv_state: tuple[Tensor, ...], valid: Tensor | None
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Eq. 11, convolution, SiLU, and unit length of q and k: q, k and v `[B, T, H, head_dim]`, or the first of
         them, as many as `conv_state` has parts; and the `conv_state` after."""
-        count, length = len(conv_state), x.shape[1]
-        y = torch.cat([project(x) for project in (self.q_proj, self.k_proj, self.v_proj)[:count]], -1)
-        past = torch.cat([torch.cat(conv_state, -1).to(y.dtype), y], 1)  # [B, R + T, count * I]
+        projections = (self.q_proj, self.k_proj, self.v_proj)[: len(conv_state)]
+        y = torch.cat([project(x) for project in projections], -1)
         convs = () if self.convs is None else tuple(conv(x) for _, conv in zip(conv_state, self.convs, strict=False))
-        filters = torch.cat(convs) if convs else None
-        compiled = self.backend in ("auto", "native")
-        features = qkv_features(past, filters, self.num_heads, self.head_dim, compiled=compiled)
-        if valid is None:
-            after = past[:, length:] if length == 1 else past[:, length:].clone()  # a view would keep all of past
-        else:
-            token = valid.sum(1)[:, None] + torch.arange(self._conv_shape[0], device=x.device)
-            after = gather_tokens(past, token)
-        return features, after.chunk(count, -1)
+        filters, compiled = torch.cat(convs) if convs else None, self.backend in ("auto", "native")
+        return continue_features(y, conv_state, filters, self.num_heads, self.head_dim, valid, compiled)
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta, eta and alpha `[B, T, H]`, in float32 or float64 (section 3.2: functions of the token)."""
-        maps = [gate for gate in (self.theta, self.eta, self.alpha) if gate is not None]
-        if all(map(is_plain_linear, maps)):  # one product for all, because each has few rows
-            z = F.linear(x, torch.cat([gate.weight for gate in maps]), torch.cat([gate.bias for gate in maps]))
-        else:
-            z = torch.cat([gate(x) for gate in maps], -1)
-        theta, *others = torch.sigmoid(z if z.dtype == torch.float64 else z.float()).split(self.num_heads, -1)
-        eta, alpha = (torch.zeros_like(theta) if gate is None else others.pop(0) for gate in (self.eta, self.alpha))
+        theta, eta, alpha = sigmoid_gates(x, (self.theta, self.eta, self.alpha), self.num_heads)
         return self.lr * theta, eta, alpha
 
-    def _form(self) -> MemoryForm:
+    def form(self) -> MemoryForm:
+        """The function M, its clip and its threshold."""
         norm = None if self.norm_weight is None or self.norm_bias is None else (self.norm_weight, self.norm_bias)
         return MemoryForm(self.activation, norm, self.clip, self.surprise_threshold if self.predictor is None else None)
 

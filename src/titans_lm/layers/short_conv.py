@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from titans_lm.layers.checkpointing import checkpointed_pure
+from titans_lm.ops import gather_tokens
 from titans_lm.ops.cpu.compiled import (
     SCALARS,
     NativeArgs,
@@ -50,6 +51,23 @@ class ShortConvolution(nn.Module):
     def forward(self, x: Tensor) -> Filters:  # noqa: ARG002 - wrappers of modules pass an input on
         """The filters. `qkv_features` applies those of q, k and v at once."""
         return self.weight
+
+
+def continue_features(
+    y: Float[Tensor, "B T I"], conv_state: tuple[Tensor, ...], filters: Filters | None, heads: int, head_dim: int,
+    valid: Tensor | None, compiled: bool,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
+    """`qkv_features` of the projections y, side by side, after each part's `conv_state`; and the `conv_state` after.
+
+    `valid` `[B, T]` is True for each row's first tokens; None: all are valid."""
+    length, past = y.shape[1], torch.cat([torch.cat(conv_state, -1).to(y.dtype), y], 1)  # [B, R + T, I]
+    features = qkv_features(past, filters, heads, head_dim, compiled)
+    if valid is None:
+        after = past[:, length:] if length == 1 else past[:, length:].clone()  # a view would keep all of past
+    else:
+        token = valid.sum(1)[:, None] + torch.arange(conv_state[0].shape[1], device=y.device)
+        after = gather_tokens(past, token)
+    return features, after.chunk(len(conv_state), -1)
 
 
 def qkv_features(

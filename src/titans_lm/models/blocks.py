@@ -28,6 +28,7 @@ from titans_lm.models.block_cache import (
 )
 from titans_lm.models.configuration import TitansConfig
 from titans_lm.models.forward_context import ForwardContext
+from titans_lm.models.segments import SegmentInputs, SegmentOutput
 from titans_lm.ops import Surprise, lay_out
 from titans_lm.utils.deprecation import renamed
 
@@ -278,39 +279,6 @@ class MALBlock(TitansBlock[MALCache]):
         return BlockOutput(m + y, MALCache(attention, memory, cache.prefix), surprise)
 
 
-class SegmentInputs(NamedTuple):
-    """What MAC projects for all tokens of a call, `[B, S, ...]` in their slots, before it reads the first segment."""
-
-    s: Tensor
-    queries: ProjectedQueries
-    qkv: tuple[Tensor, Tensor, Tensor]  # of attention, [B, heads, S, d]
-    valid: Tensor | None
-
-    def split(self, sizes: list[int]) -> list["SegmentInputs"]:
-        """Successive parts. A slice for each part would be simpler, but the backward pass of each slice would make a
-        gradient as large as the whole."""
-        s, q, gate = (x.split(sizes, 1) for x in (self.s, *self.queries))
-        qkv = zip(*(x.split(sizes, 2) for x in self.qkv), strict=True)
-        valid = [None] * len(sizes) if self.valid is None else self.valid.split(sizes, 1)
-        return [
-            SegmentInputs(s, ProjectedQueries(q, gate), qkv, valid)
-            for s, q, gate, qkv, valid in zip(s, q, gate, qkv, valid, strict=True)
-        ]
-
-
-class SegmentOutput(NamedTuple):
-    """What MAC computes for the tokens of one segment, or for a part of them."""
-
-    y: Tensor
-    """Attention's output, `[B, S, D]`."""
-    written: Tensor
-    """What the memory writes, `[B, S, D]`."""
-    retrieved: Tensor
-    """What each head retrieves with it, `[B, S, H, V]`."""
-    surprise: Surprise | None
-    cache: MACCache
-
-
 class MACBlock(TitansBlock[MACCache]):
     """Memory as context, segment by segment (eqs. 21 to 25).
 
@@ -345,6 +313,8 @@ class MACBlock(TitansBlock[MACCache]):
 
     def branch(self, x: Tensor, cache: MACCache, context: ForwardContext) -> BlockOutput:
         x = self.norm(x)
+        if x.shape[1] == 1:
+            return self._token(x, cache, context.in_segment(self.segment_size))
         queries, conv_state = self.memory.project_queries(x, cache.retrieval.conv_state, context.valid)
         layout = lay_out(context.valid, context.position, x.shape[1], self.segment_size)
         s, rope = (
@@ -369,6 +339,21 @@ class MACBlock(TitansBlock[MACCache]):
         if surprise is not None:
             surprise = Surprise(*map(layout.from_slots, surprise))
         return BlockOutput(layout.from_slots(self.gate(y, m)), cache, surprise)
+
+    def _token(self, x: Tensor, cache: MACCache, context: ForwardContext) -> BlockOutput:
+        """Read one token of each row, its norm x `[B, 1, D]`; `context.position` counts within the segment."""
+        c, retrieval = context, cache.retrieval
+        weights = c.where_position(0, cache.memory.memory.weights, retrieval.weights)
+        h, conv_state = self.memory.retrieve_next(x, retrieval.conv_state, weights, c.valid, bypass=c.bypass)
+        qkv, persistent = self.attention.project_qkv(x, c.rope), self.persistent_tokens(x)
+        y, attention = self.attention.attend(
+            qkv, self.retrieved_norm(h), self.attention.project_persistent(persistent, len(x)), cache.attention,
+            c.position, c.valid, c.uniform_position, c.eager,
+        )  # fmt: skip
+        m, memory, surprise = _write_and_read(self.memory, self.memory_norm(x + y), cache.memory, c)
+        after = c.advanced(1).in_segment(self.segment_size)
+        weights = after.where_position(0, memory.memory.weights, weights)
+        return BlockOutput(self.gate(y, m), MACCache(attention, memory, SegmentSnapshot(weights, conv_state)), surprise)
 
     def _segment(
         self, part: SegmentInputs, persistent: tuple[Tensor, Tensor], cache: MACCache, context: ForwardContext

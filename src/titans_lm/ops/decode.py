@@ -51,11 +51,17 @@ class TokenUpdate(NamedTuple):
 
 
 def decode_token(inputs: ScanInputs, update: Callable[[ScanInputs, Layers], TokenUpdate]) -> ScanOutput:
+    """`advance_token` by the tokens of `inputs`."""
+    return advance_token(inputs.state, inputs.chunk_size, inputs.mask, lambda anchor: update(inputs, anchor))
+
+
+def advance_token(
+    state: MemoryState, chunk_size: int, mask: Tensor | None, update: Callable[[Layers], TokenUpdate]
+) -> ScanOutput:
     """Decode one token: choose the anchor, run `update` at it, leave rows that are padding as they were."""
-    state, mask = inputs.state, inputs.mask
     anchor = _select_rows(state.position == 0, state.weights, state.anchor)
-    y, weights, momentum, surprise = update(inputs, anchor)
-    position = (state.position + 1) % inputs.chunk_size
+    y, weights, momentum, surprise = update(anchor)
+    position = (state.position + 1) % chunk_size
     if mask is not None:
         valid, y = mask[:, 0], y * mask[:, :, None, None]
         weights, momentum = where_rows(valid, weights, state.weights), where_rows(valid, momentum, state.momentum)

@@ -17,8 +17,9 @@ from titans_lm.ops.types import is_traced
 LOG = logging.getLogger(__name__)
 FUNCTIONS = [
     f"titans_{name}"
-    for name in ("state_size", "saved_size", "forward", "backward", "decode", "features_forward", "features_backward")
-]
+    for name in ("state_size", "saved_size", "forward", "backward", "decode", "layer_step", "features_forward",
+                 "features_backward")
+]  # fmt: skip
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 SCALARS = {torch.float32: "float", torch.float64: "double"}
 SINGLE_THREAD_WORK = 2**20
@@ -103,12 +104,22 @@ class NativeArgs:
         return result
 
     def run(self, function: str) -> None:
-        """Call a function that returns an error code. Raises MemoryError if its buffers could not be allocated."""
-        profiled = torch.autograd._profiler_enabled()
-        with torch.profiler.record_function(function) if profiled else contextlib.nullcontext():
-            failed = self.call(function)
-        if failed:
-            raise MemoryError(f"{function}: its buffers could not be allocated")
+        """`run` of a function with the structure."""
+        _run(self.library, function, ctypes.byref(self.structure(**self.fields)))
+
+
+def run(function: str, dtype: torch.dtype, *arguments: Any) -> None:
+    """Call a function that returns an error code, of the library for `dtype`. Raises MemoryError if its buffers could
+    not be allocated."""
+    _run(library(dtype), function, *arguments)
+
+
+def _run(library: ctypes.CDLL, function: str, *arguments: Any) -> None:
+    profiled = torch.autograd._profiler_enabled()
+    with torch.profiler.record_function(function) if profiled else contextlib.nullcontext():
+        failed = getattr(library, function)(*arguments)
+    if failed:
+        raise MemoryError(f"{function}: its buffers could not be allocated")
 
 
 def fields(scalar: Any, names: str) -> list[tuple[str, Any]]:

@@ -138,48 +138,85 @@ struct TokenDecoder {
                   new_w[l], new_s[l], y.data());
         }
     }
+
+    // Read the weights with q, and write nothing. `y` is the MLP's output.
+    void read(const T* q, const T* const* w) {
+        std::copy_n(q, widths[0], h.data());
+        for (size_t l = 0; l < x.size(); ++l) {
+            if (l) activate<T>(activation, 1, widths[l], y.data(), 0, h.data(), {}, {});
+            vector_times_matrix(widths[l], widths[l + 1], h.data(), w[l], y.data());
+        }
+    }
 };
 
-// Decode one token of each row.
+// A token's tokens of one row and head, `[widths]`, and its gates.
 template <class T>
+struct HeadToken {
+    const T *q, *k, *v;
+    T theta, eta, alpha;
+};
+
+// Decode one token of each row. Args has the sizes, options and state pointers of `ScanArgs`.
+template <class T, class Args = ScanArgs<T>>
 struct RowDecoder {
-    const ScanArgs<T>& args;
-    TokenDecoder<T> token;
+    const Args& args;
+    TokenDecoder<T> decoder;
     std::vector<T> shift;
     std::vector<const T*> anchor, w, s;
     std::vector<T*> new_w, new_s;
 
-    explicit RowDecoder(const ScanArgs<T>& args)
-        : args(args), token(args.widths, args.layers, Activation(args.activation), args.clip, args.batch * args.heads),
+    explicit RowDecoder(const Args& args)
+        : args(args), decoder(args.widths, args.layers, Activation(args.activation), args.clip, args.batch * args.heads),
           shift(args.widths[args.layers]), anchor(args.layers), w(args.layers), s(args.layers), new_w(args.layers),
           new_s(args.layers) {}
 
-    void decode(long r) {
-        long in = args.widths[0], out = args.widths[args.layers];
+    // Write the token, and store what it reads. `weight` and `bias` are the residual form's, of this head, or null.
+    void decode(long r, const HeadToken<T>& token, const T* weight, const T* bias, T* y) {
+        point_at(r);
+        long out = args.widths[args.layers];
+        for (long j = 0; j < out; ++j) shift[j] = weight ? token.k[j] - token.v[j] + bias[j] : -token.v[j];
+        decoder.inner_loss.weight = weight;
+        decoder.key_pass(token.k, shift.data(), anchor.data());
+        if (args.surprise) args.loss[r] = decoder.inner_loss.loss, args.gradient_norm[r] = decoder.gradient_norm();
+        bool written = !args.has_threshold || decoder.inner_loss.loss > T(args.threshold);
+        T theta = written ? token.theta : T(0);
+        decoder.write(token.q, theta, token.eta, 1 - token.alpha, w.data(), s.data(), new_w.data(), new_s.data());
+        store_outputs(token.q, weight, bias, y);
+    }
+
+    // Store what q reads of the weights, and write nothing.
+    void read(long r, const T* q, const T* weight, const T* bias, T* y) {
+        point_at(r);
+        decoder.read(q, w.data());
+        store_outputs(q, weight, bias, y);
+    }
+
+    void point_at(long r) {
         for (long l = 0; l < args.layers; ++l) {
             long first = r * args.widths[l] * args.widths[l + 1];
-            anchor[l] = args.anchor[l] + first, w[l] = args.w[l] + first, s[l] = args.s[l] + first;
+            w[l] = args.w[l] + first;
+            if (!args.anchor) continue;
+            anchor[l] = args.anchor[l] + first, s[l] = args.s[l] + first;
             new_w[l] = args.new_w[l] + first, new_s[l] = args.new_s[l] + first;
         }
-        const T *weight = args.weight ? args.weight + r * out : nullptr, *bias = args.bias + (weight ? r * out : 0);
-        const T *q = args.q + r * in, *k = args.k + r * in, *v = args.v + r * out;
-        for (long j = 0; j < out; ++j) shift[j] = weight ? k[j] - v[j] + bias[j] : -v[j];
-        token.inner_loss.weight = weight;
-        token.key_pass(k, shift.data(), anchor.data());
-        if (args.surprise) args.loss[r] = token.inner_loss.loss, args.gradient_norm[r] = token.gradient_norm();
-        bool written = !args.has_threshold || token.inner_loss.loss > T(args.threshold);
-        T theta = written ? args.theta[r] : T(0);
-        token.write(q, theta, args.eta[r], 1 - args.alpha[r], w.data(), s.data(), new_w.data(), new_s.data());
-        store_outputs(q, weight, bias, args.y + r * out);
     }
 
     void store_outputs(const T* q, const T* weight, const T* bias, T* y) {
         long out = shift.size();
         if (!weight) {
-            std::copy_n(token.y.data(), out, y);
+            std::copy_n(decoder.y.data(), out, y);
             return;
         }
-        token.inner_loss.norm.forward(token.y.data());
-        for (long j = 0; j < out; ++j) y[j] = q[j] + token.inner_loss.norm.normed[j] * weight[j] + bias[j];
+        decoder.inner_loss.norm.forward(decoder.y.data());
+        for (long j = 0; j < out; ++j) y[j] = q[j] + decoder.inner_loss.norm.normed[j] * weight[j] + bias[j];
     }
 };
+
+// A row's token of `titans_decode`.
+template <class T>
+void decode_row(const ScanArgs<T>& args, RowDecoder<T>& row, long r) {
+    long in = args.widths[0], out = args.widths[args.layers];
+    HeadToken<T> token{args.q + r * in, args.k + r * in, args.v + r * out, args.theta[r], args.eta[r], args.alpha[r]};
+    const T *weight = args.weight ? args.weight + r * out : nullptr, *bias = weight ? args.bias + r * out : nullptr;
+    row.decode(r, token, weight, bias, args.y + r * out);
+}

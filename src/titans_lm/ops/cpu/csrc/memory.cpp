@@ -5,8 +5,7 @@
 #include <thread>
 
 #include "row_backward.h"
-#include "token_features.h"
-#include "decode.h"
+#include "layer_step.h"
 
 // Run jobs on `threads` threads, or as many as the system gives, each with a Worker of its own. Returns 0, or 1 if memory
 // ran out. The counter's last atomic operation also makes a worker's streaming stores visible to all threads.
@@ -48,7 +47,12 @@ long titans_backward(const ScanArgs<Scalar>* args) {
 }
 long titans_decode(const ScanArgs<Scalar>* args) {
     return run_jobs<RowDecoder<Scalar>>(*args, args->batch * args->heads,
-                                        [](RowDecoder<Scalar>& row, long r) { row.decode(r); });
+                                        [&](RowDecoder<Scalar>& row, long r) { decode_row(*args, row, r); });
+}
+long titans_layer_step(const long* numbers, const double* scalars) {
+    LayerStepArgs<Scalar> args(numbers, scalars);
+    return run_jobs<LayerStep<Scalar>>(args, args.batch * args.heads,
+                                       [](LayerStep<Scalar>& step, long r) { step.step(r); });
 }
 long titans_features_forward(const FeatureArgs<Scalar>* args) {
     return run_jobs<FeatureWorker<Scalar>>(*args, args->parts * args->heads,
