@@ -10,12 +10,13 @@ from titans_lm.layers.checkpointing import checkpointed
 from titans_lm.layers.module_call import is_plain_linear
 
 
-def sigmoid_gates(x: Tensor, maps: Sequence[nn.Linear | None], num_heads: int) -> list[Tensor]:
+def sigmoid_gates(x: Tensor, maps: Sequence[nn.Module | None], num_heads: int) -> list[Tensor]:
     """For each of the maps sigmoid(map(x)) `[B, T, H]`, in float32 or float64; 0 for a map that is None. The first map
     is none such."""
     given = [gate for gate in maps if gate is not None]
-    if all(map(is_plain_linear, given)):  # one product for all, because each has few rows
-        z = F.linear(x, torch.cat([gate.weight for gate in given]), torch.cat([gate.bias for gate in given]))
+    linears = [gate for gate in given if isinstance(gate, nn.Linear) and is_plain_linear(gate)]
+    if len(linears) == len(given):  # one product for all, because each has few rows
+        z = F.linear(x, torch.cat([gate.weight for gate in linears]), torch.cat([gate.bias for gate in linears]))
     else:
         z = torch.cat([gate(x) for gate in given], -1)
     gates = list(torch.sigmoid(z if z.dtype == torch.float64 else z.float()).split(num_heads, -1))
