@@ -166,7 +166,8 @@ struct RowDecoder {
     std::vector<T*> new_w, new_s;
 
     explicit RowDecoder(const Args& args)
-        : args(args), decoder(args.widths, args.layers, Activation(args.activation), args.clip, args.batch * args.heads),
+        : args(args),
+          decoder(args.widths, args.layers, Activation(args.activation), args.clip, args.batch * args.heads),
           shift(args.widths[args.layers]), anchor(args.layers), w(args.layers), s(args.layers), new_w(args.layers),
           new_s(args.layers) {}
 

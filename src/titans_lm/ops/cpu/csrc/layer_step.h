@@ -26,13 +26,16 @@ struct LayerStepArgs {
     // `numbers` holds the fields one after another, arrays in place of pointers to them, in the order of
     // `compiled_step._call`; `scalars` holds the last four.
     LayerStepArgs(const long* numbers, const double* scalars) {
-        for (long* field : {&batch, &heads, &layers, &size, &dim, &parts, &threads, &activation, &has_threshold, &surprise})
+        for (long* field :
+             {&batch, &heads, &layers, &size, &dim, &parts, &threads, &activation, &has_threshold, &surprise})
             *field = *numbers++;
         auto array = [&](auto& field, long count) {
             field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(numbers);
             numbers += count;
         };
-        auto pointer = [&](auto& field) { field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(*numbers++); };
+        auto pointer = [&](auto& field) {
+            field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(*numbers++);
+        };
         array(widths, layers + 1), array(batch_strides, parts), array(token_strides, parts);
         pointer(x);
         array(projected, parts), array(conv_state, parts), array(filters, parts);
