@@ -123,6 +123,7 @@ validation alone."""
 _LINEAR = Recipe(rates=(1e-3, 5e-3))
 _PATCHES = Recipe(rates=(1e-3,), batch_size=64, epochs=12, decay=0.8, windows=2048, val_stride=4)
 """An epoch is a random quarter of ETTh's training windows: the study has to run on two CPU cores."""
+_TWO_RATES = _PATCHES._replace(rates=(1e-3, 3e-3))
 
 _READING = Recipe(rates=(1e-3,), epochs=8, patience=2, decay=0.85, loss="huber")
 
@@ -131,8 +132,8 @@ CONTENDERS: dict[str, Contender] = {
     "dlinear": Contender(lambda t: DLinear(t.look_back, t.horizon), _LINEAR),
     "nlinear": Contender(lambda t: NLinear(t.look_back, t.horizon), _LINEAR),
     "rlinear": Contender(lambda t: RLinear(t.look_back, t.horizon, t.columns), _LINEAR),
-    "patchtst": Contender(_patch_tst, _PATCHES),
-    "patchtsmixer": Contender(_patch_tsmixer, _PATCHES),
+    "patchtst": Contender(_patch_tst, _TWO_RATES),
+    "patchtsmixer": Contender(_patch_tsmixer, _TWO_RATES),
     "mamba2": Contender(_mamba2, _PATCHES),
     "gated_delta_net": Contender(_titans(BASELINES["gated_delta_net"]), _PATCHES),
     "titans_lmm": Contender(_titans({"variant": "lmm"}), _PATCHES),
