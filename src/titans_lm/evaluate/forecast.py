@@ -9,14 +9,16 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from titans_lm.evaluate.forecasting.cells import Cell, tables
-from titans_lm.evaluate.forecasting.contenders import CONTENDERS, Task
+from titans_lm.evaluate.forecasting.candidates import load_candidates
+from titans_lm.evaluate.forecasting.cells import Cell, chosen, tables
+from titans_lm.evaluate.forecasting.contenders import CONTENDERS, Contender, Task
 from titans_lm.evaluate.forecasting.series import SPLITS, load_series, split_of
 from titans_lm.utils.record import Lines, check_least, check_output, command_line
 from titans_lm.utils.terminal import PlainConsole
 
 HORIZONS = (96, 192, 336, 720)
 PROTOCOL = {"values": "standardised by the training part", "test": "all windows"}
+SEARCH = {"values": "standardised by the training part", "test": "none: the test part is cut off"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="files whose first column is a date and whose others are numbers")  # fmt: skip
     parser.add_argument("--models", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="MODEL",
                         help=f"some of: {', '.join(CONTENDERS)}")  # fmt: skip
+    parser.add_argument("--candidates", type=Path, metavar="YAML",
+                        help="instead of models: settings of ours to choose among, such as studies/forecast.yaml; "
+                             "measured on the validation part, without the test part")  # fmt: skip
     parser.add_argument("--horizons", type=int, nargs="+", default=list(HORIZONS), help="steps to forecast")
     parser.add_argument("--look-back", type=int, default=96, help="steps that a model sees")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -39,18 +44,21 @@ def run(arguments: argparse.Namespace) -> None:
     check_least(arguments, 1, "horizons", "look_back", "season", "epochs")
     check_least(arguments, 0, "seeds")
     check_output(arguments.out, ours=False)
-    lines = Lines(arguments.out, PROTOCOL, command_line("evaluate forecast", arguments))
-    cells = _cells(arguments)
+    search = arguments.candidates is not None
+    lines = Lines(arguments.out, SEARCH if search else PROTOCOL, command_line("evaluate forecast", arguments))
+    candidates: dict[str, Contender] = load_candidates(arguments.candidates) if search else {}
+    cells = _cells(arguments, candidates)
     left = [cell for cell in cells if not _is_done(cell, lines)]
     console = PlainConsole()
     _run_cells(left, lines, console)
     keys = [cell.key() for cell in cells]
-    console.print(*tables(row for row in lines.rows if {name: row[name] for name in keys[0]} in keys))
+    rows = [row for row in lines.rows if {name: row[name] for name in keys[0]} in keys]
+    console.print(*([chosen(rows)] if search else tables(rows)))
     console.print(f"{len(left)} of {len(cells)} lines are new: {arguments.out}")
 
 
-def _cells(arguments: argparse.Namespace) -> list[Cell]:
-    """All cells, checked before the first is trained."""
+def _cells(arguments: argparse.Namespace, candidates: dict[str, Contender]) -> list[Cell]:
+    """All cells, checked before the first is trained: of models, or of candidates where there are any."""
     cells = []
     for path in arguments.data:
         series = load_series(path)
@@ -58,7 +66,11 @@ def _cells(arguments: argparse.Namespace) -> list[Cell]:
         for seed in arguments.seeds:
             for horizon in arguments.horizons:
                 task = Task(arguments.look_back, horizon, len(series.columns), arguments.season)
-                cells += [Cell(series, parts, task, model, seed, arguments.epochs) for model in arguments.models]
+                given = (series, parts, task)
+                cells += [
+                    Cell(*given, model, seed, arguments.epochs, candidates.get(model))
+                    for model in candidates or arguments.models
+                ]
     for cell in cells:
         cell.check()
     return cells

@@ -217,10 +217,10 @@ class TitansState(Cache):
 
         Raises ValueError for a file of another model, another configuration or another format, and for a damaged one.
         """
-        model = model.base_model
         tensors, card = cache_file.load_file(path)
         with torch.no_grad():
             state = model.initial_state(1)
+        model = model.base_model
         state.frozen = False  # `begin_with` a frozen memory does not freeze the memory of a file
         for part, value in identity(model).items():
             if getattr(card, part) != value:
@@ -232,10 +232,7 @@ class TitansState(Cache):
         for name, tensor in expected.items():
             if tensors[name].dtype not in _possible_dtypes(name, tensor.dtype):
                 raise ValueError(f"{path} does not fit this model: {name!r} is {tensors[name].dtype}")
-        names = iter(expected)
-        for layer, cache in enumerate(state.layer_caches):
-            state.layer_caches[layer] = map_tensors(cache, lambda _: tensors[next(names)].to(model.device))
-        state.position = tensors["position"].to(model.device)
+        state._fill({name: tensors[name].to(model.device) for name in expected})
         state.columns, state.sources = card.columns, list(card.sources)
         state.pending = None if pending is None else pending.to(model.device)
         return state
@@ -301,6 +298,12 @@ class TitansState(Cache):
         """Every tensor by its name in memory files, in the order of `map_tensors`."""
         named = {f"layers.{i}{name}": t for i, cache in enumerate(self.layer_caches) for name, t in _walk(cache, "")}
         return {**named, "position": self.position}
+
+    def _fill(self, tensors: dict[str, Tensor]) -> None:
+        """Take these `_tensors`, in their order."""
+        parts = iter(tensors.values())
+        self.layer_caches = [map_tensors(cache, lambda _: next(parts)) for cache in self.layer_caches]
+        self.position = tensors["position"]
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> None:
         self.layer_caches = [map_tensors(cache, function) for cache in self.layer_caches]

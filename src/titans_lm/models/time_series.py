@@ -12,6 +12,7 @@ from transformers import initialization as init
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from titans_lm.models.cache import TitansState
+from titans_lm.models.levels import LevelState, follow_levels
 from titans_lm.models.modeling import TitansModel, TitansPreTrainedModel
 from titans_lm.models.rev_in import RevIN, Scale
 from titans_lm.models.time_series_configuration import TitansTimeSeriesConfig
@@ -49,6 +50,8 @@ class TitansForTimeSeriesPrediction(TitansPreTrainedModel):
         self.dropout = nn.Dropout(c.head_dropout)
         self.head = nn.Linear(tokens * c.hidden_size, c.prediction_length * channels)
         self.skip = nn.Linear(c.context_length, c.prediction_length) if c.linear_skip else None
+        half_lives = c.level_half_lives
+        self.levels = None if half_lives is None else nn.Linear(len(half_lives), c.prediction_length, bias=False)
         self.post_init()
 
     def _sequence_model(self) -> nn.Module:
@@ -65,6 +68,8 @@ class TitansForTimeSeriesPrediction(TitansPreTrainedModel):
             init.zeros_(module.bias)
         if module is getattr(self, "head", None) and self.config.linear_skip:
             init.zeros_(module.weight)  # it begins as the linear map alone
+        if module is getattr(self, "levels", None):
+            init.zeros_(module.weight)
 
     @can_return_tuple
     def forward(
@@ -121,7 +126,11 @@ class TitansForTimeSeriesPrediction(TitansPreTrainedModel):
         """The state of `batch` series before their first look-back."""
         rows = batch * (1 if self.config.channel_mixing else self.config.num_input_channels)
         assert isinstance(self.model, TitansModel)
-        return self.model.initial_state(rows)
+        state, half_lives = self.model.initial_state(rows), self.config.level_half_lives
+        if half_lives is None:
+            return state
+        channels = batch * self.config.num_input_channels // rows
+        return LevelState.begin(state, self.rev_in.weight.new_zeros(rows, channels, len(half_lives)).detach())
 
     # ------------------------------------------------------------------------------------------------ details
 
@@ -144,6 +153,7 @@ class TitansForTimeSeriesPrediction(TitansPreTrainedModel):
         c, (batch, tokens) = self.config, windows.shape[:2]
         x, scale = self.rev_in(windows.flatten(0, 1))
         rows = x.transpose(1, 2)  # [B N, C, L]
+        state = self.initial_state(batch) if state is None else state
         patches = rows[..., -c.patch_length :].unflatten(0, (batch, tokens))  # [B, N, C, P]
         patches = patches.flatten(2) if c.channel_mixing else patches.transpose(1, 2).flatten(0, 1)
         y, state, hidden = self._run(patches, state, True, output_hidden)
@@ -152,7 +162,23 @@ class TitansForTimeSeriesPrediction(TitansPreTrainedModel):
             y = y.unflatten(0, (batch, c.num_input_channels)).transpose(1, 2)
         y = y.reshape(batch * tokens, c.num_input_channels, c.prediction_length)
         assert state is not None
+        if self.levels is not None:
+            y = y + self._level(windows, state, scale)
         return self._inverse(y, rows, scale).unflatten(0, (batch, tokens)), state, hidden
+
+    def _level(self, windows: Tensor, state: TitansState, scale: Scale) -> Tensor:
+        """Look-backs `[B, N, L, C]` that the state has just read -> what its levels add to the normalised forecasts,
+        `[B N, C, H]`. Updates the levels."""
+        c, (batch, tokens), rows = self.config, windows.shape[:2], len(state.position)
+        assert isinstance(state, LevelState)
+        assert self.levels is not None
+        levels = state.levels.view(batch, c.num_input_channels, -1)
+        read = (state.position.view(batch, -1)[:, 0] - tokens).to(windows.dtype)
+        found = follow_levels(windows, levels, read, windows.new_tensor(c.level_half_lives), c.patch_stride)
+        state.levels = found[:, -1].reshape(rows, -1, found.shape[-1])
+        from_mean = (found.flatten(0, 1) - scale.mean.transpose(1, 2)) / scale.std.transpose(1, 2)
+        out: Tensor = self.levels(from_mean * self.rev_in.weight[:, None])
+        return out
 
     def _run(
         self, patches: Tensor, state: TitansState | None, use_cache: bool, output_hidden: bool
@@ -184,6 +210,8 @@ class TitansForTimeSeriesPrediction(TitansPreTrainedModel):
             raise ValueError(f"past_values must have context_length={c.context_length} steps, got {steps}")
         if c.use == "window" and state is not None:
             raise ValueError('past_key_values has no effect with use="window"')
+        if state is not None and isinstance(state, LevelState) != (self.levels is not None):
+            raise ValueError("past_key_values is of a model with another level_half_lives; take model.initial_state(B)")
         if steps < c.context_length or (steps - c.context_length) % c.patch_stride:
             raise ValueError(f"past_values must have {c.context_length} steps and any number of times {c.patch_stride} "
                              f"more, got {steps}")  # fmt: skip

@@ -52,6 +52,9 @@ class TitansTimeSeriesConfig(TitansConfig):
     """False: each channel is a row of its own, with the same weights. True: a token holds all channels."""
     linear_skip: bool = True
     """Whether a linear map from look-back to forecast is added, so that the memory forecasts what is left of it."""
+    level_half_lives: list[int | float] | None = None
+    """Half-lives, in tokens, of averages of the series that a stream carries beside its memory (`models/levels.py`). A
+    linear map of how far each is from the look-back's mean is added to the forecast. None: there are none."""
     head_dropout: float = 0.0
     """Dropout before the last layer, in training."""
     loss: Literal["mse", "mae", "huber"] = "mse"
@@ -65,8 +68,16 @@ class TitansTimeSeriesConfig(TitansConfig):
             raise ValueError(
                 f"patch_length must be at most context_length={self.context_length}, got {self.patch_length}"
             )
+        if self.level_half_lives is not None:
+            self._check_levels(self.level_half_lives)
         if not 0 <= self.head_dropout < 1:
             raise ValueError(f"head_dropout must be in [0, 1), got {self.head_dropout}")
+
+    def _check_levels(self, half_lives: list[int | float]) -> None:
+        if self.use != "stream":
+            raise ValueError('level_half_lives needs use="stream": a window carries nothing')
+        if not half_lives or min(half_lives) <= 0:
+            raise ValueError(f"level_half_lives must be numbers above 0, or None, got {half_lives}")
 
     @property
     def num_patches(self) -> int:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.table import Table
+from torch import nn
 
-from titans_lm.evaluate.forecasting.contenders import CONTENDERS, Task, build, parameters
+from titans_lm.evaluate.forecasting.contenders import CONTENDERS, Contender, Task, parameters, seeded
 from titans_lm.evaluate.forecasting.fit import Recipe, fit, measure
-from titans_lm.evaluate.forecasting.metrics import Errors
 from titans_lm.evaluate.forecasting.series import Parts, Series, standardised
 from titans_lm.evaluate.forecasting.stream import fit_stream, measure_stream
-from titans_lm.evaluate.forecasting.windows import check_no_leak, windows_of
+from titans_lm.evaluate.forecasting.windows import Windows, check_no_leak, windows_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,16 @@ class Cell:
     seed: int
     epochs: int | None = None
     """At most so many; None: the model's own."""
+    candidate: Contender | None = None
+    """Settings to choose among, by the name `model`: trained, and measured on the validation part alone."""
+
+    @property
+    def contender(self) -> Contender:
+        return self.candidate or CONTENDERS[self.model]
 
     @property
     def recipe(self) -> Recipe:
-        own = CONTENDERS[self.model].recipe
+        own = self.contender.recipe
         return own if self.epochs is None else own._replace(epochs=self.epochs)
 
     def key(self) -> dict[str, Any]:
@@ -46,7 +52,9 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         """What must be equal for a line to be this cell's."""
         recipe = self.recipe._asdict() | {"rates": list(self.recipe.rates)}
-        return {"digest": self.series.digest, "parts": list(self.parts), "season": self.task.season, "recipe": recipe}
+        settings = {"digest": self.series.digest, "parts": list(self.parts), "season": self.task.season, "recipe": recipe}
+        fields = self.contender.fields
+        return settings if fields is None else {**settings, "model": fields}
 
     def check(self) -> None:
         """Raises ValueError, before anything is trained, for a look-back or horizon that the series cannot give."""
@@ -60,17 +68,17 @@ class Cell:
         """Train and test -> its line. `tell` gets a line of progress now and then."""
         begun = time.monotonic()
         values = standardised(self.series, self.parts)
+        if self.candidate is not None:
+            values = values[: self.parts.val]  # the test part is not there
         data = windows_of(values, self.parts, self.task.look_back, self.task.horizon)
         check_no_leak(data, self.parts)
-        stream = CONTENDERS[self.model].stream
-        train = fit_stream if stream else fit
-        fitted = train(lambda: build(self.model, self.task, self.seed), data, self.recipe, self.seed, tell)
-        test = (measure_stream if stream else measure)(fitted.model, data.test)
-        alone = measure_stream(fitted.model, data.test, carried=False) if stream else None
+        train = fit_stream if self.contender.stream else fit
+        fitted = train(lambda: seeded(self.contender, self.task, self.seed), data, self.recipe, self.seed, tell)
         return {
             **self.key(),
-            **self._errors(fitted.val, test),
-            **({} if alone is None else {"mse_look_back_alone": alone.mse, "mae_look_back_alone": alone.mae}),
+            **({} if self.candidate is not None else self._test(fitted.model, data.test)),
+            "val_mse": fitted.val.mse,
+            "val_mae": fitted.val.mae,
             "parameters": parameters(fitted.model),
             "rate": fitted.rate,
             "epochs": fitted.epochs,
@@ -78,8 +86,30 @@ class Cell:
             "settings": self.settings(),
         }
 
-    def _errors(self, val: Errors, test: Errors) -> dict[str, Any]:
-        return {"mse": test.mse, "mae": test.mae, "windows": test.windows, "val_mse": val.mse, "val_mae": val.mae}
+    def _test(self, model: nn.Module, test: Windows) -> dict[str, Any]:
+        """Errors on the test part; of a stream also those of its look-back alone."""
+        found = (measure_stream if self.contender.stream else measure)(model, test)
+        errors = {"mse": found.mse, "mae": found.mae, "windows": found.windows}
+        if not self.contender.stream:
+            return errors
+        alone = measure_stream(model, test, carried=False)
+        return {**errors, "mse_look_back_alone": alone.mse, "mae_look_back_alone": alone.mae}
+
+
+def chosen(rows: list[dict[str, Any]]) -> Table:
+    """Validation MSE of each candidate by series and horizon, the lowest geometric mean first."""
+    places = list(dict.fromkeys((row["data"], row["horizon"]) for row in rows))
+    found: dict[str, dict[Any, list[float]]] = {}
+    for row in rows:
+        found.setdefault(row["model"], {}).setdefault((row["data"], row["horizon"]), []).append(row["val_mse"])
+    means = {name: {place: statistics.mean(seeds) for place, seeds in own.items()} for name, own in found.items()}
+    table = Table("", *(f"{data} {horizon}" for data, horizon in places), "geometric mean", title="validation MSE")
+    order = sorted(means, key=lambda name: (-len(means[name]), statistics.geometric_mean(means[name].values())))
+    for name in order:
+        own = means[name]
+        whole = f"{statistics.geometric_mean(own.values()):.4f}" if len(own) == len(places) else ""
+        table.add_row(name, *(f"{own[place]:.4f}" if place in own else "" for place in places), whole)
+    return table
 
 
 def tables(rows: Iterable[dict[str, Any]]) -> list[Table]:

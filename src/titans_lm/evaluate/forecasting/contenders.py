@@ -31,6 +31,8 @@ class Contender(NamedTuple):
     recipe: Recipe = Recipe()
     stream: bool = False
     """Whether it reads the whole series in order, with a memory carried from its first row."""
+    fields: dict[str, Any] | None = None
+    """Of ours: those of its configuration that are not the defaults."""
 
 
 class Prediction(nn.Module):
@@ -66,13 +68,19 @@ def _patch_tsmixer(task: Task) -> nn.Module:
     )))  # fmt: skip
 
 
-def _titans(fields: dict[str, Any]) -> Callable[[Task], nn.Module]:
-    """Our forecaster of one look-back, with changed fields."""
+def ours(recipe: Recipe, fields: dict[str, Any]) -> Contender:
+    """Our forecaster with changed fields. Tokens of a stream are a season apart."""
+    stream = fields.get("use") == "stream"
 
     def make(task: Task) -> nn.Module:
-        return Prediction(TitansForTimeSeriesPrediction(_config(task, fields)))
+        if not stream:
+            return Prediction(TitansForTimeSeriesPrediction(_config(task, fields)))
+        length = min(fields.get("patch_length", task.look_back), task.look_back)
+        return TitansForTimeSeriesPrediction(
+            _config(task, fields | {"patch_stride": task.season, "patch_length": length})
+        )
 
-    return make
+    return Contender(make, recipe, stream, fields)
 
 
 def _config(task: Task, fields: dict[str, Any]) -> TitansTimeSeriesConfig:
@@ -107,25 +115,17 @@ class _Mamba2Forecaster(TitansForTimeSeriesPrediction):
 
 
 def _mamba2(task: Task) -> nn.Module:
-    return Prediction(_Mamba2Forecaster(_config(task, {})))
+    return Prediction(_Mamba2Forecaster(_config(task, _WINDOW)))
 
 
-def _titans_stream(task: Task) -> nn.Module:
-    """One look-back is a token, and tokens are a season apart."""
-    length = min(_STREAM["patch_length"], task.look_back)
-    fields = _STREAM | {"use": "stream", "patch_stride": task.season, "patch_length": length}
-    return TitansForTimeSeriesPrediction(_config(task, fields))
-
-
-_STREAM: dict[str, Any] = {"patch_length": 24, "head_dropout": 0.3}
-"""One of six settings tried on ETTh1 and ETTh2 at horizon 96, with validation and test errors in view: not chosen by
-validation alone."""
 _LINEAR = Recipe(rates=(1e-3, 5e-3))
 _PATCHES = Recipe(rates=(1e-3,), batch_size=64, epochs=12, decay=0.8, windows=2048, val_stride=4)
 """An epoch is a random quarter of ETTh's training windows: the study has to run on two CPU cores."""
 _TWO_RATES = _PATCHES._replace(rates=(1e-3, 3e-3))
-
-_READING = Recipe(rates=(1e-3,), epochs=8, patience=2, decay=0.85, loss="huber")
+_WINDOW: dict[str, Any] = {}
+_WINDOW_RECIPE = _PATCHES
+_STREAM: dict[str, Any] = {"use": "stream"}
+_STREAM_RECIPE = Recipe(rates=(3e-3,), epochs=20, patience=5, decay=0.9, loss="huber")
 
 CONTENDERS: dict[str, Contender] = {
     "seasonal_naive": Contender(lambda t: SeasonalNaive(t.horizon, t.season)),
@@ -134,12 +134,12 @@ CONTENDERS: dict[str, Contender] = {
     "rlinear": Contender(lambda t: RLinear(t.look_back, t.horizon, t.columns), _LINEAR),
     "patchtst": Contender(_patch_tst, _TWO_RATES),
     "patchtsmixer": Contender(_patch_tsmixer, _TWO_RATES),
-    "mamba2": Contender(_mamba2, _PATCHES),
-    "gated_delta_net": Contender(_titans(BASELINES["gated_delta_net"]), _PATCHES),
-    "titans_lmm": Contender(_titans({"variant": "lmm"}), _PATCHES),
-    "titans_mag": Contender(_titans({"variant": "mag"}), _PATCHES),
-    "titans_mal": Contender(_titans({"variant": "mal"}), _PATCHES),
-    "titans_stream": Contender(_titans_stream, _READING, stream=True),
+    "mamba2": Contender(_mamba2, _WINDOW_RECIPE, fields=_WINDOW),
+    "gated_delta_net": ours(_WINDOW_RECIPE, _WINDOW | BASELINES["gated_delta_net"]),
+    "titans_lmm": ours(_WINDOW_RECIPE, _WINDOW | {"variant": "lmm"}),
+    "titans_mag": ours(_WINDOW_RECIPE, _WINDOW | {"variant": "mag"}),
+    "titans_mal": ours(_WINDOW_RECIPE, _WINDOW | {"variant": "mal"}),
+    "titans_stream": ours(_STREAM_RECIPE, _STREAM),
 }
 
 
@@ -149,5 +149,9 @@ def parameters(model: nn.Module) -> int:
 
 def build(name: str, task: Task, seed: int) -> nn.Module:
     """The model `name` with random weights of `seed`."""
+    return seeded(CONTENDERS[name], task, seed)
+
+
+def seeded(contender: Contender, task: Task, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return CONTENDERS[name].build(task)
+    return contender.build(task)
