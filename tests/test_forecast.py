@@ -12,6 +12,8 @@ from sklearn.metrics import mean_absolute_error, mean_squared_error
 from torch import Tensor
 
 from titans_lm import cli
+from titans_lm.evaluate.forecasting.candidates import load_candidates
+from titans_lm.evaluate.forecasting.cells import Cell, chosen
 from titans_lm.evaluate.forecasting.contenders import CONTENDERS, Task, build
 from titans_lm.evaluate.forecasting.fit import EVAL_BATCH, Recipe, fit, measure
 from titans_lm.evaluate.forecasting.rivals import DLinear, NLinear, RLinear, SeasonalNaive
@@ -307,3 +309,72 @@ def test_windows_are_named_by_their_first_target():
     with pytest.raises(ValueError, match="training part"):
         windows_of(torch.zeros(400, 1), Parts(20, 320, 400), 24, 8)
     assert len(Windows(torch.zeros(400, 1), 24, 240, 24, 8)) == 240 - 24 - 8 + 1
+
+
+# ------------------------------------------------------------------------------------------------ candidates
+
+SMALL = {"hidden_size": 8, "memory_head_dim": 4, "memory_dim": 4, "intermediate_size": 8, "memory_layers": 1}
+FILE: dict[str, Any] = {
+    "shared": {"model": SMALL, "recipe": {"epochs": 1, "rates": [0.01]}},
+    "candidates": {
+        "window": {"model": {"patch_length": 8}, "recipe": {"windows": 64}},
+        "stream": {"model": {"use": "stream", "level_half_lives": [3]}},
+    },
+}
+
+
+def candidates_file(tmp_path: Path, tree: Any = FILE) -> Path:
+    (tmp_path / "c.yaml").write_text(json.dumps(tree))  # which is YAML
+    return tmp_path / "c.yaml"
+
+
+def test_candidates_are_measured_without_the_test_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    candidates = load_candidates(candidates_file(tmp_path))
+    made = series()
+    hidden = made._replace(values=made.values.clone())
+    hidden.values[PARTS.val :] = torch.nan
+    for name, candidate in candidates.items():
+        found, blind = (
+            Cell(given, PARTS, Task(24, 5, 2, 24), name, 0, candidate=candidate).run(lambda _: None)
+            for given in (made, hidden)
+        )
+        assert found["val_mse"] == blind["val_mse"] > 0
+        assert found["settings"]["model"].items() >= SMALL.items()
+        assert not {"mse", "mae", "mse_look_back_alone"} & found.keys()
+    data, out = write_csv(tmp_path / "x.csv"), tmp_path / "out.jsonl"
+    flags = ("--data", data, "--look-back", 24, "--horizons", 8, "--out", out)
+    assert run(*flags, "--candidates", tmp_path / "c.yaml") == 0
+    assert "geometric mean" in capsys.readouterr().out
+    head, *rows = map(json.loads, out.read_text().splitlines())
+    assert [row["model"] for row in rows] == ["window", "stream"]
+    assert "cut off" in head["settings"]["test"]
+    assert run(*flags, "--models", "rlinear") == 2  # not into the file of a search
+
+
+def test_the_lowest_validation_error_is_first():
+    rows = [
+        {"model": name, "data": data, "horizon": 8, "val_mse": error}
+        for name, errors in {"a": (1.0, 4.0), "b": (3.0, 1.0), "unfinished": (0.1,)}.items()
+        for data, error in zip("xy", errors, strict=False)
+    ]
+    assert list(chosen(rows).columns[0].cells) == ["b", "a", "unfinished"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"candidates": {}}, "must have the key candidates"),
+        ({"others": 1}, "unknown key 'others'"),
+        ({"candidates": {"a": {"modle": {}}}}, "a must have the keys model and recipe alone"),
+        ({"candidates": {"a": {"recipe": {"rate": 1}}}}, "a: unknown key 'rate' in recipe"),
+        ({"candidates": {"a": {"recipe": {"loss": "l1"}}}}, "a: loss must be one of mse, mae, huber, got 'l1'"),
+        ({"candidates": {"a": {"model": {"hiden_size": 8}}}}, "a: unknown key 'hiden_size'"),
+    ],
+)
+def test_a_wrong_file_of_candidates_is_refused(change: dict[str, Any], message: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=message):
+        load_candidates(candidates_file(tmp_path, FILE | change))
+
+
+def test_the_project_s_own_candidates_load():
+    assert "stream" in load_candidates(Path(__file__).parents[1] / "studies/forecast.yaml")

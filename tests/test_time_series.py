@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForTimeSeriesPrediction
@@ -15,17 +16,23 @@ from titans_lm.evaluate.forecasting.fit import Recipe
 from titans_lm.evaluate.forecasting.series import standardised
 from titans_lm.evaluate.forecasting.stream import fit_stream, measure_stream
 from titans_lm.evaluate.forecasting.windows import windows_of
+from titans_lm.models.cache import TitansState
+from titans_lm.models.levels import LevelState, follow_levels
 
 SIZES = {"num_input_channels": 2, "context_length": 24, "prediction_length": 5, "hidden_size": 16, "memory_head_dim": 8,
          "memory_dim": 12, "intermediate_size": 24, "patch_length": 8, "patch_stride": 4, "window_size": 3,
          "segment_size": 3, "memory_chunk_size": 3, "initializer_range": 0.3, "linear_skip": False,
          "memory_lr_start": 0.05}  # fmt: skip
 VARIANTS = ("lmm", "mag", "mal", "mac", "attention")
+LEVELS = {"level_half_lives": [2, 1.5]}
 
 
 def forecaster(**fields: Any) -> TitansForTimeSeriesPrediction:
     torch.manual_seed(0)
-    return TitansForTimeSeriesPrediction(TitansTimeSeriesConfig(**{**SIZES, **fields})).eval()
+    model = TitansForTimeSeriesPrediction(TitansTimeSeriesConfig(**{**SIZES, **fields})).eval()
+    if model.levels is not None:  # they begin at zero
+        torch.nn.init.normal_(model.levels.weight)
+    return model
 
 
 @pytest.mark.parametrize("mixing", [False, True])
@@ -81,9 +88,11 @@ def test_it_begins_as_a_linear_map_of_the_look_back():
     assert torch.allclose(model(past).prediction_outputs, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_stream_may_be_cut_anywhere(variant: str):
-    model, history = forecaster(use="stream", variant=variant), torch.randn(2, 24 + 4 * 8, 2)
+@pytest.mark.parametrize(
+    "fields", [*({"variant": name} for name in VARIANTS), LEVELS, {**LEVELS, "channel_mixing": True}]
+)
+def test_a_stream_may_be_cut_anywhere(fields: dict[str, Any]):
+    model, history = forecaster(use="stream", **fields), torch.randn(2, 24 + 4 * 8, 2)
     windows = history.unfold(1, 24, 4).transpose(2, 3)
     whole, _ = model.stream(windows)
     state = model.initial_state(2)
@@ -102,6 +111,52 @@ def test_a_stream_knows_what_is_older_than_its_look_back_and_nothing_later():
     changed = windows.grad.abs().sum((0, 2, 3))
     assert (changed[:6] > 0).all()
     assert (changed[6:] == 0).all()
+
+
+def test_a_level_that_never_forgets_is_the_mean_of_all_steps():
+    history = torch.randn(2, 24 + 4 * 8, 3)
+    windows = history.unfold(1, 24, 4).transpose(2, 3)
+    found = follow_levels(windows, torch.zeros(2, 3, 1), torch.zeros(2), torch.tensor([1e9]), 4)
+    for token in range(9):
+        assert torch.allclose(found[:, token, :, 0], history[:, : 24 + 4 * token].mean(1), atol=1e-5)
+
+
+def test_a_level_of_half_life_one_is_the_exponential_average_of_pandas():
+    days = torch.randn(1, 10, 4, 1)
+    found = follow_levels(days, torch.zeros(1, 1, 1), torch.zeros(1), torch.tensor([1.0]), 4)
+    expected = pd.Series(days.mean(2).flatten().numpy()).ewm(halflife=1, adjust=False).mean()
+    assert found.flatten().tolist() == pytest.approx(list(expected), abs=1e-5)
+
+
+def test_a_shifted_and_scaled_stream_gives_shifted_and_scaled_forecasts():
+    model, windows = forecaster(use="stream", **LEVELS), torch.randn(1, 5, 24, 2)
+    y, _ = model.stream(windows)
+    assert torch.allclose(model.stream(windows * 3 + 8)[0], y * 3 + 8, atol=1e-2)
+    torch.nn.init.zeros_(model.levels.weight)
+    plain, _ = model.stream(windows)
+    assert torch.equal(plain[:, 0], y[:, 0])  # the first look-back is all there is
+    assert not torch.allclose(plain[:, 1:], y[:, 1:], atol=1e-2)
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+def test_levels_are_part_of_the_state(mixing: bool, tmp_path: Path):
+    model, windows = forecaster(use="stream", channel_mixing=mixing, **LEVELS), torch.randn(2, 4, 24, 2)
+    _, state = model.stream(windows)
+    rows = len(state.position)
+    fork, reset = state.clone(), state.clone()
+    reset.reset()
+    state.detach().save(tmp_path / "series.memory")
+    loaded = TitansState.load(tmp_path / "series.memory", model)
+    swapped = state.select([*range(rows // 2, rows), *range(rows // 2)])
+    joined = LevelState.concat([state.select([row]) for row in range(rows)])
+    later = torch.randn(2, 1, 24, 2)
+    y, _ = model.stream(later, state)
+    for other in (fork, loaded, joined):
+        assert torch.equal(model.stream(later, other)[0], y)
+    assert torch.allclose(model.stream(later.flip(0), swapped)[0], y.flip(0), atol=1e-5)
+    assert torch.equal(model.stream(later, reset)[0], model.stream(later)[0])
+    with pytest.raises(ValueError, match="another level_half_lives"):
+        model(later[:, 0], past_key_values=forecaster(use="stream", channel_mixing=mixing).initial_state(2))
 
 
 def test_saved_forecasters_open_by_their_auto_class(tmp_path: Path):
@@ -126,6 +181,9 @@ def test_saved_forecasters_open_by_their_auto_class(tmp_path: Path):
             "unknown key 'context_lenght' in TitansTimeSeriesConfig; did you mean 'context_length'",
         ),
         ({"use": "both"}, "use"),
+        (LEVELS, 'level_half_lives needs use="stream"'),
+        ({"use": "stream", "level_half_lives": [0]}, r"must be numbers above 0, or None, got \[0\]"),
+        ({"use": "stream", "level_half_lives": []}, r"must be numbers above 0, or None, got \[\]"),
     ],
 )
 def test_impossible_configurations_are_refused(fields: dict[str, Any], message: str):

@@ -52,7 +52,12 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         """What must be equal for a line to be this cell's."""
         recipe = self.recipe._asdict() | {"rates": list(self.recipe.rates)}
-        settings = {"digest": self.series.digest, "parts": list(self.parts), "season": self.task.season, "recipe": recipe}
+        settings = {
+            "digest": self.series.digest,
+            "parts": list(self.parts),
+            "season": self.task.season,
+            "recipe": recipe,
+        }
         fields = self.contender.fields
         return settings if fields is None else {**settings, "model": fields}
 
