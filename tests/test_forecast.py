@@ -13,9 +13,10 @@ from torch import Tensor
 
 from titans_lm import cli
 from titans_lm.evaluate.forecasting.candidates import load_candidates
-from titans_lm.evaluate.forecasting.cells import Cell, chosen
+from titans_lm.evaluate.forecasting.cells import Cell
 from titans_lm.evaluate.forecasting.contenders import CONTENDERS, Task, build
 from titans_lm.evaluate.forecasting.fit import EVAL_BATCH, Recipe, fit, measure
+from titans_lm.evaluate.forecasting.report import choice, errors, older
 from titans_lm.evaluate.forecasting.rivals import DLinear, NLinear, RLinear, SeasonalNaive
 from titans_lm.evaluate.forecasting.series import Parts, Series, load_series, split_of, standardised
 from titans_lm.evaluate.forecasting.windows import Windows, check_no_leak, windows_of
@@ -295,9 +296,14 @@ def test_the_command_writes_a_line_for_each_and_resumes(tmp_path: Path, capsys: 
     assert [row["model"] for row in rows] == ["seasonal_naive", "rlinear"]
     assert rows[1]["parameters"] == 24 * 8 + 8 + 4
     assert rows[0]["windows"] == 80 - 8 + 1
+    assert "| rlinear | 204 |" in out.with_suffix(".md").read_text()
     assert run(*flags, "--models", "rlinear", "nlinear", "--seeds", 0) == 0
     assert "1 of 2 lines are new" in capsys.readouterr().out
     assert [json.loads(line) for line in out.read_text().splitlines()][:3] == [head, *rows]
+    out.with_suffix(".md").write_text("notes\n")
+    assert run(*flags, "--models", "rlinear") == 2
+    assert "out.md is not a page of this command" in capsys.readouterr().err
+    out.with_suffix(".md").unlink()
     assert run(*flags[:-4], "--epochs", 2, "--out", out, "--models", "rlinear") == 2
     assert "another recipe" in capsys.readouterr().err
     write_csv(data, data.read_text().splitlines()[1:-1])
@@ -357,7 +363,21 @@ def test_the_lowest_validation_error_is_first():
         for name, errors in {"a": (1.0, 4.0), "b": (3.0, 1.0), "unfinished": (0.1,)}.items()
         for data, error in zip("xy", errors, strict=False)
     ]
-    assert list(chosen(rows).columns[0].cells) == ["b", "a", "unfinished"]
+    assert [row[0] for row in choice(rows).rows] == ["b", "a", "unfinished"]
+    assert choice(rows).rows[1] == ["a", "1.0000", "4.0000", "2.0000"]
+
+
+def test_tables_are_means_over_seeds_and_then_over_horizons():
+    line = {"data": "x", "look_back": 9, "parameters": 5, "model": "a"}
+    alone = {"mse_look_back_alone": 4.0, "mae_look_back_alone": 1.0}
+    rows = [
+        {**line, **alone, "horizon": horizon, "seed": seed, "mse": mse, "mae": mse / 2}
+        for horizon, seed, mse in ((2, 0, 1.0), (2, 1, 3.0), (4, 0, 4.0))
+    ]
+    assert errors(rows)[0].rows == [["a", "5", "2.000 / 1.000", "4.000 / 2.000", "3.000 / 1.500", "2"]]
+    assert older(rows)[0].rows[0][3:] == ["2", "2.000 / 1.000", "4.000 / 1.000", "-50.0 % / +0.0 %"]
+    rows[0].pop("mse_look_back_alone")
+    assert errors([{**row, "model": "b"} for row in rows[:2]] + rows[2:])[0].rows[0][3] == ""
 
 
 @pytest.mark.parametrize(

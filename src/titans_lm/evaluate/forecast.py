@@ -10,10 +10,11 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from titans_lm.evaluate.forecasting.candidates import load_candidates
-from titans_lm.evaluate.forecasting.cells import Cell, chosen, tables
+from titans_lm.evaluate.forecasting.cells import Cell
 from titans_lm.evaluate.forecasting.contenders import CONTENDERS, Contender, Task
+from titans_lm.evaluate.forecasting.report import TITLE, choice, errors, markdown, older
 from titans_lm.evaluate.forecasting.series import SPLITS, load_series, split_of
-from titans_lm.utils.record import Lines, check_least, check_output, command_line
+from titans_lm.utils.record import Lines, check_least, check_output, command_line, write_text
 from titans_lm.utils.terminal import PlainConsole
 
 HORIZONS = (96, 192, 336, 720)
@@ -44,7 +45,9 @@ def run(arguments: argparse.Namespace) -> None:
     check_least(arguments, 1, "horizons", "look_back", "season", "epochs")
     check_least(arguments, 0, "seeds")
     check_output(arguments.out, ours=False)
-    search = arguments.candidates is not None
+    search, page = arguments.candidates is not None, arguments.out.with_suffix(".md")
+    if page == arguments.out or (page.exists() and not page.read_text().startswith(TITLE)):
+        raise ValueError(f"{page} is not a page of this command; give --out another name, one that ends in .jsonl")
     lines = Lines(arguments.out, SEARCH if search else PROTOCOL, command_line("evaluate forecast", arguments))
     candidates: dict[str, Contender] = load_candidates(arguments.candidates) if search else {}
     cells = _cells(arguments, candidates)
@@ -53,7 +56,10 @@ def run(arguments: argparse.Namespace) -> None:
     _run_cells(left, lines, console)
     keys = [cell.key() for cell in cells]
     rows = [row for row in lines.rows if {name: row[name] for name in keys[0]} in keys]
-    console.print(*([chosen(rows)] if search else tables(rows)))
+    reports = [choice(rows)] if search else [*errors(rows), *older(rows)]
+    console.print(*(report.on_screen() for report in reports))
+    if not search:
+        write_text(page, markdown(lines.head, lines.rows))
     console.print(f"{len(left)} of {len(cells)} lines are new: {arguments.out}")
 
 

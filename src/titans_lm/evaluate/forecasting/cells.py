@@ -1,12 +1,10 @@
-"""One cell of the study: a model on a series, at a horizon, with a seed; and the table of all."""
+"""One cell of the study: a model on a series, at a horizon, with a seed."""
 
 import dataclasses
-import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-from rich.table import Table
 from torch import nn
 
 from titans_lm.evaluate.forecasting.contenders import CONTENDERS, Contender, Task, parameters, seeded
@@ -99,50 +97,3 @@ class Cell:
             return errors
         alone = measure_stream(model, test, carried=False)
         return {**errors, "mse_look_back_alone": alone.mse, "mae_look_back_alone": alone.mae}
-
-
-def chosen(rows: list[dict[str, Any]]) -> Table:
-    """Validation MSE of each candidate by series and horizon, the lowest geometric mean first."""
-    places = list(dict.fromkeys((row["data"], row["horizon"]) for row in rows))
-    found: dict[str, dict[Any, list[float]]] = {}
-    for row in rows:
-        found.setdefault(row["model"], {}).setdefault((row["data"], row["horizon"]), []).append(row["val_mse"])
-    means = {name: {place: statistics.mean(seeds) for place, seeds in own.items()} for name, own in found.items()}
-    table = Table("", *(f"{data} {horizon}" for data, horizon in places), "geometric mean", title="validation MSE")
-    order = sorted(means, key=lambda name: (-len(means[name]), statistics.geometric_mean(means[name].values())))
-    for name in order:
-        own = means[name]
-        whole = f"{statistics.geometric_mean(own.values()):.4f}" if len(own) == len(places) else ""
-        table.add_row(name, *(f"{own[place]:.4f}" if place in own else "" for place in places), whole)
-    return table
-
-
-def tables(rows: Iterable[dict[str, Any]]) -> list[Table]:
-    """A table for each series and look-back: MSE / MAE by model and horizon, the mean over seeds, and over horizons."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["data"], row["look_back"]), []).append(row)
-    return [_table(f"{name}, look-back {look_back}: MSE / MAE", group) for (name, look_back), group in groups.items()]
-
-
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    horizons = sorted({row["horizon"] for row in rows})
-    table = Table("", "parameters", *map(str, horizons), "mean", "seeds", title=title)
-    for model in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == model]
-        pairs = [_mean([row for row in own if row["horizon"] == horizon]) for horizon in horizons]
-        whole = [pair for pair in pairs if pair is not None]
-        mean = None if len(whole) < len(pairs) else tuple(statistics.mean(part) for part in zip(*whole, strict=True))
-        sizes = [row["parameters"] for row in own]
-        size = f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
-        seeds = len({row["seed"] for row in own})
-        table.add_row(model, size, *map(_shown, pairs), _shown(mean), str(seeds))
-    return table
-
-
-def _mean(rows: list[dict[str, Any]]) -> tuple[float, ...] | None:
-    return (statistics.mean(r["mse"] for r in rows), statistics.mean(r["mae"] for r in rows)) if rows else None
-
-
-def _shown(pair: tuple[float, ...] | None) -> str:
-    return "" if pair is None else " / ".join(f"{error:.3f}" for error in pair)
