@@ -122,10 +122,12 @@ _LINEAR = Recipe(rates=(1e-3, 5e-3))
 _PATCHES = Recipe(rates=(1e-3,), batch_size=64, epochs=12, decay=0.8, windows=2048, val_stride=4)
 """An epoch is a random quarter of ETTh's training windows: the study has to run on two CPU cores."""
 _TWO_RATES = _PATCHES._replace(rates=(1e-3, 3e-3))
-_WINDOW: dict[str, Any] = {}
-_WINDOW_RECIPE = _PATCHES
-_STREAM: dict[str, Any] = {"use": "stream"}
-_STREAM_RECIPE = Recipe(rates=(3e-3,), epochs=20, patience=5, decay=0.9, loss="huber")
+_OURS = {"variant": "lmm", "hidden_size": 16, "head_dropout": 0.5}
+_STREAM = _OURS | {"use": "stream", "patch_length": 24, "level_half_lives": [7, 90]}
+_STREAM_RECIPE = Recipe(rates=(3e-3,), epochs=12, patience=3, decay=0.85, loss="huber")
+_WINDOW = _OURS | {"memory_chunk_size": 16}
+_WINDOW_RECIPE = _STREAM_RECIPE._replace(batch_size=64, windows=2048, val_stride=4)
+"""Of the candidates in studies/forecast.yaml, those with the lowest validation error: results/forecast_search.jsonl."""
 
 CONTENDERS: dict[str, Contender] = {
     "seasonal_naive": Contender(lambda t: SeasonalNaive(t.horizon, t.season)),
