@@ -48,13 +48,14 @@ class Prediction(nn.Module):
 
 
 def _patch_tst(task: Task) -> nn.Module:
-    """The small size that its paper takes for ETTh."""
+    """The small size that its paper takes for ETTh. Its head reads all patches; transformers' default is their mean."""
     from transformers import PatchTSTConfig, PatchTSTForPrediction
 
     return Prediction(PatchTSTForPrediction(PatchTSTConfig(
         num_input_channels=task.columns, context_length=task.look_back, prediction_length=task.horizon,
         patch_length=16, patch_stride=8, d_model=16, num_attention_heads=4, num_hidden_layers=3, ffn_dim=128,
         attention_dropout=0.0, ff_dropout=0.3, path_dropout=0.0, head_dropout=0.0, scaling="std", loss="mse",
+        pooling_type=None,
     )))  # fmt: skip
 
 
