@@ -1,8 +1,9 @@
-"""A classifier of sequences with transformers' own Trainer: do two motifs lie the same way?
+"""A classifier of sequences with transformers' own Trainer: which of two motifs comes first?
 
     python examples/classify.py --steps 300 --output runs/classifier
 
-The sequences are made: random bases with two motifs, each as it is or reverse-complemented.
+The sequences are made: random bases with two motifs, A before B or B before A, as they are or
+reverse-complemented.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def make_model() -> TitansForSequenceClassification:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--length", type=int, default=48)
+    parser.add_argument("--length", type=int, default=96)
     parser.add_argument("--output", type=Path, default=Path("runs/classifier"))
     arguments = parser.parse_args()
     options = TrainingArguments(

@@ -78,18 +78,29 @@ def test_a_folder_without_training_is_refused(tmp_path: Path):
         load_labelled(str(write_folder(tmp_path / "g", ("test",))))
 
 
-def test_motifs_lie_either_way_equally_often_in_both_classes():
-    data = planted(400, 40, 0)
-    ways = np.array([
-        [MOTIF_A in s, reverse_complement(MOTIF_A) in s, MOTIF_B in s, reverse_complement(MOTIF_B) in s]
-        for s in data.sequences
-    ])  # fmt: skip
-    assert (ways[:, 0] ^ ways[:, 1]).all()
-    assert (ways[:, 2] ^ ways[:, 3]).all()
-    assert ((ways[:, 0] == ways[:, 2]) == data.labels.astype(bool)).all()
+def cnn_reach() -> int:
+    """Bases that one output of the convolutions sees."""
+    return 1 + sum(conv.kernel_size[0] - 1 for conv in build("cnn", 2, 8, 1).convs)
+
+
+def test_classes_differ_in_the_order_of_motifs_alone():
+    data, length = planted(400, 96, 0), 96
+    motifs = [MOTIF_A, MOTIF_B, reverse_complement(MOTIF_A), reverse_complement(MOTIF_B)]
+    once = np.array([sum(s.count(m) for m in motifs) == 2 for s in data.sequences])
+    assert once.mean() > 0.97  # random bases hold a motif now and then
+    found, labels = np.array([[s.find(m) for m in motifs] for s in data.sequences])[once], data.labels[once]
+    places, turned = found[:, :2], found[:, 2:]
+    backwards = (places < 0).all(1)
+    assert ((places >= 0).all(1) ^ backwards).all()  # both lie one way
+    at = np.where(backwards[:, None], turned, places)
+    assert (((at[:, 0] < at[:, 1]) ^ backwards) == labels.astype(bool)).all()
     for label in (0, 1):
-        assert (abs(ways[data.labels == label].mean(0) - 0.5) < 0.1).all()
-    assert {len(s) for s in data.sequences} == {40}
+        assert abs(backwards[labels == label].mean() - 0.5) < 0.1
+    gap, ends = abs(at[:, 0] - at[:, 1]) - 8, np.minimum(at.min(1), length - 8 - at.max(1))
+    reach = cnn_reach()
+    assert gap.min() > reach - 2  # no output of the convolutions sees bases of both motifs
+    assert ends.min() >= reach // 2  # nor a motif and an end
+    assert {len(s) for s in data.sequences} == {length}
     with pytest.raises(ValueError, match="give --length 16 or more"):
         planted(2, 15, 0)
 

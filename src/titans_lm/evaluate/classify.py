@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=2, help="layers of the variants")
     parser.add_argument("--longest", type=int, default=512, help="bases of a sequence that are read")
     parser.add_argument("--made", type=int, default=2000, help="sequences that are made for motifs")
-    parser.add_argument("--length", type=int, default=64, help="their length")
+    parser.add_argument("--length", type=int, default=96, help="their length")
     parser.add_argument("--out", type=Path, default=Path("results/classify.jsonl"),
                         help="JSON lines: each data set, model, seed and fold; finished ones are kept")  # fmt: skip
 

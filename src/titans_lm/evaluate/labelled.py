@@ -49,7 +49,9 @@ def load_labelled(data: str, *, made: int = 2000, length: int = 64, seed: int = 
     """
     path = Path(data)
     if data == MOTIFS and not path.exists():
-        return DataSet(MOTIFS, ["apart", "together"], planted(made, length, seed), planted(made, length, seed + 10**6))
+        return DataSet(
+            MOTIFS, ["b before a", "a before b"], planted(made, length, seed), planted(made, length, seed + 10**6)
+        )
     if path.is_dir():
         records = list(_of_folder(path))
     elif path.suffix.lower() == ".csv":
@@ -128,27 +130,26 @@ def reverse_complement(sequence: str) -> str:
 
 
 def planted(count: int, length: int, seed: int) -> Labelled:
-    """Random bases with two motifs, each as it is or reverse-complemented. "together": both lie the same way.
+    """Random bases with two motifs, A before B or B before A, and each sequence as it is or reverse-complemented. The
+    class is the order on the motifs' own strand.
 
-    Each motif lies each way equally often in both classes, so no sum over motifs that a convolution finds tells them
-    apart. Raises ValueError for sequences that are too short.
+    Both classes have the same motifs, each way equally often, far from each other and from both ends: a convolution
+    sees no difference, however its features are pooled. Raises ValueError for sequences that are too short.
     """
     width = len(MOTIF_A)
     if length < 2 * width:
         raise ValueError(f"{length} bases hold no two motifs of {width}: give --length {2 * width} or more")
     rng = np.random.default_rng(seed)
     labels = np.arange(count, dtype=np.int64) % 2
+    free = length - 2 * width
+    least = np.array([free // 6, free // 3, free // 6])  # bases before, between and after
     sequences = []
     for label in labels:
-        turned = bool(rng.integers(2))
-        motifs = [MOTIF_A, MOTIF_B]
-        ways = [turned, turned if label else not turned]
-        motifs = [reverse_complement(m) if way else m for m, way in zip(motifs, ways, strict=True)]
-        if rng.integers(2):
-            motifs.reverse()
-        first, second = np.sort(rng.integers(0, length - 2 * width + 1, 2))
-        bases = ["".join(rng.choice(list("ACGT"), n)) for n in (first, second - first, length - 2 * width - second)]
-        sequences.append(bases[0] + motifs[0] + bases[1] + motifs[1] + bases[2])
+        left, gap, right = least + rng.multinomial(free - least.sum(), [1 / 3] * 3)
+        bases = ["".join(rng.choice(list("ACGT"), n)) for n in (left, gap, right)]
+        first, second = (MOTIF_A, MOTIF_B) if label else (MOTIF_B, MOTIF_A)
+        sequence = bases[0] + first + bases[1] + second + bases[2]
+        sequences.append(reverse_complement(sequence) if rng.integers(2) else sequence)
     return Labelled(sequences, labels)
 
 
