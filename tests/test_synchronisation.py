@@ -23,7 +23,8 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 
 SOURCE = Path(titans_lm.__file__).parent
 ON_CPU_ONLY = {
-    "ops/decode.py: _select_rows",
+    "ops/types.py: select_rows",
+    "layers/attention.py: _has_none",
     "ops/chunked/group.py: __init__",
     "models/arguments.py: check_finite",
     "models/arguments.py: <lambda>",  # arguments given as Python's own values
@@ -33,7 +34,7 @@ LAYOUT, MASK = "ops/ragged.py: lay_out", "models/arguments.py: token_mask"
 REMAINING: dict[str, set[str]] = {
     "training": {LAYOUT},  # the position in the chunk
     "reading": {LAYOUT},
-    "decoding": {LAYOUT},  # MAC alone: the position in the segment
+    "decoding": set(),
     "padding": {LAYOUT, MASK},  # whether the mask is one, and whether anything is masked
 }
 _METHODS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "nonzero")

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from titans_lm.ops import gather_tokens
+from titans_lm.ops.types import is_traced
 from titans_lm.utils.deprecation import RenamedAttribute, renamed
 
 __getattr__ = renamed(
@@ -119,7 +120,8 @@ class WindowAttention(Attention):
             torch.cat([p, old[0].to(n.dtype), n], 2) for p, old, n in zip(first_tokens, cache, new, strict=True)
         )
         first = cached - position.clamp(max=cached)  # [B], the first slot that holds a token
-        ragged = first if uniform_position is None or uniform_position < cached else None
+        full = _has_none(first > 0) if uniform_position is None else uniform_position >= cached
+        ragged = None if full else first
         attention = attention_function(eager)
         if self.window_size is None and cached == 0:
             y = _causal(attention, q, keys, values)
@@ -313,12 +315,10 @@ class SegmentAttention(Attention):
         slot = torch.arange(self.segment_size, device=q.device)
         own = position[:, None] + torch.arange(tokens, device=q.device)  # [B, T], each token's slot
         if uniform_position is None:
-            target = own if valid is None else torch.where(valid, own, self.segment_size)
-            written = _map_pairs(lambda old, n: _scatter(old, n, target), cache, new)
+            written = _map_pairs(lambda old, n: _scatter(old, n, own, valid), cache, new)
             used, visible = written, slot <= own[..., None]  # [B, T, S]
             count = position + (tokens if valid is None else valid.sum(1))
-            unfinished = (count % self.segment_size != 0).view(-1, 1, 1, 1)
-            cache = _map_pairs(lambda k, _: k * unfinished, written, written)  # a finished segment leaves no cache
+            cache = _without_rows(written, count % self.segment_size == 0)  # a finished segment leaves no cache
         else:
             used, cache = _append(cache, new, uniform_position, self.segment_size)
             visible = slot[: uniform_position + tokens] <= own[:1, :, None]
@@ -344,8 +344,23 @@ def _map_pairs(function: Callable[[Tensor, Tensor], Tensor], a: KeyValues, b: Ke
     return KeyValues(*(tuple(map(function, x, y)) for x, y in zip(a, b, strict=True)))
 
 
-def _scatter(old: Tensor, new: Tensor, target: Int[Tensor, "B T"]) -> Tensor:
-    """`old` `[B, heads, S, d]` with `new` `[B, heads, T, d]` at slots `target`; slot S drops a token."""
-    extended = F.pad(old.to(new.dtype), (0, 0, 0, 1))
+def _has_none(rows: Bool[Tensor, " B"]) -> bool:
+    """Whether it is known that no row is True. On a GPU a look would wait for it, and a traced call has no values."""
+    return rows.device.type == "cpu" and not is_traced(rows) and not any(rows.tolist())
+
+
+def _without_rows(cache: KeyValues, rows: Bool[Tensor, " B"]) -> KeyValues:
+    """The cache with 0 in these rows."""
+    if _has_none(rows):
+        return cache
+    kept = ~rows.view(-1, 1, 1, 1)
+    return _map_pairs(lambda k, _: k * kept, cache, cache)
+
+
+def _scatter(old: Tensor, new: Tensor, target: Int[Tensor, "B T"], valid: Bool[Tensor, "B T"] | None) -> Tensor:
+    """`old` `[B, heads, S, d]` with the `valid` ones of `new` `[B, heads, T, d]` at slots `target`."""
+    old, slots = old.to(new.dtype), old.shape[2]
+    if valid is not None:  # slot S drops a token
+        old, target = F.pad(old, (0, 0, 0, 1)), torch.where(valid, target, slots)
     index = target[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
-    return extended.scatter(2, index, new)[:, :, :-1]
+    return old.scatter(2, index, new)[:, :, :slots]

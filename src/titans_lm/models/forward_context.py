@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from titans_lm.layers.attention import RotaryEmbedding
-from titans_lm.ops import where_rows
+from titans_lm.ops import select_rows
 from titans_lm.utils.deprecation import renamed
 
 __getattr__ = renamed(__name__, {"Reading": "ForwardContext"})
@@ -38,7 +38,7 @@ class ForwardContext(NamedTuple):
     def where_position(self, position: int, yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """`yes` in the rows at `position`, `no` in the others."""
         if self.uniform_position is None:
-            return where_rows(self.position == position, yes, no)
+            return select_rows(self.position == position, yes, no)
         return yes if self.uniform_position == position else no
 
     def part(self, start: int, end: int) -> "ForwardContext":

@@ -20,7 +20,7 @@ from titans_lm.ops.types import (
     ScanInputs,
     ScanOutput,
     Surprise,
-    is_traced,
+    select_rows,
     where_rows,
 )
 from titans_lm.utils.deprecation import renamed
@@ -58,16 +58,15 @@ def decode_token(inputs: ScanInputs, update: Callable[[ScanInputs, Layers], Toke
 def advance_token(
     state: MemoryState, chunk_size: int, mask: Tensor | None, update: Callable[[Layers], TokenUpdate]
 ) -> ScanOutput:
-    """Decode one token: choose the anchor, run `update` at it, leave rows that are padding as they were."""
-    anchor = _select_rows(state.position == 0, state.weights, state.anchor)
-    y, weights, momentum, surprise = update(anchor)
+    """Decode one token: run `update` at the anchor, leave rows that are padding as they were."""
+    y, weights, momentum, surprise = update(state.anchor)
     position = (state.position + 1) % chunk_size
     if mask is not None:
         valid, y = mask[:, 0], y * mask[:, :, None, None]
         weights, momentum = where_rows(valid, weights, state.weights), where_rows(valid, momentum, state.momentum)
         position = torch.where(valid, position, state.position)
         surprise = None if surprise is None else Surprise(*(x * mask[..., None] for x in surprise))
-    new_state = MemoryState(_select_rows(position == 0, weights, anchor), weights, momentum, position)
+    new_state = MemoryState(select_rows(position == 0, weights, state.anchor), weights, momentum, position)
     return ScanOutput(y, new_state, surprise)
 
 
@@ -92,16 +91,6 @@ def update_token(inputs: ScanInputs, anchor: Layers) -> TokenUpdate:
     y = _retrieve(q, [w for w, _ in new], form).view(batch, 1, heads, -1)
     weights, momentum = (tuple(x.unflatten(0, (batch, heads)) for x in part) for part in zip(*new, strict=True))
     return TokenUpdate(y, weights, momentum, surprise)
-
-
-def _select_rows(rows: Tensor, yes: Layers, no: Layers) -> Layers:
-    """`where_rows`, without a copy on the CPU if all rows agree. On a GPU the comparison would wait for the device, and
-    a traced call has no values."""
-    if rows.device.type == "cpu" and not is_traced(rows):
-        values = rows.tolist()
-        if all(values) or not any(values):
-            return yes if all(values) else no
-    return where_rows(rows, yes, no)
 
 
 def _write(x: Tensor, g: Tensor, decay: tuple[Tensor, Tensor], w: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

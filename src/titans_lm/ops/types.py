@@ -110,6 +110,23 @@ def where_rows(rows: Tensor, yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) ->
     return tuple(torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(yes, no, strict=True))
 
 
+def select_rows(rows: Tensor, yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`where_rows`, which on a CPU copies nothing if all rows agree, and reads no more than it has to if they do not. On
+    a GPU a look at `rows` would wait for the device, and a traced call has no values."""
+    if rows.device.type != "cpu" or is_traced(rows):
+        return where_rows(rows, yes, no)
+    values = rows.tolist()
+    if all(values) or not any(values):
+        return yes if all(values) else no
+    if torch.is_grad_enabled() or any(a.dtype != b.dtype for a, b in zip(yes, no, strict=True)):
+        return where_rows(rows, yes, no)
+    chosen = tuple(x.clone() for x in no)
+    for row in (i for i, value in enumerate(values) if value):
+        for new, x in zip(chosen, yes, strict=True):
+            new[row] = x[row]
+    return chosen
+
+
 def is_traced(x: Tensor) -> bool:
     """Whether `torch.compile`, `torch.export` or a fake tensor mode looks at a call with x: x may have no values."""
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor | FunctionalTensor)
