@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx2 as httpx
@@ -25,12 +26,11 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 
-import titans_lm.inference.serve.answer as answer_module
 from conftest import Made, assert_bitwise, tiny_config
 from titans_lm import Reader, TitansForCausalLM
 from titans_lm.cli import main
 from titans_lm.cli.serve import KEY, listen
-from titans_lm.inference.serve.answer import TURN_TOKENS, Answer, Decoder, Sampling, Stops
+from titans_lm.inference.serve.answer import Answer, Decoder, Sampling, Stops
 from titans_lm.inference.serve.app import Server, Service
 from titans_lm.inference.serve.limits import Limits
 from titans_lm.inference.serve.worker import Worker
@@ -505,14 +505,13 @@ def test_one_request_too_many(url, http, service):
     assert http.post("/v1/completions", json={"model": "titans", "prompt": "a"}).status_code == 200
 
 
-def test_a_prompt_is_read_in_the_same_space_at_any_length(model, monkeypatch):
+def test_a_prompt_is_read_in_the_same_space_at_any_length(model):
     """Pieces: no tensor is larger for a longer prompt."""
-    monkeypatch.setattr(answer_module, "TURN_TOKENS", 16)
 
     def largest(tokens: int) -> int:
         sizes = [0]
         answer = Answer(torch.full((tokens,), 97), model.initial_state(1), Sampling(1), byte_tokenizer())
-        worker = Worker(model, LIMITS)
+        worker = Worker(model, replace(LIMITS, prefill_chunk_size=16))
         job = worker.submit(answer, lambda _: None)
         with torch.no_grad(), Made(lambda made: sizes.append(made.nbytes)):
             while job.over() is None:
@@ -522,21 +521,31 @@ def test_a_prompt_is_read_in_the_same_space_at_any_length(model, monkeypatch):
     assert largest(6 * 16 + 1) == largest(2 * 16 + 1)
 
 
-def test_a_turn_is_a_token_for_each_and_a_piece_of_one_prompt(model):
-    worker = Worker(model, LIMITS)
+def test_a_request_that_waits_for_a_row_is_answered(model, reader):
+    """More requests than rows, also with nobody left to wait for the first of them."""
+    limits = replace(LIMITS, batch_size=2)
+    with serving(service := Service(model, byte_tokenizer(), reader.state, limits)) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        holding = [ask_without_end(url, "a", True) for _ in range(2)]
+        wait_for(lambda: len(service.worker.engine.decoding.answers) == 2)
+        with ThreadPoolExecutor(4) as pool:
+            answers = [pool.submit(complete, client, prompt) for prompt in SECRETS[:4]]
+            wait_for(lambda: len(service.worker.engine.waiting) == 4)
+            for held, thread in holding:
+                leave(held)
+                thread.join(300)
+            expected = [reader.ask(prompt, max_new_tokens=12)[0] for prompt in SECRETS[:4]]
+            assert [answer.result(300) for answer in answers] == expected
 
-    def submit(tokens: int) -> Answer:
-        ids = torch.full((tokens,), 97)
-        answer = Answer(ids, model.initial_state(1), Sampling(ENDLESS), byte_tokenizer())
-        worker.submit(answer, lambda _: None)
-        return answer
 
-    short, first, second = submit(3), submit(9 * TURN_TOKENS), submit(9 * TURN_TOKENS)
-    seen = []
-    for _ in range(5):
-        worker.turn()
-        seen.append((short.count, first.read // TURN_TOKENS, second.read // TURN_TOKENS))
-    assert seen == [(1, 0, 0), (2, 1, 0), (3, 1, 1), (4, 2, 1), (5, 2, 2)]
+def test_a_memory_whose_last_token_is_unread_is_read_to_its_end(model, reader):
+    """As `generate` leaves one."""
+    state = reader.state.continuation()
+    model.generate(torch.tensor([[73]]), past_key_values=state, max_new_tokens=3, do_sample=False)
+    assert state.pending is not None
+    service = Service(model, byte_tokenizer(), state, LIMITS)
+    assert (service.memory.pending, int(service.memory.position)) == (None, int(state.position) + 1)
+    assert state.pending is not None
 
 
 def test_a_deadline_and_a_failure_end_one_request_alone(model, reader):
@@ -620,6 +629,8 @@ def test_what_is_wrong_is_one_line(folder, capsys, monkeypatch):
         (["--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
         (["--max-prompt-bytes", "-1"], "--max-prompt-bytes must be at least 1, got -1"),
         (["--max-requests", "0"], "--max-requests must be at least 1, got 0"),
+        (["--max-batch-size", "0"], "--max-batch-size must be at least 1, got 0"),
+        (["--prefill-chunk-size", "0"], "--prefill-chunk-size must be at least 1, got 0"),
         (["--max-stops", "-1"], "--max-stops must not be negative, got -1"),
         (["--request-seconds", "nan"], "--request-seconds must be a number above 0, got nan"),
         (["--shutdown-seconds", "inf"], "--shutdown-seconds must be a number, not negative, got inf"),

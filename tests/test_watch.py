@@ -209,7 +209,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(t
 
 LINE = re.compile(
     r"step (\d+) of 6, (\d+) % of the run(, loss \d+\.\d{4}, [\d,]+ tokens/s)?, 0:00:\d\d taken"
-    r"(, about 0:00:\d\d left)?"
+    r"(, about 0:00:\d\d left)?(?:, busy machine: .*)?"
 )
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from titans_lm.models.time_series import TitansForTimeSeriesPrediction
     from titans_lm.models.time_series_configuration import TitansTimeSeriesConfig
     from titans_lm.ops import MemoryState, Surprise, memory_scan
+    from titans_lm.utils.machine import keep_freed_memory
 
 __all__ = [
     "DEFAULT_CONFIG",
@@ -46,6 +47,7 @@ __all__ = [
     "TitansTimeSeriesConfig",
     "Trace",
     "graft",
+    "keep_freed_memory",
     "load",
     "memory_scan",
     "preset",
@@ -71,6 +73,7 @@ _MODULES = {
     "TitansTimeSeriesConfig": "models.time_series_configuration",
     "Trace": "analyze.arrays",
     "graft": "models.graft_files",
+    "keep_freed_memory": "utils.machine",
     "load": "models.hub",
     "memory_scan": "ops",
     "preset": "models.presets",

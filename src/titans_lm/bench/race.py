@@ -29,6 +29,8 @@ class Entrant:
     contender: str
     actions: list[str]
     options: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str | None] = field(default_factory=dict)
+    """Environment variables of its process; None: without this one."""
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "titans_lm.bench.worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(setting.threads), "HF_HUB_OFFLINE": "1"},
+            env=_environment(entrant, setting),
             start_new_session=True,  # Ctrl-C reaches this process only, which ends the others
         )  # fmt: skip
         order = {k: getattr(entrant, k) for k in ("module", "contender", "options")}
@@ -95,6 +97,11 @@ class Worker:
         self.log.seek(0)
         last = self.log.read().strip().splitlines()[-1:] or [""]
         return f"ended with status {code}: {last[0]}"
+
+
+def _environment(entrant: Entrant, setting: Setting) -> dict[str, str]:
+    own = {"OMP_NUM_THREADS": str(setting.threads), "HF_HUB_OFFLINE": "1", **entrant.environment}
+    return {name: value for name, value in {**os.environ, **own}.items() if value is not None}
 
 
 class Lane:

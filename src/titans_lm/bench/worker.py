@@ -11,7 +11,7 @@ import sys
 from typing import Any, TextIO
 
 from titans_lm.bench.measure import Contender, Meter, Setting, limit_memory
-from titans_lm.utils.record import keep_freed_memory
+from titans_lm.utils.machine import keep_freed_memory
 
 
 def build(order: dict[str, Any], setting: Setting) -> Contender:

@@ -1,10 +1,11 @@
 """`titans <verb>`: import only what the verb needs, and report a user's error in one line."""
 
 import argparse
+import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 
 from titans_lm.utils.terminal import shown
@@ -28,6 +29,8 @@ VERBS = {
 unless `flags` has a function of its name."""
 _VERBS_WITH_KINDS = ("evaluate", "bench")
 """Verbs with kinds, of which only the requested one is loaded."""
+_LONG = ("train", "learn")
+"""Verbs whose threads never spin: a training run takes long, and others may come while it runs."""
 _WITHOUT_COMPUTATION = ("memory",)
 """Verbs for which torch's threads do not matter: `titans memory show` does not load torch at all."""
 
@@ -49,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
-    from titans_lm.utils.record import Stopped, keep_freed_memory, on_stop, stop
+    from titans_lm.utils.machine import keep_freed_memory
+    from titans_lm.utils.record import Stopped, on_stop, stop
 
     parsed = _parsed(verb, arguments)  # help and errors end here, before torch is loaded
     module = _module(verb)
@@ -77,6 +81,9 @@ def _run(verb: str, arguments: list[str]) -> int:
 
 
 def _module(verb: str) -> ModuleType:
+    """The module of a verb, which may load torch: how its threads wait is decided before."""
+    if verb not in _WITHOUT_COMPUTATION:
+        _choose_wait_policy(verb in _LONG)
     return importlib.import_module(f"{__name__}.{verb}")
 
 
@@ -102,6 +109,24 @@ def _drop_output() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@functools.cache
+def _choose_wait_policy(long: bool) -> None:
+    """Let PyTorch's threads sleep while they wait for each other, in this process and those that it starts, where other
+    processes use the cores, and in long runs. See `wait_policy`."""
+    from titans_lm.utils.machine import other_cores, wait_policy
+    from titans_lm.utils.record import cores
+
+    threads = thread_count(os.environ, cores())
+    others = float(cores()) if long else other_cores() if threads > 1 else 0.0
+    os.environ.update(wait_policy(others, threads, cores(), os.environ))
+
+
+def thread_count(environment: Mapping[str, str], cores: int) -> int:
+    """The threads that PyTorch will have: those of OMP_NUM_THREADS, at most the cores."""
+    words = environment.get("OMP_NUM_THREADS", "").split(",")[0]
+    return min(int(words), cores) if words.isdecimal() and int(words) else cores
 
 
 def _no_more_threads_than_cores() -> None:

@@ -1,4 +1,4 @@
-"""`titans bench op | model | decode | write | read`: time and memory, also of other implementations (`--peers`).
+"""`titans bench WHAT`: time and memory of the operation, models, the server; with `--peers` also of other projects.
 
 Every contender has a process of its own; they take turns after a warm-up. Reports median, minimum and maximum, seconds
 and CPU seconds, and peak memory above that of the process before the action. Uses one thread by default, and refuses
@@ -22,16 +22,20 @@ WHAT = {
     "model": "training step and prefill at several lengths; peers: attention, Mamba2",
     "decode": "time per token after a long context; peers: full attention, Mamba2",
     "write": "share of tokens written, quality and speed of a trained model, by threshold",
+    "serve": "clients of the server, one after another and all at once",
+    "busy": "training steps beside other processes that compute",
     "read": "a long text through the carried state; peers: sliding window, Mamba2",
     "gpu": "check and measure a GPU, all of it in one command of at most twelve minutes",
 }
 """Each kind is a module of `titans_lm.bench`: `add_arguments`, `check`, `heats`, `summary`, `table`, `BUILD`. `gpu` has
 `add_arguments` and `run`."""
+QUIET_CORES = 0.25
+"""Cores that others may use without a warning."""
 WIDTH = 150
 """Width of tables that go to a file."""
 OWN = ("gpu",)
 """Kinds with flags and a `run` of their own."""
-RUNS = {"op": 7, "model": 3, "decode": 5, "write": 2}
+RUNS = {"op": 7, "model": 3, "decode": 5, "write": 2, "serve": 3, "busy": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser, chosen: str | None = None) -> None:
@@ -71,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from titans_lm.bench import against
     from titans_lm.bench.race import run_heats
+    from titans_lm.utils.machine import OtherLoad, other_cores
     from titans_lm.utils.record import command_line, provenance, write_json
     from titans_lm.utils.terminal import PlainConsole
 
@@ -87,20 +92,36 @@ def run(arguments: argparse.Namespace) -> int:
     if setting.device == "cuda":
         record["device"] = torch.cuda.get_device_name()
     earlier = None if arguments.against is None else against.load_earlier(arguments.against, record, record["setting"])
+    others = other_cores(0.5)
+    _warn_of_others(others, "")
     rows: list[dict[str, Any]] = []
+    load = OtherLoad()
     with _hold_interruption() as interruption:
         run_heats(command.heats(arguments, setting), setting, rows, console)
     results = command.summary(rows)
+    others = load.cores()
+    record["other_cores"] = None if others is None else round(others, 2)
     write_json(arguments.out, {**record, "complete": not interruption, "summary": results, "rows": rows})
     for table in command.table(rows, results):
         console.print(table)
     if hasattr(command, "plot") and rows:
         command.plot(rows, arguments.out.with_suffix(".png"))
+    _warn_of_others(others, " while this ran")
     found = [] if earlier is None else against.changes(rows, earlier)
     if earlier is not None:
         console.print(against.change_table(found, arguments.slower, arguments.against))
     _end(rows, arguments.out, bool(interruption))
     return int(any(change.is_slower(arguments.slower) for change in found))
+
+
+def _warn_of_others(others: float | None, when: str) -> None:
+    """Say so if other processes compute."""
+    from titans_lm.utils.record import cores
+    from titans_lm.utils.terminal import PlainConsole
+
+    if others is not None and others >= QUIET_CORES:
+        text = f"other processes used {others:.1f} of {cores()} cores{when}: times are longer than on an idle machine"
+        PlainConsole(stderr=True).print(text, style="yellow")
 
 
 @contextlib.contextmanager

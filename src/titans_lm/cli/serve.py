@@ -41,7 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-requests",
         type=int,
         default=default.requests,
-        help="maximum concurrent requests; more are answered with 429",
+        help="maximum concurrent requests, waiting ones included; more are answered with 429",
+    )
+    limits.add_argument(
+        "--max-batch-size",
+        type=int,
+        default=default.batch_size,
+        help="requests that are answered together, each with a memory; others wait for one to end",
+    )
+    limits.add_argument(
+        "--prefill-chunk-size",
+        type=int,
+        default=default.prefill_chunk_size,
+        help="prompt tokens that are read between two tokens of answers",
     )
     limits.add_argument("--request-seconds", type=float, default=default.seconds, help="time limit of a request")
     limits.add_argument(
@@ -58,8 +70,10 @@ def run(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.port < 2**16:
         raise ValueError(f"--port must be 0 to 65535, got {arguments.port}")
     limits = Limits(
-        arguments.max_tokens, arguments.max_prompt_bytes, arguments.max_stops, arguments.max_requests,
-        arguments.request_seconds, arguments.shutdown_seconds,
+        max_tokens=arguments.max_tokens, prompt_bytes=arguments.max_prompt_bytes, stops=arguments.max_stops,
+        requests=arguments.max_requests, batch_size=arguments.max_batch_size,
+        prefill_chunk_size=arguments.prefill_chunk_size, seconds=arguments.request_seconds,
+        shutdown_seconds=arguments.shutdown_seconds,
     )  # fmt: skip
     api_key = _api_key(arguments.api_key)
     from titans_lm.models.cache import TitansState

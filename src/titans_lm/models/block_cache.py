@@ -125,6 +125,14 @@ def pad_left(cache: Cache, slots: int) -> Cache:
     return cast(Cache, cache._replace(attention=padded))
 
 
+def keep_right(cache: Cache, slots: int) -> Cache:
+    """The cache with at most the last `slots` of its keys and values, in tensors of their own."""
+    if isinstance(cache, LMMCache) or cache_slots(cache) <= slots:
+        return cache
+    kept = map_tensors(cache.attention, lambda t: t[:, :, t.shape[2] - slots :].clone())
+    return cast(Cache, cache._replace(attention=kept))
+
+
 def map_tensors(tree: Tree, function: Callable[..., Tensor], *others: Tree) -> Tree:
     """The same tree of (named) tuples with `function` applied to each tensor, together with the same tensor of each of
     `others`. None stays."""

@@ -7,7 +7,7 @@ width, `V` value width, `P` persistent tokens, `W` window, `D` model width, `L` 
 from titans_lm.ops import flops as flops  # registers the formulas
 from titans_lm.ops.api import Backend, memory_scan, resolve_backend
 from titans_lm.ops.mlp import retrieve
-from titans_lm.ops.ragged import Layout, gather_tokens, lay_out, left_align, masked_zero, one_slot, undo_left_align
+from titans_lm.ops.ragged import Layout, gather_tokens, lay_out, left_align, masked_zero, undo_left_align
 from titans_lm.ops.types import (
     Activation,
     MemoryForm,
@@ -38,7 +38,6 @@ __all__ = [
     "left_align",
     "masked_zero",
     "memory_scan",
-    "one_slot",
     "resolve_backend",
     "retrieve",
     "select_rows",

@@ -71,11 +71,6 @@ class Layout(NamedTuple):
         return [run for run in runs if run[1] > run[0]]
 
 
-def one_slot(position: Int[Tensor, " B"], chunk: int) -> Layout:
-    """The layout of one token in each row, at any position: it begins or completes a chunk, and crosses no boundary."""
-    return Layout(1, 1, chunk, torch.ones_like(position))
-
-
 def lay_out(mask: Bool[Tensor, "B T"] | None, position: Int[Tensor, " B"], tokens: int, chunk: int) -> Layout:
     """Lay `tokens` tokens of each row out in chunks of `chunk`, for rows at `position` (>= 0) of a chunk."""
     first = int(position[0]) if len(position) else 0

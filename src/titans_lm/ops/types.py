@@ -111,8 +111,8 @@ def where_rows(rows: Tensor, yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) ->
 
 
 def select_rows(rows: Tensor, yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """`where_rows`, which on a CPU copies nothing if all rows agree, and reads no more than it has to if they do not. On
-    a GPU a look at `rows` would wait for the device, and a traced call has no values."""
+    """`where_rows`, which on a CPU copies nothing if all rows agree, and reads no more than it has to if they do not.
+    On a GPU a look at `rows` would wait for the device, and a traced call has no values."""
     if rows.device.type != "cpu" or is_traced(rows):
         return where_rows(rows, yes, no)
     values = rows.tolist()

@@ -117,7 +117,8 @@ def _work(cell: Cell, job: Job, runs: Path, command: str, answer: Connection) ->
     """Run a job in the cell's process: one thread, output to a file, the result through the pipe."""
     import torch
 
-    from titans_lm.utils.record import keep_freed_memory, on_stop, stop
+    from titans_lm.utils.machine import keep_freed_memory
+    from titans_lm.utils.record import on_stop, stop
 
     torch.set_num_threads(1)
     keep_freed_memory()

@@ -1,8 +1,7 @@
-"""Result files with provenance, written atomically; and signals, cores and memory of a command's process."""
+"""Result files with provenance, written atomically; and signals and cores of a command's process."""
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import platform
@@ -198,17 +197,3 @@ class Lines:
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in (self.head, *self.rows)))
-
-
-def keep_freed_memory() -> None:
-    """Keep freed memory (up to 2 GiB at a time) in this process instead of returning it to the system.
-
-    On a CPU each step of a model frees and allocates the same memory. The system zeroes its pages each time, which can
-    take a third of the time. Fragmentation may raise peak memory by a third. Used for the commands' own processes; has
-    an effect with glibc only.
-    """
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)  # no allocation of its own mapping, which free would return
-        libc.mallopt(trim_threshold, 2**31 - 1)

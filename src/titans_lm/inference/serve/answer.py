@@ -11,8 +11,6 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerBase, Temperatu
 
 from titans_lm.models.cache import TitansState
 
-TURN_TOKENS = 512
-"""Prompt tokens per forward call: other requests get their turn in between."""
 GREEDY = 1e-5
 """Below this temperature decoding is greedy: dividing logits by less would overflow."""
 
@@ -31,11 +29,14 @@ class Answer:
     """The answer to one prompt, with its own memory, random numbers and text.
 
         while answer.finish_reason is None:
-            text += answer.take(model(answer.next_ids()[None], past_key_values=answer.state).logits[0, -1])
+            ids = answer.next_ids(512)
+            text += answer.take(model(ids[None], past_key_values=answer.state).logits[0, -1], len(ids))
+
+    `Engine` advances many of them together.
 
     Args:
         ids: the prompt `[T]`, T >= 1.
-        state: one row; the forward call updates it.
+        state: one row, the memory that the answer begins with.
         ends: tokens that end the answer.
     """
 
@@ -50,9 +51,10 @@ class Answer:
         self.ids, self.state, self.sampling, self.ends = ids, state, sampling, ends
         self.finish_reason: str | None = None
         """ "stop" or "length" when the answer is complete."""
-        self.read, self.count = 0, 0
-        """Prompt tokens read, and answer tokens generated."""
-        self._last = 0
+        self.read = 0
+        """Prompt tokens read."""
+        self.tokens: list[int] = []
+        """Tokens of the answer so far."""
         self._decoder, self._stops = Decoder(tokenizer), Stops(sampling.stop)
         self._warpers = LogitsProcessorList()
         if sampling.temperature >= GREEDY:
@@ -66,23 +68,29 @@ class Answer:
         """Whether part of the prompt is unread."""
         return self.read < len(self.ids)
 
-    def next_ids(self) -> Int[Tensor, " T"]:
-        """The next input of the model: a piece of the prompt, or the last token of the answer."""
-        return self.ids[self.read : self.read + TURN_TOKENS] if self.is_reading else torch.tensor([self._last])
+    @property
+    def count(self) -> int:
+        """Answer tokens generated."""
+        return len(self.tokens)
 
-    def take(self, logits: Float[Tensor, " V"]) -> str:
-        """Take the logits after `next_ids()`, and return the text that is final now.
+    def next_ids(self, most: int = 1) -> Int[Tensor, " T"]:
+        """The next input of the model: a piece of the prompt, `most` tokens at most, or the last token of the
+        answer."""
+        return self.ids[self.read : self.read + most] if self.is_reading else torch.tensor(self.tokens[-1:])
+
+    def take(self, logits: Float[Tensor, " V"], read: int) -> str:
+        """Take the logits after `next_ids()`, which were `read` tokens, and return the text that is final now.
 
         Raises ValueError for logits that are not finite.
         """
         if self.is_reading:
-            self.read += len(self.next_ids())
+            self.read += read
             if self.is_reading:
                 return ""
-        self._last = self._draw(logits)
-        self.count += 1
-        text = self._decoder.push(self._last)
-        if self._last in self.ends:
+        token = self._draw(logits)
+        self.tokens.append(token)
+        text = self._decoder.push(token)
+        if token in self.ends:
             self.finish_reason = "stop"
         elif self.count == self.sampling.max_tokens:
             self.finish_reason = "length"

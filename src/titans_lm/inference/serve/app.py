@@ -64,6 +64,9 @@ class Service:
         self.limits = limits or Limits()
         with torch.no_grad():
             self.memory = model.initial_state(1) if memory is None else memory
+            if self.memory.pending is not None:  # `generate` has not read its last token
+                self.memory = self.memory.continuation()
+                model.read_pending(self.memory)
         self.worker = Worker(model, self.limits)
         end = model.generation_config.eos_token_id
         self.ends = frozenset([] if end is None else end if isinstance(end, list) else [end])

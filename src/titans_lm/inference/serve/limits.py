@@ -23,7 +23,11 @@ class Limits:
     stops: int = 4
     """Maximum stop strings of a request."""
     requests: int = 64
-    """Maximum concurrent requests. Each holds a memory of constant size."""
+    """Maximum concurrent requests: those that are being answered, and those that wait for a row."""
+    batch_size: int = 32
+    """Rows: requests that are answered together. Each holds a memory of constant size."""
+    prefill_chunk_size: int = 512
+    """Prompt tokens per step, shared by the prompts that are being read."""
     seconds: float = 600.0
     """Time limit of a request, and of the arrival of its body."""
     shutdown_seconds: float = 10.0
@@ -34,6 +38,8 @@ class Limits:
             ("--max-tokens", self.max_tokens),
             ("--max-prompt-bytes", self.prompt_bytes),
             ("--max-requests", self.requests),
+            ("--max-batch-size", self.batch_size),
+            ("--prefill-chunk-size", self.prefill_chunk_size),
         ):
             if value < 1:
                 raise ValueError(f"{option} must be at least 1, got {value}")

@@ -1,4 +1,4 @@
-"""A thread that shares one model among requests: each turn gives every answer a token, and one prompt a piece."""
+"""The thread of the model: it runs an engine for the requests of other threads, and tells each what came of it."""
 
 import logging
 import threading
@@ -6,9 +6,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-
 from titans_lm.inference.serve.answer import Answer
+from titans_lm.inference.serve.engine import Engine
 from titans_lm.inference.serve.limits import Limits, Refused
 from titans_lm.models.modeling import TitansForCausalLM
 
@@ -43,14 +42,13 @@ class Job:
 
 
 class Worker:
-    """Runs submitted jobs in turns, one forward call per job.
-
-    All answers of a turn read one token each, so a later version may batch them.
-    """
+    """Runs submitted jobs together, by an engine that only its own thread uses."""
 
     def __init__(self, model: TitansForCausalLM, limits: Limits):
-        self.model, self.limits = model, limits
+        self.limits = limits
+        self.engine = Engine(model, limits.batch_size, limits.prefill_chunk_size)
         self.jobs: list[Job] = []
+        self._new: list[Job] = []
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="titans-worker", daemon=True)
@@ -75,6 +73,7 @@ class Worker:
         with self._changed:
             self.check_room()
             self.jobs.append(job)
+            self._new.append(job)
             self._changed.notify()
         return job
 
@@ -104,34 +103,26 @@ class Worker:
             self.turn()
 
     def turn(self) -> None:
-        """Run one turn: a token for each answer, a piece of the prompt that waited longest. Removes jobs that are
-        over."""
+        """One step of the engine, between which jobs are added and those that are over removed."""
         with self._changed:
-            jobs = list(self.jobs)
-        reading = next((job for job in jobs if job.answer.is_reading and not job.over()), None)
-        for job in jobs:
-            if job is reading or not job.answer.is_reading:
-                self._step(job)
+            jobs, new, self._new = list(self.jobs), self._new, []
+        for job in new:
+            self.engine.add(job.answer)
+        self.engine.discard([job.answer for job in jobs if job.over() is not None])
+        of_answer = {id(job.answer): job for job in jobs}
+        for answer, result in self.engine.step():
+            job = of_answer[id(answer)]
+            if isinstance(result, Exception):
+                self._fail(job, result)
+            elif result:
+                job.deliver(result)
+        ended = [(job, end) for job in jobs if (end := job.over()) is not None]
+        self.engine.discard([job.answer for job, _ in ended])
         with self._changed:
-            if reading is not None:
-                self.jobs.remove(reading)
-                self.jobs.append(reading)
-            ended = [(job, end) for job in self.jobs if (end := job.over()) is not None]
-            self.jobs = [job for job in self.jobs if job not in [job for job, _ in ended]]
+            self.jobs = [job for job in self.jobs if not any(job is other for other, _ in ended)]
         for job, end in ended:
             job.deliver(end)
 
-    def _step(self, job: Job) -> None:
-        """One forward call. An error ends only this job."""
-        if job.over() is not None:
-            return
-        answer = job.answer
-        try:
-            with torch.no_grad():
-                ids = answer.next_ids()[None].to(self.model.device)
-                out = self.model(ids, past_key_values=answer.state, logits_to_keep=1)
-            if text := answer.take(out.logits[0, -1]):
-                job.deliver(text)
-        except Exception as error:
-            LOG.exception("a request failed")
-            job.cancel(Refused(500, f"the model failed: {type(error).__name__}: {error}"))
+    def _fail(self, job: Job, error: Exception) -> None:
+        LOG.error("a request failed", exc_info=error)
+        job.cancel(Refused(500, f"the model failed: {type(error).__name__}: {error}"))

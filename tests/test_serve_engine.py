@@ -1,0 +1,272 @@
+"""Continuous batching: whatever joins, waits or leaves meanwhile, each answer is the one that a request has alone."""
+
+import random
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import KINDS, assert_bitwise, each_kind, tiny_model
+from titans_lm import TitansForCausalLM, TitansState
+from titans_lm.inference.serve.answer import Answer, Sampling
+from titans_lm.inference.serve.batch import RowBatch
+from titans_lm.inference.serve.engine import Engine
+from titans_lm.models.block_cache import cache_slots
+from titans_lm.models.tokenizer import byte_tokenizer
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+BYTES = 260
+TOKENIZER = byte_tokenizer()
+
+
+def read(model: TitansForCausalLM, tokens: int) -> TitansState:
+    """A memory that has read this many tokens."""
+    state = model.initial_state(1)
+    if tokens:
+        with torch.no_grad():
+            model(torch.arange(tokens)[None] * 7 % 256, past_key_values=state)
+    return state
+
+
+class Request(NamedTuple):
+    """A request of a schedule: the step before which it comes, and the one before which it leaves (None: it stays)."""
+
+    prompt: Tensor
+    memory: TitansState
+    sampling: Sampling
+    comes: int
+    leaves: int | None
+
+    def answer(self) -> Answer:
+        return Answer(self.prompt, self.memory.shallow_copy(), self.sampling, TOKENIZER, frozenset([3]))
+
+
+def schedule(model: TitansForCausalLM, seed: int, requests: int = 7) -> list[Request]:
+    """Requests that come and leave at any time, with memories at different positions and other sampling parameters."""
+    draw = random.Random(seed)
+    memories = [read(model, tokens) for tokens in (0, 4, 9)]
+    found = []
+    for i in range(requests):
+        sampling = Sampling(
+            draw.randint(1, 14), draw.choice([0.0, 0.0, 0.9, 1.4]), draw.choice([1.0, 0.8]), seed=i,
+            stop=draw.choice([(), ("a",)]),
+        )  # fmt: skip
+        comes = draw.randint(0, 12)
+        leaves = comes + draw.randint(1, 6) if draw.random() < 0.3 else None
+        prompt = torch.tensor([draw.randrange(256) for _ in range(draw.choice([1, 2, 5, 30]))])
+        found.append(Request(prompt, draw.choice(memories), sampling, comes, leaves))
+    return found
+
+
+class Outcome(NamedTuple):
+    text: str
+    tokens: list[int]
+    reason: str | None
+
+
+def alone(model: TitansForCausalLM, request: Request) -> Outcome:
+    """The answer by the model itself, without an engine."""
+    answer, text = request.answer(), ""
+    with torch.no_grad():
+        while answer.finish_reason is None:
+            ids = answer.next_ids(512)
+            text += answer.take(model(ids[None], past_key_values=answer.state).logits[0, -1], len(ids))
+    return Outcome(text, answer.tokens, answer.finish_reason)
+
+
+def together(engine: Engine, requests: list[Request], steps: int = 400) -> list[Outcome]:
+    """The outcomes of a schedule. A request that leaves has what it had until then."""
+    answers, texts = [request.answer() for request in requests], [""] * len(requests)
+    places = {id(answer): i for i, answer in enumerate(answers)}
+    for step in range(steps):
+        for answer, request in zip(answers, requests, strict=True):
+            if request.comes == step:
+                engine.add(answer)
+        engine.discard([a for a, r in zip(answers, requests, strict=True) if r.leaves == step])
+        for answer, result in engine.step():
+            assert isinstance(result, str), result
+            texts[places[id(answer)]] += result
+    assert not engine.answers()
+    return [Outcome(text, a.tokens, a.finish_reason) for text, a in zip(texts, answers, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------ the law
+
+
+@each_kind
+@pytest.mark.parametrize(("seed", "rows", "piece"), [(0, 3, 11), (1, 8, 64), (2, 2, 3)])
+def test_answers_are_those_of_single_requests(kind: str, seed: int, rows: int, piece: int):
+    model = tiny_model(kind, vocab_size=BYTES)
+    requests = schedule(model, seed)
+    found = together(Engine(model, rows, piece), requests, steps=150)
+    for request, outcome in zip(requests, found, strict=True):
+        expected = alone(model, request)
+        if request.leaves is None:
+            assert outcome == expected
+        else:
+            assert expected.tokens[: len(outcome.tokens)] == outcome.tokens
+            assert expected.text.startswith(outcome.text)
+    assert sum(len(outcome.tokens) for outcome in found) > 20
+    assert len({tuple(outcome.tokens) for outcome in found}) > 3
+
+
+def test_schedules_are_of_every_kind():
+    """Or the law would hold of nothing: requests that wait, that leave, that stop, that are sampled."""
+    requests = [r for seed in range(3) for r in schedule(tiny_model("mag", vocab_size=BYTES), seed)]
+    assert {r.leaves is None for r in requests} == {True, False}
+    assert {r.sampling.temperature > 0 for r in requests} == {True, False}
+    assert {int(r.memory.position) for r in requests} == {0, 4, 9}
+    assert max(len(r.prompt) for r in requests) == 30
+
+
+@pytest.mark.parametrize("kind", ["mac", "mag"])
+def test_other_forms_of_the_memory_too(kind: str):
+    """What a state holds beside weights: the gates of a chunk, the last input of a predictor."""
+    changes: dict[str, Any] = {
+        "memory_gates_of": "chunk", "surprise_threshold": 0.5, "surprise_threshold_on": "prediction",
+    }  # fmt: skip
+    model = tiny_model(kind, vocab_size=BYTES, **changes)
+    requests = [r._replace(leaves=None) for r in schedule(model, 3, requests=5)]
+    assert together(Engine(model, 3, 11), requests, steps=100) == [alone(model, r) for r in requests]
+
+
+def test_frozen_memories_are_read_together_and_not_with_others():
+    model = tiny_model("mag", vocab_size=BYTES)
+    requests = [r._replace(leaves=None) for r in schedule(model, 4, requests=4)]
+    learning = [alone(model, r) for r in requests]
+    for state in {id(r.memory): r.memory for r in requests}.values():
+        state.frozen = True
+    frozen = [alone(model, r) for r in requests]
+    engine = Engine(model, 3, 11)
+    assert together(engine, requests, steps=100) == frozen != learning
+    engine.add(requests[0].answer())
+    with pytest.raises(ValueError, match="frozen=False"):
+        engine.add(requests[0]._replace(memory=read(model, 4)).answer())
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+def request(model: TitansForCausalLM, tokens: int, most: int = 50) -> Request:
+    return Request(torch.full((tokens,), 97), read(model, 4), Sampling(most, 0.0), 0, None)
+
+
+def test_waiting_is_first_come_first_served_and_rows_are_bounded():
+    engine = Engine(model := tiny_model("lmm", vocab_size=BYTES), max_batch_size=2)
+    answers = [Answer(torch.tensor([97]), read(model, 2), Sampling(4, 0.0), TOKENIZER) for _ in range(5)]
+    for answer in answers:
+        engine.add(answer)
+    begun: list[int] = []
+    while engine.answers():
+        assert len(engine.step()) <= 2
+        begun += [i for i, answer in enumerate(answers) if answer.count and i not in begun]
+        assert len(engine.decoding.answers) + len(engine.reading.answers) <= 2
+    assert begun == list(range(5))
+    assert engine.decoding.state is engine.reading.state is None
+
+
+def test_a_long_prompt_holds_up_neither_tokens_nor_short_prompts():
+    engine = Engine(model := tiny_model("lmm", vocab_size=BYTES), prefill_chunk_size=8)
+    writing, long, short = (request(model, tokens).answer() for tokens in (1, 400, 6))
+    seen = []
+    for new in (writing, long, short, None, None):
+        if new is not None:
+            engine.add(new)
+        engine.step()
+        seen.append((writing.count, long.read, short.count))
+    assert seen == [(1, 0, 0), (2, 8, 0), (3, 12, 0), (4, 16, 1), (5, 24, 2)]
+
+
+def test_calls_are_shared(monkeypatch):
+    """One call for all tokens of a step, one for all pieces of prompts."""
+    engine = Engine(model := tiny_model("lmm", vocab_size=BYTES))
+    *first, last = (request(model, tokens).answer() for tokens in (3, 5, 5, 2))
+    widths: list[tuple[int, int]] = []
+    monkeypatch.setattr(model, "forward", _noting(model.forward, widths))
+    for answer in first:
+        engine.add(answer)
+    engine.step()
+    engine.add(last)
+    engine.step()
+    assert widths == [(3, 5), (3, 1), (1, 2)]
+
+
+def _noting(forward: Any, widths: list[tuple[int, int]]) -> Any:
+    def noting(ids: Tensor, **options: Any) -> Any:
+        widths.append((len(ids), ids.shape[1]))
+        return forward(ids, **options)
+
+    return noting
+
+
+def test_an_error_ends_one_answer_alone(monkeypatch):
+    """Of the call, or of the logits of a row."""
+    model = tiny_model("mag", vocab_size=BYTES)
+    requests = [request(model, tokens, most=6) for tokens in (1, 2, 3)]
+    expected = [alone(model, r) for r in requests]
+    forward = model.forward
+
+    def failing(ids: Tensor, **options: Any) -> Any:
+        if bool((ids == 200).any()):
+            raise RuntimeError("200 cannot be read")
+        return forward(ids, **options)
+
+    monkeypatch.setattr(model, "forward", failing)
+    engine = Engine(model)
+    bad = Answer(torch.tensor([97, 200]), read(model, 4), Sampling(5), TOKENIZER)
+    nan = Answer(torch.tensor([97, 98]), read(model, 4), Sampling(5), TOKENIZER)
+    monkeypatch.setattr(nan, "_draw", lambda _: (_ for _ in ()).throw(ValueError("not finite")))
+    answers = [r.answer() for r in requests]
+    for answer in (answers[0], bad, answers[1], nan, answers[2]):
+        engine.add(answer)
+    errors = []
+    while engine.answers():
+        errors += [(answer, str(result)) for answer, result in engine.step() if isinstance(result, Exception)]
+    assert [(answer is bad, text) for answer, text in errors] == [(True, "200 cannot be read"), (False, "not finite")]
+    assert [a.tokens for a in answers] == [outcome.tokens for outcome in expected]
+
+
+def test_memories_of_requests_stay_as_they_were():
+    model = tiny_model("mag", vocab_size=BYTES)
+    memory = read(model, 9)
+    before = memory.clone()
+    engine = Engine(model)
+    for tokens in (1, 5):
+        engine.add(request(model, tokens, most=5)._replace(memory=memory).answer())
+    while engine.answers():
+        engine.step()
+    assert_bitwise(memory, before)
+
+
+def test_a_row_that_has_left_takes_its_space_with_it():
+    """Keys and values of unlimited attention are as long as those of the longest row."""
+    model = tiny_model("full", vocab_size=BYTES)
+    rows = RowBatch(model)
+    answers = [request(model, 1).answer() for _ in range(3)]
+    rows.join(answers, [read(model, tokens) for tokens in (5, 40, 9)])
+
+    def slots() -> int:
+        assert rows.state is not None
+        return cache_slots(rows.state.layer_caches[0])
+
+    assert slots() == 40
+    (taken,) = rows.take_out([answers[1]])
+    assert (slots(), int(taken.position)) == (9, 40)
+    rows.leave([answers[2]])
+    assert slots() == 5
+    for kind in KINDS.keys() - {"full"}:  # a window keeps its slots, whatever its rows have read
+        model = tiny_model(kind, vocab_size=BYTES)
+        rows = RowBatch(model)
+        rows.join(answers, [read(model, tokens) for tokens in (1, 40, 2)])
+        assert rows.state is not None
+        before = cache_slots(rows.state.layer_caches[0])
+        rows.leave([answers[1]])
+        assert slots() == before
+
+
+def test_sizes_are_checked():
+    for sizes in ((0, 5), (5, 0)):
+        with pytest.raises(ValueError, match="at least 1, got"):
+            Engine(tiny_model("lmm", vocab_size=BYTES), *sizes)
