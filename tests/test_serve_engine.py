@@ -162,9 +162,9 @@ def test_waiting_is_first_come_first_served_and_rows_are_bounded():
     while engine.answers():
         assert len(engine.step()) <= 2
         begun += [i for i, answer in enumerate(answers) if answer.count and i not in begun]
-        assert len(engine.decoding.answers) + len(engine.reading.answers) <= 2
+        assert len(engine.decoding.answers) + len(engine.reading) <= 2
     assert begun == list(range(5))
-    assert engine.decoding.state is engine.reading.state is None
+    assert engine.decoding.state is None
 
 
 def test_a_long_prompt_holds_up_neither_tokens_nor_short_prompts():
@@ -176,11 +176,24 @@ def test_a_long_prompt_holds_up_neither_tokens_nor_short_prompts():
             engine.add(new)
         engine.step()
         seen.append((writing.count, long.read, short.count))
-    assert seen == [(1, 0, 0), (2, 8, 0), (3, 12, 0), (4, 16, 1), (5, 24, 2)]
+    assert seen == [(1, 0, 0), (2, 8, 0), (3, 16, 0), (4, 18, 1), (5, 26, 2)]
+
+
+def test_prompts_take_turns():
+    """Whatever comes after a long prompt, that one is read on, and whatever is read, others are too."""
+    engine = Engine(model := tiny_model("lmm", vocab_size=BYTES), prefill_chunk_size=128)
+    answers = [request(model, 400).answer() for _ in range(3)]
+    for answer in answers:
+        engine.add(answer)
+    seen = []
+    for _ in range(3):
+        engine.step()
+        seen.append(tuple(answer.read for answer in answers))
+    assert seen == [(64, 64, 0), (128, 64, 64), (128, 128, 128)]
 
 
 def test_calls_are_shared(monkeypatch):
-    """One call for all tokens of a step, one for all pieces of prompts."""
+    """One call for all tokens of a step; a call for each piece of a prompt."""
     engine = Engine(model := tiny_model("lmm", vocab_size=BYTES))
     *first, last = (request(model, tokens).answer() for tokens in (3, 5, 5, 2))
     widths: list[tuple[int, int]] = []
@@ -190,7 +203,7 @@ def test_calls_are_shared(monkeypatch):
     engine.step()
     engine.add(last)
     engine.step()
-    assert widths == [(3, 5), (3, 1), (1, 2)]
+    assert widths == [(1, 3), (1, 5), (1, 5), (3, 1), (1, 2)]
 
 
 def _noting(forward: Any, widths: list[tuple[int, int]]) -> Any:
@@ -252,8 +265,8 @@ def test_a_row_that_has_left_takes_its_space_with_it():
         return cache_slots(rows.state.layer_caches[0])
 
     assert slots() == 40
-    (taken,) = rows.take_out([answers[1]])
-    assert (slots(), int(taken.position)) == (9, 40)
+    rows.leave([answers[1]])
+    assert slots() == 9
     rows.leave([answers[2]])
     assert slots() == 5
     for kind in KINDS.keys() - {"full"}:  # a window keeps its slots, whatever its rows have read

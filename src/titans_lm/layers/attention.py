@@ -314,7 +314,12 @@ class SegmentAttention(Attention):
         new = KeyValues((h_keys, s_keys), (h_values, s_values))
         slot = torch.arange(self.segment_size, device=q.device)
         own = position[:, None] + torch.arange(tokens, device=q.device)  # [B, T], each token's slot
-        if uniform_position is None:
+        joined: tuple[Tensor, ...] | None = None
+        if uniform_position is None and tokens == 1 and valid is None:
+            joined, written = _append_token(persistent, cache, new, position)
+            visible = slot <= own[..., None]  # [B, 1, S]
+            cache = _without_rows(written, (position + 1) % self.segment_size == 0)
+        elif uniform_position is None:
             written = _map_pairs(lambda old, n: _scatter(old, n, own, valid), cache, new)
             used, visible = written, slot <= own[..., None]  # [B, T, S]
             count = position + (tokens if valid is None else valid.sum(1))
@@ -322,11 +327,33 @@ class SegmentAttention(Attention):
         else:
             used, cache = _append(cache, new, uniform_position, self.segment_size)
             visible = slot[: uniform_position + tokens] <= own[:1, :, None]
-        keys, values = (torch.cat([p, *parts], 2) for p, parts in zip(persistent, used, strict=True))
+        if joined is None:
+            joined = tuple(torch.cat([p, *parts], 2) for p, parts in zip(persistent, used, strict=True))
         mask = None
         if uniform_position is None or tokens > 1:
             mask = F.pad(torch.cat([visible, visible], -1), (size, 0), value=True)[:, None]
-        return self._merge_heads(attention_function(eager)(q, keys, values, attn_mask=mask)), cache
+        return self._merge_heads(attention_function(eager)(q, *joined, attn_mask=mask)), cache
+
+
+def _append_token(
+    persistent: tuple[Tensor, Tensor], cache: KeyValues, new: KeyValues, position: Int[Tensor, " B"]
+) -> tuple[tuple[Tensor, Tensor], KeyValues]:
+    """Keys and values [P, h, S] with the `new` token of each row at its `position`, and the cache after it, which is a
+    part of them: one copy in place of two."""
+    row, size, slots = (
+        torch.arange(len(position), device=position.device),
+        persistent[0].shape[2],
+        cache.keys[0].shape[2],
+    )
+    joined = []
+    for first, old, tokens in zip(persistent, cache, new, strict=True):
+        x = torch.cat([first, *(part.to(first.dtype) for part in old)], 2)
+        for i, token in enumerate(tokens):
+            x[row, :, size + i * slots + position] = token[:, :, 0]  # x is new, and nobody else's
+        joined.append(x)
+    keys, values = joined
+    parts = (tuple(x[:, :, size:].split(slots, 2)) for x in joined)
+    return (keys, values), KeyValues(*parts)
 
 
 def _append(cache: KeyValues, new: KeyValues, position: int, size: int) -> tuple[KeyValues, KeyValues]:

@@ -46,44 +46,22 @@ class RowBatch:
         self.answers = [self.answers[i] for i in kept]
         self.state = self._without_empty_slots(self.state.select(kept)) if kept else None
 
-    def take_out(self, answers: Sequence[Answer]) -> list[TitansState]:
-        """Remove the rows of these answers, and return the state of each."""
-        places = [next(i for i, mine in enumerate(self.answers) if mine is answer) for answer in answers]
-        assert self.state is not None or not places
-        alone = self.state is not None and len(self.answers) == 1
-        states = [self.state if alone else self.state.select([i]) for i in places] if self.state is not None else []
-        states = [self._without_empty_slots(state) for state in states]
-        self.leave(answers)
-        return states
-
-    def run(self, pieces: Sequence[Int[Tensor, " T"]]) -> list[Float[Tensor, " V"] | Exception]:
-        """Read one piece of at least one token in each row. Returns the logits after it, row by row.
+    def run(self, tokens: Int[Tensor, "B 1"]) -> list[Float[Tensor, " V"] | Exception]:
+        """Read a token in each row. Returns the logits after it, row by row.
 
         If the call fails, each row has one of its own, so that a row's error is that row's alone: it takes the place of
         its logits, and the row stays as it was.
         """
         assert self.state is not None
+        if len(tokens) == 1:
+            return [logits_or_error(self.model, tokens, self.state)]
         try:
-            return list(self._forward(self.state, pieces))
-        except Exception as error:
-            if len(pieces) == 1:
-                return [error]
-        rows = [self.state.select([i]) for i in range(len(pieces))]
-        results = [self._forward_one(row, piece) for row, piece in zip(rows, pieces, strict=True)]
-        self.state = TitansState.concat(rows)
-        return results
-
-    def _forward_one(self, row: TitansState, piece: Tensor) -> Tensor | Exception:
-        try:
-            return self._forward(row, [piece])[0]
-        except Exception as error:
-            return error
-
-    def _forward(self, state: TitansState, pieces: Sequence[Tensor]) -> Float[Tensor, "B V"]:
-        ids, mask = _left_padded(pieces, self.model.device)
-        with torch.no_grad():
-            out = self.model(ids, attention_mask=mask, past_key_values=state, logits_to_keep=1)
-        return out.logits[:, -1].float().cpu()
+            return list(_logits(self.model, tokens, self.state))
+        except Exception:
+            rows = [self.state.select([i]) for i in range(len(tokens))]
+            results = [logits_or_error(self.model, *pair) for pair in zip(tokens.split(1), rows, strict=True)]
+            self.state = TitansState.concat(rows)
+            return results
 
     def _without_empty_slots(self, state: TitansState) -> TitansState:
         """The state without slots that are empty in all rows: those that a longer row needed, which has left."""
@@ -94,14 +72,18 @@ class RowBatch:
         return state
 
 
-def _left_padded(
-    pieces: Sequence[Int[Tensor, " T"]], device: torch.device
-) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"] | None]:
-    """The pieces as rows, padded on the left, and their mask; None if they are of one length."""
-    width = max(map(len, pieces))
-    ids = torch.stack([torch.cat([piece.new_zeros(width - len(piece)), piece]) for piece in pieces])
-    if min(map(len, pieces)) == width:
-        return ids.to(device), None
-    column = torch.arange(width)
-    mask = torch.stack([column >= width - len(piece) for piece in pieces]).long()
-    return ids.to(device), mask.to(device)
+def logits_or_error(
+    model: TitansForCausalLM, ids: Int[Tensor, "1 T"], state: TitansState
+) -> Float[Tensor, " V"] | Exception:
+    """Read tokens into the state of one row. Returns the logits after them, or the error, and then the state is as it
+    was."""
+    try:
+        return _logits(model, ids, state)[0]
+    except Exception as error:
+        return error
+
+
+def _logits(model: TitansForCausalLM, ids: Int[Tensor, "B T"], state: TitansState) -> Float[Tensor, "B V"]:
+    with torch.no_grad():
+        out = model(ids.to(model.device), past_key_values=state, logits_to_keep=1)
+    return out.logits[:, -1].float().cpu()

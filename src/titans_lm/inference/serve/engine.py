@@ -7,11 +7,16 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from titans_lm.inference.serve.answer import Answer
-from titans_lm.inference.serve.batch import RowBatch
+from titans_lm.inference.serve.batch import RowBatch, logits_or_error
+from titans_lm.models.cache import TitansState
 from titans_lm.models.modeling import TitansForCausalLM
+
+MIN_PIECE = 64
+"""Tokens of a prompt that are worth a call: shorter pieces take nearly as long."""
 
 
 class Event(NamedTuple):
@@ -19,6 +24,13 @@ class Event(NamedTuple):
 
     answer: Answer
     result: str | Exception
+
+
+class Reading(NamedTuple):
+    """An answer whose prompt is not read to its end, and its memory so far."""
+
+    answer: Answer
+    state: TitansState
 
 
 class Engine:
@@ -29,8 +41,8 @@ class Engine:
         while engine.answers():
             for answer, text in engine.step(): ...
 
-    A step gives a token to each answer whose prompt is read. All prompts that are being read share a piece of at most
-    `prefill_chunk_size` tokens, padding included: a long prompt holds up neither tokens nor shorter prompts.
+    A step gives a token to each answer whose prompt is read, in one call. It reads `prefill_chunk_size` tokens of
+    prompts, in turn: a long prompt holds up neither tokens nor other prompts.
 
     Args:
         model: a Titans model, in eval mode, on any device.
@@ -45,15 +57,17 @@ class Engine:
             raise ValueError(
                 f"max_batch_size and prefill_chunk_size must be at least 1, got {max_batch_size}, {prefill_chunk_size}"
             )
-        self.max_batch_size, self.prefill_chunk_size = max_batch_size, prefill_chunk_size
+        self.model, self.max_batch_size, self.prefill_chunk_size = model, max_batch_size, prefill_chunk_size
         self.waiting: deque[Answer] = deque()
         """Answers without a row."""
-        self.reading, self.decoding = RowBatch(model), RowBatch(model)
-        """Rows whose prompt is not read yet; rows that get a token each step."""
+        self.reading: deque[Reading] = deque()
+        """Those whose prompt is being read, the one whose turn is next first."""
+        self.decoding = RowBatch(model)
+        """Those that get a token each step."""
 
     def answers(self) -> list[Answer]:
         """All answers that are not complete."""
-        return [*self.decoding.answers, *self.reading.answers, *self.waiting]
+        return [*self.decoding.answers, *(reading.answer for reading in self.reading), *self.waiting]
 
     def add(self, answer: Answer) -> None:
         """Let an answer wait for a row. Raises ValueError for a memory that is frozen where others are not, or the
@@ -65,46 +79,57 @@ class Engine:
 
     def discard(self, answers: Sequence[Answer]) -> None:
         """Drop answers, wherever they are. Others go on as if they had not been there."""
-        self.waiting = deque(a for a in self.waiting if not any(a is other for other in answers))
-        self.reading.leave(answers)
+        gone = {id(answer) for answer in answers}
+        self.waiting = deque(answer for answer in self.waiting if id(answer) not in gone)
+        self.reading = deque(reading for reading in self.reading if id(reading.answer) not in gone)
         self.decoding.leave(answers)
 
     def step(self) -> list[Event]:
-        """One call for the tokens of answers, and one for a piece of the prompts. Answers that are complete or have
+        """A token for each answer that is written, then a piece of the prompts. Answers that are complete or have
         failed are dropped."""
         events = self._decode()
         self._admit()
         events += self._prefill()
         self.discard([a for a, result in events if isinstance(result, Exception) or a.finish_reason is not None])
-        read = [answer for answer in self.reading.answers if not answer.is_reading]
-        self.decoding.join(read, self.reading.take_out(read))
+        read = [reading for reading in self.reading if not reading.answer.is_reading]
+        self.reading = deque(reading for reading in self.reading if reading.answer.is_reading)
+        self.decoding.join([reading.answer for reading in read], [reading.state for reading in read])
         return events
 
     def _admit(self) -> None:
-        room = self.max_batch_size - len(self.decoding.answers) - len(self.reading.answers)
-        admitted = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
-        self.reading.join(admitted, [answer.state for answer in admitted])
+        room = self.max_batch_size - len(self.decoding.answers) - len(self.reading)
+        for _ in range(min(room, len(self.waiting))):
+            answer = self.waiting.popleft()
+            self.reading.append(Reading(answer, answer.state.shallow_copy()))
 
     def _decode(self) -> list[Event]:
         answers = self.decoding.answers
-        return self._advance(self.decoding, [answer.next_ids() for answer in answers]) if answers else []
-
-    def _prefill(self) -> list[Event]:
-        answers = self.reading.answers
         if not answers:
             return []
-        share = max(1, self.prefill_chunk_size // len(answers))
-        return self._advance(self.reading, [answer.next_ids(share) for answer in answers])
+        results = self.decoding.run(torch.stack([answer.next_ids() for answer in answers]))
+        return [Event(answer, _take(answer, 1, logits)) for answer, logits in zip(answers, results, strict=True)]
 
-    def _advance(self, rows: RowBatch, pieces: list[Tensor]) -> list[Event]:
-        results = zip(rows.answers, pieces, rows.run(pieces), strict=True)
-        return [Event(answer, _take(answer, piece, logits)) for answer, piece, logits in results]
+    def _prefill(self) -> list[Event]:
+        """Read pieces of prompts, each in a call of its own: prompts of different lengths would need padding, which
+        takes more time than it saves."""
+        events: list[Event] = []
+        left, share = self.prefill_chunk_size, max(MIN_PIECE, self.prefill_chunk_size // max(1, len(self.reading)))
+        for _ in range(len(self.reading)):
+            if left <= 0:
+                break
+            reading = self.reading.popleft()  # its next turn comes after the others'
+            self.reading.append(reading)
+            ids = reading.answer.next_ids(min(share, left))
+            logits = logits_or_error(self.model, ids[None], reading.state)
+            events.append(Event(reading.answer, _take(reading.answer, len(ids), logits)))
+            left -= len(ids)
+        return events
 
 
-def _take(answer: Answer, piece: Tensor, logits: Tensor | Exception) -> str | Exception:
+def _take(answer: Answer, read: int, logits: Tensor | Exception) -> str | Exception:
     if isinstance(logits, Exception):
         return logits
     try:
-        return answer.take(logits, len(piece))
+        return answer.take(logits, read)
     except Exception as error:  # of this answer alone, such as logits that are not finite
         return error
