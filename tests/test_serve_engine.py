@@ -12,6 +12,7 @@ from titans_lm import TitansForCausalLM, TitansState
 from titans_lm.inference.serve.answer import Answer, Sampling
 from titans_lm.inference.serve.batch import RowBatch
 from titans_lm.inference.serve.engine import Engine
+from titans_lm.layers import key_values
 from titans_lm.models.block_cache import cache_slots
 from titans_lm.models.tokenizer import byte_tokenizer
 
@@ -130,6 +131,14 @@ def test_other_forms_of_the_memory_too(kind: str):
     model = tiny_model(kind, vocab_size=BYTES, **changes)
     requests = [r._replace(leaves=None) for r in schedule(model, 3, requests=5)]
     assert together(Engine(model, 3, 11), requests, steps=100) == [alone(model, r) for r in requests]
+
+
+@pytest.mark.parametrize("kind", ["mag", "mal", "window"])
+def test_windows_are_copied_to_the_front_when_their_buffer_is_full(kind: str, monkeypatch):
+    monkeypatch.setattr(key_values, "SPARE", 3)
+    model = tiny_model(kind, vocab_size=BYTES)
+    requests = [r._replace(leaves=None) for r in schedule(model, 5, requests=4)]
+    assert together(Engine(model, 3, 64), requests, steps=60) == [alone(model, r) for r in requests]
 
 
 def test_frozen_memories_are_read_together_and_not_with_others():

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from titans_lm.layers.key_values import KeyValues, OwnedKeyValues, append_to_segment, append_to_window, is_owned
 from titans_lm.ops import gather_tokens
 from titans_lm.ops.types import is_traced
 from titans_lm.utils.deprecation import RenamedAttribute, renamed
@@ -18,17 +19,6 @@ from titans_lm.utils.deprecation import RenamedAttribute, renamed
 __getattr__ = renamed(
     __name__, {"Rotation": "RotaryEmbedding", "rotation": "rotary_embedding", "Product": "AttentionFunction"}
 )
-
-
-class KeyValues(NamedTuple):
-    """The KV cache: keys (with positions) and values of tokens that later ones may see, `[B, heads, S, head_dim]` each.
-
-    An empty slot is 0. A window is aligned right, at its last token; a segment left, at its first. A window has one
-    tensor of keys and one of values; a segment has two, of retrieved tokens h and of its own tokens S.
-    """
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
 
 
 class RotaryEmbedding(NamedTuple):
@@ -116,10 +106,13 @@ class WindowAttention(Attention):
         """
         q, size, cached = self._split_heads(self.q_proj(x), rope), persistent.shape[1], cache.keys[0].shape[2]
         new, first_tokens = self._project_kv(x, rope), self.project_persistent(persistent, len(x))
+        first = cached - position.clamp(max=cached)  # [B], the first slot that holds a token
+        if isinstance(cache, OwnedKeyValues) and is_owned(cache, q) and valid is None and self.window_size is not None:
+            seen, visible, cache = append_to_window(cache, first_tokens, new, first)
+            return self._merge_heads(attention_function(eager)(q, *seen, attn_mask=visible)), cache
         keys, values = (
             torch.cat([p, old[0].to(n.dtype), n], 2) for p, old, n in zip(first_tokens, cache, new, strict=True)
         )
-        first = cached - position.clamp(max=cached)  # [B], the first slot that holds a token
         full = _has_none(first > 0) if uniform_position is None else uniform_position >= cached
         ragged = None if full else first
         attention = attention_function(eager)
@@ -315,10 +308,11 @@ class SegmentAttention(Attention):
         slot = torch.arange(self.segment_size, device=q.device)
         own = position[:, None] + torch.arange(tokens, device=q.device)  # [B, T], each token's slot
         joined: tuple[Tensor, ...] | None = None
-        if uniform_position is None and tokens == 1 and valid is None:
-            joined, written = _append_token(persistent, cache, new, position)
+        if is_owned(cache, q) or (uniform_position is None and tokens == 1 and valid is None):
+            joined, cache = append_to_segment(cache, persistent, new, position)
             visible = slot <= own[..., None]  # [B, 1, S]
-            cache = _without_rows(written, (position + 1) % self.segment_size == 0)
+            if not isinstance(cache, OwnedKeyValues):
+                cache = _without_rows(cache, (position + 1) % self.segment_size == 0)
         elif uniform_position is None:
             written = _map_pairs(lambda old, n: _scatter(old, n, own, valid), cache, new)
             used, visible = written, slot <= own[..., None]  # [B, T, S]
@@ -330,30 +324,9 @@ class SegmentAttention(Attention):
         if joined is None:
             joined = tuple(torch.cat([p, *parts], 2) for p, parts in zip(persistent, used, strict=True))
         mask = None
-        if uniform_position is None or tokens > 1:
+        if uniform_position is None or tokens > 1 or is_owned(cache, q):
             mask = F.pad(torch.cat([visible, visible], -1), (size, 0), value=True)[:, None]
         return self._merge_heads(attention_function(eager)(q, *joined, attn_mask=mask)), cache
-
-
-def _append_token(
-    persistent: tuple[Tensor, Tensor], cache: KeyValues, new: KeyValues, position: Int[Tensor, " B"]
-) -> tuple[tuple[Tensor, Tensor], KeyValues]:
-    """Keys and values [P, h, S] with the `new` token of each row at its `position`, and the cache after it, which is a
-    part of them: one copy in place of two."""
-    row, size, slots = (
-        torch.arange(len(position), device=position.device),
-        persistent[0].shape[2],
-        cache.keys[0].shape[2],
-    )
-    joined = []
-    for first, old, tokens in zip(persistent, cache, new, strict=True):
-        x = torch.cat([first, *(part.to(first.dtype) for part in old)], 2)
-        for i, token in enumerate(tokens):
-            x[row, :, size + i * slots + position] = token[:, :, 0]  # x is new, and nobody else's
-        joined.append(x)
-    keys, values = joined
-    parts = (tuple(x[:, :, size:].split(slots, 2)) for x in joined)
-    return (keys, values), KeyValues(*parts)
 
 
 def _append(cache: KeyValues, new: KeyValues, position: int, size: int) -> tuple[KeyValues, KeyValues]:

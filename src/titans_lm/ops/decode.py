@@ -17,6 +17,7 @@ from titans_lm.ops.types import (
     NORM_EPS,
     MemoryForm,
     MemoryState,
+    OwnedMemoryState,
     ScanInputs,
     ScanOutput,
     Surprise,
@@ -66,6 +67,8 @@ def advance_token(
         weights, momentum = where_rows(valid, weights, state.weights), where_rows(valid, momentum, state.momentum)
         position = torch.where(valid, position, state.position)
         surprise = None if surprise is None else Surprise(*(x * mask[..., None] for x in surprise))
+    if isinstance(state, OwnedMemoryState):
+        return ScanOutput(y, OwnedMemoryState(state.anchor, weights, momentum, position), surprise)
     new_state = MemoryState(select_rows(position == 0, weights, state.anchor), weights, momentum, position)
     return ScanOutput(y, new_state, surprise)
 
