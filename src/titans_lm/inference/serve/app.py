@@ -233,7 +233,7 @@ async def _failed(_: Request, error: Exception) -> Response:
 class JobStream:
     """Passes the texts of a job from the worker's thread to a coroutine. Cancels the job if the client disconnects."""
 
-    def __init__(self, service: Service, request: Request, answer: Answer):
+    def __init__(self, service: Service, request: Request, answer: Answer, stream: bool):
         loop, self.events = asyncio.get_running_loop(), asyncio.Queue[str | End]()
 
         def deliver(event: str | End) -> None:
@@ -241,7 +241,7 @@ class JobStream:
                 loop.call_soon_threadsafe(self.events.put_nowait, event)
 
         self.answer, self.request = answer, request
-        self.job: Job = service.worker.submit(answer, deliver)
+        self.job: Job = service.worker.submit(answer, deliver, stream)
         self.watch = asyncio.create_task(self._cancel_when_left())  # from now on: a stream may never be begun
 
     async def texts(self) -> AsyncIterator[str]:
@@ -335,7 +335,8 @@ async def _answer(
     service: Service, request: Request, question: Question, prepare: Callable[[], Answer], reply: CompletionReply
 ) -> Response:
     service.worker.check_room()  # before the prompt is encoded
-    return await _reply(JobStream(service, request, await run_in_threadpool(prepare)), question, reply)
+    answer = await run_in_threadpool(prepare)
+    return await _reply(JobStream(service, request, answer, bool(question.stream)), question, reply)
 
 
 @router.get("/v1/models")

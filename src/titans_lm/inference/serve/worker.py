@@ -21,16 +21,33 @@ class End(NamedTuple):
 
 
 class Job:
-    """A running answer. The worker's thread calls `deliver` with texts and then one `End`."""
+    """A running answer. The worker's thread calls `deliver` with texts and then one `End`.
 
-    def __init__(self, answer: Answer, deliver: Callable[[str | End], None], seconds: float):
-        self.answer, self.deliver = answer, deliver
+    Without `stream` there is one text, the whole: who waits for it need not wake for each token, which would take the
+    interpreter's lock from the worker."""
+
+    def __init__(self, answer: Answer, deliver: Callable[[str | End], None], seconds: float, stream: bool = True):
+        self.answer, self.deliver, self.stream = answer, deliver, stream
+        self._held: list[str] = []
         self.deadline, self.seconds = time.monotonic() + seconds, seconds
         self._refused: Refused | None = None
 
     def cancel(self, reason: Refused | None = None) -> None:
         """Stop the job after the running call. Thread-safe."""
         self._refused = self._refused or reason or Refused(499, "the client left")
+
+    def add(self, text: str) -> None:
+        """Take text of the answer."""
+        if self.stream:
+            self.deliver(text)
+        else:
+            self._held.append(text)
+
+    def end(self, end: End) -> None:
+        """Deliver what is held, then `end`."""
+        if self._held:
+            self.deliver("".join(self._held))
+        self.deliver(end)
 
     def over(self) -> End | None:
         """Its `End` if the job is over, else None."""
@@ -67,9 +84,9 @@ class Worker:
         if len(self.jobs) >= self.limits.requests:
             raise Refused(429, f"{len(self.jobs)} requests are being answered; try again later")
 
-    def submit(self, answer: Answer, deliver: Callable[[str | End], None]) -> Job:
+    def submit(self, answer: Answer, deliver: Callable[[str | End], None], stream: bool = True) -> Job:
         """Add a job. Thread-safe. Raises Refused as `check_room` does."""
-        job = Job(answer, deliver, self.limits.seconds)
+        job = Job(answer, deliver, self.limits.seconds, stream)
         with self._changed:
             self.check_room()
             self.jobs.append(job)
@@ -115,13 +132,13 @@ class Worker:
             if isinstance(result, Exception):
                 self._fail(job, result)
             elif result:
-                job.deliver(result)
+                job.add(result)
         ended = [(job, end) for job in jobs if (end := job.over()) is not None]
         self.engine.discard([job.answer for job, _ in ended])
         with self._changed:
             self.jobs = [job for job in self.jobs if not any(job is other for other, _ in ended)]
         for job, end in ended:
-            job.deliver(end)
+            job.end(end)
 
     def _fail(self, job: Job, error: Exception) -> None:
         LOG.error("a request failed", exc_info=error)
