@@ -305,15 +305,14 @@ class SegmentAttention(Attention):
         tokens, size = q.shape[2], persistent[0].shape[2]
         h_keys, h_values = self._project_kv(retrieved, None)
         new = KeyValues((h_keys, s_keys), (h_values, s_values))
-        slot = torch.arange(self.segment_size, device=q.device)
-        own = position[:, None] + torch.arange(tokens, device=q.device)  # [B, T], each token's slot
-        joined: tuple[Tensor, ...] | None = None
         if is_owned(cache, q) or (uniform_position is None and tokens == 1 and valid is None):
-            joined, cache = append_to_segment(cache, persistent, new, position)
-            visible = slot <= own[..., None]  # [B, 1, S]
+            seen, visible, cache = append_to_segment(cache, persistent, new, position)
             if not isinstance(cache, OwnedKeyValues):
                 cache = _without_rows(cache, (position + 1) % self.segment_size == 0)
-        elif uniform_position is None:
+            return self._merge_heads(attention_function(eager)(q, *seen, attn_mask=visible)), cache
+        slot = torch.arange(self.segment_size, device=q.device)
+        own = position[:, None] + torch.arange(tokens, device=q.device)  # [B, T], each token's slot
+        if uniform_position is None:
             written = _map_pairs(lambda old, n: _scatter(old, n, own, valid), cache, new)
             used, visible = written, slot <= own[..., None]  # [B, T, S]
             count = position + (tokens if valid is None else valid.sum(1))
@@ -321,12 +320,11 @@ class SegmentAttention(Attention):
         else:
             used, cache = _append(cache, new, uniform_position, self.segment_size)
             visible = slot[: uniform_position + tokens] <= own[:1, :, None]
-        if joined is None:
-            joined = tuple(torch.cat([p, *parts], 2) for p, parts in zip(persistent, used, strict=True))
+        keys, values = (torch.cat([p, *parts], 2) for p, parts in zip(persistent, used, strict=True))
         mask = None
-        if uniform_position is None or tokens > 1 or is_owned(cache, q):
+        if uniform_position is None or tokens > 1:
             mask = F.pad(torch.cat([visible, visible], -1), (size, 0), value=True)[:, None]
-        return self._merge_heads(attention_function(eager)(q, *joined, attn_mask=mask)), cache
+        return self._merge_heads(attention_function(eager)(q, keys, values, attn_mask=mask)), cache
 
 
 def _append(cache: KeyValues, new: KeyValues, position: int, size: int) -> tuple[KeyValues, KeyValues]:

@@ -35,7 +35,7 @@ class OwnedKeyValues(KeyValues):
     What an operation on its tensors makes of it, such as a selection of rows, gets buffers at its next token."""
 
     buffers: Pair | None = None
-    """What the tensors are parts of: [P, S] with spare slots, or [P, h, S]."""
+    """What the tensors are parts of: the persistent tokens and slots behind them, some of them spare."""
     start = 0
     """Slots of the buffers that a window has left behind."""
 
@@ -79,24 +79,34 @@ def append_to_window(
 
 def append_to_segment(
     cache: KeyValues, persistent: Pair, new: KeyValues, position: Int[Tensor, " B"]
-) -> tuple[Pair, KeyValues]:
-    """Write a token at each row's `position` in its segment: keys and values [P, h, S], and the cache after it, which
-    is a part of them. In place if it is owned, else in one copy."""
-    row, size, slots = (
-        torch.arange(len(position), device=position.device),
-        persistent[0].shape[2],
-        cache.keys[0].shape[2],
-    )
-    buffers = cache.buffers if isinstance(cache, OwnedKeyValues) and is_owned(cache, new.keys[0]) else None
+) -> tuple[Pair, Bool[Tensor, "B 1 1 S"], KeyValues]:
+    """Write a token at each row's `position` in its segment: keys and values for attention, their mask, and the cache
+    after it, which is a part of them. In place if it is owned, else in one copy.
+
+    h and S alternate behind the persistent tokens, so that the slots in use are the first ones."""
+    size, slots, owner = persistent[0].shape[2], cache.keys[0].shape[2], is_owned(cache, new.keys[0])
+    buffers = cache.buffers if owner and isinstance(cache, OwnedKeyValues) else None
     if buffers is None or buffers[0].dtype != new.keys[0].dtype:
-        keys, values = (_join(p, old) for p, old in zip(persistent, cache, strict=True))
+        keys, values = (_alternate(p, old) for p, old in zip(persistent, cache, strict=True))
         buffers = (keys, values)
+    row = torch.arange(len(position), device=position.device)
     for buffer, tokens in zip(buffers, new, strict=True):
         for i, token in enumerate(tokens):
-            buffer[row, :, size + i * slots + position] = token[:, :, 0]
-    after = KeyValues(*(tuple(buffer[:, :, size:].split(slots, 2)) for buffer in buffers))
-    return buffers, cache.in_buffers(after, buffers) if isinstance(cache, OwnedKeyValues) else after
+            buffer[row, :, size + len(tokens) * position + i] = token[:, :, 0]
+    count = len(new.keys)
+    end = size + count * (int(position.max()) + 1 if owner else slots)  # the longest row's
+    slot = torch.arange(end, device=position.device)
+    visible = slot < size + count * (position[:, None] + 1)
+    after = KeyValues(*(tuple(buffer[:, :, size + i :: count] for i in range(count)) for buffer in buffers))
+    keys, values = (buffer[:, :, :end] for buffer in buffers)
+    after = cache.in_buffers(after, buffers) if isinstance(cache, OwnedKeyValues) else after
+    return (keys, values), visible[:, None, None], after
 
 
 def _join(persistent: Tensor, parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([persistent, *(part.to(persistent.dtype) for part in parts)], 2)
+
+
+def _alternate(persistent: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """[P, the first slot of each part, the second slot of each part, ...]."""
+    return torch.cat([persistent, torch.stack([part.to(persistent.dtype) for part in parts], 3).flatten(2, 3)], 2)
