@@ -6,6 +6,7 @@ import os
 import pytest
 
 from titans_lm.bench import busy, serve
+from titans_lm.bench.measure import Setting
 from titans_lm.cli import bench, main
 
 
@@ -46,7 +47,7 @@ def test_prompts_have_different_lengths():
 
 def test_neighbours_run_while_the_action_does():
     options = {"size": "tiny", "variant": "lmm", "batch_size": 1, "tokens": 4, "steps": 1, "neighbours": 1}
-    contender = busy.trainer(options, bench._setting(_arguments()))
+    contender = busy.trainer(options, Setting())
     action = contender.actions["train"]
     children = f"/proc/{os.getpid()}/task/{os.getpid()}/children"
 
@@ -59,13 +60,6 @@ def test_neighbours_run_while_the_action_does():
     assert count() == before + 1
     action.report(None)
     assert count() == before
-
-
-def _arguments():
-    class Arguments:
-        device, dtype, backend, threads, memory_limit = "cpu", "float32", "auto", 1, 1.0
-
-    return Arguments
 
 
 @pytest.mark.parametrize(
