@@ -1,5 +1,6 @@
 """The rows of one state, each the memory of an answer. They join and leave between calls."""
 
+import logging
 from collections.abc import Collection, Sequence
 
 import torch
@@ -13,6 +14,8 @@ from titans_lm.models.block_cache import AttentionCache, BlockCache, LMMCache, c
 from titans_lm.models.cache import TitansState
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.ops import OwnedMemoryState
+
+LOG = logging.getLogger(__name__)
 
 
 class RowBatch:
@@ -53,13 +56,14 @@ class RowBatch:
         """Read a token in each row. Returns the logits after it, row by row.
 
         If the call fails, each row has one of its own, so that a row's error is that row's alone: it takes the place of
-        its logits, and the row stays as it was.
+        its logits, and the row stays as it was. The error of the call is logged.
         """
         assert self.state is not None
         results: list[Tensor | Exception]
         try:
             results = list(_logits(self.model, tokens, self.state))
         except Exception:
+            LOG.exception("a call for %d rows failed: each row is computed alone", len(tokens))
             rows = [self.state.select([i]) for i in range(len(tokens))]
             results = [logits_or_error(self.model, *pair) for pair in zip(tokens.split(1), rows, strict=True)]
             self.state = TitansState.concat(rows)
@@ -106,4 +110,4 @@ def logits_or_error(
 def _logits(model: TitansForCausalLM, ids: Int[Tensor, "B T"], state: TitansState) -> Float[Tensor, "B V"]:
     with torch.no_grad():
         out = model(ids.to(model.device), past_key_values=state, logits_to_keep=1)
-    return out.logits[:, -1].float().cpu()
+    return out.logits[:, -1].cpu()
