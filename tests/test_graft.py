@@ -26,7 +26,7 @@ from titans_lm.models.graft_config import graft_config
 from titans_lm.models.graft_files import make_graft, save_graft
 from titans_lm.models.tokenizer import byte_tokenizer
 from titans_lm.training.config import parse_settings
-from titans_lm.training.train import train
+from titans_lm.training.train import train, trainer_for
 from tolerance import assert_close
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -351,8 +351,50 @@ def test_distillation_is_the_divergence_from_the_base(bases):
     own = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
     assert_close(cut(x, labels=x).loss, 0.25 * divergence + 0.75 * own)
     assert_close(cut.eval()(x, labels=x).loss, own)
-    with pytest.raises(ValueError, match=f"distillation: rows of {LONGEST + 1} tokens are longer"):
-        cut.train()(ids(1, LONGEST + 1), labels=ids(1, LONGEST + 1))
+    each = torch.tensor([0.0, 0.5])
+    last = (p.exp() * (p - q)).sum(-1)[1].mean()
+    halves = [torch.nn.functional.cross_entropy(logits[i, :-1], x[i, 1:]) for i in range(2)]
+    assert_close(cut.train()(x, labels=x, distillation=each).loss, (halves[0] + 0.5 * halves[1] + 0.5 * last) / 2)
+
+
+def test_distillation_of_rows_longer_than_the_base_is_from_its_window(bases):
+    x = ids(2, LONGEST + 5)
+    cut = graft(bases["llama"], distillation=1.0, window_size=8).train()
+    with bypass_memory(cut):
+        p = cut.eval()(x).logits[:, :-1].log_softmax(-1)
+        assert cut.train()(x, labels=x).loss.abs() < 1e-6
+    q = cut(x).logits[:, :-1].log_softmax(-1)
+    assert_close(cut(x, labels=x).loss, (p.exp() * (p - q)).sum(-1).mean())
+    whole = graft(bases["llama"])
+    with pytest.raises(ValueError, match=f"{LONGEST + 5} tokens are more than this model's max_position_embeddings"):
+        whole.base_logits(x)
+
+
+def test_a_source_has_a_distillation_of_its_own(bases, tmp_path):
+    settings = run(bases["llama"], tmp_path / "run", steps=2)
+    text = settings.data.task["files"][0]
+    sources = [{"files": [text], "distillation": 1.0}, {"files": [text]}]
+
+    def of(sources: list[Any], **model: Any) -> Any:
+        training = {"output_dir": str(tmp_path / "own"), "max_steps": 2, "batch_size": 4, "learning_rate": 0.02}
+        graft = {"graft": bases["llama"], **MEMORY}
+        return parse_settings(
+            {"model": model or graft, "data": {"sources": sources, "sequence_length": 24}, "training": training}
+        )
+
+    both = trainer_for(of(sources))
+    batch = next(iter(both.get_train_dataloader()))
+    assert set(batch["distillation"].tolist()) == {0.0, 1.0}
+    model = both.model
+    loss = model(**batch).loss
+    rows = [model(batch["input_ids"][i : i + 1], labels=batch["labels"][i : i + 1]).loss for i in range(4)]
+    taught = batch["distillation"] > 0  # a closed gate is the base, which has nothing to teach it
+    assert_close(loss, torch.stack(rows)[~taught].sum() / 4)
+    assert train(of(sources)).config.distillation == 0
+    with pytest.raises(ValueError, match="distillation is for a graft"):
+        of(sources, hidden_size=32, num_attention_heads=4, num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"data.sources\[0\]: distillation must be in \[0, 1\], got 2.0"):
+        of([{"files": [text], "distillation": 2.0}])
 
 
 def test_the_command_makes_a_graft_that_the_other_commands_take(bases, tmp_path, capsys, monkeypatch):

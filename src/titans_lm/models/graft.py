@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from titans_lm.layers.attention import RotaryEmbedding
-from titans_lm.layers.bypass import is_bypassed
+from titans_lm.layers.bypass import bypass_memory, is_bypassed
 from titans_lm.layers.gating import ResidualGate
 from titans_lm.layers.memory_state import NeuralMemoryState
 from titans_lm.models import model_files
@@ -236,32 +236,42 @@ class GraftForCausalLM(TitansForCausalLM):
         past_key_values: TitansState | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        distillation: Tensor | None = None,
         **options: Any,
     ) -> TitansCausalLMOutput:
         """As `TitansForCausalLM.forward`. In training `labels` give the loss that the configuration's `distillation`
-        names."""
-        weight = self.config.distillation if self.training and labels is not None else 0
-        teacher = self.base_logits(input_ids, attention_mask, inputs_embeds) if weight else None
+        names, or for each row the argument's, `[B]`."""
         out: TitansCausalLMOutput = super().forward(
             input_ids, attention_mask, past_key_values, inputs_embeds, labels, **options
         )
-        if teacher is not None:
-            assert out.loss is not None and out.logits is not None and labels is not None
-            loss = _divergence(teacher, out.logits, labels, options.get("num_items_in_batch"))
-            out.loss = weight * loss + (1 - weight) * out.loss
+        if not self.training or labels is None:
+            return out
+        weight = labels.new_full(labels.shape[:1], self.config.distillation, dtype=torch.float32)
+        weight = weight if distillation is None else distillation
+        rows = weight > 0
+        if rows.any():
+            x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            teacher = self.base_logits(None, None if attention_mask is None else attention_mask[rows], x[rows])
+            assert out.loss is not None and out.logits is not None
+            more = _distilled(teacher, out.logits[rows], labels[rows]) * weight[rows]
+            items = options.get("num_items_in_batch")
+            out.loss = out.loss + more.sum() / ((labels[:, 1:] != -100).sum().clamp(min=1) if items is None else items)
         return out
 
     @torch.no_grad()
     def base_logits(
         self, input_ids: Tensor | None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
     ) -> Tensor:
-        """The logits of the base as it was published, for rows `[B, T]` from their first token on.
+        """The logits of the base as it was published, for rows `[B, T]` from their first token on. Rows of more tokens
+        than it has positions are read in the graft's window.
 
-        Raises ValueError for more tokens than the base has positions."""
+        Raises ValueError for such rows where no window lifts the limit."""
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         limit = getattr(self.model.base.config, "max_position_embeddings", None)
         if limit is not None and x.shape[1] > limit:
-            raise ValueError(f"distillation: rows of {x.shape[1]} tokens are longer than the base's {limit} positions")
+            with without_lora(self.model.base), bypass_memory(self.model):
+                logits: Tensor = super().forward(attention_mask=attention_mask, inputs_embeds=x, use_cache=False).logits
+            return logits
         with without_lora(self.model.base):
             out = self.model.base(inputs_embeds=x, attention_mask=attention_mask, use_cache=False)
         return self.lm_head(out.last_hidden_state)
@@ -278,13 +288,14 @@ class GraftForCausalLM(TitansForCausalLM):
             model_files.add_companions(save_directory, adapter=False, code=False)
 
 
-def _divergence(teacher: Tensor, logits: Tensor, labels: Tensor, items: Any) -> Tensor:
-    """KL(teacher, graft) of each token's prediction, over those that have a label; `items`: their number in all batches
-    of a step."""
+def _distilled(teacher: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """What distillation puts in place of the next token's loss: KL(teacher, graft) less that loss, summed over the
+    labels of each row, `[B]`."""
     counted = labels[:, 1:] != -100
     p, q = (F.log_softmax(x[:, :-1].float(), -1) for x in (teacher, logits))
-    each = F.kl_div(q, p, reduction="none", log_target=True).sum(-1) * counted
-    return each.sum() / (counted.sum().clamp(min=1) if items is None else items)
+    divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    own = q.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    return ((divergence + own) * counted).sum(1)
 
 
 # ------------------------------------------------------------------------------------------------ the base's parts

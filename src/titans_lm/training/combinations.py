@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from titans_lm.models.configuration import TitansConfig
+from titans_lm.models.graft_config import GraftConfig
 from titans_lm.tasks import make_task
 from titans_lm.training.data_settings import DataSettings
 
@@ -39,8 +40,18 @@ def check_data(data: DataSettings) -> None:
                 raise ValueError(f"data.{key}={getattr(data, key)!r} has no effect with data.task: {instead}")
     if not data.dataset and data.dataset_split != defaults.dataset_split:
         raise ValueError(f"data.dataset_split={data.dataset_split!r} has an effect only with data.dataset")
+    if data.distillation is not None:
+        raise ValueError(
+            f"data.distillation={data.distillation} is for one of data.sources; for all: model.distillation"
+        )
     if not data.files and data.held_out not in (0, defaults.held_out):
         raise ValueError(f"data.held_out={data.held_out} is a number of data.files; other data has none")
+
+
+def check_distillation(data: DataSettings, config: PreTrainedConfig) -> None:
+    """Raises ValueError for sources with `distillation` where the model has no base to learn from."""
+    if any("distillation" in source for source in data.sources) and not isinstance(config, GraftConfig):
+        raise ValueError("data.sources: distillation is for a graft (model.graft), which has a base to learn from")
 
 
 def check_length(data: DataSettings, config: PreTrainedConfig, spans: list[int]) -> None:

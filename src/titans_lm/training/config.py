@@ -24,7 +24,7 @@ from titans_lm.models.hub import RUN
 from titans_lm.models.model_files import find
 from titans_lm.models.presets import SIZES, fitted, preset
 from titans_lm.tasks import make_task
-from titans_lm.training.combinations import check_data, check_length, check_model, check_model_keys
+from titans_lm.training.combinations import check_data, check_distillation, check_length, check_model, check_model_keys
 from titans_lm.training.data_settings import RESET, DataSettings
 from titans_lm.training.trackers import check_names
 from titans_lm.utils.yaml_values import Dumper, at_least, parse_yaml, read_yaml, typed
@@ -291,6 +291,7 @@ def _check_model(config: PreTrainedConfig, settings: Settings) -> None:
     training = settings.training
     check_model(settings.model, config)
     check_length(settings.data, config, training.tbptt_steps)
+    check_distillation(settings.data, config)
     if isinstance(config, GraftConfig):
         _check_graft(training)
     kind = getattr(config, "variant", "mamba2")

@@ -38,6 +38,8 @@ class DataSettings:
     """A text between two documents of one file or row."""
     sources: list[dict[str, Any]] = field(default_factory=list)
     """Several sources. Each has a `weight`, its share of the rows, and keys as above; its held_out is 0 by default."""
+    distillation: float | None = None
+    """Of a source, in training a graft: its rows' `model.distillation`."""
     documents: str = JOIN
     """join: the model reads on from one document into the next. reset: it reads each as if it were alone."""
     tokenizer: str = "bytes"
@@ -111,6 +113,8 @@ class DataSettings:
             raise ValueError(f"data.format={self.format!r} is not one of {', '.join(FORMATS)}")
         if self.separator == "":
             raise ValueError("data.separator must be a text such as <|endoftext|>, got an empty one")
+        if self.distillation is not None and not 0 <= self.distillation <= 1:
+            raise ValueError(f"distillation must be in [0, 1], got {self.distillation}")
         at_least("data.held_out", self.held_out, 0)
         at_least("data.workers", self.workers, 0)
         at_least("data.sequence_length", self.sequence_length, 2)
@@ -217,6 +221,6 @@ class DataSettings:
 
 _OF_A_SOURCE = {
     "files", "suffixes", "format", "held_out", "dataset", "dataset_config", "dataset_split", "data_files",
-    "text_column", "separator", "task",
+    "text_column", "separator", "task", "distillation",
 }  # fmt: skip
 assert {f.name for f in dataclasses.fields(DataSettings)} > _OF_A_SOURCE

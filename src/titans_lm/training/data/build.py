@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from titans_lm.models.graft_config import GraftConfig
 from titans_lm.tasks import Rows, StreamRows, StreamTask, make_task
 from titans_lm.training.config import Settings
 from titans_lm.training.data.blocks import Blocks, ShuffledRows, TBPTTSampler, Tokens
@@ -122,7 +123,20 @@ def _source(settings: Settings, tokenizer: PreTrainedTokenizerBase, shard: Shard
         else:
             documents = Documents(_reader(own, shard), own.separator)
             sources.append(PackedRows(documents, tokenizer, borders, continued))
-    return sources[0] if len(sources) == 1 else Mixture(sources, weights, training.seed)
+    distillation = _distillation(settings)
+    if len(sources) == 1 and distillation is None:
+        return sources[0]
+    return Mixture(sources, weights, training.seed, distillation)
+
+
+def _distillation(settings: Settings) -> list[float] | None:
+    """That of each source; None if they have none of their own."""
+    own = [source.distillation for source, _ in settings.data.weighted_sources()]
+    if all(value is None for value in own):
+        return None
+    config = settings.config()
+    assert isinstance(config, GraftConfig)  # settings were checked
+    return [float(config.distillation if value is None else value) for value in own]
 
 
 def _reader(data: DataSettings, shard: Shard) -> Reader:

@@ -149,10 +149,15 @@ class TaskSource:
 
 class Mixture:
     """Each row is of one of several sources, drawn by weight. So a weight is a share of the tokens. Which one depends
-    on (seed, batch, row) only."""
+    on (seed, batch, row) only.
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int):
-        self.sources, self.seed = sources, seed
+    With `distillation`, one number for each source, a batch has that of each row, `[B]`.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], weights: Sequence[float], seed: int, distillation: list[float] | None = None
+    ):
+        self.sources, self.seed, self.distillation = sources, seed, distillation
         self.shares = np.cumsum(weights) / sum(weights)
 
     @property
@@ -169,7 +174,10 @@ class Mixture:
             parts.append(self.sources[number].rows(place, [indices[i] for i in own.tolist()]))
             order += own.tolist()
         back = torch.tensor(order).argsort()
-        return {key: torch.cat([part[key] for part in parts])[back] for key in parts[0]}
+        batch = {key: torch.cat([part[key] for part in parts])[back] for key in parts[0]}
+        if self.distillation is not None:
+            batch["distillation"] = torch.tensor(self.distillation)[torch.from_numpy(source)]
+        return batch
 
     def state_dict(self) -> State:
         return {
