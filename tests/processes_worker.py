@@ -1,11 +1,12 @@
 """Runs settings in processes that it forks, as torchrun would start them: `processes_worker.py PLAN`.
 
-PLAN is JSON: a list of [number of processes, {name: settings}, {folder: its copy, made before}]. Prints what each
+PLAN is JSON: a list of [number of processes, {name: settings}, {copy: the folder it is of, made before}]. Prints what each
 process raised, by name and process.
 """
 
 import json
 import os
+import resource
 import shutil
 import socket
 import sys
@@ -16,19 +17,26 @@ from pathlib import Path
 from titans_lm.training.config import parse_settings
 from titans_lm.training.train import train
 
+FULL = 6000
+"""Bytes of a file, beyond which the disk is full: fewer than every checkpoint has in each process's files."""
+
 
 def run(index: int, count: int, port: int, runs: dict) -> None:
     if count > 1:
         os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count), "MASTER_PORT": str(port)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for name, settings in runs.items():
         if name == "skewed" and index:
             time.monotonic = lambda now=time.monotonic: now() * 1000
+        if name in (f"full-ddp-{index}", f"full-fsdp-{index}"):  # this process's disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, limits[1]))
         try:
             train(parse_settings(settings))
         except (Exception, SystemExit) as error:
             print("raised", name, index, type(error).__name__, error, flush=True)
             if isinstance(error, RuntimeError):
                 traceback.print_exc()
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def free_port() -> int:
@@ -57,7 +65,7 @@ def started(count: int, runs: dict) -> list[int]:
 
 def main() -> None:
     for count, runs, copies in json.loads(Path(sys.argv[1]).read_text()):
-        for source, goal in copies.items():
+        for goal, source in copies.items():
             shutil.copytree(source, goal)
         children = started(count, runs)
         for child in children:

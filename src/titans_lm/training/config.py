@@ -58,6 +58,8 @@ class TrainingSettings:
     """Shard weights, gradients and optimizer state over the processes of torchrun or accelerate (FSDP2, by block)."""
     compile: bool = False
     """Compile each block with torch.compile."""
+    compile_backend: str = "inductor"
+    """Of torch.compile: a name of `torch.compiler.list_backends(())`."""
     tbptt_steps: list[int] = field(default_factory=lambda: [1])
     """Carry the memory across N batches (truncated BPTT). Each batch continues its rows' texts, and gradients stop at
     the batch's start. After N batches the memory is reset. 1: reset before every batch. Several values: row i takes

@@ -58,7 +58,7 @@ class Processes:
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """A context that ends in all processes or fails in all: the first process that fails raises its error, others
-        `FailedElsewhere`. It must hold no collective call that only some processes would reach."""
+        `FailedElsewhere`. Contexts nest: the error stays that of the process where it arose. A context must hold no collective call that only some processes would reach."""
         error: BaseException | None = None
         try:
             yield
@@ -66,18 +66,26 @@ class Processes:
             if self.count == 1:
                 raise
             error = raised
-        failed = self.gather(None if error is None else isinstance(error, KeyboardInterrupt)) if self.count > 1 else []
-        first = next((index for index, failure in enumerate(failed) if failure is not None), None)
+        failed = self.gather(_failure(error)) if self.count > 1 else []
+        own = [index for index, (_, here) in enumerate(failed) if here]
+        first = next(iter(own or [index for index, (status, _) in enumerate(failed) if status]), None)
         if first is None:
             return
         if first == self.index:
             assert error is not None
             raise error
-        raise FailedElsewhere(130 if failed[first] else 2) from None
+        raise FailedElsewhere(failed[first][0]) from None
 
     def said_once(self, error: BaseException, status: int = 2) -> BaseException:
         """`error`, which all processes have, in the first one; in others what ends them without words."""
         return error if self.is_first else FailedElsewhere(status)
+
+
+def _failure(error: BaseException | None) -> tuple[int, bool]:
+    """The exit status that an error asks for, 0: none; and whether it arose in this process."""
+    if isinstance(error, FailedElsewhere):
+        return int(error.code or 2), False
+    return (0, False) if error is None else (130 if isinstance(error, KeyboardInterrupt) else 2, True)
 
 
 def _refuse_one_of_several() -> None:

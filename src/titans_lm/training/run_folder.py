@@ -144,7 +144,7 @@ def unfinished(output: Path, step: int, keep: int, processes: Processes) -> Iter
                 _finish(checkpoint)
                 os.replace(checkpoint, output / checkpoint.name)
                 _sync(output)
-    except (RuntimeError, OSError) as error:  # torch and safetensors report a full disk as RuntimeError
+    except (SafetensorError, RuntimeError, OSError) as error:  # a full disk, as three libraries report it
         raise OSError(f"cannot write to {output}: {error}; the last whole checkpoint there is untouched") from error
     finally:
         if processes.is_first:

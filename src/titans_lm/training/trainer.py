@@ -100,7 +100,7 @@ class TitansTrainer(Trainer):
         self.args.ignore_data_skip = isinstance(training_set, Stream)  # it goes to its place by itself
         if self.settings.compile:
             for block in self.model.base_model.layers:
-                block.compile()  # in place: its name in checkpoints stays
+                block.compile(backend=self.settings.compile_backend)  # in place: its name in checkpoints stays
         self.remove_callback(PrinterCallback)  # `Clock` and `Progress` show how far the run is
 
     def _reset_run_state(self) -> None:
@@ -220,10 +220,10 @@ class TitansTrainer(Trainer):
         """As `Trainer`'s, with digests of the tokenizer's files too."""
         super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or self.args.output_dir)
-        if not self.processes.is_first:
-            return
-        if self.processing_class is not None and (folder / DIGESTS).is_file():  # models of transformers have none
-            add_digests(folder, self.processing_class.save_pretrained(folder))
+        with self.processes.together():
+            named = self.processes.is_first and self.processing_class is not None
+            if named and (folder / DIGESTS).is_file():  # models of transformers have none
+                add_digests(folder, self.processing_class.save_pretrained(folder))
 
     # Trainer has no public hook around the writing of a checkpoint (`on_save` comes after it). These two methods write
     # it to a folder of its own, which is moved into place when it is whole.
