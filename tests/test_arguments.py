@@ -49,6 +49,9 @@ def test_a_packed_document_is_read_as_if_alone(kind, borders):
         for a, d in zip(alone, DOCUMENTS, strict=True)
         if len(d) > 1
     ]
+    if out.memory_loss is not None:
+        own = torch.stack([a.memory_loss * (len(d) - 1) for a, d in zip(alone, DOCUMENTS, strict=True)])
+        assert_close(out.memory_loss.float(), (own.sum() / (sum(LENGTHS) - len(LENGTHS))).float())
     plain = out.loss - 0.5 * (out.memory_loss or 0)
     assert_close(plain.float(), (torch.stack(losses).sum() / (sum(LENGTHS) - len(LENGTHS))).float())
     parameters, weight = list(model.parameters()), torch.randn(sum(LENGTHS), VOCABULARY, dtype=torch.float64)

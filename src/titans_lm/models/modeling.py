@@ -32,7 +32,7 @@ from titans_lm.models.cache import TitansState
 from titans_lm.models.configuration import TitansConfig
 from titans_lm.models.forward_context import ForwardContext
 from titans_lm.models.generation import TitansGeneration
-from titans_lm.models.loss import LOSS_ARGUMENTS, label_counts, memory_losses
+from titans_lm.models.loss import LOSS_ARGUMENTS, memory_loss_sum
 from titans_lm.models.model_identity import Identity, identity
 from titans_lm.models.outputs import TitansCausalLMOutput, TitansModelOutput
 from titans_lm.models.packing import OutputOptions, StackOutput, document_starts, documents, read_documents
@@ -367,11 +367,11 @@ class TitansForCausalLM(TitansPreTrainedModel, TitansGeneration, GenerationMixin
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **loss_arguments)
         if loss is not None and labels is not None and weight > 0 and out.surprise:
-            rows, counts = memory_losses(out.surprise, attention_mask), label_counts(labels, **loss_arguments)
-            total, own = (rows * counts).sum(), counts.sum().clamp(min=1)
+            packed = {**kwargs, "position_ids": position_ids}
+            total, own = memory_loss_sum(out.surprise, labels, attention_mask, packed, loss_arguments)
             items = loss_arguments.get("num_items_in_batch")
-            memory_loss = total / own
-            loss = loss + weight * total / (own if items is None else items)
+            memory_loss = total / own.clamp(min=1)
+            loss = loss + weight * (memory_loss if items is None else total / items)
         return TitansCausalLMOutput(
             loss=loss,
             logits=logits,
