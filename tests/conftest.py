@@ -1,5 +1,7 @@
 """What all tests stand on: shapes checked, uninitialised memory NaN, one thread, and tiny models of every kind."""
 
+import atexit
+import gc
 import importlib.util
 import os
 import signal
@@ -46,6 +48,8 @@ def pytest_configure() -> None:
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True  # torch.empty gives NaN
+
+atexit.register(gc.freeze)  # a last search for garbage would take seconds
 
 VOCABULARY, SEGMENT, WINDOW, CHUNK, PERSISTENT = 23, 7, 5, 4, 3
 

@@ -1,7 +1,7 @@
 """Runs settings in processes that it forks, as torchrun would start them: `processes_worker.py PLAN`.
 
-PLAN is JSON: a list of [number of processes, {name: settings}, {copy: the folder it is of, made before}]. Prints what each
-process raised, by name and process.
+PLAN is JSON: a list of [number of processes, {name: settings}, {copy: the folder it is of, made before}]. Prints what
+each process raised, by name and process.
 """
 
 import json

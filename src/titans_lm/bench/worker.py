@@ -11,7 +11,7 @@ import sys
 from typing import Any, TextIO
 
 from titans_lm.bench.measure import Contender, Meter, Setting, limit_memory
-from titans_lm.utils.machine import keep_freed_memory
+from titans_lm.utils.machine import end_quickly, keep_freed_memory
 
 
 def build(order: dict[str, Any], setting: Setting) -> Contender:
@@ -49,6 +49,7 @@ def _prepare(setting: Setting) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(setting.threads)
     keep_freed_memory()
+    end_quickly()
     limit_memory(setting)
 
 

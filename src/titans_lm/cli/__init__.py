@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
-    from titans_lm.utils.machine import keep_freed_memory
+    from titans_lm.utils.machine import end_quickly, keep_freed_memory
     from titans_lm.utils.record import Stopped, on_stop, stop
 
     parsed = _parsed(verb, arguments)  # help and errors end here, before torch is loaded
@@ -60,6 +60,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     if verb not in _WITHOUT_COMPUTATION:
         _no_more_threads_than_cores()
     keep_freed_memory()
+    end_quickly()
     run: Callable[[argparse.Namespace], int | None] = module.run
     try:
         with on_stop(stop):

@@ -117,11 +117,12 @@ def _work(cell: Cell, job: Job, runs: Path, command: str, answer: Connection) ->
     """Run a job in the cell's process: one thread, output to a file, the result through the pipe."""
     import torch
 
-    from titans_lm.utils.machine import keep_freed_memory
+    from titans_lm.utils.machine import end_quickly, keep_freed_memory
     from titans_lm.utils.record import on_stop, stop
 
     torch.set_num_threads(1)
     keep_freed_memory()
+    end_quickly()  # the next cell, or a user who has stopped the study, waits for it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with (runs / f"{cell.name}.{LOG}").open("a", buffering=1) as log:
         os.dup2(log.fileno(), sys.stdout.fileno())

@@ -11,6 +11,9 @@ from titans_lm.tasks import make_task
 from titans_lm.training.data_settings import DataSettings
 
 _OF_MEMORY = ("memory_loss_weight", "surprise_threshold")
+_OF_VARIANTS = {"gate": ("mac", "mag"), "window_size": ("mag", "mal", "attention"), "segment_size": ("mac",)}
+"""Keys of the model's section -> the variants that have them."""
+_WITH_MEMORY = ("mac", "mag", "mal", "lmm")
 
 
 def check_model_keys(fields: dict[str, Any]) -> None:
@@ -22,13 +25,31 @@ def check_model_keys(fields: dict[str, Any]) -> None:
 
 
 def check_model(fields: dict[str, Any], config: PreTrainedConfig) -> None:
-    """Raises ValueError for a given key that has no effect in this model. Keys of shapes, gates and steps pass in
-    variants that do not have them, so that the models of a study can share a section."""
+    """Raises ValueError for a given key of the memory's learning that has no effect in this model."""
     variant = getattr(config, "variant", None)
     if variant is None or variant == "attention":
         for key in _OF_MEMORY:
             if fields.get(key):
                 raise ValueError(f"model.{key}={fields[key]} is for a model with a memory; this one has none")
+
+
+def check_run(fields: dict[str, Any], config: PreTrainedConfig, data: DataSettings, training: Any) -> None:
+    """Raises ValueError for a given key without an effect in a run by itself. `parse_settings` lets it pass, because
+    the cells of a study share sections. A model's key that is null counts as left out."""
+    variant = getattr(config, "variant", None)
+    for key, value in fields.items():
+        of_memory = key == "num_memory_heads" or key.startswith(("memory_", "surprise_"))
+        variants = _OF_VARIANTS.get(key, _WITH_MEMORY if of_memory else None)
+        if variants is not None and variant is not None and variant not in variants and value is not None:
+            raise ValueError(
+                f"model.{key}={value} has no effect in variant {variant!r}, it is of {', '.join(variants)}; leave it "
+                f"out, or --set model.{key}=null"
+            )
+    evaluated = any(source.files and source.held_out for source, _ in data.weighted_sources())
+    if not evaluated and training.eval_steps != type(training)().eval_steps:
+        raise ValueError(
+            f"training.eval_steps={training.eval_steps} has an effect only with files that are held out (data.held_out)"
+        )
 
 
 def check_data(data: DataSettings) -> None:

@@ -285,6 +285,10 @@ def parse_settings(tree: dict[str, Any]) -> Settings:
     if size is not None and size not in list(SIZES):  # a list: a size that a user typed may not be hashable
         raise ValueError(f"model.size={size!r} is not one of {', '.join(SIZES)}")
     _check_model(settings.config(), settings)
+    if training.fsdp and data.documents == RESET:
+        raise ValueError(f"training.fsdp gathers weights as often in each process: data.documents={RESET} needs DDP")
+    if training.compile_backend != TrainingSettings.compile_backend and not training.compile:
+        raise ValueError(f"training.compile_backend={training.compile_backend} has an effect only with compile: true")
     return settings
 
 
@@ -308,6 +312,8 @@ def _check_graft(training: TrainingSettings) -> None:
     for key in ("core_steps", "memory_steps"):
         if getattr(training, key):
             raise ValueError(f"training.{key}: the core of a graft is its base, which is trained and stays frozen")
+    if training.compile:
+        raise ValueError("training.compile is for blocks of a Titans model; the layers of a graft are its base's")
     if training.activation_checkpointing:
         raise ValueError("training.activation_checkpointing: transformers drops the cache then, and a graft needs it")
 

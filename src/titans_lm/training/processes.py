@@ -58,7 +58,8 @@ class Processes:
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """A context that ends in all processes or fails in all: the first process that fails raises its error, others
-        `FailedElsewhere`. Contexts nest: the error stays that of the process where it arose. A context must hold no collective call that only some processes would reach."""
+        `FailedElsewhere`. Contexts nest: the error stays that of the process where it arose. A context must hold no
+        collective call that only some processes would reach."""
         error: BaseException | None = None
         try:
             yield

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from titans_lm.models.cache import TitansState
+from titans_lm.models.configuration import unknown_key
 from titans_lm.models.model_files import DIGESTS, add_digests
 from titans_lm.models.tokenizer import is_bytes
 from titans_lm.tasks import StreamTask, make_task
@@ -74,6 +75,9 @@ class TitansTrainer(Trainer):
         if len(self.settings.tbptt_steps) > self.rows:
             many = f"one number, or at most one for each of the {self.rows} rows of a batch (training.batch_size)"
             raise ValueError(f"training.tbptt_steps must be {many}, got {self.settings.tbptt_steps}")
+        known = torch.compiler.list_backends(()) if self.settings.compile else []
+        if self.settings.compile and self.settings.compile_backend not in known:
+            raise ValueError(unknown_key(self.settings.compile_backend, known, "training.compile_backend"))
         self.clock = Clock(self.settings.max_steps, self.settings.max_minutes, self.processes)
         self.bytes = tokenizer is not None and is_bytes(tokenizer) and not _labels_some_tokens(settings)
         self.tokens = 0  # read in training
@@ -210,10 +214,10 @@ class TitansTrainer(Trainer):
         before = self.carried.next()
         self.last_batch = inputs = continue_documents(inputs, before)
         self.last_state = None if before is None else before.shallow_copy()
-        kwargs["return_outputs"] = True
-        inputs = {**inputs, "past_key_values": before, "use_cache": True}
-        loss, out = super().compute_loss(model, inputs, *args, **kwargs)
-        self.carried.keep(out.past_key_values)
+        # a state of its own, because transformers leaves out `use_cache` with activation checkpointing
+        state = self.model.initial_state(len(inputs["input_ids"])) if before is None else before
+        loss: Tensor = super().compute_loss(model, {**inputs, "past_key_values": state}, *args, **kwargs)
+        self.carried.keep(state)
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

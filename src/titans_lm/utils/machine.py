@@ -1,7 +1,9 @@
 """The machine that a process runs on: what others take of its cores, how threads wait there, and freed memory."""
 
+import atexit
 import contextlib
 import ctypes
+import gc
 import os
 import time
 from collections.abc import Mapping
@@ -100,3 +102,9 @@ def keep_freed_memory() -> bool:
         return False
     # 0: no allocation of its own mapping, which free would return
     return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, 2**31 - 1))
+
+
+def end_quickly() -> None:
+    """Let this process end without a last search for garbage, which takes a second with torch and transformers."""
+    atexit.unregister(gc.freeze)  # once is enough
+    atexit.register(gc.freeze)
