@@ -104,8 +104,17 @@ def train_and_test(cell: Cell, runs: Path, command: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ one process
 
 
+def _context() -> Any:
+    """Each process is forked from one that has imported what all need, which takes seconds, and has run nothing."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def _start(cell: Cell, job: Job, runs: Path, command: str) -> Running:
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(cell, job, runs, command, theirs), name=cell.name)
     process.start()
