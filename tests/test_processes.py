@@ -40,6 +40,11 @@ MODES = {
 
 
 HALF = {"bf16": True, "activation_checkpointing": True, "accumulation": 2, "learning_rate": 0.01}
+CURRICULUM = [{"until": 0.5, "sequence_length": 8}, {"until": 1.0, "sequence_length": 16}]
+MANY = {
+    "max_steps": 4, "save_steps": 1, "keep": 3, "tbptt_steps": [2], "core_steps": 1, "memory_steps": 1,
+    "activation_checkpointing": True, "accumulation": 2,
+}  # fmt: skip
 FULL = ("full-ddp-0", "full-ddp-1", "full-fsdp-0", "full-fsdp-1")
 """Runs in which the disk of one process, the last number, is full."""
 
@@ -87,10 +92,11 @@ def runs(tmp_path_factory):
     task = {"name": "streams", "length": 16, "files": [str(folder / "texts")], "sources": {"markov": 1}}
     streams = {**tree(folder, "one/streams", {"variant": "mag"}, tbptt_steps=SPANS), "data": {"task": task}}
     alone["streams"] = streams
-    pairs["ddp/streams"] = {
-        **streams,
-        "training": {**streams["training"], "output_dir": str(folder / "ddp/streams"), **two},
-    }
+    for how in ("ddp", "fsdp"):
+        training = {"output_dir": str(folder / how / "streams"), **two, "fsdp": how == "fsdp"}
+        pairs[f"{how}/streams"] = {**streams, "training": {**streams["training"], **training}}
+    alone["many"] = streamed(folder, "one/many", workers=2, curriculum=CURRICULUM, **MANY)
+    pairs["fsdp/many"] = streamed(folder, "fsdp/many", workers=1, curriculum=CURRICULUM, **MANY, **two, fsdp=True)
     alone["half"] = tree(folder, "one/half", {"variant": "mac"}, **HALF)
     alone["begun"] = tree(folder, "one/begun", {"variant": "mac"}, **{**HALF, "learning_rate": 1e-12}, max_steps=1)
     alone["streamed"] = streamed(folder, "one/streamed", workers=2)
@@ -105,9 +111,7 @@ def runs(tmp_path_factory):
     fours = {"four": tree(folder, "four", {"variant": "mag"}, **again, batch_size=1, fsdp=True)}
     on = {"ddp/again": streamed(folder, "ddp/again", **two, resume=True)}
     on |= {name: streamed(folder, name, **two, resume=True) for name in FULL if "ddp" in name}
-    on |= {
-        name: tree(folder, name, {"variant": "mag"}, **again, **two, fsdp=True) for name in FULL if "fsdp" in name
-    }
+    on |= {name: tree(folder, name, {"variant": "mag"}, **again, **two, fsdp=True) for name in FULL if "fsdp" in name}
     plan = folder / "plan.json"
     taken = {str(folder / name / "checkpoint-2"): str(folder / _begun(name) / "checkpoint-2") for name in (*on, "four")}
     plan.write_text(json.dumps([[1, alone, {}], [2, pairs, {}], [4, fours, taken], [2, on, {}]]))
@@ -118,10 +122,11 @@ def runs(tmp_path_factory):
     return folder, [line for line in said.splitlines() if line.startswith("raised")]
 
 
-def streamed(folder, output, workers=0, **training):
+def streamed(folder, output, workers=0, curriculum=(), **training):
     """Text that each process reads from the disk, or each worker of one process."""
-    settings = tree(folder, output, {"variant": "mag"}, **{"save_steps": 2, **training})
-    files = {"files": [str(folder / "texts")], "stream": True, "workers": workers}
+    model = {"variant": "mag", "memory_loss_weight": 0.1}
+    settings = tree(folder, output, model, **{"save_steps": 2, **training})
+    files = {"files": [str(folder / "texts")], "stream": True, "workers": workers, "curriculum": list(curriculum)}
     return {**settings, "data": {**settings["data"], **files}}
 
 
@@ -139,9 +144,16 @@ def test_two_processes_are_one_with_the_same_batches(runs, how, mode):
     assert weight <= 1e-6
 
 
-def test_rows_of_a_task_go_on_in_their_process(runs):
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_rows_of_a_task_go_on_in_their_process(runs, how):
     folder, _ = runs
-    assert max(difference(folder / "one/streams", folder / "ddp/streams")) <= 2e-6
+    assert max(difference(folder / "one/streams", folder / how / "streams")) <= 2e-6
+
+
+def test_sharded_weights_go_with_every_other_key(runs):
+    folder, _ = runs
+    assert max(difference(folder / "one/many", folder / "fsdp/many")) <= 2e-6
+    assert len(list((folder / "fsdp/many").glob("checkpoint-*"))) == MANY["keep"]
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
