@@ -36,13 +36,13 @@ class OwnedKeyValues(KeyValues):
 
     buffers: Pair | None = None
     """What the tensors are parts of: the persistent tokens and slots behind them, some of them spare."""
-    start = 0
-    """Slots of the buffers that a window has left behind."""
+    place = (0, 0)
+    """Of a window: the tokens written since the buffers were made, and the slots before the persistent tokens."""
 
-    def in_buffers(self, tensors: KeyValues, buffers: Pair, start: int = 0) -> "OwnedKeyValues":
+    def in_buffers(self, tensors: KeyValues, buffers: Pair, place: tuple[int, int] = (0, 0)) -> "OwnedKeyValues":
         """The cache of these tensors, which are parts of `buffers`."""
         cache = OwnedKeyValues(*tensors)
-        cache.buffers, cache.start = buffers, start
+        cache.buffers, cache.place = buffers, place
         return cache
 
 
@@ -61,20 +61,21 @@ def append_to_window(
 ) -> tuple[Pair, Bool[Tensor, "B 1 1 S"], OwnedKeyValues]:
     """Write a token behind each row's window: keys and values [P, S] for attention, their mask, and the cache after.
 
-    `first` is the first slot of the cache that holds a token of the row."""
-    size, slots, start, buffers = persistent[0].shape[2], cache.keys[0].shape[2], cache.start, cache.buffers
+    `first` is the first slot of the cache that holds a token of the row. Slots that are empty in all rows lie before
+    the persistent tokens, where attention does not read them."""
+    size, slots, start, skipped, buffers = persistent[0].shape[2], cache.keys[0].shape[2], *cache.place, cache.buffers
     if buffers is None or start == SPARE or buffers[0].dtype != new[0].dtype:
-        spare = new[0].new_zeros(*new[0].shape[:2], SPARE, new[0].shape[3])
-        keys, values = (_join(p, [*old, spare]) for p, old in zip(persistent, cache, strict=True))
-        buffers, start = (keys, values), 0
+        start, skipped = 0, int(first.min())
+        keys, values = (_with_spare(p, old[0], skipped) for p, old in zip(persistent, cache, strict=True))
+        buffers = (keys, values)
     end = size + start + slots
     for buffer, token in zip(buffers, new, strict=True):
         buffer[:, :, end] = token[:, :, 0]
-    slot = torch.arange(end + 1)
-    visible = (slot < size) | (slot >= size + start + first[:, None])
-    keys, values = (buffer[:, :, : end + 1] for buffer in buffers)
+    slot = torch.arange(skipped, end + 1)
+    visible = (slot < skipped + size) | (slot >= size + start + first[:, None])
+    keys, values = (buffer[:, :, skipped : end + 1] for buffer in buffers)
     after = KeyValues(*((buffer[:, :, end + 1 - slots : end + 1],) for buffer in buffers))
-    return (keys, values), visible[:, None, None], cache.in_buffers(after, buffers, start + 1)
+    return (keys, values), visible[:, None, None], cache.in_buffers(after, buffers, (start + 1, skipped))
 
 
 def append_to_segment(
@@ -103,8 +104,11 @@ def append_to_segment(
     return (keys, values), visible[:, None, None], after
 
 
-def _join(persistent: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([persistent, *(part.to(persistent.dtype) for part in parts)], 2)
+def _with_spare(persistent: Tensor, window: Tensor, skipped: int) -> Tensor:
+    """[the first slots of a window, P, its other slots, spare slots]."""
+    window, (batch, heads, _, width) = window.to(persistent.dtype), persistent.shape
+    spare = window.new_zeros(batch, heads, SPARE, width)
+    return torch.cat([window[:, :, :skipped], persistent, window[:, :, skipped:], spare], 2)
 
 
 def _alternate(persistent: Tensor, parts: Sequence[Tensor]) -> Tensor:
