@@ -143,6 +143,7 @@ CONTENDERS: dict[str, Contender] = {
     "titans_mag": ours(_WINDOW_RECIPE, _WINDOW | {"variant": "mag"}),
     "titans_mal": ours(_WINDOW_RECIPE, _WINDOW | {"variant": "mal"}),
     "titans_stream": ours(_STREAM_RECIPE, _STREAM),
+    "stream_no_memory": ours(_STREAM_RECIPE, _STREAM | {"variant": "attention", "window_size": 1}),
 }
 
 
