@@ -339,7 +339,10 @@ def test_candidates_are_measured_without_the_test_part(tmp_path: Path, capsys: p
     made = series()
     hidden = made._replace(values=made.values.clone())
     hidden.values[PARTS.val :] = torch.nan
+    cell = Cell(made, PARTS, Task(24, 5, 2, 24), "rlinear", 0)
+    assert len(cell.values()) == PARTS.test
     for name, candidate in candidates.items():
+        assert len(dataclasses.replace(cell, candidate=candidate).values()) == PARTS.val
         found, blind = (
             Cell(given, PARTS, Task(24, 5, 2, 24), name, 0, candidate=candidate).run(lambda _: None)
             for given in (made, hidden)

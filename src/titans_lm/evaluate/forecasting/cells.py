@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from titans_lm.evaluate.forecasting.contenders import CONTENDERS, Contender, Task, parameters, seeded
 from titans_lm.evaluate.forecasting.fit import Recipe, fit, measure
@@ -67,13 +67,15 @@ class Cell:
             raise ValueError(f"seasonal_naive repeats the last --season {task.season} steps, and sees --look-back "
                              f"{task.look_back}: give a shorter season or a longer look-back")  # fmt: skip
 
+    def values(self) -> Tensor:
+        """The rows that are there for training and test: of a candidate, none of the test part."""
+        values = standardised(self.series, self.parts)
+        return values if self.candidate is None else values[: self.parts.val]
+
     def run(self, tell: Callable[[str], None]) -> dict[str, Any]:
         """Train and test -> its line. `tell` gets a line of progress now and then."""
         begun = time.monotonic()
-        values = standardised(self.series, self.parts)
-        if self.candidate is not None:
-            values = values[: self.parts.val]  # the test part is not there
-        data = windows_of(values, self.parts, self.task.look_back, self.task.horizon)
+        data = windows_of(self.values(), self.parts, self.task.look_back, self.task.horizon)
         check_no_leak(data, self.parts)
         train = fit_stream if self.contender.stream else fit
         fitted = train(lambda: seeded(self.contender, self.task, self.seed), data, self.recipe, self.seed, tell)
