@@ -91,7 +91,7 @@ def test_a_position_that_was_not_read_has_the_shapes_of_one_that_was(kind):
     net(decode.lm.ids(150, net), past_key_values=real)
     synthetic, read = decode._state(net, 150, 20, Setting())
     assert read == (0 if kind == "full attention" else 20)
-    shapes = [[t.shape for _, t in sorted(s._tensors().items())] for s in (real, synthetic)]
+    shapes = [[t.shape for _, t in sorted(s.tensors().items())] for s in (real, synthetic)]
     assert shapes[0] == shapes[1]
     assert (synthetic.position.tolist(), synthetic.columns) == (real.position.tolist(), real.columns) == ([150], 150)
 

@@ -224,7 +224,7 @@ def test_a_reader_resumes_a_memory_file_and_forks_it(llama, tmp_path):
     assert reader.ask("night", max_new_tokens=6) == whole.ask("night", max_new_tokens=6)
     loaded = TitansState.load(file, llama)
     assert all(
-        torch.equal(a, b) for a, b in zip(loaded._tensors().values(), reader.state._tensors().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(loaded.tensors().values(), reader.state.tensors().values(), strict=True)
     )
     with torch.no_grad():
         llama.model.grafts()[0].gate.scale += 0

@@ -35,8 +35,8 @@ def test_bits_are_those_of_one_forward_pass(model, piece):
 def test_watching_does_not_change_what_is_remembered(model):
     watched = Reader(model, byte_tokenizer(), on_tokens=lambda *_: None).read(TEXT).state
     plain = Reader(model, byte_tokenizer()).read(TEXT).state
-    for name, value in plain._tensors().items():
-        assert torch.equal(value, watched._tensors()[name]), name
+    for name, value in plain.tensors().items():
+        assert torch.equal(value, watched.tensors()[name]), name
 
 
 def read(capsys, *arguments):

@@ -559,3 +559,22 @@ def test_files_written_before_a_key_existed_belong_to_their_model_still():
     before = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
     assert identity(tiny_model("mag"))["configuration"] == before
     assert identity(tiny_model("mag", memory_gates_of="chunk"))["configuration"] != before
+
+
+def test_a_state_knows_that_its_rows_have_begun_until_one_is_reset():
+    """So that a compiled call can leave out the first memory."""
+    model = tiny_model("lmm")
+    new, empty_row = model.initial_state(2), model.initial_state(2)
+    read(model, tokens(2, 3), empty_row, mask=torch.tensor([[1, 1, 1], [0, 0, 0]]))
+    assert not new.has_begun()
+    assert not empty_row.has_begun()
+    state = read(model, tokens(2, 3), new)[1]
+    read(model, tokens(2, 3), state, mask=torch.tensor([[1, 1, 1], [0, 0, 0]]))
+    for begun in (state, state.clone(), state.detach(), state.select([1, 0, 1])):
+        assert begun.has_begun()
+        assert all(begun.position > 0)
+    state.reorder_cache(torch.tensor([1, 0]))
+    assert state.has_begun()
+    assert pickle.loads(pickle.dumps(state)).has_begun()
+    state.reset([0])
+    assert not state.has_begun()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from titans_lm.models.cache import TitansState
     from titans_lm.models.classification import TitansForSequenceClassification, TitansForTokenClassification
     from titans_lm.models.configuration import DEFAULT_CONFIG, VARIANT_CONFIGS, TitansConfig
+    from titans_lm.models.export import export_prefill, export_step
     from titans_lm.models.graft_files import graft
     from titans_lm.models.hub import load
     from titans_lm.models.modeling import TitansForCausalLM, TitansModel
@@ -46,6 +47,8 @@ __all__ = [
     "TitansState",
     "TitansTimeSeriesConfig",
     "Trace",
+    "export_prefill",
+    "export_step",
     "graft",
     "keep_freed_memory",
     "load",
@@ -72,6 +75,8 @@ _MODULES = {
     "TitansState": "models.cache",
     "TitansTimeSeriesConfig": "models.time_series_configuration",
     "Trace": "analyze.arrays",
+    "export_prefill": "models.export",
+    "export_step": "models.export",
     "graft": "models.graft_files",
     "keep_freed_memory": "utils.machine",
     "load": "models.hub",

@@ -12,8 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from titans_lm.layers.key_values import KeyValues, OwnedKeyValues, append_to_segment, append_to_window, is_owned
-from titans_lm.ops import gather_tokens
-from titans_lm.ops.types import is_traced
+from titans_lm.ops import for_all_lengths, gather_tokens, is_traced
 from titans_lm.utils.deprecation import RenamedAttribute, renamed
 
 __getattr__ = renamed(
@@ -105,7 +104,7 @@ class WindowAttention(Attention):
         computes the product in PyTorch operations (attn_implementation="eager"), without a fused kernel.
         """
         q, size, cached = self._split_heads(self.q_proj(x), rope), persistent.shape[1], cache.keys[0].shape[2]
-        new, first_tokens = self._project_kv(x, rope), self.project_persistent(persistent, len(x))
+        new, first_tokens = self._project_kv(x, rope), self.project_persistent(persistent, x.shape[0])
         first = cached - position.clamp(max=cached)  # [B], the first slot that holds a token
         if isinstance(cache, OwnedKeyValues) and is_owned(cache, q) and valid is None and self.window_size is not None:
             seen, visible, cache = append_to_window(cache, first_tokens, new, first)
@@ -118,7 +117,7 @@ class WindowAttention(Attention):
         attention = attention_function(eager)
         if self.window_size is None and cached == 0:
             y = _causal(attention, q, keys, values)
-        elif self.window_size is None or x.shape[1] <= self.window_size:
+        elif self.window_size is None or (not for_all_lengths(x) and x.shape[1] <= self.window_size):
             y = _one_block(attention, q, keys, values, size, ragged, self.window_size)
         else:
             y = _blocks(attention, q, keys, values, size, ragged, self.window_size)
@@ -219,10 +218,15 @@ def _blocks(
 
     Only the first block sees the cache, whose length may differ between rows; the other blocks share one mask.
     """
+    given = q.shape[2]
+    if for_all_lengths(q):
+        q, keys, values = (F.pad(x, (0, 0, 0, window)) for x in (q, keys, values))
     batch, heads, tokens, width = q.shape
     end = keys.shape[2] - tokens + window
     begin = _one_block(attention, q[:, :, :window], keys[:, :, :end], values[:, :, :end], size, first, window)
-    count = -(-tokens // window) - 1
+    count = (tokens + window - 1) // window - 1
+    if is_traced(q):  # a block of padding, so that one graph is for one block and for more
+        count = (tokens + window - 1) // window
     padding = (count + 1) * window - tokens
     q = F.pad(q[:, :, window:], (0, 0, 0, padding)).unflatten(2, (count, window)).transpose(1, 2)
     keys, values = (_block_pairs(x, size, window, count, padding) for x in (keys, values))
@@ -230,15 +234,19 @@ def _blocks(
     visible = F.pad((slot <= own) & (slot > own - window), (size, 0), value=True)  # [W, P + 2 W]
     y = attention(q.flatten(0, 1), keys, values, attn_mask=visible)
     y = y.view(batch, count, heads, window, width).transpose(1, 2).flatten(2, 3)
+    if for_all_lengths(q):  # a slice would have to be shown to fit
+        return torch.cat([begin, y], 2).index_select(2, torch.arange(given, device=y.device))
     return torch.cat([begin, y[:, :, : tokens - window]], 2)
 
 
 def _block_pairs(x: Tensor, size: int, window: int, count: int, padding: int) -> Tensor:
     """The keys or values that each block but the first sees: `[B * N, heads, P + 2 W, d]`."""
     persistent = x[:, None, :, :size].expand(-1, count, -1, -1, -1)
-    x = F.pad(x[:, :, x.shape[2] + padding - (count + 1) * window :], (0, 0, 0, padding))
-    x = x.unflatten(2, (count + 1, window)).transpose(1, 2)  # [B, N + 1, heads, W, d]
-    return torch.cat([persistent, x[:, :-1], x[:, 1:]], 3).flatten(0, 1)
+    x = F.pad(x[:, :, x.shape[2] + padding - (count + 1) * window :], (0, 0, 0, padding))  # [B, heads, (N + 1) W, d]
+    before, own = (
+        part.unflatten(2, (count, window)).transpose(1, 2) for part in (x[:, :, : count * window], x[:, :, window:])
+    )
+    return torch.cat([persistent, before, own], 3).flatten(0, 1)
 
 
 class SegmentAttention(Attention):
@@ -273,7 +281,7 @@ class SegmentAttention(Attention):
         return self.attend(
             self.project_qkv(x, rope),
             retrieved,
-            self.project_persistent(persistent, len(x)),
+            self.project_persistent(persistent, x.shape[0]),
             cache,
             position,
             valid,

@@ -15,8 +15,9 @@ __getattr__ = renamed(__name__, {"recomputed": "checkpointed", "made_again": "ch
 
 def checkpointed(function: Callable[..., Any], *inputs: Tensor) -> Any:
     """`function(*inputs)`, any function: the backward pass restores the random state, so that an adapter's dropout
-    drops the same again. It stops before a matrix product at the function's end, which it does not need."""
-    if not torch.is_grad_enabled():
+    drops the same again. It stops before a matrix product at the function's end, which it does not need. In a traced
+    call, what traces it decides itself what to recompute."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False)
 

@@ -57,13 +57,19 @@ class ReadToken(NamedTuple):
 def is_supported(layer: StepLayer, x: Tensor, weights: Sequence[Tensor], valid: Tensor | None) -> bool:
     """Whether compiled code can run the layer's step on x `[B, T, D]`: one token of every row, without gradients, on a
     CPU, in the memory's dtype, where no hook, adapter or mode looks at the operations."""
-    if x.shape[1] != 1 or valid is not None or torch.is_grad_enabled() or layer.backend not in ("auto", "native"):
+    if (
+        x.shape[1] != 1
+        or is_traced(x)
+        or valid is not None
+        or torch.is_grad_enabled()
+        or layer.backend not in ("auto", "native")
+    ):
         return False
     if layer.convs is None or layer.predictor is not None or layer.gates_of != "token":
         return False
     if x.dtype not in SCALARS or weights[0].dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
         return False
-    if is_traced(x) or is_watched() or unsupported_tensor_reason(x, x.dtype) is not None:
+    if is_watched() or unsupported_tensor_reason(x, x.dtype) is not None:
         return False
     gates = [gate for gate in (layer.theta, layer.eta, layer.alpha) if gate is not None]
     return all(map(is_plain_linear, gates)) and _is_plain_norm(layer.output_norm) and _same_dtype(layer, x.dtype)

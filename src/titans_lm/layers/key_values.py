@@ -53,6 +53,7 @@ def is_owned(cache: KeyValues, token: Tensor) -> bool:
         and token.shape[2] == 1
         and token.device.type == "cpu"
         and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()  # a graph copies
     )
 
 
@@ -90,7 +91,7 @@ def append_to_segment(
     if buffers is None or buffers[0].dtype != new.keys[0].dtype:
         keys, values = (_alternate(p, old) for p, old in zip(persistent, cache, strict=True))
         buffers = (keys, values)
-    row = torch.arange(len(position), device=position.device)
+    row = torch.arange(position.shape[0], device=position.device)
     for buffer, tokens in zip(buffers, new, strict=True):
         for i, token in enumerate(tokens):
             buffer[row, :, size + len(tokens) * position + i] = token[:, :, 0]

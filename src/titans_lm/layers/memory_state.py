@@ -81,7 +81,7 @@ class StateShapes(NamedTuple):
     def first(self, memory: MemoryState, like: Tensor) -> NeuralMemoryState:
         """The state of a memory that has read no token, on the device of `like`, in its dtype (gates in float32 or
         float64)."""
-        wide, batch = like if like.dtype == torch.float64 else like.float(), len(memory.position)
+        wide, batch = like if like.dtype == torch.float64 else like.float(), memory.position.shape[0]
         conv_state = tuple(like.new_zeros(batch, *self.conv_state) for _ in "qkv")
         prev_input = None if self.prev_input is None else like.new_zeros(batch, *self.prev_input)
         gates = None if self.gates is None else wide.new_zeros(batch, *self.gates)

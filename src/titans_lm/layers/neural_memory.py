@@ -234,7 +234,7 @@ class NeuralMemory(nn.Module):
         """
         if mask is not None and mask.shape != x.shape[:2]:
             raise ValueError(f"mask must be [B, T] = {list(x.shape[:2])}, got {list(mask.shape)}")
-        state = self._initial_state(len(x), x) if state is None else state
+        state = self._initial_state(x.shape[0], x) if state is None else state
         options = {"update": update, "surprise": surprise, "bypass": is_bypassed(self)}
         x = x if mask is None else masked_zero(x, mask)
         if mask is None or not bool((mask[:, 1:] & ~mask[:, :-1]).any()):  # left-aligned
@@ -251,7 +251,7 @@ class NeuralMemory(nn.Module):
     @as_call
     def retrieve(self, x: Float[Tensor, "B T D"], state: NeuralMemoryState) -> Float[Tensor, "B T D"]:
         """Read the memory with the queries of `x`, the stream's next tokens, without writing (eq. 15)."""
-        self._state_shapes.check(state, len(x))
+        self._state_shapes.check(state, x.shape[0])
         queries, _ = self._project_queries(x, state.conv_state[0], None)
         return self._retrieve_projected(queries, state.memory.weights, bypass=is_bypassed(self))
 
@@ -303,7 +303,7 @@ class NeuralMemory(nn.Module):
     ) -> NeuralMemoryOutput:
         """`scan` and `project_output`."""
         if update and not bypass and compiled_step.is_supported(self, x, state.memory.weights, valid):
-            self._state_shapes.check(state, len(x))
+            self._state_shapes.check(state, x.shape[0])
             out = compiled_step.write_token(self, x, state, surprise)
             return out._replace(y=self.o_proj(out.y))
         out = self._scan(x, state, valid, update=update, surprise=surprise, bypass=bypass)
@@ -325,7 +325,7 @@ class NeuralMemory(nn.Module):
         """Write each token and read after it, or only read (`update=False`): y `[B, T, H, V]`, one for each head.
 
         `bypass` returns zeros and the state as it was."""
-        self._state_shapes.check(state, len(x))
+        self._state_shapes.check(state, x.shape[0])
         if surprise and not update:
             raise ValueError("surprise=True needs update=True: a token's surprise is measured as it is written")
         if bypass:

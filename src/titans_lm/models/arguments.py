@@ -13,6 +13,7 @@ from titans_lm.models.block_cache import BlockCache
 from titans_lm.models.cache import TitansState
 from titans_lm.models.configuration import unknown_key
 from titans_lm.models.packing import PACKED
+from titans_lm.ops import assert_traced, is_traced
 from titans_lm.utils.deprecation import renamed
 
 __getattr__ = renamed(__name__, {"hidden_states": "select_hidden_states"})
@@ -36,6 +37,8 @@ def check_arguments(options: dict[str, Any], columns: int, tokens: int) -> None:
             continue
         if key not in _WITHOUT_EFFECT:
             raise ValueError(unknown_key(key, list(FORWARD), "the arguments of forward"))
+        if value is _DEFAULTS.get(key):  # also in a traced call, where a tensor has no values
+            continue
         fits, reason = _WITHOUT_EFFECT[key]
         if not fits(torch.as_tensor(value), range(columns, columns + tokens)):
             raise ValueError(f"{key}={value if isinstance(value, bool) else '...'}: {reason}")
@@ -53,6 +56,8 @@ _WITHOUT_EFFECT: dict[str, tuple[Callable[[Tensor, range], bool], str]] = {
 }
 """Arguments without an effect: the test of the values that describe what the model does anyway, and why it does no
 other."""
+_DEFAULTS = {"output_attentions": False, "output_router_logits": False, "is_causal": True}
+"""What transformers itself passes."""
 
 
 def check_state(state: Any) -> TitansState:
@@ -106,14 +111,17 @@ def embedded(embedding: nn.Module | None, input_ids: Tensor | None, inputs_embed
 
 def token_mask(attention_mask: Tensor | None, x: Tensor, rows: int) -> Tensor | None:
     """The mask of x `[B, T, D]`: `[B, T]`, True at tokens; None if all are. A longer mask covers earlier tokens too."""
-    if len(x) != rows:
-        raise ValueError(f"past_key_values has {rows} rows, the input has {len(x)}")
+    if x.shape[0] != rows:
+        raise ValueError(f"past_key_values has {rows} rows, the input has {x.shape[0]}")
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or len(attention_mask) != len(x) or attention_mask.shape[1] < x.shape[1]:
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != x.shape[0] or attention_mask.shape[1] < x.shape[1]:
         raise ValueError(f"attention_mask must be [B, T] = {list(x.shape[:2])}, got {list(attention_mask.shape)}")
     mask = attention_mask[:, attention_mask.shape[1] - x.shape[1] :]
     odd = (mask != 0) & (mask != 1)
+    if is_traced(x):
+        assert_traced(~odd.any(), "attention_mask must be 0 or 1")
+        return mask.bool()
     if bool(odd.any()):
         raise ValueError(
             f"attention_mask must be 0 or 1, got {mask[odd][0].item()}; separate the documents of one row by "
@@ -131,7 +139,9 @@ def check_finite(x: Tensor, mask: Tensor | None) -> None:
     """
     finite = x.isfinite().all(-1)
     finite = finite if mask is None else finite | ~mask
-    if not bool(finite.all()):
+    if is_traced(x):
+        assert_traced(finite.all(), "the embedding of a token is not finite; a mask of 0 there hides it")
+    elif not bool(finite.all()):
         row, column = (~finite).nonzero()[0].tolist()
         raise ValueError(f"the embedding of row {row}, column {column} is not finite; a mask of 0 there hides it")
 

@@ -28,8 +28,15 @@ from titans_lm.models.block_cache import (
 )
 from titans_lm.models.configuration import TitansConfig
 from titans_lm.models.forward_context import ForwardContext
-from titans_lm.models.segments import SegmentInputs, SegmentOutput
-from titans_lm.ops import Surprise, lay_out
+from titans_lm.models.segments import (
+    SegmentInputs,
+    SegmentOutput,
+    concat_surprises,
+    lay_out_segments,
+    read_segments,
+    read_segments_as_loop,
+)
+from titans_lm.ops import Surprise, is_traced
 from titans_lm.utils.deprecation import renamed
 
 PREFILL_TOKENS = 4096
@@ -86,10 +93,11 @@ class TitansBlock(GradientCheckpointingLayer, Generic[Cache]):
     def forward(self, x: Tensor, cache: Cache | None, context: ForwardContext) -> BlockOutput:
         """x `[B, T, D]` -> the block's output and cache. `cache` None: all rows are at their first token."""
         if cache is None:
-            cache = self.initial_cache(len(x), x, context.bypass)
+            cache = self.initial_cache(x.shape[0], x, context.bypass)
         elif context.new_rows is not None:
-            cache = restart_rows(context.new_rows, self.initial_cache(len(x), x, context.bypass), cache)
-        if x.shape[1] > PREFILL_TOKENS and self.constant_size and not torch.is_grad_enabled():
+            cache = restart_rows(context.new_rows, self.initial_cache(x.shape[0], x, context.bypass), cache)
+        parts = self.constant_size and not torch.is_grad_enabled() and not is_traced(x)  # a trace is for all lengths
+        if parts and x.shape[1] > PREFILL_TOKENS:
             return self._forward_in_parts(x, cache, context)
         return self._forward(x, cache, context)
 
@@ -114,7 +122,7 @@ class TitansBlock(GradientCheckpointingLayer, Generic[Cache]):
             surprises.append(out.surprise)
             moved = here.advanced(part.shape[1])
             context = context._replace(position=moved.position, uniform_position=moved.uniform_position)
-        return BlockOutput(torch.cat(outputs, 1), cache, _concat_surprises(surprises))
+        return BlockOutput(torch.cat(outputs, 1), cache, concat_surprises(surprises))
 
     def persistent_tokens(self, like: Tensor) -> Tensor:
         """The persistent tokens, normalised as the block's input is: `[1, P, D]`; P = 0 without them."""
@@ -129,12 +137,6 @@ class TitansBlock(GradientCheckpointingLayer, Generic[Cache]):
         tokens = self.persistent_tokens(like)
         out = memory.forward_aligned(tokens, memory.initial_state_like(1, tokens), None, bypass=bypass)
         return out.y, expand_rows(out.state, batch)
-
-
-def _concat_surprises(surprises: list[Surprise | None]) -> Surprise | None:
-    """The surprises of successive tokens as one."""
-    given = [surprise for surprise in surprises if surprise is not None]
-    return Surprise(*(torch.cat(part, 1) for part in zip(*given, strict=True))) if given else None
 
 
 def make_memory(config: TitansConfig) -> NeuralMemory:
@@ -316,29 +318,26 @@ class MACBlock(TitansBlock[MACCache]):
         if x.shape[1] == 1:
             return self._token(x, cache, context.in_segment(self.segment_size))
         queries, conv_state = self.memory.project_queries(x, cache.retrieval.conv_state, context.valid)
-        layout = lay_out(context.valid, context.position, x.shape[1], self.segment_size)
+        layout = lay_out_segments(context, x, self.segment_size)
         s, rope = (
             layout.to_slots(x),
-            RotaryEmbedding(*(layout.to_slots(t.expand(len(x), -1, -1)) for t in context.rope)),
+            RotaryEmbedding(*(layout.to_slots(t.expand(x.shape[0], -1, -1)) for t in context.rope)),
         )
         queries = ProjectedQueries(*map(layout.to_slots, queries))
         inputs = SegmentInputs(s, queries, self.attention.project_qkv(s, rope), layout.valid)
-        persistent = self.attention.project_persistent(self.persistent_tokens(x), len(x))
-        here, outputs = context.in_segment(self.segment_size), []
-        for part in inputs.split([width for start, end, width in layout.runs() for _ in range(start, end, width)]):
-            here = here._replace(valid=part.valid)
-            outputs.append(self._segment(part, persistent, cache, here))
-            cache = outputs[-1].cache
-            here = here.advanced(part.s.shape[1]).in_segment(self.segment_size)
+        persistent = self.attention.project_persistent(self.persistent_tokens(x), x.shape[0])
+
+        def read(part: SegmentInputs, cache: MACCache, here: ForwardContext) -> SegmentOutput:
+            return self._segment(part, persistent, cache, here)
+
+        run = read_segments_as_loop if is_traced(x) and layout.slots > self.segment_size else read_segments
+        out, cache = run(read, inputs, layout, cache, context, self.segment_size)
         cache = cache._replace(retrieval=cache.retrieval._replace(conv_state=conv_state))
-        if not outputs:
+        if out is None:
             return BlockOutput(torch.zeros_like(x), cache, None)
-        y, written, retrieved = (torch.cat(part, 1) for part in zip(*(out[:3] for out in outputs), strict=True))
-        m = self.memory.project_output(written, retrieved, bypass=context.bypass)
-        surprise = _concat_surprises([out.surprise for out in outputs])
-        if surprise is not None:
-            surprise = Surprise(*map(layout.from_slots, surprise))
-        return BlockOutput(layout.from_slots(self.gate(y, m)), cache, surprise)
+        m = self.memory.project_output(out.written, out.retrieved, bypass=context.bypass)
+        surprise = None if out.surprise is None else Surprise(*map(layout.from_slots, out.surprise))
+        return BlockOutput(layout.from_slots(self.gate(out.y, m)), cache, surprise)
 
     def _token(self, x: Tensor, cache: MACCache, context: ForwardContext) -> BlockOutput:
         """Read one token of each row, its norm x `[B, 1, D]`; `context.position` counts within the segment."""
@@ -347,7 +346,7 @@ class MACBlock(TitansBlock[MACCache]):
         h, conv_state = self.memory.retrieve_next(x, retrieval.conv_state, weights, c.valid, bypass=c.bypass)
         qkv, persistent = self.attention.project_qkv(x, c.rope), self.persistent_tokens(x)
         y, attention = self.attention.attend(
-            qkv, self.retrieved_norm(h), self.attention.project_persistent(persistent, len(x)), cache.attention,
+            qkv, self.retrieved_norm(h), self.attention.project_persistent(persistent, x.shape[0]), cache.attention,
             c.position, c.valid, c.uniform_position, c.eager,
         )  # fmt: skip
         m, memory, surprise = _write_and_read(self.memory, self.memory_norm(x + y), cache.memory, c)

@@ -53,6 +53,8 @@ class TitansState(Cache):
         """The model that this state belongs to, for memory files."""
         self._known: tuple[Tensor, int, list[int]] | None = None
         """A `position`, its version, and its values: see `positions`."""
+        self._begun: Tensor | None = None
+        """A `position` without a 0: see `has_begun`."""
 
     restarts = False
     """Whether rows start anew in the next call of any process of a training run. Then the first memory is part of the
@@ -62,7 +64,7 @@ class TitansState(Cache):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle, also a state of an older version."""
-        self._known = None
+        self._known = self._begun = None
         self.__dict__.update({"layer_caches" if name == "memories" else name: value for name, value in state.items()})
 
     # ------------------------------------------------------------------------------------------ as a value
@@ -70,7 +72,7 @@ class TitansState(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        return sum(t.nbytes for t in self._tensors().values())
+        return sum(t.nbytes for t in self.tensors().values())
 
     def positions(self) -> list[int]:
         """The values of `position`. After calls without padding they are known without asking a GPU."""
@@ -85,6 +87,16 @@ class TitansState(Cache):
     def note_positions(self, values: list[int]) -> None:
         """Say what the values of `position` are, where that is known on the host."""
         self._known = (self.position, _version(self.position), values)
+        self._begun = None if 0 in values else self.position
+
+    def has_begun(self) -> bool:
+        """Whether it is known, without asking for values, that no row is at its first token. A compiled call decides by
+        it whether its graph has the first memory in it."""
+        return self._begun is self.position
+
+    def assume_begun(self) -> None:
+        """Say that no row is at its first token. A traced call checks it when it runs."""
+        self._begun = self.position
 
     def memory_states(self) -> list[MemoryState]:
         """The state of each layer's memory, of the layers that have one."""
@@ -107,7 +119,7 @@ class TitansState(Cache):
         A state that is there already is returned itself: accelerate's hooks pass on what they move, and a call has to
         update the state that it was given."""
         goal = self.position.device if device is None else torch.empty(0, device=device).device
-        if device is None or all(t.device == goal for t in self._tensors().values()):
+        if device is None or all(t.device == goal for t in self.tensors().values()):
             return self
         return self._map_tensors(lambda t: t.to(goal, **options))
 
@@ -142,6 +154,7 @@ class TitansState(Cache):
         keep[self._index(rows)] = False
         pending = self.pending
         self._apply(lambda t: torch.where(keep.view(-1, *[1] * (t.dim() - 1)), t, torch.zeros_like(t)))
+        self._begun = None
         self.pending = None if pending is None else torch.where(keep, pending, -1)
 
     def set_pending(self, tokens: Tensor, rows: Tensor | bool) -> None:
@@ -164,8 +177,8 @@ class TitansState(Cache):
         assert self.pending is not None
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
         expected = (self.pending >= 0) & mask.any(1)
-        row = torch.arange(len(x), device=x.device)
-        first = x[row, mask.int().argmax(1)] if x.shape[1] else x.new_zeros(len(x), x.shape[2])
+        row = torch.arange(x.shape[0], device=x.device)
+        first = x[row, mask.int().argmax(1)] if x.shape[1] else x.new_zeros(x.shape[0], x.shape[2])
         if bool((expected & (first != embed(self.pending.clamp(min=0))).any(1)).any()):
             raise ValueError(
                 f"past_key_values has not read the last tokens generated, {self.pending.tolist()}: pass them first, "
@@ -176,13 +189,19 @@ class TitansState(Cache):
         return state
 
     def advanced(
-        self, layer_caches: list[BlockCache], position: Tensor, columns: int, positions: list[int] | None = None
+        self,
+        layer_caches: list[BlockCache],
+        position: Tensor,
+        columns: int,
+        positions: list[int] | None = None,
+        begun: bool = False,
     ) -> "TitansState":
         """Another state, `columns` columns later, with these caches and positions; `positions` are their values, where
-        they are known on the host."""
+        they are known on the host, and `begun` says that none of them is 0."""
         other = self._copy()
         other.layer_caches, other.position = layer_caches, position
         other.columns = self.columns + columns
+        other._known, other._begun = None, position if begun else None
         if positions is not None:
             other.note_positions(positions)
         return other
@@ -190,7 +209,8 @@ class TitansState(Cache):
     def assign(self, other: "TitansState") -> None:
         """Take over the tensors, rows and columns of `other`, of the same model. `frozen` and `sources` stay."""
         self.layer_caches, self.position = other.layer_caches, other.position
-        self.columns, self.pending, self._known = other.columns, other.pending, other._known
+        self.columns, self.pending = other.columns, other.pending
+        self._known, self._begun = other._known, other._begun
 
     @staticmethod
     def concat(states: list["TitansState"]) -> "TitansState":
@@ -206,10 +226,10 @@ class TitansState(Cache):
 
         `lock` is the file's lock, if the caller holds it. Raises ValueError for numbers that are not finite, and then
         leaves an existing file as it was."""
-        cache_file.check_finite(path, self._tensors())  # such a file could not be loaded, and would replace a good one
+        cache_file.check_finite(path, self.tensors())  # such a file could not be loaded, and would replace a good one
         card = Card(**self.identity(), columns=self.columns, sources=self.sources)
         pending = {} if self.pending is None else {"pending": self.pending}
-        return cache_file.save_file(path, {**self._tensors(), **pending}, card, lock)
+        return cache_file.save_file(path, {**self.tensors(), **pending}, card, lock)
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel) -> "TitansState":
@@ -225,14 +245,14 @@ class TitansState(Cache):
         for part, value in identity(model).items():
             if getattr(card, part) != value:
                 raise ValueError(f"{path} belongs to another model: its {part} differs from this model's")
-        expected, pending = state._tensors(), tensors.pop("pending", None)
+        expected, pending = state.tensors(), tensors.pop("pending", None)
         if pending is not None and (pending.shape != tensors["position"].shape or pending.is_floating_point()):
             raise ValueError(f"{path} does not fit this model: 'pending' is {list(pending.shape)}, {pending.dtype}")
         _check_shapes(path, {name: tuple(t.shape) for name, t in tensors.items()}, expected, model.config.window_size)
         for name, tensor in expected.items():
             if tensors[name].dtype not in _possible_dtypes(name, tensor.dtype):
                 raise ValueError(f"{path} does not fit this model: {name!r} is {tensors[name].dtype}")
-        state._fill({name: tensors[name].to(model.device) for name in expected})
+        state.set_tensors({name: t.to(model.device) for name, t in tensors.items()})
         state.columns, state.sources = card.columns, list(card.sources)
         state.pending = None if pending is None else pending.to(model.device)
         return state
@@ -264,7 +284,7 @@ class TitansState(Cache):
 
     @property
     def batch_size(self) -> int:
-        return len(self.position)
+        return self.position.shape[0]
 
     @property
     def max_batch_size(self) -> int:
@@ -294,20 +314,21 @@ class TitansState(Cache):
 
     # ------------------------------------------------------------------------------------------ details
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name in memory files, in the order of `map_tensors`."""
         named = {f"layers.{i}{name}": t for i, cache in enumerate(self.layer_caches) for name, t in _walk(cache, "")}
         return {**named, "position": self.position}
 
-    def _fill(self, tensors: dict[str, Tensor]) -> None:
-        """Take these `_tensors`, in their order."""
-        parts = iter(tensors.values())
-        self.layer_caches = [map_tensors(cache, lambda _: next(parts)) for cache in self.layer_caches]
+    def set_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take these tensors, named as in memory files, in place of its own."""
+        names = iter(self.tensors())
+        self.layer_caches = [map_tensors(cache, lambda _: tensors[next(names)]) for cache in self.layer_caches]
         self.position = tensors["position"]
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.layer_caches = [map_tensors(cache, function) for cache in self.layer_caches]
+        self.layer_caches, begun = [map_tensors(cache, function) for cache in self.layer_caches], self.has_begun()
         self.position = function(self.position)
+        self._begun = self.position if begun else None  # rows are copied, dropped or moved
         self.pending = None if self.pending is None else function(self.pending)
 
     def _copy(self) -> "TitansState":

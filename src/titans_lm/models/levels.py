@@ -27,11 +27,11 @@ class LevelState(TitansState):
         levels = [state.levels for state in states if isinstance(state, LevelState)]
         return LevelState.begin(TitansState.concat(states), torch.cat(levels))
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {**super()._tensors(), "levels": self.levels}
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), "levels": self.levels}
 
-    def _fill(self, tensors: dict[str, Tensor]) -> None:
-        super()._fill(tensors)
+    def set_tensors(self, tensors: dict[str, Tensor]) -> None:
+        super().set_tensors(tensors)
         self.levels = tensors["levels"]
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> None:

@@ -26,7 +26,7 @@ from titans_lm.models.arguments import (
     token_mask,
     warn_of_memory_loss,
 )
-from titans_lm.models.block_cache import BlockCache, restart_rows
+from titans_lm.models.block_cache import BlockCache
 from titans_lm.models.blocks import BLOCKS, TitansBlock
 from titans_lm.models.cache import TitansState
 from titans_lm.models.configuration import TitansConfig
@@ -36,7 +36,8 @@ from titans_lm.models.loss import LOSS_ARGUMENTS, memory_loss_sum
 from titans_lm.models.model_identity import Identity, identity
 from titans_lm.models.outputs import TitansCausalLMOutput, TitansModelOutput
 from titans_lm.models.packing import OutputOptions, StackOutput, document_starts, documents, read_documents
-from titans_lm.ops import Surprise, gather_tokens, left_align, masked_zero, undo_left_align
+from titans_lm.models.row_starts import RowStarts, check_length
+from titans_lm.ops import Surprise, gather_tokens, is_traced, left_align, masked_zero, undo_left_align
 
 
 class TitansPreTrainedModel(PreTrainedModel):
@@ -130,6 +131,7 @@ class TitansModel(TitansPreTrainedModel):
             with torch.no_grad():
                 self(ids, attention_mask=mask, past_key_values=beginning)
         if beginning is not None:
+            beginning.positions()  # read once, here
             beginning.identity = Identity(dict)  # a copy of the model must not refer to this one; streams get their own
         self._beginning = beginning
 
@@ -137,7 +139,8 @@ class TitansModel(TitansPreTrainedModel):
         """The state of `batch` streams before their first token. Its memory is 0: the first call that reads a row puts
         the learned first memory there, and gradients flow back to it."""
         if self._beginning is not None:
-            state = self._beginning.to(empty_like_weights(self).device).select([0] * batch)
+            beginning = self._beginning.to(empty_like_weights(self).device)
+            state = beginning.select(torch.zeros(batch, dtype=torch.long))
             state.columns, state.identity = 0, Identity(partial(identity, self))
             return state
         like = empty_like_weights(self)
@@ -146,7 +149,8 @@ class TitansModel(TitansPreTrainedModel):
     def _state(self, caches: list[BlockCache], batch: int, device: torch.device) -> TitansState:
         position = torch.zeros(batch, dtype=torch.long, device=device)
         state = TitansState(caches, position, Identity(partial(identity, self)))
-        state.note_positions([0] * batch)
+        if not is_traced(position):
+            state.note_positions([0] * batch)
         return state
 
     def blocks(self) -> list[TitansBlock[Any]]:
@@ -187,8 +191,7 @@ class TitansModel(TitansPreTrainedModel):
         mask = token_mask(attention_mask, x, state.batch_size)
         if inputs_embeds is not None or not (self.training or x.is_cuda):  # in training, the loss shows it
             check_finite(x, mask)  # of the model's own embeddings a GPU would have to be waited for
-        expected = self._expected(state) if position_ids is not None and state.layer_caches else [[]] * len(x)
-        starts = document_starts(mask, (len(x), x.shape[1]), position_ids, expected, kwargs)
+        starts = document_starts(mask, (x.shape[0], x.shape[1]), position_ids, partial(self._expected, state), kwargs)
         if state.pending is not None:
             state = self._with_pending(state, x, mask)
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -199,7 +202,7 @@ class TitansModel(TitansPreTrainedModel):
             out = read_documents(
                 documents(starts.to(x.device), mask),
                 x,
-                state if state.layer_caches else self.initial_state(len(x)),
+                state if state.layer_caches else self.initial_state(x.shape[0]),
                 self.initial_state,
                 lambda x, valid, state: self._run_blocks(x, valid, state, options),
             )
@@ -218,32 +221,32 @@ class TitansModel(TitansPreTrainedModel):
     def _run_blocks(self, x: Tensor, mask: Tensor | None, state: TitansState, options: OutputOptions) -> StackOutput:
         """Embeddings `[B, T, D]` -> the final norm's output. `state` stays as it is; without caches, all rows are at
         their first token."""
-        caches, position, values = self._begin_rows(state)
-        positions = set(values) if caches else {0}
-        before: list[BlockCache] | list[None] = [None] * self.config.num_hidden_layers if positions == {0} else caches
-        length, tokens = torch.full_like(position, x.shape[1]), x.shape[1]
-        valid = None
+        starts = self._begin_rows(state, traced=is_traced(x))
+        position, tokens = starts.position, x.shape[1]
+        before = [None] * self.config.num_hidden_layers if starts.all_new() else starts.caches
+        length, valid = torch.full_like(position, tokens), None
         if mask is not None:
             order, length = left_align(mask)
             x = gather_tokens(masked_zero(x, mask), order)
             valid = torch.arange(tokens, device=x.device) < length[:, None]
-        self._check_length(position + length if mask is not None else max(values, default=0) + tokens)
+        check_length(self.config.max_position_embeddings, starts, length if mask is not None else tokens)
         context = ForwardContext(
             position,
-            uniform_position=min(positions) if valid is None and len(positions) == 1 else None,
+            uniform_position=starts.uniform_position() if valid is None else None,
             rope=self._rope(position[:, None] + torch.arange(tokens, device=x.device), x.dtype),
             valid=valid,
             update=not state.frozen,
             surprise=options.surprise and not state.frozen,
             eager=self.config._attn_implementation == "eager",
-            new_rows=position == 0 if positions != {0} and (0 in positions or state.restarts) else None,
+            new_rows=starts.new_rows(state.restarts),
         )
         x, after, hidden, surprises = self._run_layers(x, before, context, options)
         if mask is not None:
             x, *hidden = (undo_left_align(h, mask) for h in (x, *hidden))
             surprises = [Surprise(*(undo_left_align(part, mask) for part in s)) for s in surprises]
-        known = None if mask is not None else [value + tokens for value in values]
-        return StackOutput(x, state.advanced(after, position + length, tokens, known), hidden, surprises)
+        known = None if mask is not None or starts.values is None else [value + tokens for value in starts.values]
+        begun = starts.begun or (mask is None and tokens > 0)
+        return StackOutput(x, state.advanced(after, position + length, tokens, known, begun), hidden, surprises)
 
     def _run_layers(
         self,
@@ -273,7 +276,9 @@ class TitansModel(TitansPreTrainedModel):
 
     def _expected(self, state: TitansState) -> list[list[int]]:
         """The positions at which each row may continue: its number of tokens, with or without those that it began with,
-        or the number of columns."""
+        or the number of columns. Any, if it has no caches."""
+        if not state.layer_caches:
+            return [[]] * state.batch_size
         begun = 0 if self._beginning is None else int(self._beginning.position)
         return [[p, state.columns, p - begun] if p else [] for p in state.position.tolist()]
 
@@ -291,24 +296,16 @@ class TitansModel(TitansPreTrainedModel):
         """The state of new streams, one per row of x. Unless `begin_with` was called it has no caches: the blocks make
         them."""
         if self._beginning is not None:
-            return self.initial_state(len(x))
-        return self._state([], len(x), x.device)
+            return self.initial_state(x.shape[0])
+        return self._state([], x.shape[0], x.device)
 
-    def _begin_rows(self, state: TitansState) -> tuple[list[BlockCache], Tensor, list[int]]:
-        """The state's caches, positions and their values, where rows at position 0 begin with the memory of
-        `begin_with`."""
-        values = state.positions()
-        if self._beginning is None or 0 not in values:
-            return state.layer_caches, state.position, values
-        new, begin = state.position == 0, self.initial_state(state.batch_size)
-        caches = [restart_rows(new, b, old) for b, old in zip(begin.layer_caches, state.layer_caches, strict=True)]
-        begun = [b if value == 0 else value for b, value in zip(begin.positions(), values, strict=True)]
-        return caches, torch.where(new, begin.position, state.position), begun
-
-    def _check_length(self, total: Tensor | int) -> None:
-        limit = self.config.max_position_embeddings
-        if limit is not None and (most := int(total if isinstance(total, int) else total.max())) > limit:
-            raise ValueError(f"{most} tokens are more than this model's max_position_embeddings={limit}")
+    def _begin_rows(self, state: TitansState, traced: bool) -> RowStarts:
+        """The state's rows, where those at position 0 begin with the memory of `begin_with`."""
+        starts = RowStarts.of(state, traced)
+        if self._beginning is None or starts.begun:
+            return starts
+        begin = self.initial_state(state.batch_size)
+        return starts.begin_with(RowStarts.of(begin, traced))
 
 
 class TitansForCausalLM(TitansPreTrainedModel, TitansGeneration, GenerationMixin):

@@ -25,7 +25,7 @@ def document_starts(
     mask: Tensor | None,
     shape: tuple[int, int],
     position_ids: Tensor | None,
-    expected: Expected,
+    expected: Callable[[], Expected],
     packed: dict[str, Any],
 ) -> Starts | None:
     """Where documents start, by `position_ids`, `cu_seq_lens_q` or `seq_idx`; None where each row is one document.
@@ -34,8 +34,13 @@ def document_starts(
     positions at which a row cannot continue, and for two arguments that differ.
     """
     found: dict[str, Tensor] = {}
+    given = [
+        key for key, value in {"position_ids": position_ids, **packed}.items() if key in _PACKING and value is not None
+    ]
+    if given and torch.compiler.is_compiling():
+        raise ValueError(f"a compiled call cannot take {given[0]}, whose values say which rows there are: leave it out")
     if position_ids is not None:
-        found["position_ids"] = _by_position(_fitting("position_ids", position_ids, shape), mask, expected)
+        found["position_ids"] = _by_position(_fitting("position_ids", position_ids, shape), mask, expected())
     if packed.get("seq_idx") is not None:
         found["seq_idx"] = _by_change(_fitting("seq_idx", packed["seq_idx"], shape), mask)
     lengths = {key: packed.get(key) for key in LENGTHS}
@@ -52,6 +57,7 @@ def document_starts(
 
 LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 PACKED = (*LENGTHS, "seq_idx")
+_PACKING = ("position_ids", *PACKED)
 """The other arguments by which transformers' data collators describe a packing."""
 
 

@@ -7,7 +7,15 @@ width, `V` value width, `P` persistent tokens, `W` window, `D` model width, `L` 
 from titans_lm.ops import flops as flops  # registers the formulas
 from titans_lm.ops.api import Backend, memory_scan, resolve_backend
 from titans_lm.ops.mlp import retrieve
-from titans_lm.ops.ragged import Layout, gather_tokens, lay_out, left_align, masked_zero, undo_left_align
+from titans_lm.ops.ragged import (
+    Layout,
+    gather_tokens,
+    lay_out,
+    lay_out_by_shape,
+    left_align,
+    masked_zero,
+    undo_left_align,
+)
 from titans_lm.ops.types import (
     Activation,
     MemoryForm,
@@ -17,8 +25,11 @@ from titans_lm.ops.types import (
     ScanOutput,
     Surprise,
     Tokens,
+    assert_traced,
+    for_all_lengths,
     initial_state,
     select_rows,
+    is_traced,
     where_rows,
 )
 from titans_lm.utils.deprecation import renamed
@@ -34,9 +45,13 @@ __all__ = [
     "ScanOutput",
     "Surprise",
     "Tokens",
+    "assert_traced",
+    "for_all_lengths",
     "gather_tokens",
     "initial_state",
+    "is_traced",
     "lay_out",
+    "lay_out_by_shape",
     "left_align",
     "masked_zero",
     "memory_scan",

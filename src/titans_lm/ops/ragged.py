@@ -77,15 +77,38 @@ def lay_out(mask: Bool[Tensor, "B T"] | None, position: Int[Tensor, " B"], token
     if mask is None and bool((position == first).all()):
         return Layout(min(tokens, -first % chunk), tokens, chunk, torch.full_like(position, tokens))
     if mask is None:
-        mask = torch.ones(len(position), tokens, dtype=torch.bool, device=position.device)
+        mask = torch.ones(position.shape[0], tokens, dtype=torch.bool, device=position.device)
     order, length = left_align(mask)
     completing = torch.minimum(length, (-position) % chunk)  # tokens until the row's next chunk start
     lead = int(completing.max())
-    slot = torch.arange(lead + int((length - completing).max()), device=mask.device)
+    return _assign(mask, order, (lead, lead + int((length - completing).max())), chunk, completing)
+
+
+def lay_out_by_shape(
+    mask: Bool[Tensor, "B T"] | None, position: Int[Tensor, " B"], tokens: int, chunk: int, *, inside: bool
+) -> Layout:
+    """`lay_out` without values: all slots are those of whole chunks, also where all tokens are valid.
+
+    `inside`: rows may begin inside a chunk; else they begin at a chunk start."""
+    if mask is None:
+        mask = torch.ones(position.shape[0], tokens, dtype=torch.bool, device=position.device)
+        order, length = torch.arange(tokens, device=position.device).expand(mask.shape), mask.sum(1)
+    else:
+        order, length = left_align(mask)
+    completing = torch.minimum(length, (-position) % chunk)
+    lead = chunk if inside else 0
+    slots = (lead + tokens + chunk - 1) // chunk * chunk  # one quotient, which symbolic shapes can divide by
+    return _assign(mask, order, (lead, slots), chunk, completing)
+
+
+def _assign(mask: Tensor, order: Tensor, lead_and_slots: tuple[int, int], chunk: int, completing: Tensor) -> Layout:
+    """The layout of so many slots, of which the first `lead` are for the tokens that are `completing` a chunk."""
+    (lead, slots), tokens, length = lead_and_slots, mask.shape[1], mask.sum(1)
+    slot = torch.arange(slots, device=mask.device)
     in_lead = slot < lead
     rank = torch.where(in_lead, slot, slot - lead + completing[:, None])  # [B, S], which token of its row
     valid = torch.where(in_lead, slot < completing[:, None], rank < length[:, None])
     token_of_slot = order.gather(1, rank.clamp(max=max(tokens - 1, 0)))
     token_rank = mask.cumsum(1) - 1
     slot_of_token = torch.where(token_rank < completing[:, None], token_rank, token_rank - completing[:, None] + lead)
-    return Layout(lead, len(slot), chunk, length, token_of_slot, valid, slot_of_token.clamp(min=0), mask)
+    return Layout(lead, slots, chunk, length, token_of_slot, valid, slot_of_token.clamp(min=0), mask)

@@ -147,6 +147,16 @@ def is_traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor | FunctionalTensor)
 
 
+def for_all_lengths(x: Tensor) -> bool:
+    """Whether `torch.export` traces a call with x `[B, ..., T, D]` or `[B, T, D]`: its one graph is for every T > 1."""
+    return torch.compiler.is_exporting() and x.shape[-2] != 1
+
+
+def assert_traced(condition: Tensor, message: str) -> None:
+    """Put a check into a traced call: it raises RuntimeError where a run of the graph finds `condition` False."""
+    torch._assert_async(condition, message)
+
+
 def is_watched() -> bool:
     """Whether a mode, such as `FlopCounterMode`, looks at every operator that runs."""
     return torch._C._len_torch_dispatch_stack() > 0
