@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_compiled_and_exported_models_are_the_model():
     file = Path(__file__).with_name("compiled_models.py")
     done = subprocess.run(

@@ -29,7 +29,7 @@ def memory_loss_sum(
     mask = None if attention_mask is None else attention_mask[:, -width:].bool()
     tokens = each.new_ones(rows, width) if mask is None else mask.to(each.dtype)
     counted = _counted(labels, **loss_arguments).to(each.dtype)
-    starts = document_starts(mask, (rows, width), packed.get("position_ids"), [[]] * rows, packed)
+    starts = document_starts(mask, (rows, width), packed.get("position_ids"), lambda: [[]] * rows, packed)
     if starts is None:
         loss, size, own = each.sum(1), tokens.sum(1), counted.sum(1)
     else:

@@ -28,8 +28,8 @@ from titans_lm.ops.types import (
     assert_traced,
     for_all_lengths,
     initial_state,
-    select_rows,
     is_traced,
+    select_rows,
     where_rows,
 )
 from titans_lm.utils.deprecation import renamed
