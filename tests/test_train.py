@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import commands
 from titans_lm import TitansState
 from titans_lm.cli import main
 from titans_lm.models.hub import SHIPPED, load
@@ -105,18 +104,14 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(texts, tmp_path, carried)
     train(parse_settings(whole))
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(tree(texts, tmp_path / "cut", max_steps=40, tbptt_steps=carried, save_steps=100)))
-    process = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from titans_lm.cli import main; sys.exit(main(sys.argv[1:]))",
-         "train", str(config)],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    process = commands.started(["train", str(config)], tmp_path / "said")
     log = tmp_path / "cut" / "runs"
-    while not list(log.rglob("events*")) and process.poll() is None:
+    while not list(log.rglob("events*")) and process.is_alive():
         time.sleep(0.05)
     time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    message = process.communicate(timeout=120)[1]
-    assert process.returncode == 130, message
+    os.kill(process.pid, signal.SIGINT)
+    status, message = commands.ended(process), (tmp_path / "said").read_text()
+    assert status == 130, message
     assert "training.resume=true" in message.splitlines()[-1]
     done = max(int(p.name.split("-")[1]) for p in (tmp_path / "cut").glob("checkpoint-*"))
     assert 0 < done < 40
@@ -379,19 +374,13 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(texts, tmp_path):
     assert main(["train", str(config)]) == 0
     size = (tmp_path / "out" / "checkpoint-2" / "model.safetensors").stat().st_size
     before = {p.name: p.read_bytes() for p in (tmp_path / "out" / "checkpoint-2").iterdir()}
-    code = (
-        "import resource, sys; from titans_lm.cli import main;"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size + 4096}, {size + 4096}));"
-        "sys.exit(main(sys.argv[1:]))"
-    )
     changes = ["--set", "training.resume=true", "--set", "training.max_steps=4"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, "train", str(config), *changes],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "titans train: cannot write to" in done.stderr
+    command = ["train", str(config), *changes]
+    status = commands.ended(commands.started(command, tmp_path / "said", commands.full_disk, size + 4096))
+    said = (tmp_path / "said").read_text()
+    assert status == 2, said
+    assert "Traceback" not in said
+    assert "titans train: cannot write to" in said
     assert {p.name: p.read_bytes() for p in (tmp_path / "out" / "checkpoint-2").iterdir()} == before
     assert not (tmp_path / "out" / "checkpoint-4").exists()
 

@@ -5,8 +5,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import commands
 from titans_lm.cli import main
 from titans_lm.training.config import load_settings, parse_settings
 from titans_lm.training.not_finite import NotFinite
@@ -285,14 +284,9 @@ def test_a_second_run_in_a_folder_says_who_has_it(run):
 @pytest.mark.parametrize("resumed", [True, False])
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(trained, tmp_path, capsys, resumed):
     output = tmp_path / "out"
-    code = (
-        "import os, sys; from titans_lm import cli; from titans_lm.training import trainer;"
-        "trainer.TitansTrainer.check_finite = lambda self: os.kill(os.getpid(), 9);"  # as it would save
-        "cli.main(sys.argv[1:])"
-    )
     command = ["train", str(trained / "run.yaml"), "--set", f"training.output_dir={output}"]
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, check=False)
-    assert done.returncode == -9
+    killed = commands.started(command, tmp_path / "said", commands.killed_as_it_saves)
+    assert commands.ended(killed) == -signal.SIGKILL
     assert output.is_dir()
     (output / ".unfinished-checkpoint" / "checkpoint-2").mkdir(parents=True)
     assert main([*command, "--set", f"training.resume={str(resumed).lower()}"]) == 0
@@ -337,17 +331,13 @@ def test_the_last_good_checkpoint_of_a_run_that_diverges_is_kept_and_named(run):
 def test_other_signals_save_as_ctrl_c_does(tmp_path, number):
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(tree(tmp_path, max_steps=10_000, save_steps=10_000)))
-    process = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from titans_lm.cli import main; sys.exit(main(sys.argv[1:]))",
-         "train", str(config)],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    while not list((tmp_path / "out" / "runs").rglob("events*")) and process.poll() is None:
+    process = commands.started(["train", str(config)], tmp_path / "said")
+    while not list((tmp_path / "out" / "runs").rglob("events*")) and process.is_alive():
         time.sleep(0.05)
     time.sleep(0.2)
-    process.send_signal(number)
-    message = process.communicate(timeout=120)[1]
-    assert process.returncode == 128 + number, message
+    os.kill(process.pid, number)
+    status, message = commands.ended(process), (tmp_path / "said").read_text()
+    assert status == 128 + number, message
     assert "training.resume=true" in message.splitlines()[-1]
     assert "Traceback" not in message
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
