@@ -287,8 +287,12 @@ def test_the_grid_is_every_combination_with_the_changes_of_each(write):
     assert next(c for c in study.cells if c.task == "usual").tests == STUDY["tests"]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", [p for p in STUDIES if p.stem != "forecast"], ids=lambda path: path.stem)
 def test_every_study_is_whole(path):
+    """`forecast.yaml` has the candidates of `titans evaluate forecast`, whose test reads it."""
     assert load_study(path, []).cells
 
 
