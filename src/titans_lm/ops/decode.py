@@ -59,17 +59,21 @@ def decode_token(inputs: ScanInputs, update: Callable[[ScanInputs, Layers], Toke
 def advance_token(
     state: MemoryState, chunk_size: int, mask: Tensor | None, update: Callable[[Layers], TokenUpdate]
 ) -> ScanOutput:
-    """Decode one token: run `update` at the anchor, leave rows that are padding as they were."""
-    y, weights, momentum, surprise = update(state.anchor)
+    """Decode one token: choose the anchor, run `update` at it, leave rows that are padding as they were.
+
+    Where a chunk begins the weights are the anchor, whatever a given state has there; an owned state has them there."""
+    owned = isinstance(state, OwnedMemoryState)
+    anchor = state.anchor if owned else select_rows(state.position == 0, state.weights, state.anchor)
+    y, weights, momentum, surprise = update(anchor)
     position = (state.position + 1) % chunk_size
     if mask is not None:
         valid, y = mask[:, 0], y * mask[:, :, None, None]
         weights, momentum = where_rows(valid, weights, state.weights), where_rows(valid, momentum, state.momentum)
         position = torch.where(valid, position, state.position)
         surprise = None if surprise is None else Surprise(*(x * mask[..., None] for x in surprise))
-    if isinstance(state, OwnedMemoryState):
-        return ScanOutput(y, OwnedMemoryState(state.anchor, weights, momentum, position), surprise)
-    new_state = MemoryState(select_rows(position == 0, weights, state.anchor), weights, momentum, position)
+    if owned:
+        return ScanOutput(y, OwnedMemoryState(anchor, weights, momentum, position), surprise)
+    new_state = MemoryState(select_rows(position == 0, weights, anchor), weights, momentum, position)
     return ScanOutput(y, new_state, surprise)
 
 

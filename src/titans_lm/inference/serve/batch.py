@@ -84,7 +84,7 @@ def _owned(cache: BlockCache) -> BlockCache:
     if not isinstance(cache, LMMCache):
         cache = cache._replace(attention=OwnedKeyValues(*cache.attention))
     if not isinstance(cache, AttentionCache) and cache.memory.memory.position.device.type == "cpu":
-        memory = cache.memory._replace(memory=OwnedMemoryState(*cache.memory.memory))
+        memory = cache.memory._replace(memory=OwnedMemoryState(*cache.memory.memory).begin_chunks())
         cache = cache._replace(memory=memory)
     return cache
 
