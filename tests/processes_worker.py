@@ -33,7 +33,8 @@ def run(index: int, count: int, port: int, runs: dict) -> None:
         try:
             train(parse_settings(settings))
         except (Exception, SystemExit) as error:
-            print("raised", name, index, type(error).__name__, error, flush=True)
+            line = f"raised {name} {index} {type(error).__name__} {error}\n"
+            os.write(1, line.encode())  # at once: processes that print piece by piece mix their lines
             if isinstance(error, RuntimeError):
                 traceback.print_exc()
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
