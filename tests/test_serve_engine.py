@@ -13,6 +13,8 @@ from titans_lm import TitansForCausalLM, TitansState
 from titans_lm.inference.serve.answer import Answer, Sampling
 from titans_lm.inference.serve.batch import RowBatch
 from titans_lm.inference.serve.engine import Engine
+from titans_lm.inference.serve.limits import Limits
+from titans_lm.inference.serve.worker import Worker
 from titans_lm.layers import key_values
 from titans_lm.models.block_cache import cache_slots
 from titans_lm.models.tokenizer import byte_tokenizer
@@ -27,7 +29,11 @@ TOKENIZER = byte_tokenizer()
 def no_call_fails(request, caplog) -> Iterator[None]:
     """A call for several rows that fails is computed row by row: the answers would be right all the same."""
     yield
-    expected = request.function is test_an_error_ends_one_answer_alone
+    failing = (
+        test_an_error_ends_one_answer_alone,
+        test_a_server_refuses_a_memory_that_cannot_join_and_answers_the_others,
+    )
+    expected = request.function in failing
     assert ["failed" in record.getMessage() for record in caplog.get_records("call")] == [True] * expected
 
 
@@ -184,6 +190,22 @@ def test_frozen_memories_are_read_together_and_not_with_others():
 
 
 # ------------------------------------------------------------------------------------------------ rows
+
+
+def test_a_server_refuses_a_memory_that_cannot_join_and_answers_the_others():
+    model = tiny_model("mag", vocab_size=BYTES)
+    learning, frozen = (request(model, 5, most=4).answer() for _ in range(2))
+    frozen.state.frozen = True
+    worker, said = Worker(model, Limits()), {"learning": [], "frozen": []}
+    for name, answer in (("learning", learning), ("frozen", frozen)):
+        worker.submit(answer, said[name].append, stream=False)
+    while worker.jobs:
+        worker.turn()
+    (refused,) = said["frozen"]
+    assert refused.refused.status == 500
+    assert "frozen=True" in str(refused.refused)
+    assert said["learning"][-1].refused is None
+    assert len(learning.tokens) == 4
 
 
 def request(model: TitansForCausalLM, tokens: int, most: int = 50) -> Request:

@@ -3,6 +3,8 @@
 Each block is x + branch(norm(x)), then x + MLP(norm(x)). Its cache goes in and out, as a type of its own per variant.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Generic, NamedTuple, cast
 
 import torch
@@ -341,36 +343,49 @@ class MACBlock(TitansBlock[MACCache]):
 
     def _token(self, x: Tensor, cache: MACCache, context: ForwardContext) -> BlockOutput:
         """Read one token of each row, its norm x `[B, 1, D]`; `context.position` counts within the segment."""
-        c, retrieval = context, cache.retrieval
-        weights = c.where_position(0, cache.memory.memory.weights, retrieval.weights)
-        h, conv_state = self.memory.retrieve_next(x, retrieval.conv_state, weights, c.valid, bypass=c.bypass)
-        qkv, persistent = self.attention.project_qkv(x, c.rope), self.persistent_tokens(x)
-        y, attention = self.attention.attend(
-            qkv, self.retrieved_norm(h), self.attention.project_persistent(persistent, x.shape[0]), cache.attention,
-            c.position, c.valid, c.uniform_position, c.eager,
-        )  # fmt: skip
-        m, memory, surprise = _write_and_read(self.memory, self.memory_norm(x + y), cache.memory, c)
-        after = c.advanced(1).in_segment(self.segment_size)
-        weights = after.where_position(0, memory.memory.weights, weights)
-        return BlockOutput(self.gate(y, m), MACCache(attention, memory, SegmentSnapshot(weights, conv_state)), surprise)
+        cache = self._with_snapshot(cache, context)
+        weights, conv_state = cache.retrieval
+        h, conv_state = self.memory.retrieve_next(x, conv_state, weights, context.valid, bypass=context.bypass)
+        qkv = self.attention.project_qkv(x, context.rope)
+        persistent = self.attention.project_persistent(self.persistent_tokens(x), x.shape[0])
+        out = self._attend_and_write(x, qkv, h, persistent, cache, context, self.memory.forward_aligned)
+        cache = out.cache._replace(retrieval=out.cache.retrieval._replace(conv_state=conv_state))
+        return BlockOutput(self.gate(out.y, out.retrieved), cache, out.surprise)
 
     def _segment(
         self, part: SegmentInputs, persistent: tuple[Tensor, Tensor], cache: MACCache, context: ForwardContext
     ) -> SegmentOutput:
         """Read the tokens of one segment, or a part of them; `context.position` counts within the segment."""
+        cache = self._with_snapshot(cache, context)
+        h = self.memory.retrieve_projected(part.queries, cache.retrieval.weights, bypass=context.bypass)
+        write = partial(self.memory.scan, max_saved_bytes=SEGMENT_SAVED_BYTES)
+        return self._attend_and_write(part.s, part.qkv, h, persistent, cache, context, write)
+
+    def _attend_and_write(
+        self,
+        s: Tensor,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        h: Tensor,
+        persistent: tuple[Tensor, Tensor],
+        cache: MACCache,
+        context: ForwardContext,
+        write: Callable[..., NeuralMemoryOutput],
+    ) -> SegmentOutput:
+        """Attend over [P, h, S], and `write` the result to the memory (eqs. 22 to 24)."""
         c = context
-        weights = c.where_position(0, cache.memory.memory.weights, cache.retrieval.weights)
-        h = self.retrieved_norm(self.memory.retrieve_projected(part.queries, weights, bypass=c.bypass))
         y, attention = self.attention.attend(
-            part.qkv, h, persistent, cache.attention, c.position, c.valid, c.uniform_position, c.eager
+            qkv, self.retrieved_norm(h), persistent, cache.attention, c.position, c.valid, c.uniform_position, c.eager
         )
-        written = self.memory_norm(part.s + y)
-        options: dict[str, Any] = {"update": c.update, "surprise": c.surprise, "bypass": c.bypass}
-        out = self.memory.scan(written, cache.memory, c.valid, **options, max_saved_bytes=SEGMENT_SAVED_BYTES)
-        after = c.advanced(part.s.shape[1]).in_segment(self.segment_size)
-        weights = after.where_position(0, out.state.memory.weights, weights)
-        cache = MACCache(attention, out.state, cache.retrieval._replace(weights=weights))
+        written = self.memory_norm(s + y)
+        out = write(written, cache.memory, c.valid, update=c.update, surprise=c.surprise, bypass=c.bypass)
+        after = c.advanced(s.shape[1]).in_segment(self.segment_size)
+        cache = self._with_snapshot(cache._replace(attention=attention, memory=out.state), after)
         return SegmentOutput(y, written, out.y, out.surprise, cache)
+
+    def _with_snapshot(self, cache: MACCache, context: ForwardContext) -> MACCache:
+        """The cache with the memory's weights as they were when the segment of `context.position` began."""
+        weights = context.where_position(0, cache.memory.memory.weights, cache.retrieval.weights)
+        return cache._replace(retrieval=cache.retrieval._replace(weights=weights))
 
 
 BLOCKS: dict[str, type[TitansBlock[Any]]] = {

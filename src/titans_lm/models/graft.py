@@ -244,8 +244,8 @@ class GraftForCausalLM(TitansForCausalLM):
         out: TitansCausalLMOutput = super().forward(
             input_ids, attention_mask, past_key_values, inputs_embeds, labels, **options
         )
-        if not self.training or labels is None:
-            return out
+        if not self.training or labels is None or (distillation is None and not self.config.distillation):
+            return out  # before any value of a tensor is looked at
         weight = labels.new_full(labels.shape[:1], self.config.distillation, dtype=torch.float32)
         weight = weight if distillation is None else distillation
         rows = weight > 0

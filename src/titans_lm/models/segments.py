@@ -40,7 +40,7 @@ class SegmentOutput(NamedTuple):
     written: Tensor
     """What the memory writes, `[B, S, D]`."""
     retrieved: Tensor
-    """What each head retrieves with it, `[B, S, H, V]`."""
+    """What is retrieved with it: by each head, `[B, S, H, V]`; of a token read alone `[B, 1, D]`, projected."""
     surprise: Surprise | None
     cache: MACCache
 

@@ -124,7 +124,10 @@ class Worker:
         with self._changed:
             jobs, new, self._new = list(self.jobs), self._new, []
         for job in new:
-            self.engine.add(job.answer)
+            try:
+                self.engine.add(job.answer)
+            except ValueError as error:  # its memory cannot be read beside those of the others
+                self._fail(job, error)
         self.engine.discard([job.answer for job in jobs if job.over() is not None])
         of_answer = {id(job.answer): job for job in jobs}
         for answer, result in self.engine.step():
