@@ -78,3 +78,25 @@ def test_a_command_is_told_in_full():
     assert command_line("evaluate needle", given, ["files"]) == (
         "titans evaluate needle 'a b' c --lengths 1 2 --show --batch-size 3 --set x.y=1 --set 'x.z={a: 1}'"
     )
+
+
+def test_one_command_at_a_time_writes_a_file_of_results(tmp_path):
+    """A second one would repeat the cells of the first and write over its lines."""
+    path = tmp_path / "lines.jsonl"
+    waiting = Lines(path, {}, "titans x")
+    with Lines(path, {}, "titans x") as lines:
+        with pytest.raises(ValueError, match=r"lines\.jsonl is in use by .*; wait until it is done"), waiting:
+            pass
+        lines.add({"length": 8})
+    with waiting:
+        assert waiting.find(length=8) is not None
+        waiting.add({"length": 16})
+    assert Lines(path, {}, "").rows == [{"length": 8}, {"length": 16}]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_command_without_results_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Lines(RESULTS / "a.jsonl", {}, ""):
+        assert RESULTS.is_dir()  # of the lock
+    assert not RESULTS.exists()

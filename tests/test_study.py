@@ -485,3 +485,13 @@ def test_a_test_that_is_called_something_tells_that_and_its_lists(write):
     rows = run_test(model_for(settings), settings, test)
     assert [label_of({**row, "score": 0.0, "whole": 0.0}) for row in rows] == ["sums, length 4", "sums, length 6"]
     assert [set(row) for row in rows] == [{"test", "length", "score", "whole", "samples"}] * 2
+
+
+def test_a_second_study_of_the_same_results_is_refused_and_adds_no_line(write, capsys):
+    study = write(seeds=[0])
+    with Lines(Path("results/small.jsonl"), {"study": "small"}, ""):
+        assert cli.main(["study", study]) == 2
+    error = capsys.readouterr().err
+    assert "results/small.jsonl is in use by" in error
+    assert error.count("\n") == 1
+    assert not Path("results").exists()

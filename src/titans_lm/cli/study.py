@@ -46,17 +46,19 @@ def run(arguments: argparse.Namespace) -> None:
         from titans_lm.study.search import run_search
 
         return run_search(study, arguments, command)
-    lines = Lines(arguments.results / f"{study.name}.jsonl", {"study": study.name}, command)
-    missing = [cell for cell in study.cells if cell.result(lines.rows) is None]
-    check_output(lines.path, picture=study.figure is not None, ours=False)
-    for cell in missing:
-        check_files(cell.tests)
-        earlier(cell.settings(arguments.runs / study.name))
-    console = PlainConsole()
-    console.print(f"{study.name}: {len(study.cells)} runs, {len(missing)} to do, {arguments.processes} side by side")
-    try:
-        run_cells(missing, train_and_test, arguments, command, lines, console)
-    finally:
-        rows = [row for cell in study.cells if (row := cell.result(lines.rows)) is not None]
-        if rows:
-            write_report(study, rows, arguments.results, console)
+    with Lines(arguments.results / f"{study.name}.jsonl", {"study": study.name}, command) as lines:
+        missing = [cell for cell in study.cells if cell.result(lines.rows) is None]
+        check_output(lines.path, picture=study.figure is not None, ours=False)
+        for cell in missing:
+            check_files(cell.tests)
+            earlier(cell.settings(arguments.runs / study.name))
+        console = PlainConsole()
+        console.print(
+            f"{study.name}: {len(study.cells)} runs, {len(missing)} to do, {arguments.processes} side by side"
+        )
+        try:
+            run_cells(missing, train_and_test, arguments, command, lines, console)
+        finally:
+            rows = [row for cell in study.cells if (row := cell.result(lines.rows)) is not None]
+            if rows:
+                write_report(study, rows, arguments.results, console)

@@ -209,8 +209,8 @@ def run(arguments: argparse.Namespace) -> None:
         "weights": identity(model)["weights"],
         "streams": {s.name: hashlib.sha256(s.data).hexdigest() for s in streams},
     }
-    lines = Lines(arguments.out, settings, command_line("evaluate adapt", arguments, ["files"]))
-    _measure(model, streams, predictors, arguments.lags, lines)
+    with Lines(arguments.out, settings, command_line("evaluate adapt", arguments, ["files"])) as lines:
+        _measure(model, streams, predictors, arguments.lags, lines)
     plot(lines.rows, arguments.out.with_suffix(".png"))
     console = PlainConsole()
     for table in (code_table(lines.rows), reading_table(lines.rows)):

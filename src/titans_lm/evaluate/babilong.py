@@ -152,14 +152,14 @@ def run(arguments: argparse.Namespace) -> None:
     check_output(arguments.out, ours=False)
     model, _ = load(arguments.model)
     cells = _cells(arguments)
-    lines = Lines(
+    with Lines(
         arguments.out, _settings(arguments, identity(model)["weights"]), command_line("evaluate babilong", arguments)
-    )
-    for (name, length), task in cells.items():
-        if lines.find(task=name, length=length) is None:
-            pending = answers(model, task, arguments.samples, arguments.seed, arguments.batch)
-            replies = list(track(pending, f"{name}, {length:,} tokens", total=arguments.samples))
-            lines.add({"task": name, "length": length, **summary(task, replies)})
+    ) as lines:
+        for (name, length), task in cells.items():
+            if lines.find(task=name, length=length) is None:
+                pending = answers(model, task, arguments.samples, arguments.seed, arguments.batch)
+                replies = list(track(pending, f"{name}, {length:,} tokens", total=arguments.samples))
+                lines.add({"task": name, "length": length, **summary(task, replies)})
     console = PlainConsole()
     console.print(table(lines, list(cells)))
     console.print(f"Scores and answers are in {arguments.out}.")

@@ -107,13 +107,13 @@ def run(arguments: argparse.Namespace) -> None:
     check_output(arguments.out, ours=False)
     names = (*least_one, "hidden", "learning_rate")
     settings = {name: getattr(arguments, name) for name in names}
-    lines = Lines(arguments.out, settings, command_line("evaluate classify", arguments))
-    cells = [cell for data in arguments.data for cell in _cells(arguments, data)]
-    left = [cell for cell in cells if lines.find(**cell["key"]) is None]
-    console = PlainConsole()
-    for cell in track(left, "classifiers", console=console):
-        lines.add({**cell["key"], **_run_cell(cell, arguments)})
-    console.print(_table(lines.rows))
+    with Lines(arguments.out, settings, command_line("evaluate classify", arguments)) as lines:
+        cells = [cell for data in arguments.data for cell in _cells(arguments, data)]
+        left = [cell for cell in cells if lines.find(**cell["key"]) is None]
+        console = PlainConsole()
+        for cell in track(left, "classifiers", console=console):
+            lines.add({**cell["key"], **_run_cell(cell, arguments)})
+        console.print(_table(lines.rows))
     console.print(f"{len(left)} of {len(cells)} lines are new: {arguments.out}")
 
 

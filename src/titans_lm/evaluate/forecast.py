@@ -48,12 +48,12 @@ def run(arguments: argparse.Namespace) -> None:
     search, page = arguments.candidates is not None, arguments.out.with_suffix(".md")
     if page == arguments.out or (page.exists() and not page.read_text().startswith(TITLE)):
         raise ValueError(f"{page} is not a page of this command; give --out another name, one that ends in .jsonl")
-    lines = Lines(arguments.out, SEARCH if search else PROTOCOL, command_line("evaluate forecast", arguments))
-    candidates: dict[str, Contender] = load_candidates(arguments.candidates) if search else {}
-    cells = _cells(arguments, candidates)
-    left = [cell for cell in cells if not _is_done(cell, lines)]
-    console = PlainConsole()
-    _run_cells(left, lines, console)
+    with Lines(arguments.out, SEARCH if search else PROTOCOL, command_line("evaluate forecast", arguments)) as lines:
+        candidates: dict[str, Contender] = load_candidates(arguments.candidates) if search else {}
+        cells = _cells(arguments, candidates)
+        left = [cell for cell in cells if not _is_done(cell, lines)]
+        console = PlainConsole()
+        _run_cells(left, lines, console)
     keys = [cell.key() for cell in cells]
     rows = [row for row in lines.rows if {name: row[name] for name in keys[0]} in keys]
     reports = [choice(rows)] if search else [*errors(rows), *older(rows)]

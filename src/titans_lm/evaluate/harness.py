@@ -75,22 +75,18 @@ def run(arguments: argparse.Namespace) -> None:
     setup_logging(logging.ERROR)  # LMEVAL_LOG_LEVEL=INFO says more
     options = {"limit": arguments.limit, **(SEEDS if arguments.seed is None else dict.fromkeys(SEEDS, arguments.seed))}
     settings = {**identity(model.model), "lm_eval": lm_eval.__version__, "metadata": metadata, **options}
-    lines = Lines(arguments.out, settings, command_line("evaluate harness", arguments))
     names = list(dict.fromkeys(name for task in arguments.tasks for name in SHORTHANDS.get(task, [task])))
-    missing = [name for name in names if lines.find(task=name) is None]
-    if missing:
-        from titans_lm.evaluate.lm_eval_model import TitansLM
+    with Lines(arguments.out, settings, command_line("evaluate harness", arguments)) as lines:
+        missing = [name for name in names if lines.find(task=name) is None]
+        if missing:
+            from titans_lm.evaluate.lm_eval_model import TitansLM
 
-        with _as_data(tokenizer) as folder:
-            manager = _manager(missing, arguments.include_path, {"tokenizer": folder, **metadata})
-            tasks = {name: _load(name, manager, options) for name in missing}
-        lm = TitansLM(
-            model,
-            tokenizer,
-            batch_size=arguments.batch,
-            device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        )
-        _evaluate(lm, tasks, lines, {**options, "task_manager": manager})
+            with _as_data(tokenizer) as folder:
+                manager = _manager(missing, arguments.include_path, {"tokenizer": folder, **metadata})
+                tasks = {name: _load(name, manager, options) for name in missing}
+            device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            lm = TitansLM(model, tokenizer, batch_size=arguments.batch, device=device)
+            _evaluate(lm, tasks, lines, {**options, "task_manager": manager})
     PlainConsole(width=None if sys.stdout.isatty() else WIDTH).print(
         _table([row for name in names if (row := lines.find(task=name))])
     )

@@ -103,15 +103,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     cells, console = _cells(arguments), PlainConsole(stderr=True)
-    lines = Lines(arguments.out, _settings(arguments), command_line("evaluate needle", arguments))
-    model, _ = load(arguments.model)
-    if arguments.show:
-        for task in {cell.kind: cell for cell in cells}.values():
-            _show(model, task, arguments.seed, console)
-    try:
-        _fill(lines, model, cells, arguments, console)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"the same command continues with {arguments.out}") from None
+    with Lines(arguments.out, _settings(arguments), command_line("evaluate needle", arguments)) as lines:
+        model, _ = load(arguments.model)
+        if arguments.show:
+            for task in {cell.kind: cell for cell in cells}.values():
+                _show(model, task, arguments.seed, console)
+        try:
+            _fill(lines, model, cells, arguments, console)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"the same command continues with {arguments.out}") from None
     rows = [row for cell in cells if (row := lines.find(**_key_of(cell))) is not None]
     for kind in arguments.kind:
         console.print(_table(kind, [row for row in rows if row["kind"] == kind]))

@@ -30,11 +30,11 @@ def run_search(study: Study, arguments: argparse.Namespace, command: str) -> Non
     first = study.cells[0].seed
     cells = [cell for cell in study.cells if cell.seed == first]
     command = f"{command} --search {trials}"
-    lines = Lines(arguments.results / f"{study.name}_search.jsonl", {"search": space, "trials": trials}, command)
-    missing = [cell for cell in cells if cell.result(lines.rows) is None]
-    console = PlainConsole()
-    job = functools.partial(search_cell, space=space, trials=trials)
-    run_cells(missing, job, arguments, command, lines, console)
+    with Lines(arguments.results / f"{study.name}_search.jsonl", {"search": space, "trials": trials}, command) as lines:
+        missing = [cell for cell in cells if cell.result(lines.rows) is None]
+        console = PlainConsole()
+        job = functools.partial(search_cell, space=space, trials=trials)
+        run_cells(missing, job, arguments, command, lines, console)
     for cell in cells:
         row = cell.result(lines.rows)
         if row is not None and row["status"] == "ok":

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from titans_lm.utils.memory_lock import beside
+from titans_lm.utils.memory_lock import FileLock, beside
 
 
 def provenance(command: str) -> dict[str, str]:
@@ -167,17 +167,35 @@ class Lines:
     """Results as JSON lines, one per cell, after a first line with `settings` and provenance. Long work resumes from
     them.
 
-    Every write is atomic. Raises ValueError, and changes nothing, if `path` holds results of other settings or another
-    kind of file.
+        with Lines(path, settings, command) as lines:
+            if lines.find(length=8) is None: lines.add({"length": 8, "score": measure(8)})
+
+    As a context it locks `path`, as `FileLock` does: of two commands with the same file the second would repeat the
+    first one's work and write over its lines. Every write is atomic. Raises ValueError, and changes nothing, if `path`
+    holds results of other settings or another kind of file.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], command: str):
         self.path, self.rows = path, list[dict[str, Any]]()
         self.head = {**provenance(command), "settings": json.loads(json.dumps(settings))}
-        if path.exists():
-            self._load()
+        self._lock = FileLock(beside(Path(os.path.realpath(path)), "lock"), path)
+        self._load()
+
+    def __enter__(self) -> "Lines":
+        if self.path.absolute().parent == RESULTS.absolute():
+            RESULTS.mkdir(exist_ok=True)
+        self._lock.__enter__()
+        self._load()  # what another command has added since
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._lock.__exit__(*error)
+        with contextlib.suppress(OSError):  # it has files
+            RESULTS.rmdir()
 
     def _load(self) -> None:
+        if not self.path.exists():
+            return
         try:
             head, *rows = map(json.loads, self.path.read_text().splitlines())
             other = {key: value for key, value in head["settings"].items() if self.head["settings"].get(key) != value}

@@ -67,7 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
     for i, section in enumerate(chosen):
         left = ends - time.monotonic()
         own = section.share / sum(other.share for other in chosen[i:])  # of what is left: an early end helps the next
-        run_section(section, files[section.name], min(ends, time.monotonic() + own * left), arguments.device, console)
+        with files[section.name] as lines:
+            run_section(section, lines, min(ends, time.monotonic() + own * left), arguments.device, console)
     found = verdicts({name: lines.rows for name, lines in files.items()})
     write_json(out / VERDICTS, {"command": command, "settings": settings, "verdicts": found})
     console.print(verdict_table(found))
