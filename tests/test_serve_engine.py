@@ -32,6 +32,7 @@ def no_call_fails(request, caplog) -> Iterator[None]:
     failing = (
         test_an_error_ends_one_answer_alone,
         test_a_server_refuses_a_memory_that_cannot_join_and_answers_the_others,
+        test_an_error_between_calls_ends_the_answers_and_not_the_server,
     )
     expected = request.function in failing
     assert ["failed" in record.getMessage() for record in caplog.get_records("call")] == [True] * expected
@@ -206,6 +207,24 @@ def test_a_server_refuses_a_memory_that_cannot_join_and_answers_the_others():
     assert "frozen=True" in str(refused.refused)
     assert said["learning"][-1].refused is None
     assert len(learning.tokens) == 4
+
+
+def test_an_error_between_calls_ends_the_answers_and_not_the_server(monkeypatch):
+    model = tiny_model("mag", vocab_size=BYTES)
+    worker, said = Worker(model, Limits()), list[Any]()
+    monkeypatch.setattr(TitansState, "clone", lambda _: (_ for _ in ()).throw(RuntimeError("no memory for a row")))
+    worker.submit(request(model, 5).answer(), said.append, stream=False)
+    while worker.jobs:
+        worker.turn()
+    monkeypatch.undo()
+    assert "no memory for a row" in str(said[-1].refused)
+    later, expected = request(model, 5, most=4), alone(model, request(model, 5, most=4))
+    answer = later.answer()
+    worker.submit(answer, said.append, stream=False)
+    while worker.jobs:
+        worker.turn()
+    assert said[-1].refused is None
+    assert answer.tokens == expected.tokens
 
 
 def request(model: TitansForCausalLM, tokens: int, most: int = 50) -> Request:

@@ -63,7 +63,7 @@ class Worker:
 
     def __init__(self, model: TitansForCausalLM, limits: Limits):
         self.limits = limits
-        self.engine = Engine(model, limits.batch_size, limits.prefill_chunk_size)
+        self.engine = self._new_engine(model)
         self.jobs: list[Job] = []
         self._new: list[Job] = []
         self._changed = threading.Condition()
@@ -119,8 +119,13 @@ class Worker:
                     return
             self.turn()
 
+    def _new_engine(self, model: TitansForCausalLM) -> Engine:
+        return Engine(model, self.limits.batch_size, self.limits.prefill_chunk_size)
+
     def turn(self) -> None:
-        """One step of the engine, between which jobs are added and those that are over removed."""
+        """One step of the engine, between which jobs are added and those that are over removed.
+
+        An error of the step itself, such as no memory for one more row, ends the jobs and leaves the worker alive."""
         with self._changed:
             jobs, new, self._new = list(self.jobs), self._new, []
         for job in new:
@@ -129,19 +134,29 @@ class Worker:
             except ValueError as error:  # its memory cannot be read beside those of the others
                 self._fail(job, error)
         self.engine.discard([job.answer for job in jobs if job.over() is not None])
-        of_answer = {id(job.answer): job for job in jobs}
-        for answer, result in self.engine.step():
-            job = of_answer[id(answer)]
-            if isinstance(result, Exception):
-                self._fail(job, result)
-            elif result:
-                job.add(result)
+        self._step({id(job.answer): job for job in jobs})
         ended = [(job, end) for job in jobs if (end := job.over()) is not None]
         self.engine.discard([job.answer for job, _ in ended])
         with self._changed:
             self.jobs = [job for job in self.jobs if not any(job is other for other, _ in ended)]
         for job, end in ended:
             job.end(end)
+
+    def _step(self, jobs: dict[int, Job]) -> None:
+        """A step of the engine for these jobs, by the `id` of their answers."""
+        try:
+            events = self.engine.step()
+        except Exception as error:
+            for job in jobs.values():
+                if job.over() is None:
+                    self._fail(job, error)
+            self.engine = self._new_engine(self.engine.model)
+            return
+        for answer, result in events:
+            if isinstance(result, Exception):
+                self._fail(jobs[id(answer)], result)
+            elif result:
+                jobs[id(answer)].add(result)
 
     def _fail(self, job: Job, error: Exception) -> None:
         LOG.error("a request failed", exc_info=error)
