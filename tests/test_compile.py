@@ -1,4 +1,5 @@
-"""Runs `compiled_models.py` in a process of its own, without the checks of shapes: `torch.compile` fails on them."""
+"""Runs `compiled_models.py` and `onnx_programs.py`, each in a process of its own, without the checks of shapes:
+`torch.compile` fails on them."""
 
 import os
 import subprocess
@@ -9,8 +10,9 @@ import pytest
 
 
 @pytest.mark.slow
-def test_compiled_and_exported_models_are_the_model():
-    file = Path(__file__).with_name("compiled_models.py")
+@pytest.mark.parametrize("name", ["compiled_models.py", "onnx_programs.py"])
+def test_compiled_and_exported_models_are_the_model(name: str):
+    file = Path(__file__).with_name(name)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", file],
         cwd=file.parent,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from titans_lm.models.graft_files import graft
     from titans_lm.models.hub import load
     from titans_lm.models.modeling import TitansForCausalLM, TitansModel
+    from titans_lm.models.onnx import to_onnx
     from titans_lm.models.presets import preset
     from titans_lm.models.time_series import TitansForTimeSeriesPrediction
     from titans_lm.models.time_series_configuration import TitansTimeSeriesConfig
@@ -54,6 +55,7 @@ __all__ = [
     "load",
     "memory_scan",
     "preset",
+    "to_onnx",
     "trace",
 ]
 __version__ = "0.2.0"
@@ -82,6 +84,7 @@ _MODULES = {
     "load": "models.hub",
     "memory_scan": "ops",
     "preset": "models.presets",
+    "to_onnx": "models.onnx",
     "trace": "analyze.trace",
 }
 """The module that defines each public name; the operation and the layer need torch alone."""

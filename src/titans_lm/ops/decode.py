@@ -21,6 +21,7 @@ from titans_lm.ops.types import (
     ScanInputs,
     ScanOutput,
     Surprise,
+    is_traced,
     select_rows,
     where_rows,
 )
@@ -102,7 +103,8 @@ def update_token(inputs: ScanInputs, anchor: Layers) -> TokenUpdate:
 
 def _write(x: Tensor, g: Tensor, decay: tuple[Tensor, Tensor], w: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """W and S `[R, in, out]` after a token with gradient x g (eqs. 10, 13). `decay` are eta and 1 - alpha."""
-    s = (decay[0] * s).addcmul_(x, g, value=-1)
+    s = decay[0] * s
+    s = s.sub(x * g) if is_traced(s) else s.addcmul_(x, g, value=-1)  # in place, which not all that traces can take
     return torch.addcmul(s, w, decay[1]), s
 
 

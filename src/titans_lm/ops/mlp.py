@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_lm.ops.types import NORM_EPS, MemoryForm
+from titans_lm.ops.types import NORM_EPS, MemoryForm, is_traced
 
 TANH_SCALE, CUBE = math.sqrt(2 / math.pi), 0.044715
 """Constants of GELU's tanh approximation."""
@@ -27,10 +27,22 @@ def activate(z: Tensor, form: MemoryForm, out: Tensor | None = None) -> Tensor:
 
 def act_backward(g: Tensor, z: Tensor, form: MemoryForm, out: Tensor | None = None) -> Tensor:
     """g * act'(z), into `out` where given."""
+    if is_traced(z):
+        return g * act_derivative(z, form)  # in operations that ONNX has
     out = torch.empty_like(g) if out is None else out
     if form.activation == "silu":
         return torch.ops.aten.silu_backward.grad_input(g, z, grad_input=out)
     return torch.ops.aten.gelu_backward.grad_input(g, z, approximate="tanh", grad_input=out)
+
+
+def act_derivative(z: Tensor, form: MemoryForm) -> Tensor:
+    """act'(z)."""
+    if form.activation == "silu":
+        s = torch.sigmoid(z)
+        return s * (1 + z * (1 - s))
+    square = z * z
+    t = torch.tanh(TANH_SCALE * z * (1 + CUBE * square))
+    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * TANH_SCALE * (1 + 3 * CUBE * square)
 
 
 def act_second_derivative(z: Tensor, form: MemoryForm) -> Tensor:
@@ -95,7 +107,7 @@ def inner_loss(z: Tensor, shift: Tensor, weight: Tensor | None, clip: float | No
     else:
         normed, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], None, None, NORM_EPS)
         error = torch.addcmul(shift, normed, weight)
-        gradient = layer_norm_backward((2 * error).mul_(weight), z, mean, rstd)
+        gradient = layer_norm_backward(error * (2 * weight), z, mean, rstd)
     clipped = gradient
     if clip is not None:
         length = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)

@@ -107,7 +107,7 @@ def _assign(mask: Tensor, order: Tensor, lead_and_slots: tuple[int, int], chunk:
     slot = torch.arange(slots, device=mask.device)
     in_lead = slot < lead
     rank = torch.where(in_lead, slot, slot - lead + completing[:, None])  # [B, S], which token of its row
-    valid = torch.where(in_lead, slot < completing[:, None], rank < length[:, None])
+    valid = (in_lead & (slot < completing[:, None])) | (~in_lead & (rank < length[:, None]))
     token_of_slot = order.gather(1, rank.clamp(max=max(tokens - 1, 0)))
     token_rank = mask.cumsum(1) - 1
     slot_of_token = torch.where(token_rank < completing[:, None], token_rank, token_rank - completing[:, None] + lead)
