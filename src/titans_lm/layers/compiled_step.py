@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_lm.layers.memory_state import NeuralMemoryOutput, NeuralMemoryState
-from titans_lm.layers.module_call import is_plain_linear
+from titans_lm.layers.module_call import is_plain_linear, is_plain_norm
 from titans_lm.ops import MemoryForm, Surprise
 from titans_lm.ops.cpu.compiled import SCALARS, as_contiguous, run, thread_count, unsupported_tensor_reason
 from titans_lm.ops.decode import Layers, TokenUpdate, advance_token
@@ -72,12 +72,7 @@ def is_supported(layer: StepLayer, x: Tensor, weights: Sequence[Tensor], valid: 
     if is_watched() or unsupported_tensor_reason(x, x.dtype) is not None:
         return False
     gates = [gate for gate in (layer.theta, layer.eta, layer.alpha) if gate is not None]
-    return all(map(is_plain_linear, gates)) and _is_plain_norm(layer.output_norm) and _same_dtype(layer, x.dtype)
-
-
-def _is_plain_norm(norm: nn.Module) -> bool:
-    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
-    return type(norm) is nn.RMSNorm and "forward" not in vars(norm) and not any(hooks)
+    return all(map(is_plain_linear, gates)) and is_plain_norm(layer.output_norm) and _same_dtype(layer, x.dtype)
 
 
 def _same_dtype(layer: StepLayer, dtype: torch.dtype) -> bool:

@@ -42,16 +42,26 @@ def as_call(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P
     return run
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something looks at a call of the module itself: a hook, or a `forward` of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" in vars(module) or any(hooks)
+
+
 def is_plain_linear(linear: nn.Module) -> bool:
     """Whether a product with its weight and bias is all that a call of it does, so that several may be one product.
 
     False with an adapter, a hook or a parametrization, and for a weight that is quantized, sharded or offloaded.
     """
-    if type(linear) is not nn.Linear or "forward" in vars(linear):
+    if type(linear) is not nn.Linear or has_hooks(linear):
         return False
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
-        return False
-    return all(type(part) in (nn.Parameter, Tensor) for part in (linear.weight, linear.bias))
+    parts = (linear.weight, linear.bias)
+    return all(part is None or type(part) in (nn.Parameter, Tensor) for part in parts)
+
+
+def is_plain_norm(norm: nn.Module) -> bool:
+    """Whether a call of it is the RMS norm with its weight alone."""
+    return type(norm) is nn.RMSNorm and not has_hooks(norm)
 
 
 def empty_like_weights(module: nn.Module) -> Tensor:

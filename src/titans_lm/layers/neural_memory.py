@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from titans_lm.layers import compiled_step
+from titans_lm.layers import compiled_layer, compiled_step
 from titans_lm.layers.associative import start_associative
 from titans_lm.layers.bypass import is_bypassed
 from titans_lm.layers.checkpointing import checkpointed
@@ -156,10 +156,9 @@ class NeuralMemory(nn.Module):
         norm = torch.empty(self.num_heads, self.head_dim) if form == "residual" else None
         self.norm_weight = None if norm is None else nn.Parameter(norm)
         self.norm_bias = None if norm is None else nn.Parameter(norm.clone())
-        prev_input, gates = None if self.predictor is None else (self.dim,), (self.num_heads, 3)
-        self._state_shapes = StateShapes(
-            self.shapes, self._conv_shape, prev_input, gates if self.gates_of == "chunk" else None
-        )
+        prev_input = None if self.predictor is None else (self.dim,)
+        gates = (self.num_heads, 3) if self.gates_of == "chunk" else None
+        self._state_shapes = StateShapes(self.shapes, self._conv_shape, prev_input, gates)
 
     def reset_parameters(self) -> None:
         """Initialise M_0, the convolutions, the gates' biases and the norm; for an associative start also the
@@ -252,8 +251,7 @@ class NeuralMemory(nn.Module):
     def retrieve(self, x: Float[Tensor, "B T D"], state: NeuralMemoryState) -> Float[Tensor, "B T D"]:
         """Read the memory with the queries of `x`, the stream's next tokens, without writing (eq. 15)."""
         self._state_shapes.check(state, x.shape[0])
-        queries, _ = self._project_queries(x, state.conv_state[0], None)
-        return self._retrieve_projected(queries, state.memory.weights, bypass=is_bypassed(self))
+        return self._retrieve_next(x, state.conv_state[0], state.memory.weights, None, bypass=is_bypassed(self))[0]
 
     def frozen(self, x: Tensor, state: NeuralMemoryState, valid: Tensor | None) -> tuple[Tensor, NeuralMemoryState]:
         warnings.warn("NeuralMemory.frozen was replaced: use update=False", DeprecationWarning, stacklevel=2)
@@ -306,6 +304,8 @@ class NeuralMemory(nn.Module):
             self._state_shapes.check(state, x.shape[0])
             out = compiled_step.write_token(self, x, state, surprise)
             return out._replace(y=self.o_proj(out.y))
+        if update and not (surprise or bypass) and compiled_layer.is_supported(self, x, state, valid):
+            return compiled_layer.run(self, x, state)
         out = self._scan(x, state, valid, update=update, surprise=surprise, bypass=bypass)
         return out._replace(y=self._project_output(x, out.y, bypass=bypass))
 

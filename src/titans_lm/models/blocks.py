@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from titans_lm.layers import compiled_segments
 from titans_lm.layers.attention import KeyValues, RotaryEmbedding, SegmentAttention, WindowAttention
 from titans_lm.layers.bypass import is_bypassed
-from titans_lm.layers.gating import ConvexGate, ProductGate, SwiGLU
+from titans_lm.layers.compiled_segments import SegmentLayers
+from titans_lm.layers.gating import SwiGLU
 from titans_lm.layers.memory_state import NeuralMemoryOutput, NeuralMemoryState, ProjectedQueries
 from titans_lm.layers.neural_memory import NeuralMemory
 from titans_lm.models.block_cache import (
@@ -28,6 +30,7 @@ from titans_lm.models.block_cache import (
     expand_rows,
     restart_rows,
 )
+from titans_lm.models.block_layers import make_gate, make_memory, make_window
 from titans_lm.models.configuration import TitansConfig
 from titans_lm.models.forward_context import ForwardContext
 from titans_lm.models.segments import (
@@ -37,6 +40,7 @@ from titans_lm.models.segments import (
     lay_out_segments,
     read_segments,
     read_segments_as_loop,
+    split_whole,
 )
 from titans_lm.ops import Surprise, is_traced
 from titans_lm.utils.deprecation import renamed
@@ -141,45 +145,6 @@ class TitansBlock(GradientCheckpointingLayer, Generic[Cache]):
         return out.y, expand_rows(out.state, batch)
 
 
-def make_memory(config: TitansConfig) -> NeuralMemory:
-    """The memory of a layer."""
-    assert config.num_memory_heads is not None
-    return NeuralMemory(
-        config.hidden_size,
-        config.num_memory_heads,
-        head_dim=config.memory_head_dim,
-        layers=config.memory_layers,
-        memory_dim=config.memory_dim,
-        chunk_size=config.memory_chunk_size,
-        lr=config.memory_lr,
-        lr_start=config.memory_lr_start,
-        form=config.memory_form,
-        activation=config.memory_activation,
-        clip=config.memory_clip,
-        momentum=config.memory_momentum,
-        forgetting=config.memory_forgetting,
-        gates_of=config.memory_gates_of,
-        alpha_bias=config.memory_alpha_bias,
-        conv_size=config.memory_conv_size,
-        init=config.memory_init,
-        start=config.memory_start,
-        lags=config.memory_lags,
-        surprise_threshold=config.surprise_threshold,
-        surprise_threshold_on=config.surprise_threshold_on,
-    )
-
-
-def _window(config: TitansConfig) -> WindowAttention:
-    assert config.head_dim is not None
-    return WindowAttention(config.hidden_size, config.num_attention_heads, config.head_dim, config.window_size)
-
-
-def _gate(config: TitansConfig) -> nn.Module:
-    if config.gate == "convex":
-        return ConvexGate(config.hidden_size)
-    return ProductGate(config.hidden_size, config.rms_norm_eps)
-
-
 def _attend(
     attention: WindowAttention, x: Tensor, persistent: Tensor, cache: KeyValues, context: ForwardContext
 ) -> tuple[Tensor, KeyValues]:
@@ -201,7 +166,7 @@ class AttentionBlock(TitansBlock[AttentionCache]):
 
     def __init__(self, config: TitansConfig):
         super().__init__(config)
-        self.attention = _window(config)
+        self.attention = make_window(config)
 
     def empty_cache(self, batch: int, like: Tensor) -> AttentionCache:
         return AttentionCache(self.attention.initial_state(batch, like))
@@ -241,7 +206,7 @@ class MAGBlock(TitansBlock[MAGCache]):
 
     def __init__(self, config: TitansConfig):
         super().__init__(config)
-        self.attention, self.memory, self.gate = _window(config), make_memory(config), _gate(config)
+        self.attention, self.memory, self.gate = make_window(config), make_memory(config), make_gate(config)
 
     def empty_cache(self, batch: int, like: Tensor) -> MAGCache:
         return MAGCache(self.attention.initial_state(batch, like), self.memory.empty_state(batch, like))
@@ -264,7 +229,7 @@ class MALBlock(TitansBlock[MALCache]):
 
     def __init__(self, config: TitansConfig):
         super().__init__(config)
-        self.attention, self.memory = _window(config), make_memory(config)
+        self.attention, self.memory = make_window(config), make_memory(config)
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def empty_cache(self, batch: int, like: Tensor) -> MALCache:
@@ -302,7 +267,7 @@ class MACBlock(TitansBlock[MACCache]):
         dim, eps = config.hidden_size, config.rms_norm_eps
         self.segment_size = config.segment_size
         self.attention = SegmentAttention(dim, config.num_attention_heads, config.head_dim, config.segment_size)
-        self.memory, self.gate = make_memory(config), _gate(config)
+        self.memory, self.gate = make_memory(config), make_gate(config)
         self.retrieved_norm, self.memory_norm = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
 
     def empty_cache(self, batch: int, like: Tensor) -> MACCache:
@@ -332,6 +297,11 @@ class MACBlock(TitansBlock[MACCache]):
         def read(part: SegmentInputs, cache: MACCache, here: ForwardContext) -> SegmentOutput:
             return self._segment(part, persistent, cache, here)
 
+        parts = [] if is_traced(x) else split_whole(inputs, context, self.segment_size)
+        if parts and self._may_compile(parts[0].s, cache, context):
+            y, m, cache = self._read_compiled(parts, persistent, cache, context)
+            cache = cache._replace(retrieval=cache.retrieval._replace(conv_state=conv_state))
+            return BlockOutput(self.gate(y, m), cache, None)
         run = read_segments_as_loop if is_traced(x) and layout.slots > self.segment_size else read_segments
         out, cache = run(read, inputs, layout, cache, context, self.segment_size)
         cache = cache._replace(retrieval=cache.retrieval._replace(conv_state=conv_state))
@@ -351,6 +321,29 @@ class MACBlock(TitansBlock[MACCache]):
         out = self._attend_and_write(x, qkv, h, persistent, cache, context, self.memory.forward_aligned)
         cache = out.cache._replace(retrieval=out.cache.retrieval._replace(conv_state=conv_state))
         return BlockOutput(self.gate(out.y, out.retrieved), cache, out.surprise)
+
+    def _may_compile(self, s: Tensor, cache: MACCache, context: ForwardContext) -> bool:
+        c = context
+        plain = c.update and not (c.surprise or c.eager or c.bypass)
+        return plain and compiled_segments.is_supported(self._segment_layers(), s, cache.memory)
+
+    def _segment_layers(self) -> SegmentLayers:
+        return SegmentLayers(self.memory, self.attention, self.retrieved_norm, self.memory_norm)
+
+    def _read_compiled(
+        self, parts: list[SegmentInputs], persistent: tuple[Tensor, Tensor], cache: MACCache, context: ForwardContext
+    ) -> tuple[Tensor, Tensor, MACCache]:
+        """Read whole segments in compiled code, then a part of one, if there is one: attention's output, the memory's,
+        and the cache. Whole segments leave no keys and values."""
+        layers, (whole, *rest) = self._segment_layers(), parts
+        y, m, memory = compiled_segments.read(layers, whole.s, whole.queries, whole.qkv, persistent, cache.memory)
+        snapshot = cache.retrieval._replace(weights=memory.memory.weights)
+        cache = cache._replace(memory=memory, retrieval=snapshot)
+        for part in rest:
+            out = self._segment(part, persistent, cache, context.in_segment(self.segment_size))
+            y, cache = torch.cat([y, out.y], 1), out.cache
+            m = torch.cat([m, self.memory.project_output(out.written, out.retrieved)], 1)
+        return y, m, cache
 
     def _segment(
         self, part: SegmentInputs, persistent: tuple[Tensor, Tensor], cache: MACCache, context: ForwardContext

@@ -22,7 +22,8 @@ from titans_lm.layers.gating import ResidualGate
 from titans_lm.layers.memory_state import NeuralMemoryState
 from titans_lm.models import model_files
 from titans_lm.models.block_cache import AttentionCache, BlockCache, LMMCache, MAGCache, restart_rows
-from titans_lm.models.blocks import PREFILL_TOKENS, make_memory
+from titans_lm.models.block_layers import make_memory
+from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.cache import TitansState
 from titans_lm.models.forward_context import ForwardContext
 from titans_lm.models.graft_cache import BaseShape, GraftCall

@@ -60,6 +60,17 @@ def lay_out_segments(context: ForwardContext, x: Tensor, size: int) -> Layout:
     return lay_out_by_shape(valid, position, tokens, size, inside=export or not start)
 
 
+def split_whole(inputs: SegmentInputs, context: ForwardContext, size: int) -> list[SegmentInputs]:
+    """The whole segments of all rows, and the tokens after them, if any; none where a row begins inside a segment, or
+    rows differ."""
+    tokens = inputs.s.shape[1]
+    whole = tokens // size * size
+    aligned = context.uniform_position is not None and context.uniform_position % size == 0 and inputs.valid is None
+    if not aligned or not whole:
+        return []
+    return inputs.split([whole, tokens - whole] if whole < tokens else [whole])
+
+
 def read_segments(
     read: ReadSegment, inputs: SegmentInputs, layout: Layout, cache: MACCache, context: ForwardContext, size: int
 ) -> tuple[SegmentOutput | None, MACCache]:

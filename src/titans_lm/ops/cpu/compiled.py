@@ -18,7 +18,7 @@ LOG = logging.getLogger(__name__)
 FUNCTIONS = [
     f"titans_{name}"
     for name in ("state_size", "saved_size", "forward", "backward", "decode", "layer_step", "features_forward",
-                 "features_backward")
+                 "features_backward", "layer_forward", "layer_backward", "segments_forward", "segments_backward")
 ]  # fmt: skip
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 SCALARS = {torch.float32: "float", torch.float64: "double"}

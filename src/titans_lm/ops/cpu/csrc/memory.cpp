@@ -6,6 +6,7 @@
 
 #include "row_backward.h"
 #include "layer_step.h"
+#include "segments.h"
 
 // Run jobs on `threads` threads, or as many as the system gives, each with a Worker of its own. Returns 0, or 1 if memory
 // ran out. The counter's last atomic operation also makes a worker's streaming stores visible to all threads.
@@ -28,6 +29,15 @@ long run_jobs(const Args& args, long jobs, Act act) {
     work();
     for (std::thread& t : others) t.join();
     return failed;
+}
+
+template <class Act>
+long guarded(Act act) {
+    try {
+        return act();
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
 }
 
 extern "C" {
@@ -61,5 +71,17 @@ long titans_features_forward(const FeatureArgs<Scalar>* args) {
 long titans_features_backward(const FeatureArgs<Scalar>* args) {
     return run_jobs<FeatureWorker<Scalar>>(*args, args->parts * args->heads,
                                            [](FeatureWorker<Scalar>& worker, long job) { worker.backward(job); });
+}
+long titans_layer_forward(const LayerArgs<Scalar>* args) {
+    return guarded([&] { return layer_forward(*args); });
+}
+long titans_layer_backward(const LayerArgs<Scalar>* args) {
+    return guarded([&] { return layer_backward(*args); });
+}
+long titans_segments_forward(const SegmentArgs<Scalar>* args) {
+    return guarded([&] { return segments_forward(*args); });
+}
+long titans_segments_backward(const SegmentArgs<Scalar>* args) {
+    return guarded([&] { return segments_backward(*args); });
 }
 }

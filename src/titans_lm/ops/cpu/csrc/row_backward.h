@@ -49,6 +49,11 @@ struct RowBackward : RowForward<T> {
             Base::copy_state(Base::group_start(group), group_saved.data());
         else
             Base::load_state(args.w, args.s, group_saved.data());
+        recompute_backward(first, end);
+    }
+
+    // Go back through some chunks. The state before the first is in `group_saved`.
+    void recompute_backward(long first, long end) {
         for (long i = first; i < end; ++i) {
             T *saved = group_saved.data() + (i - first) * layout.saved_size, *next = saved + layout.saved_size;
             if (Base::is_empty(i))

@@ -29,12 +29,16 @@ struct RowForward {
         end_state.resize(args.saved ? layout.state_size : 0);
     }
 
-    void begin(long row) {
+    void select(long row) {
         r = row, batch = r / args.heads, head = r % args.heads, last_chunk = -1;
         long out = layout.layers.back().out;
         weight = args.weight ? args.weight + r * out : nullptr;
         bias = args.bias ? args.bias + r * out : nullptr;
         chunk.inner_loss.weight = weight;
+    }
+
+    void begin(long row) {
+        select(row);
         for (long i = 0; i < chunks; ++i)
             if (!is_empty(i)) last_chunk = i;
         load_layers(args.anchor, anchors.data());

@@ -58,11 +58,14 @@ struct FeatureWorker {
 
     void forward(long job) {
         begin(job);
-        for (long b = 0; b < args.batch; ++b)
-            for (long t = 0; t < args.tokens; ++t) {
-                T scale = token(b, t, false), *outputs = args.outputs[part] + token_offset(b, t);
-                for (long i = 0; i < args.width; ++i) outputs[i] = value[i] * scale;
-            }
+        for (long b = 0; b < args.batch; ++b) forward_tokens(b, 0, args.tokens);
+    }
+
+    void forward_tokens(long b, long from, long end) {
+        for (long t = from; t < end; ++t) {
+            T scale = token(b, t, false), *outputs = args.outputs[part] + token_offset(b, t);
+            for (long i = 0; i < args.width; ++i) outputs[i] = value[i] * scale;
+        }
     }
 
     void backward(long job) {
@@ -71,15 +74,26 @@ struct FeatureWorker {
         for (long b = 0; b < args.batch; ++b) {
             for (long t = 0; t < args.size - 1 + args.tokens; ++t)
                 std::fill_n(args.grad_past + past_offset(b, t), args.width, T(0));
-            for (long t = 0; t < args.tokens; ++t) {
-                token_backward(b, t);
-                if (t % BLOCK == BLOCK - 1) flush_block();
-            }
-            flush_block();
+            backward_tokens(b, 0, args.tokens);
         }
         for (long i = 0; i < args.width; ++i)
             for (long age = 0; age < args.size; ++age)
                 args.grad_filters[(first + i) * args.size + age] = grad_taps[age * args.width + i];
+    }
+
+    void add_filter_gradients() {
+        for (long i = 0; i < args.width; ++i)
+            for (long age = 0; age < args.size; ++age)
+                args.grad_filters[(first + i) * args.size + age] += grad_taps[age * args.width + i];
+    }
+
+    // Add the gradients of these tokens to those by past and, in `grad_taps`, by the filters.
+    void backward_tokens(long b, long from, long end) {
+        for (long t = from; t < end; ++t) {
+            token_backward(b, t);
+            if (t % BLOCK == BLOCK - 1) flush_block();
+        }
+        flush_block();
     }
 
     void flush_block() {
