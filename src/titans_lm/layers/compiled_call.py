@@ -41,11 +41,13 @@ class ScanLayer(Protocol):
     def parameters(self) -> Any: ...
 
 
-def gates_of(layer: ScanLayer) -> list[nn.Linear]:
+def gates_of(layer: ScanLayer) -> list[Any]:
+    """The maps of theta, eta and alpha, as far as the layer has them; adapters may have replaced them."""
     return [gate for gate in (layer.theta, layer.eta, layer.alpha) if gate is not None]
 
 
-def projections_of(layer: ScanLayer) -> list[nn.Linear]:
+def projections_of(layer: ScanLayer) -> list[Any]:
+    """The projections of a token, in the order of `LayerInputs.memory_proj`; adapters may have replaced them."""
     return [layer.q_proj, layer.k_proj, layer.v_proj, *gates_of(layer), layer.output_gate]
 
 
