@@ -62,7 +62,7 @@ def test_a_step_equals_the_layers_operations(name):
     state = expected_state = read(layer)
     for token in range(6):  # over the border of a chunk
         x = torch.randn(ROWS, 1, DIM, dtype=torch.float64)
-        assert compiled_step.is_supported(layer, x, state.memory.weights, None)
+        assert compiled_step.step_weights(layer, x, state.memory.weights, None) is not None
         y, state, surprise = layer(x, state, surprise=True)
         expected, expected_state, expected_surprise = own_operations(layer, x, expected_state, surprise=True)
         assert_close((y, state, surprise), (expected, expected_state, expected_surprise), rtol=1e-9, atol=1e-10)
@@ -100,7 +100,7 @@ def tensors(state):
 def test_gradients_do_not_take_the_step():
     layer = make_layer()
     x = torch.randn(ROWS, 1, DIM, dtype=torch.float64)
-    assert not compiled_step.is_supported(layer, x, layer.initial_state(ROWS).memory.weights, None)
+    assert None is compiled_step.step_weights(layer, x, layer.initial_state(ROWS).memory.weights, None)
 
 
 def _hook(layer):
@@ -132,7 +132,7 @@ def test_what_a_step_would_pass_by_is_run_by_the_layers_operations(what):
     dtype = layer.q_proj.weight.dtype
     x = torch.randn(ROWS, 1, DIM, dtype=dtype)
     state = layer.initial_state(ROWS)
-    assert not compiled_step.is_supported(layer, x, state.memory.weights, None)
+    assert None is compiled_step.step_weights(layer, x, state.memory.weights, None)
     assert torch.isfinite(layer(x, state)[0]).all()
 
 

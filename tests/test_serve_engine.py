@@ -15,7 +15,6 @@ from titans_lm.inference.serve.batch import RowBatch
 from titans_lm.inference.serve.engine import Engine
 from titans_lm.inference.serve.limits import Limits
 from titans_lm.inference.serve.worker import Worker
-from titans_lm.layers import key_values
 from titans_lm.models.block_cache import cache_slots
 from titans_lm.models.tokenizer import byte_tokenizer
 
@@ -165,15 +164,6 @@ def test_other_forms_of_the_memory_too(kind: str):
         outcome.check(alone(model, request))
 
 
-@pytest.mark.parametrize("kind", ["mag", "mal", "window"])
-def test_windows_are_copied_to_the_front_when_their_buffer_is_full(kind: str, monkeypatch):
-    monkeypatch.setattr(key_values, "SPARE", 3)
-    model = tiny_model(kind, vocab_size=BYTES)
-    requests = [r._replace(leaves=None) for r in schedule(model, 5, requests=4)]
-    for request, outcome in zip(requests, together(Engine(model, 3, 64), requests, steps=60), strict=True):
-        outcome.check(alone(model, request))
-
-
 def test_frozen_memories_are_read_together_and_not_with_others():
     model = tiny_model("mag", vocab_size=BYTES)
     requests = [r._replace(leaves=None) for r in schedule(model, 4, requests=4)]
@@ -212,7 +202,7 @@ def test_a_server_refuses_a_memory_that_cannot_join_and_answers_the_others():
 def test_an_error_between_calls_ends_the_answers_and_not_the_server(monkeypatch):
     model = tiny_model("mag", vocab_size=BYTES)
     worker, said = Worker(model, Limits()), list[Any]()
-    monkeypatch.setattr(TitansState, "clone", lambda _: (_ for _ in ()).throw(RuntimeError("no memory for a row")))
+    monkeypatch.setattr(model, "begin_decoding", lambda _: (_ for _ in ()).throw(RuntimeError("no memory for a row")))
     worker.submit(request(model, 5).answer(), said.append, stream=False)
     while worker.jobs:
         worker.turn()

@@ -171,11 +171,11 @@ def retrieval_sources(model: TitansForCausalLM, ids: Any, token: int, state: Tit
         model(stream[None, : token + 1].to(model.device), past_key_values=begin.shallow_copy())
     shares, starts = [], []
     for calls in recorder.calls:
-        memory, first = calls[0].memory, calls[0].before.memory
+        memory, first = calls[0].memory, calls[0].before.whole_memory()
         parts = [features_of(call) for call in calls]
         q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
         gates = [torch.cat(part) for part in zip(*map(gates_of, calls), strict=True)][:3]
-        share, start = _shares(memory, first, q, k, v, gates, calls[-1].after.memory)
+        share, start = _shares(memory, first, q, k, v, gates, calls[-1].after.whole_memory())
         shares.append(share)
         starts.append(start)
     exact = all(call[0].memory.norm_weight is None and len(call[0].memory.shapes) == 1 for call in recorder.calls)

@@ -1,7 +1,8 @@
 """`titans bench decode`: the time per decoded token after a long context, and its growth.
 
 Reads up to `--read-up-to` tokens. For later positions it sets the counters of the state: its tensors have the same
-shapes, and no branch depends on their content. The keys and values of full attention, which grow, are random.
+shapes, and no branch depends on their content. The keys and values of full attention, which grow, are random. Titans
+decode as in `generate`, in buffers; making them and leaving them is part of the time.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from titans_lm.bench import lm
 from titans_lm.bench.measure import Action, Contender, Setting
 from titans_lm.bench.race import Entrant, Heat
-from titans_lm.layers.attention import KeyValues
+from titans_lm.layers.key_values import KeyValues
 from titans_lm.models.block_cache import AttentionCache
 from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.cache import TitansState
@@ -36,8 +37,12 @@ def decoder(options: dict[str, Any], setting: Setting) -> Contender:
 
     def run(after: Any) -> None:
         with torch.no_grad(), setting.autocast():
+            if isinstance(model, TitansForCausalLM):
+                model.begin_decoding(after)
             for i in range(tokens.shape[1]):
                 after = step(model, tokens[:, i : i + 1], after)
+            if isinstance(model, TitansForCausalLM):
+                after.end_decoding()
 
     def fork() -> Any:
         return state.clone() if isinstance(state, TitansState) else state

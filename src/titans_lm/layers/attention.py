@@ -11,7 +11,24 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from titans_lm.layers.key_values import KeyValues, OwnedKeyValues, append_to_segment, append_to_window, is_owned
+from titans_lm.layers.attention_step import StepInputs, attention_step
+from titans_lm.layers.few_rows import linears
+from titans_lm.layers.key_values import (
+    KeyValues,
+    Places,
+    SegmentBuffers,
+    WindowBuffers,
+    append,
+    append_to_segment,
+)
+from titans_lm.layers.module_call import as_call, routes_methods
+from titans_lm.layers.query_blocks import AttentionFunction as AttentionFunction  # for its old name
+from titans_lm.layers.query_blocks import (
+    attention_function,
+    causal,
+    one_block,
+    window_blocks,
+)
 from titans_lm.ops import for_all_lengths, gather_tokens, is_traced
 from titans_lm.utils.deprecation import RenamedAttribute, renamed
 
@@ -58,15 +75,32 @@ class Attention(nn.Module):
         return torch.cat([torch.addcmul(left * cos, right, sin, value=-1), torch.addcmul(right * cos, left, sin)], -1)
 
     def _project_kv(self, x: Tensor, rope: RotaryEmbedding | None) -> tuple[Tensor, Tensor]:
-        return self._split_heads(self.k_proj(x), rope), self._split_heads(self.v_proj(x))
+        k, v = linears(x, (self.k_proj, self.v_proj))
+        return self._split_heads(k, rope), self._split_heads(v)
+
+    def project_qkv(self, x: Tensor, rope: RotaryEmbedding) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `[B, heads, T, d]` of the tokens themselves, of any number of segments."""
+        q, k, v = linears(x, (self.q_proj, self.k_proj, self.v_proj))
+        return self._split_heads(q, rope), self._split_heads(k, rope), self._split_heads(v)
 
     def project_persistent(self, persistent: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the persistent tokens `[1 or B, P, D]`, which have no position."""
         keys, values = self._project_kv(persistent, None)
         return keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
 
+    def _step(self, inputs: StepInputs, cache: WindowBuffers | SegmentBuffers, places: Places, eager: bool) -> Tensor:
+        """Write a token into the cache, and attend."""
+        y = None if eager else attention_step(self, inputs, cache, places)
+        if y is not None:
+            return y
+        q, *new = self.project_qkv(inputs.x, RotaryEmbedding(inputs.cos, inputs.sin))
+        pairs = [] if inputs.before is None else [self._project_kv(inputs.before, None)]
+        tokens = KeyValues(*(tuple(parts) for parts in zip(*pairs, new, strict=True)))
+        (keys, values), visible = append(cache.to(q.dtype), tokens, places)
+        return self._merge_heads(attention_function(eager)(q, keys, values, attn_mask=visible))
+
     def _merge_heads(self, y: Tensor) -> Tensor:
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return linears(y.transpose(1, 2).flatten(2), (self.o_proj,))[0]
 
 
 class WindowAttention(Attention):
@@ -86,6 +120,7 @@ class WindowAttention(Attention):
         empty = like.new_zeros(batch, self.num_heads, (self.window_size or 1) - 1, self.head_dim)
         return KeyValues((empty,), (empty,))
 
+    @routes_methods
     def forward(
         self,
         x: Float[Tensor, "B T D"],
@@ -106,9 +141,6 @@ class WindowAttention(Attention):
         q, size, cached = self._split_heads(self.q_proj(x), rope), persistent.shape[1], cache.keys[0].shape[2]
         new, first_tokens = self._project_kv(x, rope), self.project_persistent(persistent, x.shape[0])
         first = cached - position.clamp(max=cached)  # [B], the first slot that holds a token
-        if isinstance(cache, OwnedKeyValues) and is_owned(cache, q) and valid is None and self.window_size is not None:
-            seen, visible, cache = append_to_window(cache, first_tokens, new, first)
-            return self._merge_heads(attention_function(eager)(q, *seen, attn_mask=visible)), cache
         keys, values = (
             torch.cat([p, old[0].to(n.dtype), n], 2) for p, old, n in zip(first_tokens, cache, new, strict=True)
         )
@@ -116,12 +148,33 @@ class WindowAttention(Attention):
         ragged = None if full else first
         attention = attention_function(eager)
         if self.window_size is None and cached == 0:
-            y = _causal(attention, q, keys, values)
+            y = causal(attention, q, keys, values)
         elif self.window_size is None or (not for_all_lengths(x) and x.shape[1] <= self.window_size):
-            y = _one_block(attention, q, keys, values, size, ragged, self.window_size)
+            y = one_block(attention, q, keys, values, size, ragged, self.window_size)
         else:
-            y = _blocks(attention, q, keys, values, size, ragged, self.window_size)
+            y = window_blocks(attention, q, keys, values, size, ragged, self.window_size)
         return self._merge_heads(y), self._advance(keys[:, :, size:], values[:, :, size:], first, valid, x.shape[1])
+
+    @as_call
+    def in_buffers(self, persistent: Tensor, cache: KeyValues, position: Tensor) -> WindowBuffers | KeyValues:
+        """A copy of the cache in buffers for `decode`, after `position` tokens `[B]`; itself without a window."""
+        if self.window_size is None:
+            return cache
+        return WindowBuffers.of(cache, self.project_persistent(persistent, len(position)), position)
+
+    @as_call
+    def decode(
+        self,
+        x: Float[Tensor, "B 1 D"],
+        cache: WindowBuffers,
+        position: Int[Tensor, " B"],
+        rope: RotaryEmbedding,
+        uniform_position: int | None,
+        eager: bool,
+    ) -> tuple[Float[Tensor, "B 1 D"], WindowBuffers]:
+        """`forward` of one token, whose keys and values are written into the cache."""
+        places = cache.places(position, uniform_position)
+        return self._step(StepInputs(x, None, *rope), cache, places, eager), cache
 
     def _advance(self, keys: Tensor, values: Tensor, first: Tensor, valid: Tensor | None, tokens: int) -> KeyValues:
         return last_slots(keys, values, first, valid, tokens, self.window_size)
@@ -148,105 +201,6 @@ def last_slots(
         gather_tokens(x.transpose(1, 2), slot.clamp(min=0)).transpose(1, 2) * filled for x in (keys, values)
     )
     return KeyValues((keys,), (values,))
-
-
-AttentionFunction = Callable[..., Tensor]
-"""softmax(q k^T) v, with the arguments of `F.scaled_dot_product_attention`."""
-
-
-def attention_function(eager: bool) -> AttentionFunction:
-    """PyTorch's fused function, or the `eager` one."""
-    return eager_attention if eager else F.scaled_dot_product_attention
-
-
-def eager_attention(
-    q: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-) -> Tensor:
-    """`F.scaled_dot_product_attention` written out: a product, a softmax in float32 or float64, a product."""
-    scores = q @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
-    wide = scores if scores.dtype == torch.float64 else scores.float()
-    return wide.softmax(-1).to(values.dtype) @ values
-
-
-# Keys and values `[B, heads, P + S, d]`: of the persistent tokens, of the cache, and of the queries' tokens.
-
-
-def _causal(attention: AttentionFunction, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """All of the past, from an empty cache. The persistent tokens are queries too, so that the mask is plainly causal;
-    their outputs are dropped."""
-    size = keys.shape[2] - q.shape[2]
-    q = torch.cat([keys[:, :, :size], q], 2)
-    return attention(q, keys, values, is_causal=True)[:, :, size:]
-
-
-def _one_block(
-    attention: AttentionFunction,
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    size: int,
-    first: Tensor | None,
-    window: int | None,
-) -> Tensor:
-    """A few queries after the cache: one product. With `first`, each row has a mask of its own."""
-    tokens, slots = q.shape[2], keys.shape[2] - size
-    if tokens == 1 and first is None and (window is None or slots <= window):
-        return attention(q, keys, values)  # the token sees all keys
-    visible = visible_slots(tokens, slots, window, first, q.device)
-    return attention(q, keys, values, attn_mask=F.pad(visible, (size, 0), value=True))
-
-
-def visible_slots(tokens: int, slots: int, window: int | None, first: Tensor | None, device: torch.device) -> Tensor:
-    """Which of the `slots` each of the last `tokens` of them sees, `[T, S]`: those before it and its own, at most
-    `window`. With `first` `[B]`, the slot at which each row's tokens begin, `[B, 1, T, S]`."""
-    slot = torch.arange(slots, device=device)
-    own = slot[slots - tokens :, None]  # [T, 1], the slot of each query's own key
-    visible = slot <= own  # [T, S]
-    if window is not None:
-        visible = visible & (slot > own - window)
-    return visible if first is None else (visible & (slot >= first[:, None, None]))[:, None]
-
-
-def _blocks(
-    attention: AttentionFunction, q: Tensor, keys: Tensor, values: Tensor, size: int, first: Tensor | None, window: int
-) -> Tensor:
-    """Blocks of `window` queries. Each sees the persistent tokens, the block before it and itself.
-
-    Only the first block sees the cache, whose length may differ between rows; the other blocks share one mask.
-    """
-    given = q.shape[2]
-    if for_all_lengths(q):
-        q, keys, values = (F.pad(x, (0, 0, 0, window)) for x in (q, keys, values))
-    batch, heads, tokens, width = q.shape
-    end = keys.shape[2] - tokens + window
-    begin = _one_block(attention, q[:, :, :window], keys[:, :, :end], values[:, :, :end], size, first, window)
-    count = (tokens + window - 1) // window - 1
-    if is_traced(q):  # a block of padding, so that one graph is for one block and for more
-        count = (tokens + window - 1) // window
-    padding = (count + 1) * window - tokens
-    q = F.pad(q[:, :, window:], (0, 0, 0, padding)).unflatten(2, (count, window)).transpose(1, 2)
-    keys, values = (_block_pairs(x, size, window, count, padding) for x in (keys, values))
-    slot, own = torch.arange(2 * window, device=q.device), window + torch.arange(window, device=q.device)[:, None]
-    visible = F.pad((slot <= own) & (slot > own - window), (size, 0), value=True)  # [W, P + 2 W]
-    y = attention(q.flatten(0, 1), keys, values, attn_mask=visible)
-    y = y.view(batch, count, heads, window, width).transpose(1, 2).flatten(2, 3)
-    if for_all_lengths(q):  # a slice would have to be shown to fit
-        return torch.cat([begin, y], 2).index_select(2, torch.arange(given, device=y.device))
-    return torch.cat([begin, y[:, :, : tokens - window]], 2)
-
-
-def _block_pairs(x: Tensor, size: int, window: int, count: int, padding: int) -> Tensor:
-    """The keys or values that each block but the first sees: `[B * N, heads, P + 2 W, d]`."""
-    persistent = x[:, None, :, :size].expand(-1, count, -1, -1, -1)
-    x = F.pad(x[:, :, x.shape[2] + padding - (count + 1) * window :], (0, 0, 0, padding))  # [B, heads, (N + 1) W, d]
-    before, own = (
-        part.unflatten(2, (count, window)).transpose(1, 2) for part in (x[:, :, : count * window], x[:, :, window:])
-    )
-    return torch.cat([persistent, before, own], 3).flatten(0, 1)
 
 
 class SegmentAttention(Attention):
@@ -288,9 +242,23 @@ class SegmentAttention(Attention):
             uniform_position,
         )
 
-    def project_qkv(self, x: Tensor, rope: RotaryEmbedding) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values `[B, heads, T, d]` of the tokens themselves, of any number of segments."""
-        return self._split_heads(self.q_proj(x), rope), *self._project_kv(x, rope)
+    def in_buffers(self, persistent: Tensor, cache: KeyValues, position: Tensor) -> SegmentBuffers:
+        """A copy of the cache in buffers for `decode`."""
+        return SegmentBuffers.of(cache, self.project_persistent(persistent, len(position)))
+
+    def decode(
+        self,
+        x: Float[Tensor, "B 1 D"],
+        retrieved: Float[Tensor, "B 1 D"],
+        cache: SegmentBuffers,
+        position: Int[Tensor, " B"],
+        rope: RotaryEmbedding,
+        uniform_position: int | None,
+        eager: bool,
+    ) -> tuple[Float[Tensor, "B 1 D"], SegmentBuffers]:
+        """`forward` of one token, whose keys and values, and those of `retrieved`, are written into the cache."""
+        places = cache.places(position, uniform_position)
+        return self._step(StepInputs(x, retrieved, *rope), cache, places, eager), cache
 
     def attend(
         self,
@@ -310,13 +278,12 @@ class SegmentAttention(Attention):
         slots are left out then. `eager` as for a window.
         """
         q, s_keys, s_values = qkv
-        tokens, size = q.shape[2], persistent[0].shape[2]
         h_keys, h_values = self._project_kv(retrieved, None)
         new = KeyValues((h_keys, s_keys), (h_values, s_values))
-        if is_owned(cache, q) or (uniform_position is None and tokens == 1 and valid is None):
+        tokens, size = q.shape[2], persistent[0].shape[2]
+        if uniform_position is None and tokens == 1 and valid is None:
             seen, visible, cache = append_to_segment(cache, persistent, new, position)
-            if not isinstance(cache, OwnedKeyValues):
-                cache = _without_rows(cache, (position + 1) % self.segment_size == 0)
+            cache = _without_rows(cache, (position + 1) % self.segment_size == 0)
             return self._merge_heads(attention_function(eager)(q, *seen, attn_mask=visible)), cache
         slot = torch.arange(self.segment_size, device=q.device)
         own = position[:, None] + torch.arange(tokens, device=q.device)  # [B, T], each token's slot

@@ -1,4 +1,4 @@
-"""One token of a memory layer in compiled code: all between its projections and its output projection, in one call.
+"""One token of a memory layer in compiled code, in one call, with its projections where those are plain linear layers.
 
 A decoded token has little to compute, so that the operations' overhead would count. `NeuralMemory` takes this path
 where `is_supported` says so. It equals the layer's own operations.
@@ -6,17 +6,18 @@ where `is_supported` says so. It equals the layer's own operations.
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from titans_lm.layers.few_rows import eps_of, is_few_rows, runs_compiled
 from titans_lm.layers.memory_state import NeuralMemoryOutput, NeuralMemoryState
-from titans_lm.layers.module_call import is_plain_linear, is_plain_norm
-from titans_lm.ops import MemoryForm, Surprise
-from titans_lm.ops.cpu.compiled import SCALARS, as_contiguous, run, thread_count, unsupported_tensor_reason
+from titans_lm.layers.short_conv import ShortConvolution
+from titans_lm.layers.weight_addresses import NotPlainError, WeightAddresses, addresses_of
+from titans_lm.ops import FactoredMemory, Surprise
+from titans_lm.ops.cpu.compiled import as_contiguous, run, thread_count, unsupported_tensor_reason
 from titans_lm.ops.decode import Layers, TokenUpdate, advance_token
-from titans_lm.ops.types import is_traced, is_watched
 
 
 @runtime_checkable  # the tests check annotations as they run
@@ -26,6 +27,9 @@ class StepLayer(Protocol):
     num_heads: int
     chunk_size: int
     lr: float
+    clip: float | None
+    activation: Literal["silu", "gelu"]
+    surprise_threshold: float | None
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
@@ -35,6 +39,8 @@ class StepLayer(Protocol):
     alpha: nn.Linear | None
     output_gate: nn.Linear
     output_norm: nn.RMSNorm
+    o_proj: nn.Linear
+    shapes: list[tuple[int, int, int]]
 
     @property
     def backend(self) -> str: ...
@@ -42,95 +48,154 @@ class StepLayer(Protocol):
     def gates_of(self) -> str: ...
     @property
     def predictor(self) -> nn.Module | None: ...
-    def form(self) -> MemoryForm: ...
 
 
 class ReadToken(NamedTuple):
     """What reading one token returns."""
 
     y: Tensor
-    """`[B, 1, I]`, what the heads retrieve, normalised and gated: the input of the output projection."""
+    """`[B, 1, D]`, the layer's output."""
     conv_state: Tensor
     """The queries' convolution state after the token, `[B, R, I]`."""
 
 
-def is_supported(layer: StepLayer, x: Tensor, weights: Sequence[Tensor], valid: Tensor | None) -> bool:
-    """Whether compiled code can run the layer's step on x `[B, T, D]`: one token of every row, without gradients, on a
-    CPU, in the memory's dtype, where no hook, adapter or mode looks at the operations."""
-    if (
-        x.shape[1] != 1
-        or is_traced(x)
-        or valid is not None
-        or torch.is_grad_enabled()
-        or layer.backend not in ("auto", "native")
-    ):
-        return False
-    if layer.convs is None or layer.predictor is not None or layer.gates_of != "token":
-        return False
-    if x.dtype not in SCALARS or weights[0].dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
-        return False
-    if is_watched() or unsupported_tensor_reason(x, x.dtype) is not None:
-        return False
-    gates = [gate for gate in (layer.theta, layer.eta, layer.alpha) if gate is not None]
-    return all(map(is_plain_linear, gates)) and is_plain_norm(layer.output_norm) and _same_dtype(layer, x.dtype)
+def step_weights(
+    layer: StepLayer, x: Tensor, weights: Sequence[Tensor], valid: Tensor | None
+) -> WeightAddresses | None:
+    """The layer's weights, if compiled code can run its step on x `[B, T, D]`: one token of every row, without
+    gradients, on a CPU, in the dtype of the memory's `weights`, where no hook, adapter or mode looks at the operations.
+    Else None."""
+    if x.shape[1] != 1 or valid is not None or weights[0].dtype != x.dtype or not runs_compiled(x):
+        return None
+    found = _weights(layer)
+    return found if found is not None and found.dtype == x.dtype and found.width == x.shape[2] else None
 
 
-def _same_dtype(layer: StepLayer, dtype: torch.dtype) -> bool:
-    return (
-        layer.theta.weight.dtype == dtype == layer.output_norm.weight.dtype and layer.theta.weight.device.type == "cpu"
-    )
+def _weights(layer: StepLayer) -> WeightAddresses | None:
+    """The layer's weights, for compiled code; None where it cannot run on them."""
+    if layer.backend not in ("auto", "native") or layer.predictor is not None or layer.gates_of != "token":
+        return None
+    return addresses_of(layer, _describe)
 
 
-def read_token(layer: StepLayer, x: Tensor, conv_state: Tensor, weights: Layers) -> ReadToken:
+def _describe(layer: StepLayer, found: WeightAddresses) -> None:
+    """Note the weights as `LayerStepArgs` of csrc/layer_step.h has them."""
+    assert isinstance(layer, nn.Module)
+    if layer.convs is None:
+        raise NotPlainError
+    convs = found.module(layer, "convs", nn.ModuleList)
+    assert convs is not None
+    filters = [found.module(convs, str(i), ShortConvolution) for i in range(3)]
+    assert isinstance(filters[0], ShortConvolution)
+    gates = [found.module(layer, name, nn.Linear) for name in ("theta", "eta", "alpha")]
+    numbers: list[int] = [layer.num_heads, len(layer.shapes), filters[0].weight.shape[1], layer.theta.in_features]
+    numbers += [layer.shapes[0][1], *(out for _, _, out in layer.shapes)]
+    numbers += [found.weight(conv) for conv in filters]
+    numbers += [found.weight(gate) for gate in gates] + [found.weight(gate, "bias") for gate in gates]
+    numbers += [found.weight(layer, "norm_weight"), found.weight(layer, "norm_bias")]
+    numbers += [found.norm(layer, "output_norm")]
+    try:
+        numbers += [found.linear(layer, name) for name in ("q_proj", "k_proj", "v_proj", "output_gate", "o_proj")]
+    except NotPlainError:
+        found.is_whole, numbers = False, [*numbers, 0, 0, 0, 0, 0]
+    found.width, found.eps = layer.theta.in_features, [eps_of(layer.output_norm)]
+    found.numbers = (ctypes.c_long * len(numbers))(*numbers)
+
+
+def in_factors(layer: StepLayer, state: NeuralMemoryState) -> NeuralMemoryState:
+    """The state with a copy of its memory in factors, where steps of the layer can run on it; else the state."""
+    memory, dtype = state.memory, state.conv_state[0].dtype
+    if isinstance(memory, FactoredMemory) or layer.chunk_size == 1:  # the latter writes its weights at each token
+        return state
+    if memory.weights[0].dtype != dtype or unsupported_tensor_reason(memory.weights[0], dtype) is not None:
+        return state
+    found = _weights(layer)
+    if found is None or found.dtype != dtype:
+        return state
+    return state._replace(memory=FactoredMemory.of(memory, layer.chunk_size))
+
+
+def read_token(layer: StepLayer, found: WeightAddresses, x: Tensor, conv_state: Tensor, weights: Layers) -> ReadToken:
     """Read the memory with these `weights` at the query of x `[B, 1, D]`, and write nothing (eq. 15)."""
-    return ReadToken(*_call(layer, x, (layer.q_proj(x),), (conv_state,), (weights,)))
+    return ReadToken(*_call(layer, found, x, (conv_state,), (weights,)))
 
 
-def write_token(layer: StepLayer, x: Tensor, state: NeuralMemoryState, surprise: bool) -> NeuralMemoryOutput:
-    """Write the token x `[B, 1, D]`, and read the memory after it (eqs. 10 to 15): y is as that of `read_token`."""
-    projected = tuple(project(x) for project in (layer.q_proj, layer.k_proj, layer.v_proj))
+def write_token(
+    layer: StepLayer, of_layer: WeightAddresses, x: Tensor, state: NeuralMemoryState, surprise: bool
+) -> NeuralMemoryOutput:
+    """Write the token x `[B, 1, D]`, and read the memory after it (eqs. 10 to 15)."""
     found = Surprise(*(x.new_empty(len(x), 1, layer.num_heads) for _ in range(2))) if surprise else None
-    conv_state: Sequence[Tensor] = state.conv_state
+    if isinstance(state.memory, FactoredMemory):
+        return _write_factors(layer, of_layer, x, state, state.memory, found)
+    old, conv_state = state.memory, state.conv_state
 
     def update(anchor: Layers) -> TokenUpdate:
         nonlocal conv_state
-        old, (weights, momentum) = state.memory, (tuple(map(torch.empty_like, anchor)) for _ in range(2))
+        weights, momentum = (tuple(map(torch.empty_like, anchor)) for _ in range(2))
         memory = (old.weights, anchor, old.momentum, weights, momentum)
-        y, *conv_state = _call(layer, x, projected, conv_state, memory, found)
+        y, *after = _call(layer, of_layer, x, conv_state, memory, found)
+        conv_state = tuple(after)
         return TokenUpdate(y, weights, momentum, found)
 
-    y, memory, found = advance_token(state.memory, layer.chunk_size, None, update)
-    return NeuralMemoryOutput(y, state._replace(memory=memory, conv_state=tuple(conv_state)), found)
+    y, memory, found = advance_token(old, layer.chunk_size, None, update)
+    return NeuralMemoryOutput(y, state._replace(memory=memory, conv_state=conv_state), found)
+
+
+def _write_factors(
+    layer: StepLayer,
+    of_layer: WeightAddresses,
+    x: Tensor,
+    state: NeuralMemoryState,
+    old: FactoredMemory,
+    found: Surprise | None,
+) -> NeuralMemoryOutput:
+    position, coefficients = torch.empty_like(old.position), torch.empty_like(old.coefficients)
+    memory = (old.base_weights, old.base_anchor, old.base_momentum, old.x, old.g)
+    of_factors = (old.coefficients, coefficients, old.position, position)
+    y, *conv_state = _call(layer, of_layer, x, state.conv_state, memory, found, of_factors)
+    new = old._replace(position=position, coefficients=coefficients)
+    return NeuralMemoryOutput(y, state._replace(memory=new, conv_state=tuple(conv_state)), found)
 
 
 def _call(
-    layer: StepLayer, x: Tensor, projected: tuple[Tensor, ...], conv_state: Sequence[Tensor],
-    memory: tuple[Layers, ...], surprise: Surprise | None = None,
+    layer: StepLayer, weights: WeightAddresses, x: Tensor, conv_state: Sequence[Tensor], memory: tuple[Layers, ...],
+    surprise: Surprise | None = None, of_factors: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Run `titans_layer_step`: y `[B, 1, I]`, and the parts' convolution states after the token.
+    """Run `titans_layer_step`: the layer's output `[B, 1, D]`, and the parts' convolution states after the token.
 
-    `memory` is what `LayerStepArgs` of csrc/layer_step.h ends with: w, or also anchor, s, new_w and new_s."""
-    assert layer.convs is not None
-    form, weights, dtype, count = layer.form(), memory[0], x.dtype, len(projected)
+    `memory` and `of_factors` are what `LayerStepArgs` of csrc/layer_step.h has of the state: w, or also anchor and s,
+    then new_w and new_s, or what a memory in factors has, which is written in place."""
+    dtype, count, threshold = x.dtype, len(conv_state), layer.surprise_threshold
     batch, past, inner = conv_state[0].shape
-    y, after = x.new_empty(batch, 1, inner), x.new_empty(batch, past, count * inner)
-    gates = (layer.theta, layer.eta, layer.alpha)
+    whole, x = weights.is_whole and is_few_rows(x), as_contiguous(x, dtype)
+    if whole:
+        room = x.new_empty(count + 2, batch, inner)
+        *projected, output_gate, y = room.unbind()
+        output: Tensor | None = torch.empty_like(x)
+    else:
+        projections = (layer.q_proj, layer.k_proj, layer.v_proj)[:count]
+        projected = [as_contiguous(project(x), dtype) for project in projections]
+        output_gate, y, output = as_contiguous(layer.output_gate(x), dtype), x.new_empty(batch, 1, inner), None
+    after = x.new_empty(batch, past, count * inner)
     conv_state = [t if t.dtype == dtype and t.stride(2) == 1 else as_contiguous(t, dtype) for t in conv_state]
-    inputs: list[Tensor | None] = [as_contiguous(x, dtype), *(as_contiguous(t, dtype) for t in projected), *conv_state]
-    inputs += [as_contiguous(conv(x), dtype) for conv, _ in zip(layer.convs, projected, strict=False)]
-    inputs += [None if gate is None else as_contiguous(gate.weight, dtype) for gate in gates]
-    inputs += [None if gate is None else as_contiguous(gate.bias, dtype) for gate in gates]
-    inputs += [None, None] if form.norm is None else [as_contiguous(t, dtype) for t in form.norm]
-    inputs += [as_contiguous(t, dtype) for t in (layer.output_norm.weight, layer.output_gate(x))]
-    inputs += [after, y, *((None, None) if surprise is None else surprise)]
-    inputs += [as_contiguous(t, dtype) for part in memory for t in part]
+    inputs = [x, *conv_state, *projected, output_gate, after, y, output, *(surprise or (None, None))]
+    parts = [t for part in memory for t in part]
+    if of_factors:
+        assert all(t.is_contiguous() for t in parts)  # a copy would be written, not they
+    else:
+        parts = [as_contiguous(t, dtype) for t in parts]
     numbers = (
-        batch, layer.num_heads, len(weights), past + 1, x.shape[-1], count,
-        thread_count(sum(t.numel() for t in weights)), form.activation == "gelu", form.threshold is not None,
-        surprise is not None, weights[0].shape[-2], *(t.shape[-1] for t in weights),
+        batch, count, thread_count(sum(t.numel() for t in memory[0])), layer.activation == "gelu",
+        threshold is not None, surprise is not None, memory[3][0].shape[2] if of_factors else 0, layer.chunk_size,
         *(t.stride(0) for t in conv_state), *(t.stride(1) for t in conv_state),
-        *(0 if t is None else t.data_ptr() for t in inputs),
+        *(0 if t is None else t.data_ptr() for t in inputs), *(t.data_ptr() for t in (*parts, *of_factors)),
     )  # fmt: skip
-    scalars = (form.clip or 0, form.threshold or 0, layer.lr, layer.output_norm.eps or torch.finfo(dtype).eps)
-    run("titans_layer_step", dtype, (ctypes.c_long * len(numbers))(*numbers), (ctypes.c_double * 4)(*scalars))
-    return y, *after.chunk(count, -1)
+    of_layer = weights.numbers if whole else _without_linears(weights.numbers)
+    scalars = (layer.clip or 0, threshold or 0, layer.lr, weights.eps[0])
+    run("titans_layer_step", dtype, (ctypes.c_long * len(numbers))(*numbers), of_layer, (ctypes.c_double * 4)(*scalars))
+    return layer.o_proj(y) if output is None else output, *after.chunk(count, -1)
+
+
+def _without_linears(numbers: Any) -> Any:
+    """The layer's arguments, where its projections are computed outside."""
+    return (ctypes.c_long * len(numbers))(*numbers[:-5], 0, 0, 0, 0, 0)

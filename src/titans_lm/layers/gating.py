@@ -1,13 +1,18 @@
 """Gates: of a memory's step, momentum and forgetting, of a block's MLP, and of what joins attention and memory."""
 
+import ctypes
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_lm.layers.checkpointing import checkpointed
+from titans_lm.layers.few_rows import eps_of, few_rows_weights
 from titans_lm.layers.module_call import is_plain_linear
+from titans_lm.layers.weight_addresses import WeightAddresses
+from titans_lm.ops.cpu.compiled import as_contiguous, run, thread_count
 
 
 def sigmoid_gates(x: Tensor, maps: Sequence[nn.Module | None], num_heads: int) -> list[Tensor]:
@@ -22,6 +27,14 @@ def sigmoid_gates(x: Tensor, maps: Sequence[nn.Module | None], num_heads: int) -
     gates = list(torch.sigmoid(z if z.dtype == torch.float64 else z.float()).split(num_heads, -1))
     zero = torch.zeros_like(gates[0])
     return [zero if gate is None else gates.pop(0) for gate in maps]
+
+
+@runtime_checkable  # the tests check annotations as they run
+class ResidualMLP(Protocol):
+    """A block's MLP, and the norm before it."""
+
+    mlp: "SwiGLU"
+    mlp_norm: nn.RMSNorm
 
 
 class SwiGLU(nn.Module):
@@ -45,7 +58,48 @@ class ProductGate(nn.Module):
         self.y_norm, self.m_norm = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
 
     def forward(self, y: Tensor, m: Tensor) -> Tensor:
+        found = few_rows_weights(y, self, _describe_gate)
+        if found is not None and m.dtype == y.dtype and m.shape == y.shape:
+            return _compiled_gate(y, m, found)
         return checkpointed(lambda y, m: self.y_norm(y) * torch.sigmoid(self.m_norm(m)), y, m)
+
+
+def _describe_gate(gate: ProductGate, found: WeightAddresses) -> None:
+    found.numbers = found.norm(gate, "y_norm"), found.norm(gate, "m_norm")
+    found.eps, found.width = [eps_of(gate.y_norm), eps_of(gate.m_norm)], gate.y_norm.weight.shape[0]
+
+
+def _compiled_gate(y: Tensor, m: Tensor, found: WeightAddresses) -> Tensor:
+    y, m = as_contiguous(y, y.dtype), as_contiguous(m, y.dtype)
+    room, out = y.new_empty(found.width + 64), torch.empty_like(y)
+    addresses = (y.data_ptr(), m.data_ptr(), *found.numbers, room.data_ptr(), out.data_ptr())
+    numbers = (ctypes.c_long * 8)(y.shape[0] * y.shape[1], found.width, *addresses)
+    run("titans_product_gate", y.dtype, numbers, (ctypes.c_double * 2)(*found.eps))
+    return out
+
+
+def residual_mlp(x: Tensor, branch: Tensor, block: "ResidualMLP") -> Tensor:
+    """z + mlp(mlp_norm(z)) with z = x + branch, `[B, T, D]`: of few rows in one compiled call."""
+    found = few_rows_weights(x, block, _describe_mlp) if branch.dtype == x.dtype else None
+    if found is None:
+        z = x + branch
+        return z + block.mlp(block.mlp_norm(z))
+    x, branch, rows = as_contiguous(x, x.dtype), as_contiguous(branch, x.dtype), x.shape[0] * x.shape[1]
+    hidden, *weights = found.numbers
+    z, h, y = x.new_empty(2, rows, found.width), x.new_empty(rows, hidden), torch.empty_like(x)
+    addresses = (x.data_ptr(), branch.data_ptr(), *weights, z.data_ptr(), h.data_ptr(), y.data_ptr())
+    numbers = (ctypes.c_long * 13)(rows, found.width, hidden, thread_count(3 * found.width * hidden), *addresses)
+    run("titans_residual_mlp", x.dtype, numbers, ctypes.c_double(found.eps[0]))
+    return y
+
+
+def _describe_mlp(block: "ResidualMLP", found: WeightAddresses) -> None:
+    assert isinstance(block, nn.Module)
+    norm, mlp = found.norm(block, "mlp_norm"), found.module(block, "mlp", SwiGLU)
+    assert isinstance(mlp, SwiGLU)
+    addresses = [found.linear(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")]
+    found.numbers = [mlp.gate_proj.out_features, norm, *addresses]
+    found.eps, found.width = [eps_of(block.mlp_norm)], mlp.gate_proj.in_features
 
 
 class ConvexGate(nn.Module):

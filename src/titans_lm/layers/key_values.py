@@ -1,18 +1,19 @@
-"""The KV cache of attention, and how a decoded token is appended to it.
+"""The KV cache of attention: as a value, and in buffers that decoding writes in place.
 
-A token of several rows copies more keys and values than it computes with. Who alone holds a cache may own it: tokens
-are then written in place, into a buffer [P, S] as attention takes it, the persistent tokens before the slots.
+A token copies more keys and values than it computes with. Who alone holds a cache may keep it in buffers [P, slots], as
+attention takes them: the persistent tokens, whose keys and values then are computed once, before the slots.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-SPARE = 64
-"""Slots after an owned window: as many tokens are appended before it is copied to the front again."""
+from titans_lm.ops import gather_tokens, is_traced
+
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""
 
@@ -28,90 +29,142 @@ class KeyValues(NamedTuple):
     values: tuple[Tensor, ...]
 
 
-class OwnedKeyValues(KeyValues):
-    """Keys and values that decoding writes in place, on a CPU without gradients: nobody else may hold its tensors, and
-    a fork is a `clone`. Slots behind a row's last token may hold anything.
+class Places(NamedTuple):
+    """Where a call's token is written in buffers, row by row."""
 
-    What an operation on its tensors makes of it, such as a selection of rows, gets buffers at its next token."""
-
-    buffers: Pair | None = None
-    """What the tensors are parts of: the persistent tokens and slots behind them, some of them spare."""
-    place = (0, 0)
-    """Of a window: the tokens written since the buffers were made, and the slots before the persistent tokens."""
-
-    def in_buffers(self, tensors: KeyValues, buffers: Pair, place: tuple[int, int] = (0, 0)) -> "OwnedKeyValues":
-        """The cache of these tensors, which are parts of `buffers`."""
-        cache = OwnedKeyValues(*tensors)
-        cache.buffers, cache.place = buffers, place
-        return cache
+    slots: list[int]
+    """The first slot of what is written."""
+    ends: list[int]
+    """The slots in use then."""
 
 
-def is_owned(cache: KeyValues, token: Tensor) -> bool:
-    """Whether the `token` `[B, heads, T, d]` may be written into the cache: one in each row, without gradients."""
-    return (
-        isinstance(cache, OwnedKeyValues)
-        and token.shape[2] == 1
-        and token.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()  # a graph copies
-    )
+class WindowBuffers(NamedTuple):
+    """A window that decoding writes in place: token t is in slot t mod W, where no later token sees what it replaces.
+
+    So a value from before a token stays valid until the token after: a call that failed may be repeated."""
+
+    keys: tuple[Tensor]
+    values: tuple[Tensor]
+    num_persistent: int
+
+    @classmethod
+    def of(cls, cache: KeyValues, persistent: Pair, position: Int[Tensor, " B"]) -> "WindowBuffers":
+        """A copy of a window whose rows have read `position` tokens."""
+        width = cache.keys[0].shape[2] + 1
+        age = (position[:, None] - 1 - torch.arange(width, device=position.device)) % width  # [B, W], tokens since
+        keys, values = (_gather_slots(_with_empty(old[0]), width - 1 - age) for old in cache)
+        keys, values = (torch.cat([p, x.to(p.dtype)], 2) for p, x in zip(persistent, (keys, values), strict=True))
+        return cls((keys,), (values,), persistent[0].shape[2])
+
+    def whole(self, position: Int[Tensor, " B"]) -> KeyValues:
+        """The window as a `KeyValues`, in tensors of its own."""
+        width = self.keys[0].shape[2] - self.num_persistent
+        token = position[:, None] - width + 1 + torch.arange(width - 1, device=position.device)  # [B, W - 1]
+        keys, values = (
+            _gather_slots(x[0][:, :, self.num_persistent :], token % width) * (token >= 0)[:, None, :, None]
+            for x in self[:2]
+        )
+        return KeyValues((keys,), (values,))
+
+    def places(self, position: Int[Tensor, " B"], uniform_position: int | None) -> Places:
+        """Where rows at `position` write the next token: all at `uniform_position`, unless it is None."""
+        size, width = self.num_persistent, self.keys[0].shape[2] - self.num_persistent
+        rows = position.tolist() if uniform_position is None else [uniform_position] * len(position)
+        return Places([size + p % width for p in rows], [size + min(p + 1, width) for p in rows])
+
+    def to(self, dtype: torch.dtype) -> "WindowBuffers":
+        """The buffers in `dtype`, themselves if they have it."""
+        keys, values = self.keys[0].to(dtype), self.values[0].to(dtype)
+        return WindowBuffers((keys,), (values,), self.num_persistent)
 
 
-def append_to_window(
-    cache: OwnedKeyValues, persistent: Pair, new: Pair, first: Int[Tensor, " B"]
-) -> tuple[Pair, Bool[Tensor, "B 1 1 S"], OwnedKeyValues]:
-    """Write a token behind each row's window: keys and values [P, S] for attention, their mask, and the cache after.
+class SegmentBuffers(NamedTuple):
+    """A segment that decoding writes in place: h and S alternate, so that the slots in use are the first ones."""
 
-    `first` is the first slot of the cache that holds a token of the row. Slots that are empty in all rows lie before
-    the persistent tokens, where attention does not read them."""
-    size, slots, start, skipped, buffers = persistent[0].shape[2], cache.keys[0].shape[2], *cache.place, cache.buffers
-    if buffers is None or start == SPARE or buffers[0].dtype != new[0].dtype:
-        start, skipped = 0, int(first.min())
-        keys, values = (_with_spare(p, old[0], skipped) for p, old in zip(persistent, cache, strict=True))
-        buffers = (keys, values)
-    end = size + start + slots
-    for buffer, token in zip(buffers, new, strict=True):
-        buffer[:, :, end] = token[:, :, 0]
-    slot = torch.arange(skipped, end + 1)
-    visible = (slot < skipped + size) | (slot >= size + start + first[:, None])
-    keys, values = (buffer[:, :, skipped : end + 1] for buffer in buffers)
-    after = KeyValues(*((buffer[:, :, end + 1 - slots : end + 1],) for buffer in buffers))
-    return (keys, values), visible[:, None, None], cache.in_buffers(after, buffers, (start + 1, skipped))
+    keys: tuple[Tensor]
+    values: tuple[Tensor]
+    num_persistent: int
+
+    @classmethod
+    def of(cls, cache: KeyValues, persistent: Pair) -> "SegmentBuffers":
+        """A copy of a segment."""
+        keys, values = (_alternate(p, old) for p, old in zip(persistent, cache, strict=True))
+        return cls((keys,), (values,), persistent[0].shape[2])
+
+    def whole(self, position: Int[Tensor, " B"]) -> KeyValues:
+        """The segment as a `KeyValues`, in tensors of its own. Rows have read `position` tokens."""
+        size = self.num_persistent
+        slots = (self.keys[0].shape[2] - size) // 2
+        used = torch.arange(slots, device=position.device) < (position % slots)[:, None]  # [B, S]
+        keys, values = (
+            tuple(x[0][:, :, size + i :: 2].where(used[:, None, :, None], 0) for i in range(2)) for x in self[:2]
+        )
+        return KeyValues(keys, values)
+
+    def places(self, position: Int[Tensor, " B"], uniform_position: int | None) -> Places:
+        """As of a window: where h is written, and S behind it. Positions are those in the segment."""
+        rows = position.tolist() if uniform_position is None else [uniform_position] * len(position)
+        slots = [self.num_persistent + 2 * p for p in rows]
+        return Places(slots, [slot + 2 for slot in slots])
+
+    def to(self, dtype: torch.dtype) -> "SegmentBuffers":
+        """The buffers in `dtype`, themselves if they have it."""
+        keys, values = self.keys[0].to(dtype), self.values[0].to(dtype)
+        return SegmentBuffers((keys,), (values,), self.num_persistent)
+
+
+def append(
+    cache: WindowBuffers | SegmentBuffers, new: KeyValues, places: Places
+) -> tuple[Pair, Bool[Tensor, "B 1 1 S"] | None]:
+    """Write the new keys and values, `[B, heads, 1, d]` each, one behind another: keys and values for attention after
+    it, and their mask; None: all are visible."""
+    buffers, last = (cache.keys[0], cache.values[0]), max(places.ends, default=0)
+    row, slot = torch.arange(len(places.slots)), torch.tensor(places.slots, dtype=torch.long)
+    for buffer, tokens in zip(buffers, new, strict=True):
+        for i, token in enumerate(tokens):
+            buffer[row, :, slot + i] = token[:, :, 0]
+    visible = None if len(set(places.ends)) < 2 else _before(last, torch.tensor(places.ends))
+    return (buffers[0][:, :, :last], buffers[1][:, :, :last]), visible
+
+
+def writes_in_place(x: Tensor, valid: Tensor | None) -> bool:
+    """Whether a call with x `[B, T, D]` may write into buffers: a token in each row, on a CPU, without gradients."""
+    if torch.is_grad_enabled() or is_traced(x) or valid is not None:
+        return False
+    return x.shape[1] == 1 and x.is_cpu
 
 
 def append_to_segment(
     cache: KeyValues, persistent: Pair, new: KeyValues, position: Int[Tensor, " B"]
 ) -> tuple[Pair, Bool[Tensor, "B 1 1 S"], KeyValues]:
-    """Write a token at each row's `position` in its segment: keys and values for attention, their mask, and the cache
-    after it, which is a part of them. In place if it is owned, else in one copy.
-
-    h and S alternate behind the persistent tokens, so that the slots in use are the first ones."""
-    size, slots, owner = persistent[0].shape[2], cache.keys[0].shape[2], is_owned(cache, new.keys[0])
-    buffers = cache.buffers if owner and isinstance(cache, OwnedKeyValues) else None
-    if buffers is None or buffers[0].dtype != new.keys[0].dtype:
-        keys, values = (_alternate(p, old) for p, old in zip(persistent, cache, strict=True))
-        buffers = (keys, values)
+    """Keys and values for attention after a token at each row's `position` in its segment, their mask, and the cache
+    after it, which is a part of them: one copy."""
+    size, slots = persistent[0].shape[2], cache.keys[0].shape[2]
+    keys, values = (_alternate(p, old) for p, old in zip(persistent, cache, strict=True))
     row = torch.arange(position.shape[0], device=position.device)
-    for buffer, tokens in zip(buffers, new, strict=True):
+    for buffer, tokens in zip((keys, values), new, strict=True):
         for i, token in enumerate(tokens):
-            buffer[row, :, size + len(tokens) * position + i] = token[:, :, 0]
-    count = len(new.keys)
-    end = size + count * (int(position.max()) + 1 if owner else slots)  # the longest row's
-    slot = torch.arange(end, device=position.device)
-    visible = slot < size + count * (position[:, None] + 1)
-    after = KeyValues(*(tuple(buffer[:, :, size + i :: count] for i in range(count)) for buffer in buffers))
-    keys, values = (buffer[:, :, :end] for buffer in buffers)
-    after = cache.in_buffers(after, buffers) if isinstance(cache, OwnedKeyValues) else after
-    return (keys, values), visible[:, None, None], after
-
-
-def _with_spare(persistent: Tensor, window: Tensor, skipped: int) -> Tensor:
-    """[the first slots of a window, P, its other slots, spare slots]."""
-    window, (batch, heads, _, width) = window.to(persistent.dtype), persistent.shape
-    spare = window.new_zeros(batch, heads, SPARE, width)
-    return torch.cat([window[:, :, :skipped], persistent, window[:, :, skipped:], spare], 2)
+            buffer[row, :, size + 2 * position + i] = token[:, :, 0]
+    visible = _before(size + 2 * slots, size + 2 * (position + 1))
+    after = KeyValues(*(tuple(buffer[:, :, size + i :: 2] for i in range(2)) for buffer in (keys, values)))
+    return (keys, values), visible, after
 
 
 def _alternate(persistent: Tensor, parts: Sequence[Tensor]) -> Tensor:
     """[P, the first slot of each part, the second slot of each part, ...]."""
     return torch.cat([persistent, torch.stack([part.to(persistent.dtype) for part in parts], 3).flatten(2, 3)], 2)
+
+
+def _before(slots: int, end: Int[Tensor, " B"]) -> Bool[Tensor, "B 1 1 S"]:
+    """True in each row's slots before its `end`."""
+    return (torch.arange(slots, device=end.device) < end[:, None])[:, None, None]
+
+
+def _with_empty(window: Tensor) -> Tensor:
+    """The window with an empty slot before it."""
+    return F.pad(window, (0, 0, 1, 0))
+
+
+def _gather_slots(x: Tensor, slot: Int[Tensor, "B S"]) -> Tensor:
+    """Slots of x `[B, heads, S, d]`, of each row its own."""
+    return gather_tokens(x.transpose(1, 2), slot).transpose(1, 2).contiguous()

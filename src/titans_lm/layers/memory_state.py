@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from titans_lm.ops import MemoryState, Surprise, gather_tokens
+from titans_lm.ops import FactoredMemory, MemoryState, Surprise, gather_tokens
 from titans_lm.utils.deprecation import RenamedAttribute, renamed, renamed_arguments
 
 __getattr__ = renamed(
@@ -22,7 +22,7 @@ class NeuralMemoryState(NamedTuple):
     The layer's options decide which fields are None; a state that does not fit them raises.
     """
 
-    memory: MemoryState
+    memory: MemoryState | FactoredMemory
     conv_state: tuple[Float[Tensor, "B R I"], ...]
     """For q, k and v: the last R = conv_size - 1 projected inputs, which the convolutions still need."""
     prev_input: Float[Tensor, "B D"] | None = None
@@ -33,7 +33,12 @@ class NeuralMemoryState(NamedTuple):
     def detach(self) -> "NeuralMemoryState":
         """The same state, cut off from the autograd graph: truncated BPTT continues from it."""
         prev_input, gates = (None if x is None else x.detach() for x in (self.prev_input, self.gates))
-        return NeuralMemoryState(self.memory.detach(), tuple(t.detach() for t in self.conv_state), prev_input, gates)
+        memory, conv_state = self.whole_memory().detach(), tuple(t.detach() for t in self.conv_state)
+        return NeuralMemoryState(memory, conv_state, prev_input, gates)
+
+    def whole_memory(self) -> MemoryState:
+        """Its memory; one in factors is computed."""
+        return self.memory.whole() if isinstance(self.memory, FactoredMemory) else self.memory
 
 
 _RENAMED = {"tails": "conv_state", "last": "prev_input"}
@@ -97,16 +102,19 @@ class StateShapes(NamedTuple):
     def check(self, state: NeuralMemoryState, rows: int) -> None:
         """Raises ValueError for a state of another layer, or of another number of rows."""
         for name, tensors in zip(("anchor", "weights", "momentum"), state.memory[:3], strict=True):
-            _check(f"memory.{name}", [tuple(t.shape) for t in tensors], [(rows, *shape) for shape in self.weights])
-        _check("conv_state", [tuple(t.shape) for t in state.conv_state], [(rows, *self.conv_state)] * 3)
+            _check(f"memory.{name}", tensors, [(rows, *shape) for shape in self.weights])
+        _check("conv_state", state.conv_state, [(rows, *self.conv_state)] * 3)
         for name, tensor, shape in zip(("prev_input", "gates"), state[2:], self[2:], strict=True):
-            found = None if tensor is None else tuple(tensor.shape)
-            _check(name, found, None if shape is None else (rows, *shape))
+            if tensor is not None or shape is not None:
+                found, expected = () if tensor is None else (tensor,), [] if shape is None else [(rows, *shape)]
+                _check(name, found, expected)
 
 
-def _check(name: str, found: object, expected: object) -> None:
-    if found != expected:
-        raise ValueError(f"the state does not fit this memory: its {name} is {found}, expected {expected}")
+def _check(name: str, found: Sequence[Tensor], expected: list[tuple[int, ...]]) -> None:
+    shapes = [t.shape for t in found]
+    if shapes != expected:
+        shown = [tuple(shape) for shape in shapes]
+        raise ValueError(f"the state does not fit this memory: its {name} is {shown}, expected {expected}")
 
 
 def next_prev_input(

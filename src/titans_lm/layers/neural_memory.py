@@ -257,8 +257,7 @@ class NeuralMemory(nn.Module):
         warnings.warn("NeuralMemory.frozen was replaced: use update=False", DeprecationWarning, stacklevel=2)
         return self(x, state, valid, update=False)
 
-    # ------------------------------- parts of `forward`, for blocks. `valid` is True for each row's first tokens. Each
-    # public one is a call of the module, with its hooks.
+    # Parts of `forward`, for blocks. `valid` is True for each row's first tokens. Public ones are calls of the module.
 
     def _project_queries(self, x: Tensor, conv_state: Tensor, valid: Tensor | None) -> tuple[ProjectedQueries, Tensor]:
         """The queries of any number of tokens, after the queries' `conv_state`; and the `conv_state` after them."""
@@ -281,9 +280,8 @@ class NeuralMemory(nn.Module):
         self, x: Tensor, conv_state: Tensor, weights: tuple[Tensor, ...], valid: Tensor | None, *, bypass: bool = False
     ) -> tuple[Float[Tensor, "B T D"], Tensor]:
         """`project_queries` and `retrieve_projected`; and the `conv_state` after."""
-        if not bypass and compiled_step.is_supported(self, x, weights, valid):
-            y, conv_state = compiled_step.read_token(self, x, conv_state, weights)
-            return self.o_proj(y), conv_state
+        if not bypass and (found := compiled_step.step_weights(self, x, weights, valid)):
+            return compiled_step.read_token(self, found, x, conv_state, weights)
         queries, conv_state = self._project_queries(x, conv_state, valid)
         return self._retrieve_projected(queries, weights, bypass=bypass), conv_state
 
@@ -300,10 +298,11 @@ class NeuralMemory(nn.Module):
         bypass: bool = False,
     ) -> NeuralMemoryOutput:
         """`scan` and `project_output`."""
-        if update and not bypass and compiled_step.is_supported(self, x, state.memory.weights, valid):
+        found = compiled_step.step_weights(self, x, state.memory[1], valid) if update and not bypass else None
+        if found is not None:
             self._state_shapes.check(state, x.shape[0])
-            out = compiled_step.write_token(self, x, state, surprise)
-            return out._replace(y=self.o_proj(out.y))
+            return compiled_step.write_token(self, found, x, state, surprise)
+        state = state._replace(memory=state.whole_memory())
         if update and not (surprise or bypass) and compiled_layer.is_supported(self, x, state, valid):
             return compiled_layer.run(self, x, state)
         out = self._scan(x, state, valid, update=update, surprise=surprise, bypass=bypass)
@@ -331,20 +330,21 @@ class NeuralMemory(nn.Module):
         if bypass:
             y = x.new_zeros(*x.shape[:2], self.num_heads, self.head_dim)
             return NeuralMemoryOutput(y, state, Surprise(y[..., 0], y[..., 0]) if surprise else None)
+        memory = state.whole_memory()
         (q, k, v), conv_state = self._features(x, state.conv_state, valid)
         prev_input = None if state.prev_input is None else next_prev_input(x, state.prev_input, valid)
         if not update:
-            y = retrieve(q, state.memory.weights, self.form())
-            return NeuralMemoryOutput(y, NeuralMemoryState(state.memory, conv_state, prev_input, state.gates), None)
+            y = retrieve(q, memory.weights, self.form())
+            return NeuralMemoryOutput(y, NeuralMemoryState(memory, conv_state, prev_input, state.gates), None)
         (theta, eta, alpha), gates = self._gates(x), state.gates
         if gates is not None:
-            position = state.memory.position
-            (theta, eta, alpha), gates = chunk_gates((theta, eta, alpha), gates, position, self.chunk_size, valid)
+            own = (theta, eta, alpha)
+            (theta, eta, alpha), gates = chunk_gates(own, gates, memory.position, self.chunk_size, valid)
         error = None if self.predictor is None else self.predictor(x, state.prev_input)
         if error is not None and self.surprise_threshold is not None:
             theta = theta * (error.detach() > self.surprise_threshold)[..., None]
         y, memory, *found = memory_scan(
-            q, k, v, theta, eta, alpha, state.memory,
+            q, k, v, theta, eta, alpha, memory,
             chunk_size=self.chunk_size, form=self.form(), mask=valid, surprise=surprise, backend=self.backend,
             max_saved_bytes=max_saved_bytes,
         )  # fmt: skip

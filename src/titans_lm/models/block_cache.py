@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_lm.layers.attention import KeyValues
+from titans_lm.layers.key_values import KeyValues, SegmentBuffers, WindowBuffers
 from titans_lm.layers.memory_state import NeuralMemoryState
+from titans_lm.ops import FactoredMemory
 from titans_lm.utils.deprecation import renamed
 
 Tree = TypeVar("Tree")
@@ -23,7 +24,7 @@ __getattr__ = renamed(
 class AttentionCache(NamedTuple):
     """The cache of attention alone. It has a constant size, unless the window is unlimited."""
 
-    attention: KeyValues
+    attention: KeyValues | WindowBuffers
 
 
 class LMMCache(NamedTuple):
@@ -35,14 +36,14 @@ class LMMCache(NamedTuple):
 class MAGCache(NamedTuple):
     """The cache of memory as gate."""
 
-    attention: KeyValues
+    attention: KeyValues | WindowBuffers
     memory: NeuralMemoryState
 
 
 class MALCache(NamedTuple):
     """The cache of memory as layer."""
 
-    attention: KeyValues
+    attention: KeyValues | WindowBuffers
     memory: NeuralMemoryState
     prefix: Tensor
     """The attention's persistent tokens, `[B, P, D]`: those after the memory layer."""
@@ -59,7 +60,7 @@ class SegmentSnapshot(NamedTuple):
 class MACCache(NamedTuple):
     """The cache of memory as context."""
 
-    attention: KeyValues
+    attention: KeyValues | SegmentBuffers
     memory: NeuralMemoryState
     retrieval: SegmentSnapshot
 
@@ -87,6 +88,22 @@ class LayerState:
             raise ValueError(f"no block has a cache with the fields {', '.join(given) or 'none'}")
         warnings.warn(f"LayerState is split by kind of block: use {kind.__name__}", DeprecationWarning, stacklevel=2)
         return kind(**given)
+
+
+def is_in_buffers(cache: BlockCache) -> bool:
+    """Whether decoding writes some of it in place."""
+    attention = not isinstance(cache, LMMCache) and not isinstance(cache.attention, KeyValues)
+    return attention or (not isinstance(cache, AttentionCache) and isinstance(cache.memory.memory, FactoredMemory))
+
+
+def as_value(cache: Cache, position: Tensor) -> Cache:
+    """The cache without buffers, in tensors of its own where it had some. Rows have read `position` tokens `[B]`."""
+    changes: dict[str, Any] = {}
+    if not isinstance(cache, LMMCache) and not isinstance(cache.attention, KeyValues):
+        changes["attention"] = cache.attention.whole(position)
+    if not isinstance(cache, AttentionCache) and isinstance(cache.memory.memory, FactoredMemory):
+        changes["memory"] = cache.memory._replace(memory=cache.memory.memory.whole())
+    return cast(Cache, cache._replace(**changes)) if changes else cache
 
 
 def expand_rows(state: NeuralMemoryState, batch: int) -> NeuralMemoryState:
@@ -119,7 +136,7 @@ def cache_slots(cache: BlockCache) -> int:
 
 def pad_left(cache: Cache, slots: int) -> Cache:
     """The cache with empty slots on the left, as unlimited attention has in rows that have read less than others."""
-    if isinstance(cache, LMMCache) or cache_slots(cache) == slots:
+    if isinstance(cache, LMMCache) or not isinstance(cache.attention, KeyValues) or cache_slots(cache) == slots:
         return cache
     padded = map_tensors(cache.attention, lambda t: F.pad(t, (0, 0, slots - t.shape[2], 0)))
     return cast(Cache, cache._replace(attention=padded))
@@ -127,7 +144,7 @@ def pad_left(cache: Cache, slots: int) -> Cache:
 
 def keep_right(cache: Cache, slots: int) -> Cache:
     """The cache with at most the last `slots` of its keys and values, in tensors of their own."""
-    if isinstance(cache, LMMCache) or cache_slots(cache) <= slots:
+    if isinstance(cache, LMMCache) or not isinstance(cache.attention, KeyValues) or cache_slots(cache) <= slots:
         return cache
     kept = map_tensors(cache.attention, lambda t: t[:, :, t.shape[2] - slots :].clone())
     return cast(Cache, cache._replace(attention=kept))
@@ -135,13 +152,13 @@ def keep_right(cache: Cache, slots: int) -> Cache:
 
 def map_tensors(tree: Tree, function: Callable[..., Tensor], *others: Tree) -> Tree:
     """The same tree of (named) tuples with `function` applied to each tensor, together with the same tensor of each of
-    `others`. None stays."""
+    `others`. None and numbers stay."""
     return _map(tree, function, *others)
 
 
 def _map(tree: Any, function: Callable[..., Tensor], *others: Any) -> Any:
-    if tree is None:
-        return None
+    if tree is None or isinstance(tree, int):
+        return tree
     if isinstance(tree, Tensor):
         return function(tree, *others)
     parts = [_map(part, function, *rest) for part, *rest in zip(tree, *others, strict=True)]

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from titans_lm.layers import compiled_segments
-from titans_lm.layers.attention import KeyValues, RotaryEmbedding, SegmentAttention, WindowAttention
+from titans_lm.layers.attention import RotaryEmbedding, SegmentAttention
 from titans_lm.layers.bypass import is_bypassed
 from titans_lm.layers.compiled_segments import SegmentLayers
-from titans_lm.layers.gating import SwiGLU
+from titans_lm.layers.few_rows import rms_norm
+from titans_lm.layers.gating import SwiGLU, residual_mlp
+from titans_lm.layers.key_values import KeyValues, SegmentBuffers, writes_in_place
 from titans_lm.layers.memory_state import NeuralMemoryOutput, NeuralMemoryState, ProjectedQueries
 from titans_lm.layers.neural_memory import NeuralMemory
 from titans_lm.models.block_cache import (
@@ -27,10 +29,12 @@ from titans_lm.models.block_cache import (
     MAGCache,
     MALCache,
     SegmentSnapshot,
+    as_value,
     expand_rows,
     restart_rows,
 )
 from titans_lm.models.block_layers import make_gate, make_memory, make_window
+from titans_lm.models.block_parts import attend, write_and_read
 from titans_lm.models.configuration import TitansConfig
 from titans_lm.models.forward_context import ForwardContext
 from titans_lm.models.segments import (
@@ -101,7 +105,10 @@ class TitansBlock(GradientCheckpointingLayer, Generic[Cache]):
         if cache is None:
             cache = self.initial_cache(x.shape[0], x, context.bypass)
         elif context.new_rows is not None:
-            cache = restart_rows(context.new_rows, self.initial_cache(x.shape[0], x, context.bypass), cache)
+            first = self.initial_cache(x.shape[0], x, context.bypass)
+            cache = restart_rows(context.new_rows, first, as_value(cache, context.position))
+        elif not writes_in_place(x, context.valid):
+            cache = as_value(cache, context.position)
         parts = self.constant_size and not torch.is_grad_enabled() and not is_traced(x)  # a trace is for all lengths
         if parts and x.shape[1] > PREFILL_TOKENS:
             return self._forward_in_parts(x, cache, context)
@@ -113,8 +120,7 @@ class TitansBlock(GradientCheckpointingLayer, Generic[Cache]):
 
     def _forward(self, x: Tensor, cache: Cache, context: ForwardContext) -> BlockOutput:
         out = self.branch(x, cache, context)
-        x = x + out.x
-        return out._replace(x=x + self.mlp(self.mlp_norm(x)))
+        return out._replace(x=residual_mlp(x, out.x, self))
 
     def _forward_in_parts(self, x: Tensor, cache: Cache, context: ForwardContext) -> BlockOutput:
         """`_forward` of PREFILL_TOKENS tokens at a time, so that a long text takes no more memory than a short one."""
@@ -145,20 +151,6 @@ class TitansBlock(GradientCheckpointingLayer, Generic[Cache]):
         return out.y, expand_rows(out.state, batch)
 
 
-def _attend(
-    attention: WindowAttention, x: Tensor, persistent: Tensor, cache: KeyValues, context: ForwardContext
-) -> tuple[Tensor, KeyValues]:
-    c = context
-    return attention(x, persistent, cache, c.position, c.rope, c.valid, c.uniform_position, c.eager)
-
-
-def _write_and_read(
-    memory: NeuralMemory, x: Tensor, state: NeuralMemoryState, context: ForwardContext
-) -> NeuralMemoryOutput:
-    c = context
-    return memory.forward_aligned(x, state, c.valid, update=c.update, surprise=c.surprise, bypass=c.bypass)
-
-
 class AttentionBlock(TitansBlock[AttentionCache]):
     """The baseline without a long-term memory: attention over a window, or over everything."""
 
@@ -175,7 +167,7 @@ class AttentionBlock(TitansBlock[AttentionCache]):
         return self.empty_cache(batch, like)
 
     def branch(self, x: Tensor, cache: AttentionCache, context: ForwardContext) -> BlockOutput:
-        y, attention = _attend(self.attention, self.norm(x), self.persistent_tokens(x), cache.attention, context)
+        y, attention = attend(self.attention, rms_norm(x, self.norm), self.persistent_tokens, cache.attention, context)
         return BlockOutput(y, AttentionCache(attention), None)
 
 
@@ -195,7 +187,7 @@ class LMMBlock(TitansBlock[LMMCache]):
         return LMMCache(self.read_persistent(self.memory, batch, like, bypass)[1])
 
     def branch(self, x: Tensor, cache: LMMCache, context: ForwardContext) -> BlockOutput:
-        y, memory, surprise = _write_and_read(self.memory, self.norm(x), cache.memory, context)
+        y, memory, surprise = write_and_read(self.memory, rms_norm(x, self.norm), cache.memory, context)
         return BlockOutput(y, LMMCache(memory), surprise)
 
 
@@ -216,9 +208,9 @@ class MAGBlock(TitansBlock[MAGCache]):
         return MAGCache(self.attention.initial_state(batch, like), memory)
 
     def branch(self, x: Tensor, cache: MAGCache, context: ForwardContext) -> BlockOutput:
-        x = self.norm(x)
-        y, attention = _attend(self.attention, x, self.persistent_tokens(x), cache.attention, context)
-        m, memory, surprise = _write_and_read(self.memory, x, cache.memory, context)
+        x = rms_norm(x, self.norm)
+        y, attention = attend(self.attention, x, self.persistent_tokens, cache.attention, context)
+        m, memory, surprise = write_and_read(self.memory, x, cache.memory, context)
         return BlockOutput(self.gate(y, m), MAGCache(attention, memory), surprise)
 
 
@@ -242,9 +234,9 @@ class MALBlock(TitansBlock[MALCache]):
         return MALCache(self.attention.initial_state(batch, like), memory, prefix.expand(batch, -1, -1))
 
     def branch(self, x: Tensor, cache: MALCache, context: ForwardContext) -> BlockOutput:
-        m, memory, surprise = _write_and_read(self.memory, self.norm(x), cache.memory, context)
+        m, memory, surprise = write_and_read(self.memory, rms_norm(x, self.norm), cache.memory, context)
         prefix = cache.prefix.to(x.dtype)  # the model's dtype may have changed since
-        y, attention = _attend(self.attention, self.attention_norm(x + m), prefix, cache.attention, context)
+        y, attention = attend(self.attention, self.attention_norm(x + m), lambda _: prefix, cache.attention, context)
         return BlockOutput(m + y, MALCache(attention, memory, cache.prefix), surprise)
 
 
@@ -281,7 +273,7 @@ class MACBlock(TitansBlock[MACCache]):
         return MACCache(self.attention.initial_state(batch, like), memory, snapshot)
 
     def branch(self, x: Tensor, cache: MACCache, context: ForwardContext) -> BlockOutput:
-        x = self.norm(x)
+        x = rms_norm(x, self.norm)
         if x.shape[1] == 1:
             return self._token(x, cache, context.in_segment(self.segment_size))
         queries, conv_state = self.memory.project_queries(x, cache.retrieval.conv_state, context.valid)
@@ -316,9 +308,8 @@ class MACBlock(TitansBlock[MACCache]):
         cache = self._with_snapshot(cache, context)
         weights, conv_state = cache.retrieval
         h, conv_state = self.memory.retrieve_next(x, conv_state, weights, context.valid, bypass=context.bypass)
-        qkv = self.attention.project_qkv(x, context.rope)
-        persistent = self.attention.project_persistent(self.persistent_tokens(x), x.shape[0])
-        out = self._attend_and_write(x, qkv, h, persistent, cache, context, self.memory.forward_aligned)
+        y, attention = self._attend_token(x, rms_norm(h, self.retrieved_norm), cache, context)
+        out = self._write(x, y, cache._replace(attention=attention), context, self.memory.forward_aligned)
         cache = out.cache._replace(retrieval=out.cache.retrieval._replace(conv_state=conv_state))
         return BlockOutput(self.gate(out.y, out.retrieved), cache, out.surprise)
 
@@ -345,38 +336,51 @@ class MACBlock(TitansBlock[MACCache]):
             m = torch.cat([m, self.memory.project_output(out.written, out.retrieved)], 1)
         return y, m, cache
 
+    def _attend_token(
+        self, x: Tensor, h: Tensor, cache: MACCache, context: ForwardContext
+    ) -> tuple[Tensor, KeyValues | SegmentBuffers]:
+        c = context
+        if isinstance(cache.attention, SegmentBuffers):
+            return self.attention.decode(x, h, cache.attention, c.position, c.rope, c.uniform_position, c.eager)
+        qkv = self.attention.project_qkv(x, c.rope)
+        persistent = self.attention.project_persistent(self.persistent_tokens(x), x.shape[0])
+        return self.attention.attend(
+            qkv, h, persistent, cache.attention, c.position, c.valid, c.uniform_position, c.eager
+        )
+
     def _segment(
         self, part: SegmentInputs, persistent: tuple[Tensor, Tensor], cache: MACCache, context: ForwardContext
     ) -> SegmentOutput:
         """Read the tokens of one segment, or a part of them; `context.position` counts within the segment."""
         cache = self._with_snapshot(cache, context)
         h = self.memory.retrieve_projected(part.queries, cache.retrieval.weights, bypass=context.bypass)
+        c = context
+        assert isinstance(cache.attention, KeyValues)  # more tokens than one leave buffers
+        places = (c.position, c.valid, c.uniform_position, c.eager)
+        y, attention = self.attention.attend(part.qkv, self.retrieved_norm(h), persistent, cache.attention, *places)
         write = partial(self.memory.scan, max_saved_bytes=SEGMENT_SAVED_BYTES)
-        return self._attend_and_write(part.s, part.qkv, h, persistent, cache, context, write)
+        return self._write(part.s, y, cache._replace(attention=attention), context, write)
 
-    def _attend_and_write(
+    def _write(
         self,
         s: Tensor,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        h: Tensor,
-        persistent: tuple[Tensor, Tensor],
+        y: Tensor,
         cache: MACCache,
         context: ForwardContext,
         write: Callable[..., NeuralMemoryOutput],
     ) -> SegmentOutput:
-        """Attend over [P, h, S], and `write` the result to the memory (eqs. 22 to 24)."""
+        """`write` what attention made of S to the memory (eq. 24), and read it."""
         c = context
-        y, attention = self.attention.attend(
-            qkv, self.retrieved_norm(h), persistent, cache.attention, c.position, c.valid, c.uniform_position, c.eager
-        )
-        written = self.memory_norm(s + y)
+        written = rms_norm(s + y, self.memory_norm)
         out = write(written, cache.memory, c.valid, update=c.update, surprise=c.surprise, bypass=c.bypass)
         after = c.advanced(s.shape[1]).in_segment(self.segment_size)
-        cache = self._with_snapshot(cache._replace(attention=attention, memory=out.state), after)
+        cache = self._with_snapshot(cache._replace(memory=out.state), after)
         return SegmentOutput(y, written, out.y, out.surprise, cache)
 
     def _with_snapshot(self, cache: MACCache, context: ForwardContext) -> MACCache:
         """The cache with the memory's weights as they were when the segment of `context.position` began."""
+        if not context.may_be_at(0):
+            return cache
         weights = context.where_position(0, cache.memory.memory.weights, cache.retrieval.weights)
         return cache._replace(retrieval=cache.retrieval._replace(weights=weights))
 

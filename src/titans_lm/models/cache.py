@@ -10,7 +10,15 @@ from transformers import Cache, PreTrainedModel
 
 from titans_lm.layers.memory_state import NeuralMemoryState
 from titans_lm.models import cache_file
-from titans_lm.models.block_cache import AttentionCache, BlockCache, SegmentSnapshot, concat_rows, map_tensors
+from titans_lm.models.block_cache import (
+    AttentionCache,
+    BlockCache,
+    SegmentSnapshot,
+    as_value,
+    concat_rows,
+    is_in_buffers,
+    map_tensors,
+)
 from titans_lm.models.cache_file import Card, Source
 from titans_lm.models.model_identity import Identity, identity
 from titans_lm.ops import MemoryState
@@ -29,8 +37,8 @@ class TitansState(Cache):
     """What a model remembers of `B` streams, one per row: KV caches, convolution states and memory weights.
 
     Its size is constant, unless attention is unlimited. `model.initial_state(batch)` makes one. A call with it as
-    `past_key_values` continues the streams and updates it in place. No tensor is ever written in place, so autograd may
-    go through a state, and `clone` is a fork.
+    `past_key_values` continues the streams and updates it. No tensor is ever written in place, so autograd may go
+    through a state, and `clone` is a fork. While it `is_decoding`, its own buffers are; a fork shares none of them.
     """
 
     def __init__(self, layer_caches: list[BlockCache], position: Tensor, identity: Identity):
@@ -100,18 +108,39 @@ class TitansState(Cache):
 
     def memory_states(self) -> list[MemoryState]:
         """The state of each layer's memory, of the layers that have one."""
-        return [cache.memory.memory for cache in self.layer_caches if not isinstance(cache, AttentionCache)]
+        caches = [cache for cache in self.layer_caches if not isinstance(cache, AttentionCache)]
+        return [cache.memory.whole_memory() for cache in caches]
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether it has buffers that calls write in place, which `model.begin_decoding(state)` made."""
+        return any(map(is_in_buffers, self.layer_caches))
+
+    def end_decoding(self) -> None:
+        """Be a value again, without buffers: no tensor is written in place from now on."""
+        self.layer_caches = self._values()
+
+    def _values(self) -> list[BlockCache]:
+        return [as_value(cache, self.position) for cache in self.layer_caches]
+
+    def _value(self) -> "TitansState":
+        """Itself, or while it is decoding, a copy that is not."""
+        if not self.is_decoding:
+            return self
+        other = self._copy()
+        other.end_decoding()
+        return other
 
     def clone(self) -> "TitansState":
         """An independent copy: a fork."""
-        return self._map_tensors(lambda t: t.clone())
+        return self._value()._map_tensors(lambda t: t.clone())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TitansState":
         return self.clone()
 
     def detach(self) -> "TitansState":
         """The same state, cut off from the autograd graph: truncated BPTT continues from it."""
-        return self._map_tensors(lambda t: t.detach())
+        return self._value()._map_tensors(lambda t: t.detach())
 
     def to(self, device: str | torch.device | int | None, **options: Any) -> "TitansState":
         """The state on `device`; None: where it is. `options` are those of `Tensor.to`.
@@ -121,7 +150,7 @@ class TitansState(Cache):
         goal = self.position.device if device is None else torch.empty(0, device=device).device
         if device is None or all(t.device == goal for t in self.tensors().values()):
             return self
-        return self._map_tensors(lambda t: t.to(goal, **options))
+        return self._value()._map_tensors(lambda t: t.to(goal, **options))
 
     def select(self, rows: list[int] | Tensor) -> "TitansState":
         """The state of these rows, in this order. A row may be selected several times."""
@@ -134,7 +163,7 @@ class TitansState(Cache):
 
     def shallow_copy(self) -> "TitansState":
         """Another object with the same tensors: a call that updates one does not change the other."""
-        return self._map_tensors(lambda t: t)
+        return self._value()._map_tensors(lambda t: t)
 
     def continuation(self) -> "TitansState":
         """A fork whose sequence length is 0, for `generate(new_ids, past_key_values=state.continuation())`.
@@ -150,6 +179,7 @@ class TitansState(Cache):
         if rows is None:
             rows = list(range(self.batch_size))
             self.columns, self.sources = 0, []
+        self.end_decoding()
         keep = torch.ones(self.batch_size, dtype=torch.bool, device=self.position.device)
         keep[self._index(rows)] = False
         pending = self.pending
@@ -215,8 +245,8 @@ class TitansState(Cache):
     @staticmethod
     def concat(states: list["TitansState"]) -> "TitansState":
         """The rows of several states of one model, one after another; the rest is that of the first."""
-        whole = states[0].shallow_copy()
-        layers = zip(*(state.layer_caches for state in states), strict=True)
+        whole, decoding = states[0]._copy(), all(state.is_decoding for state in states)
+        layers = zip(*(state.layer_caches if decoding else state._values() for state in states), strict=True)
         whole.layer_caches = [concat_rows(list(caches)) for caches in layers]
         whole.position = torch.cat([state.position for state in states])
         return whole
@@ -248,9 +278,11 @@ class TitansState(Cache):
         expected, pending = state.tensors(), tensors.pop("pending", None)
         if pending is not None and (pending.shape != tensors["position"].shape or pending.is_floating_point()):
             raise ValueError(f"{path} does not fit this model: 'pending' is {list(pending.shape)}, {pending.dtype}")
-        _check_shapes(path, {name: tuple(t.shape) for name, t in tensors.items()}, expected, model.config.window_size)
+        cache_file.check_shapes(
+            path, {name: tuple(t.shape) for name, t in tensors.items()}, expected, model.config.window_size
+        )
         for name, tensor in expected.items():
-            if tensors[name].dtype not in _possible_dtypes(name, tensor.dtype):
+            if tensors[name].dtype not in cache_file.possible_dtypes(name, tensor.dtype):
                 raise ValueError(f"{path} does not fit this model: {name!r} is {tensors[name].dtype}")
         state.set_tensors({name: t.to(model.device) for name, t in tensors.items()})
         state.columns, state.sources = card.columns, list(card.sources)
@@ -316,13 +348,13 @@ class TitansState(Cache):
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name in memory files, in the order of `map_tensors`."""
-        named = {f"layers.{i}{name}": t for i, cache in enumerate(self.layer_caches) for name, t in _walk(cache, "")}
+        named = {f"layers.{i}{name}": t for i, cache in enumerate(self._values()) for name, t in _walk(cache, "")}
         return {**named, "position": self.position}
 
     def set_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take these tensors, named as in memory files, in place of its own."""
         names = iter(self.tensors())
-        self.layer_caches = [map_tensors(cache, lambda _: tensors[next(names)]) for cache in self.layer_caches]
+        self.layer_caches = [map_tensors(cache, lambda _: tensors[next(names)]) for cache in self._values()]
         self.position = tensors["position"]
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -365,29 +397,3 @@ def _walk(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     elif tree is not None:
         for field, part in zip(getattr(tree, "_fields", range(len(tree))), tree, strict=True):
             yield from _walk(part, f"{name}.{_STORED_NAMES.get((type(tree), field), field)}")
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-
-def _possible_dtypes(name: str, dtype: torch.dtype) -> set[torch.dtype]:
-    """The dtypes that a tensor may have in a file, if the model's first state has `dtype`: under autocast, windows and
-    convolutions have half precision; the memory itself never has."""
-    half = dtype == torch.float32 and cache_file.MEMORY_INFIX not in name
-    return {dtype, torch.bfloat16, torch.float16} if half else {dtype}
-
-
-def _check_shapes(
-    path: str | Path, found: dict[str, tuple[int, ...]], expected: dict[str, Tensor], window: int | None
-) -> None:
-    """Raises ValueError unless the file has the model's tensors, no other, in its shapes, all of the same rows."""
-    if found.keys() != expected.keys():
-        odd = sorted(found.keys() ^ expected.keys())[0]
-        raise ValueError(f"{path} does not fit this model: tensor {odd!r} is in only one of them")
-    rows = found["position"][:1]
-    for name, shape in found.items():
-        wanted = rows + tuple(expected[name].shape[1:])
-        if window is None and ".attention." in name:  # it grows with the tokens
-            wanted, shape = wanted[:2] + wanted[3:], shape[:2] + shape[3:]
-        if shape != wanted:
-            raise ValueError(f"{path} does not fit this model: {name!r} is {list(shape)}, not {list(wanted)}")

@@ -175,3 +175,26 @@ def check_finite(path: str | Path, tensors: dict[str, Tensor]) -> None:
     for name, t in tensors.items():
         if t.is_floating_point() and not bool(t.isfinite().all()):
             raise ValueError(f"{path}: {name} has numbers that are not finite")
+
+
+def possible_dtypes(name: str, dtype: torch.dtype) -> set[torch.dtype]:
+    """The dtypes that a tensor may have in a file, if the model's first state has `dtype`: under autocast, windows and
+    convolutions have half precision; the memory itself never has."""
+    half = dtype == torch.float32 and MEMORY_INFIX not in name
+    return {dtype, torch.bfloat16, torch.float16} if half else {dtype}
+
+
+def check_shapes(
+    path: str | Path, found: dict[str, tuple[int, ...]], expected: dict[str, Tensor], window: int | None
+) -> None:
+    """Raises ValueError unless the file has the model's tensors, no other, in its shapes, all of the same rows."""
+    if found.keys() != expected.keys():
+        odd = sorted(found.keys() ^ expected.keys())[0]
+        raise ValueError(f"{path} does not fit this model: tensor {odd!r} is in only one of them")
+    rows = found["position"][:1]
+    for name, shape in found.items():
+        wanted = rows + tuple(expected[name].shape[1:])
+        if window is None and ".attention." in name:  # it grows with the tokens
+            wanted, shape = wanted[:2] + wanted[3:], shape[:2] + shape[3:]
+        if shape != wanted:
+            raise ValueError(f"{path} does not fit this model: {name!r} is {list(shape)}, not {list(wanted)}")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from titans_lm.layers.attention import RotaryEmbedding
-from titans_lm.ops import select_rows
+from titans_lm.ops import is_traced, select_rows
 from titans_lm.utils.deprecation import renamed
 
 __getattr__ = renamed(__name__, {"Reading": "ForwardContext"})
@@ -40,6 +40,13 @@ class ForwardContext(NamedTuple):
         if self.uniform_position is None:
             return select_rows(self.position == position, yes, no)
         return yes if self.uniform_position == position else no
+
+    def may_be_at(self, position: int) -> bool:
+        """Whether a row may be at `position`. Without looking: a GPU would have to be waited for, and a traced call has
+        no values."""
+        if self.uniform_position is not None:
+            return self.uniform_position == position
+        return self.position.device.type != "cpu" or is_traced(self.position) or position in self.position.tolist()
 
     def part(self, start: int, end: int) -> "ForwardContext":
         """The context of the tokens from `start` to `end`, with the position of the first of all tokens."""

@@ -23,6 +23,8 @@ class RowEnds(StoppingCriteriaList):
 
     def __init__(self, criteria: StoppingCriteriaList):
         super().__init__(criteria)
+        self.state: TitansState | None = None
+        """The state that decodes in buffers, from the first generated token on."""
         self.ends: Tensor | None = None
         """`[B]`: the columns of each row up to its end; a large number in a row that has not ended. None: no row has
         ended."""
@@ -139,6 +141,9 @@ class TitansGeneration(GenerationMixin):
         if row_ends is not None:
             columns = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
             attention_mask = row_ends.mask(attention_mask, columns, input_ids.shape[1])
+            if past_key_values is not None and not is_first_iteration and row_ends.state is None:
+                row_ends.state = past_key_values
+                self.begin_decoding(past_key_values)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -160,7 +165,13 @@ class TitansGeneration(GenerationMixin):
         **options: Any,
     ) -> Any:
         row_ends = RowEnds(stopping_criteria)
-        out = super()._sample(input_ids, logits_processor, row_ends, generation_config, row_ends=row_ends, **options)
+        try:
+            out = super()._sample(
+                input_ids, logits_processor, row_ends, generation_config, row_ends=row_ends, **options
+            )
+        finally:
+            if row_ends.state is not None:
+                row_ends.state.end_decoding()
         sequences = out if isinstance(out, Tensor) else out.sequences
         state = options.get("past_key_values") if isinstance(out, Tensor) else out.past_key_values
         if state is not None:

@@ -21,7 +21,7 @@ from titans_lm.layers.bypass import bypass_memory, is_bypassed
 from titans_lm.layers.gating import ResidualGate
 from titans_lm.layers.memory_state import NeuralMemoryState
 from titans_lm.models import model_files
-from titans_lm.models.block_cache import AttentionCache, BlockCache, LMMCache, MAGCache, restart_rows
+from titans_lm.models.block_cache import AttentionCache, BlockCache, LMMCache, MAGCache, as_value, restart_rows
 from titans_lm.models.block_layers import make_memory
 from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.cache import TitansState
@@ -76,7 +76,7 @@ class GraftedAttention(nn.Module):
         first = self.memory.initial_state_like(len(x), x)
         if state is None or context.new_rows is None:
             return first
-        return restart_rows(context.new_rows, LMMCache(first), LMMCache(state)).memory
+        return restart_rows(context.new_rows, LMMCache(first), as_value(LMMCache(state), context.position)).memory
 
 
 class GraftedLayer(nn.Module):

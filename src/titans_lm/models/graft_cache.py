@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from titans_lm.layers.attention import KeyValues, last_slots, visible_slots
+from titans_lm.layers.attention import last_slots
+from titans_lm.layers.key_values import KeyValues
 from titans_lm.layers.memory_state import NeuralMemoryState
+from titans_lm.layers.query_blocks import visible_slots
 from titans_lm.models.block_cache import AttentionCache, BlockCache, MAGCache
 from titans_lm.models.forward_context import ForwardContext
 from titans_lm.ops import Surprise
@@ -55,7 +57,7 @@ class GraftCall(DynamicCache):
     def __init__(self, shape: BaseShape, before: list[BlockCache] | list[None], context: ForwardContext):
         super().__init__()
         self.shape, self.context = shape, context
-        past = [None if cache is None else _filled(cache.attention, context) for cache in before]  # type: ignore[union-attr]
+        past = [None if cache is None else _filled(cache.attention, context) for cache in before]  # type: ignore[union-attr, arg-type]
         self.layers = [_layer(kv) for kv in past]
         self.past = [0 if kv is None else kv.keys[0].shape[2] for kv in past]
         self.memories: list[NeuralMemoryState | None] = [getattr(cache, "memory", None) for cache in before]

@@ -12,6 +12,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from titans_lm.layers.attention import RotaryEmbedding, rotary_embedding
+from titans_lm.layers.few_rows import linears, rms_norm
 from titans_lm.layers.module_call import empty_like_weights
 from titans_lm.layers.neural_memory import NeuralMemory
 from titans_lm.layers.short_conv import ShortConvolution
@@ -30,6 +31,7 @@ from titans_lm.models.block_cache import BlockCache
 from titans_lm.models.blocks import BLOCKS, TitansBlock
 from titans_lm.models.cache import TitansState
 from titans_lm.models.configuration import TitansConfig
+from titans_lm.models.decoding import begin_decoding
 from titans_lm.models.forward_context import ForwardContext
 from titans_lm.models.generation import TitansGeneration
 from titans_lm.models.loss import LOSS_ARGUMENTS, memory_loss_sum
@@ -145,6 +147,13 @@ class TitansModel(TitansPreTrainedModel):
             return state
         like = empty_like_weights(self)
         return self._state([block.empty_cache(batch, like) for block in self.blocks()], batch, like.device)
+
+    def begin_decoding(self, state: TitansState) -> None:
+        """Let calls of one token write buffers of `state` in place, on a CPU, until `state.end_decoding()`.
+
+        A token is faster then. The buffers are copies, and forks and files have none of them, so nobody sees a
+        difference; begin where several tokens follow. Other calls, and devices, work as without."""
+        begin_decoding(self.blocks(), state)
 
     def _state(self, caches: list[BlockCache], batch: int, device: torch.device) -> TitansState:
         position = torch.zeros(batch, dtype=torch.long, device=device)
@@ -267,7 +276,7 @@ class TitansModel(TitansPreTrainedModel):
             after.append(cache)
             if surprise is not None:
                 surprises.append(surprise)
-        return self.norm(x), after, hidden, surprises
+        return rms_norm(x, self.norm), after, hidden, surprises
 
     def _rope(self, position: Tensor, dtype: torch.dtype) -> RotaryEmbedding:
         assert self.config.head_dim is not None
@@ -328,6 +337,10 @@ class TitansForCausalLM(TitansPreTrainedModel, TitansGeneration, GenerationMixin
         """See `TitansModel.begin_with`."""
         self.model.begin_with(memory)
 
+    def begin_decoding(self, state: TitansState) -> None:
+        """See `TitansModel.begin_decoding`."""
+        self.model.begin_decoding(state)
+
     @can_return_tuple
     def forward(
         self,
@@ -358,7 +371,7 @@ class TitansForCausalLM(TitansPreTrainedModel, TitansGeneration, GenerationMixin
             position_ids=position_ids,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
+        (logits,) = linears(slice_logits_to_keep(out.last_hidden_state, logits_to_keep), (self.lm_head,))
         loss: Tensor | None = None
         memory_loss: Tensor | None = None
         if labels is not None:

@@ -6,6 +6,7 @@ width, `V` value width, `P` persistent tokens, `W` window, `D` model width, `L` 
 
 from titans_lm.ops import flops as flops  # registers the formulas
 from titans_lm.ops.api import Backend, memory_scan, resolve_backend
+from titans_lm.ops.factored import FactoredMemory
 from titans_lm.ops.mlp import retrieve
 from titans_lm.ops.ragged import (
     Layout,
@@ -20,7 +21,6 @@ from titans_lm.ops.types import (
     Activation,
     MemoryForm,
     MemoryState,
-    OwnedMemoryState,
     ScanInputs,
     ScanOutput,
     Surprise,
@@ -37,10 +37,10 @@ from titans_lm.utils.deprecation import renamed
 __all__ = [
     "Activation",
     "Backend",
+    "FactoredMemory",
     "Layout",
     "MemoryForm",
     "MemoryState",
-    "OwnedMemoryState",
     "ScanInputs",
     "ScanOutput",
     "Surprise",

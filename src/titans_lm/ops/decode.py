@@ -17,7 +17,6 @@ from titans_lm.ops.types import (
     NORM_EPS,
     MemoryForm,
     MemoryState,
-    OwnedMemoryState,
     ScanInputs,
     ScanOutput,
     Surprise,
@@ -62,9 +61,8 @@ def advance_token(
 ) -> ScanOutput:
     """Decode one token: choose the anchor, run `update` at it, leave rows that are padding as they were.
 
-    Where a chunk begins the weights are the anchor, whatever a given state has there; an owned state has them there."""
-    owned = isinstance(state, OwnedMemoryState)
-    anchor = state.anchor if owned else select_rows(state.position == 0, state.weights, state.anchor)
+    Where a chunk begins the weights are the anchor, whatever a given state has there."""
+    anchor = select_rows(state.position == 0, state.weights, state.anchor)
     y, weights, momentum, surprise = update(anchor)
     position = (state.position + 1) % chunk_size
     if mask is not None:
@@ -72,8 +70,6 @@ def advance_token(
         weights, momentum = where_rows(valid, weights, state.weights), where_rows(valid, momentum, state.momentum)
         position = torch.where(valid, position, state.position)
         surprise = None if surprise is None else Surprise(*(x * mask[..., None] for x in surprise))
-    if owned:
-        return ScanOutput(y, OwnedMemoryState(anchor, weights, momentum, position), surprise)
     new_state = MemoryState(select_rows(position == 0, weights, anchor), weights, momentum, position)
     return ScanOutput(y, new_state, surprise)
 

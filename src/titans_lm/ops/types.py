@@ -32,21 +32,6 @@ class MemoryState(NamedTuple):
         return MemoryState(anchor, weights, momentum, self.position)
 
 
-class OwnedMemoryState(MemoryState):
-    """A state whose tensors one caller alone holds. Decoding leaves its anchor as it is: after each token the caller
-    has `begin_chunks` bring the anchor up to date, in place, where else all rows are copied for the sake of a few."""
-
-    def begin_chunks(self) -> "OwnedMemoryState":
-        """The state with the weights as anchor in rows at a chunk start. Writes into the anchor, on a CPU."""
-        starts = [row for row, position in enumerate(self.position.tolist()) if position == 0]
-        if len(starts) == len(self.position):
-            return OwnedMemoryState(self.weights, self.weights, self.momentum, self.position)
-        for row in starts:
-            for anchor, w in zip(self.anchor, self.weights, strict=True):
-                anchor[row] = w[row]
-        return self
-
-
 class MemoryForm(NamedTuple):
     """The function M(k), apart from its weights, and the rule that selects the tokens to write.
 

@@ -8,12 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from titans_lm.inference.serve.answer import Answer
-from titans_lm.layers.key_values import OwnedKeyValues
 from titans_lm.layers.module_call import empty_like_weights
-from titans_lm.models.block_cache import AttentionCache, BlockCache, LMMCache, cache_slots, keep_right
+from titans_lm.models.block_cache import cache_slots, keep_right
 from titans_lm.models.cache import TitansState
 from titans_lm.models.modeling import TitansForCausalLM
-from titans_lm.ops import OwnedMemoryState
 
 LOG = logging.getLogger(__name__)
 
@@ -37,11 +35,11 @@ class RowBatch:
         """Add rows at the end, which belong to `answers` in this order."""
         if not answers:
             return
-        before = [] if self.state is None else [self.state]
-        whole = [*before, *states]
-        self.state = whole[0].clone() if len(whole) == 1 else TitansState.concat(whole)
+        rows = [*([] if self.state is None else [self.state]), *(state.shallow_copy() for state in states)]
+        for state in rows:
+            self.model.begin_decoding(state)
+        self.state = rows[0] if len(rows) == 1 else TitansState.concat(rows)
         self.state.columns = 0  # what generate counts by
-        self.state.layer_caches = [_owned(cache) for cache in self.state.layer_caches]
         self.answers = [*self.answers, *answers]
 
     def leave(self, gone: Collection[Answer]) -> None:
@@ -67,7 +65,6 @@ class RowBatch:
             rows = [self.state.select([i]) for i in range(len(tokens))]
             results = [logits_or_error(self.model, *pair) for pair in zip(tokens.split(1), rows, strict=True)]
             self.state = TitansState.concat(rows)
-        self.state.layer_caches = [_with_anchors(cache) for cache in self.state.layer_caches]
         return results
 
     def _without_empty_slots(self, state: TitansState) -> TitansState:
@@ -77,23 +74,6 @@ class RowBatch:
             caches = zip(state.layer_caches, self._grows, strict=True)
             state.layer_caches = [keep_right(cache, longest) if grows else cache for cache, grows in caches]
         return state
-
-
-def _owned(cache: BlockCache) -> BlockCache:
-    """The cache, which decoding may write in place: its batch alone has it, and never gives it away."""
-    if not isinstance(cache, LMMCache):
-        cache = cache._replace(attention=OwnedKeyValues(*cache.attention))
-    if not isinstance(cache, AttentionCache) and cache.memory.memory.position.device.type == "cpu":
-        memory = cache.memory._replace(memory=OwnedMemoryState(*cache.memory.memory).begin_chunks())
-        cache = cache._replace(memory=memory)
-    return cache
-
-
-def _with_anchors(cache: BlockCache) -> BlockCache:
-    """The cache after a token, with the anchors of the rows that begin a chunk."""
-    if isinstance(cache, AttentionCache) or not isinstance(cache.memory.memory, OwnedMemoryState):
-        return cache
-    return cache._replace(memory=cache.memory._replace(memory=cache.memory.memory.begin_chunks()))
 
 
 def logits_or_error(

@@ -17,7 +17,9 @@ from titans_lm.ops.types import is_traced
 LOG = logging.getLogger(__name__)
 FUNCTIONS = [
     f"titans_{name}"
-    for name in ("state_size", "saved_size", "forward", "backward", "decode", "layer_step", "features_forward",
+    for name in ("state_size", "saved_size", "forward", "backward", "decode", "layer_step", "linears",
+                 "residual_mlp", "product_gate", "rms_norm", "attention_step",
+                 "features_forward",
                  "features_backward", "layer_forward", "layer_backward", "segments_forward", "segments_backward")
 ]  # fmt: skip
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)

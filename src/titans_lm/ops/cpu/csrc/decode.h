@@ -3,8 +3,9 @@
 #pragma once
 #include <cstdint>
 
-#include "scan_args.h"
+#include "gemv.h"
 #include "mlp.h"
+#include "scan_args.h"
 
 #if !defined(__clang__) && defined(__AVX__)
 #include <immintrin.h>
@@ -25,23 +26,6 @@ inline void store_streaming(T* x, V<T> v) {
 #else
     store(x, v);
 #endif
-}
-
-template <class T>
-void add_row(long n, T scale, const T* __restrict x, T* __restrict y) {
-    for (long i = 0; i < n; ++i) y[i] += scale * x[i];
-}
-
-// y [out] = x [in] M [in, out]
-template <class T>
-void vector_times_matrix(long in, long out, const T* __restrict x, const T* __restrict m, T* __restrict y) {
-    std::fill_n(y, out, T(0));
-    long i = 0;
-    for (; i + 4 <= in; i += 4) {
-        const T *m0 = m + i * out, *m1 = m0 + out, *m2 = m1 + out, *m3 = m2 + out;
-        for (long j = 0; j < out; ++j) y[j] += x[i] * m0[j] + x[i + 1] * m1[j] + x[i + 2] * m2[j] + x[i + 3] * m3[j];
-    }
-    for (; i < in; ++i) add_row(out, x[i], m + i * out, y);
 }
 
 // Update W, S -> W', S' [in, out] by a token with gradient x g, and compute y = h W'.
@@ -113,9 +97,10 @@ struct TokenDecoder {
         }
         inner_loss.forward(z[last].data(), shift);
         for (long i = 0; i < widths[last + 1]; ++i) g[last][i] = inner_loss.gradient[i] * inner_loss.factor();
-        for (long l = last; l; --l)
-            for (long i = 0; i < widths[l]; ++i)
-                g[l - 1][i] = dot(anchor[l] + i * widths[l + 1], g[l].data(), widths[l + 1]) * act_derivative[l - 1][i];
+        for (long l = last; l; --l) {
+            linear<T>(1, widths[l + 1], widths[l], g[l].data(), 0, anchor[l], g[l - 1].data(), 0);
+            for (long i = 0; i < widths[l]; ++i) g[l - 1][i] *= act_derivative[l - 1][i];
+        }
     }
 
     T gradient_norm() const {
@@ -174,15 +159,20 @@ struct RowDecoder {
     // Write the token, and store what it reads. `weight` and `bias` are the residual form's, of this head, or null.
     void decode(long r, const HeadToken<T>& token, const T* weight, const T* bias, T* y) {
         point_at(r);
+        T theta = find_gradient(r, token, weight, bias);
+        decoder.write(token.q, theta, token.eta, 1 - token.alpha, w.data(), s.data(), new_w.data(), new_s.data());
+        store_outputs(token.q, weight, bias, y);
+    }
+
+    // Run the key pass at the anchor, and store the surprise. Returns theta, 0 for a token that is not written.
+    T find_gradient(long r, const HeadToken<T>& token, const T* weight, const T* bias) {
         long out = args.widths[args.layers];
         for (long j = 0; j < out; ++j) shift[j] = weight ? token.k[j] - token.v[j] + bias[j] : -token.v[j];
         decoder.inner_loss.weight = weight;
         decoder.key_pass(token.k, shift.data(), anchor.data());
         if (args.surprise) args.loss[r] = decoder.inner_loss.loss, args.gradient_norm[r] = decoder.gradient_norm();
         bool written = !args.has_threshold || decoder.inner_loss.loss > T(args.threshold);
-        T theta = written ? token.theta : T(0);
-        decoder.write(token.q, theta, token.eta, 1 - token.alpha, w.data(), s.data(), new_w.data(), new_s.data());
-        store_outputs(token.q, weight, bias, y);
+        return written ? token.theta : T(0);
     }
 
     // Store what q reads of the weights, and write nothing.

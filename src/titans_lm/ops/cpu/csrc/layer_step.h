@@ -1,51 +1,75 @@
-// One token of a memory layer, between its projections and its output projection: convolution, SiLU and unit length
-// (`token_features.h`), gates, the token's write and read (`decode.h`), output norm and output gate.
+// One token of a memory layer: projections (`linears.h`), convolution, SiLU and unit length (`token_features.h`), gates, the
+// token's write and read (`decode.h`, `factored.h`), output norm, output gate and output projection.
 
 #pragma once
-#include "decode.h"
+#include "factored.h"
+#include "linears.h"
 #include "token_features.h"
 
 // I = heads * widths[0] channels; parts are q, k and v, or q alone: then nothing is written, and all that a write needs is
 // null.
 template <class T>
 struct LayerStepArgs {
-    long batch, heads, layers, size, dim, parts, threads, activation, has_threshold, surprise;
+    long batch, parts, threads, activation, has_threshold, surprise;
+    long slots, chunk_size;                     // slots of a memory in factors; 0: it is whole
+    const long *batch_strides, *token_strides;  // of each part's conv_state
+    const T* x;                                 // [B, dim]
+    const T* const* conv_state;                 // of each part, [B, size - 1, I]
+    T *const *projected, *output_gate;          // of each part [B, I], and of the output gate: room, or given
+    T *new_conv_state, *y;                      // [B, size - 1, parts * I], [B, I]
+    T *output, *loss, *gradient_norm;           // [B, dim], [B, H], [B, H], each maybe null
+    T *const *w, *const *anchor, *const *s;     // of each layer, [B * H, in, out]
+    T *const *new_w, *const *new_s;             // of a whole memory
+    T *const *x_factors, *const *g_factors;     // of one in factors, whose w, anchor and s are written too
+    T *coefficients, *new_coefficients;         // [B * H, SLOTS + 2 * slots]
+    const long* position;                       // [B]
+    long* new_position;
+    // What the layer always has.
+    long heads, layers, size, dim;
     const long* widths;                                 // [layers + 1]
-    const long *batch_strides, *token_strides;          // of each part's conv_state
-    const T* x;                                         // [B, dim]
-    const T *const *projected, *const *conv_state;      // of each part, [B, I], [B, size - 1, I]
-    const T* const* filters;                            // of each part, [I, size]
+    const T* const* filters;                            // of q, k and v, [I, size]
     const T *const *gate_weights, *const *gate_biases;  // of theta, eta, alpha: [H, dim], [H]; null: a gate of 0
     const T *weight, *bias;                             // of the residual form, [H, V], or null
-    const T *output_norm, *output_gate;                 // [V], [B, I]
-    T *new_conv_state, *y, *loss, *gradient_norm;  // [B, size - 1, parts * I], [B, I], [B, H], the last two maybe null
-    const T *const *w, *const *anchor, *const *s;  // of each layer, [B * H, in, out]
-    T *const *new_w, *const *new_s;
+    const T* output_norm;                               // [V]
+    const T *const *projections, *output_gate_weight;   // of q, k and v, [I, dim]; null: `projected` is given
+    const T* output_projection;                         // [dim, I]; null: without it
     double clip, threshold, lr, output_eps;
 
-    // `numbers` holds the fields one after another, arrays in place of pointers to them, in the order of
-    // `compiled_step._call`; `scalars` holds the last four.
-    LayerStepArgs(const long* numbers, const double* scalars) {
-        for (long* field :
-             {&batch, &heads, &layers, &size, &dim, &parts, &threads, &activation, &has_threshold, &surprise})
-            *field = *numbers++;
+    // `numbers` and `of_layer` hold the fields one after another, arrays in place of pointers to them, in the order of
+    // `compiled_step`; `scalars` holds the last four.
+    LayerStepArgs(const long* numbers, const long* of_layer, const double* scalars) {
+        const long* at = of_layer;
         auto array = [&](auto& field, long count) {
-            field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(numbers);
-            numbers += count;
+            field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(at);
+            at += count;
         };
-        auto pointer = [&](auto& field) {
-            field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(*numbers++);
-        };
-        array(widths, layers + 1), array(batch_strides, parts), array(token_strides, parts);
-        pointer(x);
-        array(projected, parts), array(conv_state, parts), array(filters, parts);
-        array(gate_weights, 3), array(gate_biases, 3);
-        pointer(weight), pointer(bias), pointer(output_norm), pointer(output_gate);
-        pointer(new_conv_state), pointer(y), pointer(loss), pointer(gradient_norm);
-        array(w, layers), array(anchor, layers), array(s, layers), array(new_w, layers), array(new_s, layers);
-        if (parts == 1) anchor = nullptr;
+        auto pointer = [&](auto& field) { field = reinterpret_cast<std::remove_reference_t<decltype(field)>>(*at++); };
+        for (long* field : {&heads, &layers, &size, &dim}) *field = *at++;
+        array(widths, layers + 1), array(filters, 3), array(gate_weights, 3), array(gate_biases, 3);
+        pointer(weight), pointer(bias), pointer(output_norm);
+        array(projections, 3), pointer(output_gate_weight), pointer(output_projection);
+
+        at = numbers;
+        for (long* field : {&batch, &parts, &threads, &activation, &has_threshold, &surprise, &slots, &chunk_size})
+            *field = *at++;
+        array(batch_strides, parts), array(token_strides, parts);
+        pointer(x), array(conv_state, parts), array(projected, parts), pointer(output_gate);
+        pointer(new_conv_state), pointer(y), pointer(output), pointer(loss), pointer(gradient_norm);
+        array(w, layers);
+        if (parts > 1)
+            array(anchor, layers), array(s, layers);
+        else
+            anchor = nullptr;
+        if (slots) {
+            array(x_factors, layers), array(g_factors, layers);
+            pointer(coefficients), pointer(new_coefficients), pointer(position), pointer(new_position);
+        } else if (parts > 1) {
+            array(new_w, layers), array(new_s, layers);
+        }
         clip = scalars[0], threshold = scalars[1], lr = scalars[2], output_eps = scalars[3];
     }
+
+    long channels() const { return heads * widths[0]; }
 };
 
 template <class T>
@@ -53,10 +77,11 @@ inline T sigmoid(T z) {
     return 1 / (1 + std::exp(-z));
 }
 
-template <class T>
+// Decoder is a `RowDecoder` or a `FactoredDecoder`.
+template <class T, template <class, class> class Decoder>
 struct LayerStep {
     const LayerStepArgs<T>& args;
-    RowDecoder<T, LayerStepArgs<T>> row;
+    Decoder<T, LayerStepArgs<T>> row;
     long width, channels;
     std::vector<T> conv, features[3];
 

@@ -1,0 +1,124 @@
+"""The addresses of a layer's weights for compiled code, found once, and checked at each call: a token has little to
+compute, and finding them would take as long.
+
+They are kept beside the layers, not in them: a copy of a layer, or a file, has none.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from titans_lm.ops.cpu.compiled import PLAIN_TENSORS
+
+L = TypeVar("L")
+
+
+class NotPlainError(Exception):
+    """A call of the layer does more than compiled code would do with its weights."""
+
+
+class WeightAddresses:
+    """What compiled code takes of a layer, and whether the layer still has it."""
+
+    def __init__(self) -> None:
+        self.dtype: torch.dtype | None = None
+        """That of all weights."""
+        self.width = 0
+        """The width D of the layer's input."""
+        self.eps: list[float] = []
+        self.numbers: Any = ()
+        """The layer's part of a call's arguments, a sequence of numbers."""
+        self.is_whole = True
+        """Whether compiled code takes all linear layers, or only those that it always needs."""
+        self._owners: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._values: list[Any] = []
+        self._hooks: list[dict[int, Any]] = []
+        self._attributes: list[dict[str, Any]] = []
+        self._weights: list[Tensor] = []
+        self._addresses: list[int] = []
+
+    def is_current(self) -> bool:
+        """Whether the layer has the same modules, without hooks, and their weights are where they were."""
+        return (
+            not any(self._hooks)
+            and all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
+            and list(map(Tensor.data_ptr, self._weights)) == self._addresses
+            and not any("forward" in attributes for attributes in self._attributes)
+        )
+
+    def _note(self, owner: dict[str, Any], name: str) -> Any:
+        value = owner.get(name)
+        self._owners.append(owner)
+        self._names.append(name)
+        self._values.append(value)
+        return value
+
+    def module(self, owner: nn.Module, name: str, kind: type[nn.Module]) -> nn.Module | None:
+        """The module of `owner`, which may be None. Raises NotPlainError unless a call of it is that of its class
+        `kind` alone."""
+        module: nn.Module | None = self._note(owner._modules, name)
+        if module is not None:
+            self.check(module, kind)
+        return module
+
+    def check(self, module: nn.Module, kind: type[nn.Module]) -> None:
+        """Raises NotPlainError unless a call of `module` is that of its class `kind` alone."""
+        hooks = _hooks(module)
+        if type(module) is not kind or any(hooks) or "forward" in module.__dict__:
+            raise NotPlainError
+        self._hooks += hooks
+        self._attributes.append(module.__dict__)
+
+    def weight(self, owner: nn.Module | None, name: str = "weight") -> int:
+        """The address of a parameter, 0 without one. Raises NotPlainError for one that is not a contiguous tensor on a
+        CPU, or has another dtype than others."""
+        if owner is None:
+            return 0
+        weight = self._note(owner._parameters, name)
+        if weight is None:
+            return 0
+        if type(weight) not in PLAIN_TENSORS or weight.device.type != "cpu" or not weight.is_contiguous():
+            raise NotPlainError
+        self.dtype = weight.dtype if self.dtype is None else self.dtype
+        if weight.dtype != self.dtype:
+            raise NotPlainError
+        self._weights.append(weight)
+        self._addresses.append(weight.data_ptr())
+        return self._addresses[-1]
+
+    def linear(self, owner: nn.Module, name: str) -> int:
+        """The address of the weight of a linear layer without bias."""
+        module = self.module(owner, name, nn.Linear)
+        if module is None or module._parameters.get("bias") is not None:
+            raise NotPlainError
+        return self.weight(module)
+
+    def norm(self, owner: nn.Module, name: str) -> int:
+        """The address of the weight of an `nn.RMSNorm`."""
+        return self.weight(self.module(owner, name, nn.RMSNorm))
+
+
+_found: WeakKeyDictionary[Any, WeightAddresses] = WeakKeyDictionary()
+
+
+def addresses_of(layer: L, describe: Callable[[L, WeightAddresses], None]) -> WeightAddresses | None:
+    """The addresses that `describe` notes, or None where it raises NotPlainError."""
+    found = _found.get(layer)
+    if found is not None and found.is_current():
+        return found
+    found = WeightAddresses()
+    try:
+        describe(layer, found)
+    except NotPlainError:
+        return None
+    _found[layer] = found
+    return found
+
+
+def _hooks(module: nn.Module) -> list[dict[int, Any]]:
+    return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
