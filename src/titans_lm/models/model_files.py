@@ -41,7 +41,9 @@ After `import titans_lm`, `AutoModelForCausalLM.from_pretrained(FOLDER)` works t
 package finds it through this file with `trust_remote_code=True`.
 """
 
-from titans_lm import ({", ".join(sorted(_CLASSES))})  # noqa: F401
+from titans_lm import (  # noqa: F401
+    {f",{chr(10)}    ".join(sorted(_CLASSES))},
+)
 '''
 
 __getattr__ = renamed(__name__, {"shipped": "shipped_folder", "complete": "add_companions"})
