@@ -561,7 +561,7 @@ def test_a_deadline_and_a_failure_end_one_request_alone(model, reader):
         assert "longer than 1 seconds" in json.loads(streamed[-3].removeprefix("data: "))["error"]["message"]
         assert streamed[-2:] == ["data: [DONE]", ""]
     broken = reader.state.clone()
-    broken.layer_caches = [cache._replace(memory=None) for cache in broken.layer_caches]
+    broken.layer_caches = [cache._replace(memory=cache.memory._replace(conv_state=())) for cache in broken.layer_caches]
     with serving(Service(model, byte_tokenizer(), broken, LIMITS)) as url:
         for _ in range(2):
             body = {"model": "titans", "prompt": "a"}
