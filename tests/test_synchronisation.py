@@ -27,6 +27,7 @@ ON_CPU_ONLY = {
     "layers/attention.py: _has_none",
     "ops/chunked/group.py: __init__",
     "models/arguments.py: check_finite",
+    "models/forward_context.py: may_be_at",
     "models/arguments.py: <lambda>",  # arguments given as Python's own values
 }
 """Places that ask for the device first, and read values on a CPU alone."""
