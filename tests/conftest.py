@@ -34,6 +34,7 @@ if "TITANS_UNCHECKED_TESTS" not in os.environ:  # set where models are compiled,
     )
 
 from titans_lm import TitansConfig, TitansForCausalLM, TitansState  # noqa: E402
+from titans_lm.layers.neural_memory import NeuralMemory  # noqa: E402
 from titans_lm.models.tokenizer import byte_tokenizer  # noqa: E402
 from tolerance import assert_close  # noqa: E402
 
@@ -118,6 +119,19 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, **c
             if name.endswith("alpha.bias"):
                 parameter.add_(5)
     return model.to(dtype)
+
+
+def memory_layer(dim: int, heads: int, **options: Any) -> NeuralMemory:
+    """A memory in which every parameter matters: no norm is 1, no bias 0, and it forgets."""
+    torch.manual_seed(0)
+    memory = NeuralMemory(dim, heads, **{"memory_dim": 8, "lr": 0.5, **options})
+    with torch.no_grad():
+        for name, parameter in memory.named_parameters():
+            if parameter.dim() == 1 or "norm" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.5)
+            if name == "alpha.bias":
+                parameter.add_(6)
+    return memory.double()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import memory_layer
 from titans_lm.layers import compiled_layer
 from titans_lm.layers.bypass import bypass_memory
 from titans_lm.layers.compiled_call import LayerStructure
@@ -29,16 +30,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def layer(**options: Any) -> NeuralMemory:
-    """A memory in which every parameter matters: no norm is 1, no bias 0, and it forgets."""
-    torch.manual_seed(0)
-    memory = NeuralMemory(D, 2, **{"chunk_size": CHUNK, "memory_dim": 8, "lr": 0.5, **options})
-    with torch.no_grad():
-        for name, parameter in memory.named_parameters():
-            if parameter.dim() == 1 or "norm" in name:
-                parameter.add_(torch.randn_like(parameter), alpha=0.5)
-            if name == "alpha.bias":
-                parameter.add_(6)
-    return memory.double()
+    return memory_layer(D, 2, **{"chunk_size": CHUNK, **options})
 
 
 def leaves(state: NeuralMemoryState) -> list[Tensor]:

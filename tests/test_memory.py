@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conftest import memory_layer
 from definition import Memory
 from titans_lm.layers.neural_memory import NeuralMemory, NeuralMemoryState
 from titans_lm.ops import MemoryForm, initial_state, memory_scan, retrieve
@@ -38,16 +39,7 @@ each_form = pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 
 
 def layer(**options: Any) -> NeuralMemory:
-    """A memory in which every parameter matters: no norm is 1, no bias 0, and it forgets."""
-    torch.manual_seed(0)
-    memory = NeuralMemory(D, HEADS, **{"chunk_size": CHUNK, "memory_dim": 8, "lr": 0.5, **options})
-    with torch.no_grad():
-        for name, parameter in memory.named_parameters():
-            if parameter.dim() == 1 or "norm" in name:
-                parameter.add_(torch.randn_like(parameter), alpha=0.5)
-            if name == "alpha.bias":
-                parameter.add_(6)
-    return memory.double()
+    return memory_layer(D, HEADS, **{"chunk_size": CHUNK, **options})
 
 
 def inputs(rows: int, length: int, seed: int = 1) -> Tensor:

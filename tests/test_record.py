@@ -100,3 +100,7 @@ def test_a_command_without_results_leaves_no_folder(tmp_path, monkeypatch):
     with Lines(RESULTS / "a.jsonl", {}, ""):
         assert RESULTS.is_dir()  # of the lock
     assert not RESULTS.exists()
+    RESULTS.mkdir()
+    with Lines(RESULTS / "a.jsonl", {}, ""):
+        pass
+    assert RESULTS.is_dir()  # one that was there stays

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from titans_lm.layers.compiled_step import StepLayer
+from titans_lm.layers.few_rows import eps_of
 from titans_lm.layers.memory_state import NeuralMemoryState
 from titans_lm.layers.short_conv import FeatureArgs
 from titans_lm.ops import MemoryForm, Tokens
@@ -15,28 +17,9 @@ from titans_lm.ops.cpu.native import ScanArgs
 
 
 @runtime_checkable  # the tests check annotations as they run
-class ScanLayer(Protocol):
-    """The parts of a `NeuralMemory` that a call uses."""
+class ScanLayer(StepLayer, Protocol):
+    """The parts of a `NeuralMemory` that a call of several tokens uses."""
 
-    chunk_size: int
-    lr: float
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
-    convs: nn.ModuleList | None
-    theta: nn.Linear
-    eta: nn.Linear | None
-    alpha: nn.Linear | None
-    output_gate: nn.Linear
-    output_norm: nn.RMSNorm
-    o_proj: nn.Linear
-
-    @property
-    def backend(self) -> str: ...
-    @property
-    def gates_of(self) -> str: ...
-    @property
-    def predictor(self) -> nn.Module | None: ...
     def form(self) -> MemoryForm: ...
     def parameters(self) -> Any: ...
 
@@ -77,14 +60,9 @@ class Options(NamedTuple):
     @classmethod
     def of(cls, layer: ScanLayer, size: int, parts: Parts, inputs: Sequence[Tensor | None]) -> "Options":
         recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-        eps = norm_eps(layer.output_norm)
+        eps = eps_of(layer.output_norm)
         has_eta, has_alpha = layer.eta is not None, layer.alpha is not None
         return cls(layer.form(), layer.chunk_size, size, parts, has_eta, has_alpha, layer.lr, eps, recorded)
-
-
-def norm_eps(norm: nn.RMSNorm) -> float:
-    """The epsilon of an RMS norm."""
-    return torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
 
 
 class LayerInputs(NamedTuple):

@@ -23,9 +23,9 @@ from titans_lm.layers.compiled_call import (
     by_weight,
     contiguous,
     grads_or_zeros,
-    norm_eps,
 )
 from titans_lm.layers.compiled_layer import after, is_plain
+from titans_lm.layers.few_rows import eps_of
 from titans_lm.layers.memory_state import NeuralMemoryState, ProjectedQueries
 from titans_lm.layers.module_call import has_hooks, is_plain_linear, is_plain_norm
 from titans_lm.layers.neural_memory import NeuralMemory
@@ -81,7 +81,7 @@ def read(
     inputs = Inputs(s, *queries, *qkv, *persistent, norms[0].weight, norms[1].weight, *proj)
     flat = (*inputs, *LayerInputs.of(memory, state).flatten())
     options = Options.of(memory, attention.segment_size, Parts(0, s.shape[1], 0), flat)
-    y, m, conv_state, *ends = _Segments.apply(options, tuple(map(norm_eps, norms)), *flat)
+    y, m, conv_state, *ends = _Segments.apply(options, tuple(map(eps_of, norms)), *flat)
     return SegmentsOutput(y, m, after(state, conv_state, ends, 0))
 
 

@@ -61,6 +61,7 @@ def _describe_norm(norm: nn.Module, found: WeightAddresses) -> None:
 
 
 def eps_of(norm: nn.RMSNorm) -> float:
+    """The epsilon that a call of the norm takes."""
     return torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
 
 

@@ -42,10 +42,14 @@ def as_call(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P
     return run
 
 
+def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    """The hooks of calls of the module itself, by kind."""
+    return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether something looks at a call of the module itself: a hook, or a `forward` of its own."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" in vars(module) or any(hooks)
+    return "forward" in vars(module) or any(hooks_of(module))
 
 
 def is_plain_linear(linear: nn.Module) -> bool:

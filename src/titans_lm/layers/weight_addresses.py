@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from titans_lm.layers.module_call import has_hooks, hooks_of
 from titans_lm.ops.cpu.compiled import PLAIN_TENSORS
 
 L = TypeVar("L")
@@ -68,10 +69,9 @@ class WeightAddresses:
 
     def check(self, module: nn.Module, kind: type[nn.Module]) -> None:
         """Raises NotPlainError unless a call of `module` is that of its class `kind` alone."""
-        hooks = _hooks(module)
-        if type(module) is not kind or any(hooks) or "forward" in module.__dict__:
+        if type(module) is not kind or has_hooks(module):
             raise NotPlainError
-        self._hooks += hooks
+        self._hooks += hooks_of(module)
         self._attributes.append(module.__dict__)
 
     def weight(self, owner: nn.Module | None, name: str = "weight") -> int:
@@ -118,7 +118,3 @@ def addresses_of(layer: L, describe: Callable[[L, WeightAddresses], None]) -> We
         return None
     _found[layer] = found
     return found
-
-
-def _hooks(module: nn.Module) -> list[dict[int, Any]]:
-    return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]

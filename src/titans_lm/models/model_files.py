@@ -32,6 +32,7 @@ DIGESTS = "digests.json"
 _WEIGHTS = ("config.json", "model*.safetensors*", f"{AUTO_CODE}.py")
 _ADAPTER = ("adapter_config.json", "adapter_model*.safetensors*")
 
+_IMPORTED = "".join(f"    {name},\n" for name in sorted(_CLASSES))
 _CODE = f'''"""Opens this model with the package titans-lm, whose version must know the model's configuration.
 
     import titans_lm
@@ -42,8 +43,7 @@ package finds it through this file with `trust_remote_code=True`.
 """
 
 from titans_lm import (  # noqa: F401
-    {f",{chr(10)}    ".join(sorted(_CLASSES))},
-)
+{_IMPORTED})
 '''
 
 __getattr__ = renamed(__name__, {"shipped": "shipped_folder", "complete": "add_companions"})

@@ -178,20 +178,22 @@ class Lines:
     def __init__(self, path: Path, settings: dict[str, Any], command: str):
         self.path, self.rows = path, list[dict[str, Any]]()
         self.head = {**provenance(command), "settings": json.loads(json.dumps(settings))}
-        self._lock = FileLock(beside(Path(os.path.realpath(path)), "lock"), path)
+        self._lock, self._made_folder = FileLock(beside(Path(os.path.realpath(path)), "lock"), path), False
         self._load()
 
     def __enter__(self) -> "Lines":
-        if self.path.absolute().parent == RESULTS.absolute():
-            RESULTS.mkdir(exist_ok=True)
+        if self.path.absolute().parent == RESULTS.absolute() and not RESULTS.exists():
+            RESULTS.mkdir()
+            self._made_folder = True
         self._lock.__enter__()
         self._load()  # what another command has added since
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._lock.__exit__(*error)
-        with contextlib.suppress(OSError):  # it has files
-            RESULTS.rmdir()
+        if self._made_folder:
+            with contextlib.suppress(OSError):  # it has files
+                RESULTS.rmdir()
 
     def _load(self) -> None:
         if not self.path.exists():
