@@ -62,12 +62,16 @@ def test_op(tmp_path):
 
 @pytest.mark.slow
 def test_model(tmp_path):
-    arguments = ["--lengths", "64", "32", "--variants", "mac", "--runs", "1"]
+    arguments = ["--lengths", "64", "32", "--variants", "mag", "--compile", "eager", "--runs", "1"]
     result = bench("model", *arguments, out=tmp_path / "model.json")
-    assert [(row["kind"], row["tokens"]) for row in result["rows"]] == [("mac", 32), ("mac", 64)]
+    kinds = ["mag", "mag, compiled"]
+    assert [(row["kind"], row["tokens"]) for row in result["rows"]] == [(k, t) for t in (32, 64) for k in kinds]
     for row in result["rows"]:
-        check_measured(row, ["prefill", "step", model.WITHOUT])
-    growth = result["summary"]["time_per_token_longest_over_shortest"]["mac"]
+        eager = row["kind"] == "mag"
+        assert row["compile"] == (None if eager else "eager")
+        check_measured(row, ["prefill", "step", *([model.WITHOUT] if eager else [])])
+    assert list(result["summary"]["compiled_over_eager"]) == ["mag 32", "mag 64"]
+    growth = result["summary"]["time_per_token_longest_over_shortest"]["mag"]
     assert (growth["from"], growth["to"]) == (32, 64)
 
 
@@ -318,10 +322,11 @@ def test_ratios_of_models():
 
     found = model.summary([
         row("mag", 10, 1.0, 10, without=0.4), row("mag", 40, 6.0, 20, without=3.0), row("mac", 40, 9.0, 10),
-        row("full attention", 40, 12.0, 10), row("sliding window", 40, 2.0, 5),
+        row("full attention", 40, 12.0, 10), row("sliding window", 40, 2.0, 5), row("mac, compiled", 40, 4.5, 10),
     ])  # fmt: skip
     assert found["time_per_token_longest_over_shortest"]["mag"]["step"] == 1.5
     assert found["mac_over_mag"] == {"40": {"step": 1.5, "step, CPU": 1.5}}
+    assert found["compiled_over_eager"]["mac 40"] == {"step": 0.5, "step, CPU": 0.5}
     assert found["full_attention_over_mag"]["40"]["step"] == 2
     assert found["mag_over_sliding_window"]["40"]["step"] == 3
     assert found["mag_peak_over_sliding_window"] == {"40": {"step": 4}}

@@ -1,7 +1,7 @@
 """`titans bench model`: a training step and a prefill at several lengths, with one sequence per batch.
 
 The memory's share of a step is measured by a step of the same model that bypasses each memory, with its projections,
-convolutions and gates; both steps take turns.
+convolutions and gates; both steps take turns. With `--compile` each variant is measured under `torch.compile` too.
 """
 
 import argparse
@@ -22,11 +22,14 @@ from titans_lm.utils.terminal import red
 
 def trained(options: dict[str, Any], setting: Setting) -> Contender:
     """A model that trains on and prefills `tokens` tokens."""
-    model = lm.build(options["kind"], options["size"], setting)
+    model = lm.build(options["kind"].removesuffix(COMPILED), options["size"], setting)
     if options["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    actions = _actions(model, options["tokens"], setting)
-    small = _actions(model, min(64, options["tokens"]), setting)
+    compiled = options["compile"] is not None
+    if compiled:
+        model.compile(fullgraph=True, backend=options["compile"])
+    actions = _actions(model, options["tokens"], setting, compiled)
+    small = _actions(model, min(64, options["tokens"]), setting, compiled)
 
     def warm() -> None:
         for action in small.values():
@@ -36,7 +39,8 @@ def trained(options: dict[str, Any], setting: Setting) -> Contender:
     return Contender(actions, {"parameters": lm.parameters(model)}, warm)
 
 
-def _actions(model: nn.Module, length: int, setting: Setting) -> dict[str, Action]:
+def _actions(model: nn.Module, length: int, setting: Setting, compiled: bool) -> dict[str, Action]:
+    """A compiled model has no step without its memory: its graph would raise."""
     tokens = lm.ids(length, model)
 
     def prefill(_: Any) -> None:
@@ -57,10 +61,12 @@ def _actions(model: nn.Module, length: int, setting: Setting) -> dict[str, Actio
     def zero_grad() -> None:
         model.zero_grad(set_to_none=True)
 
-    return {"prefill": Action(prefill), "step": Action(step, zero_grad), WITHOUT: Action(without, zero_grad)}
+    actions = {"prefill": Action(prefill), "step": Action(step, zero_grad)}
+    return actions if compiled else {**actions, WITHOUT: Action(without, zero_grad)}
 
 
 WITHOUT = "step without memory"
+COMPILED = ", compiled"
 BUILD = {"trained": trained}
 
 # ------------------------------------------------------------------------------------------------ command
@@ -71,6 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 16384, 65536], help="tokens of a sequence")
     parser.add_argument("--variants", nargs="+", choices=lm.TITANS, default=list(lm.TITANS))
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in training")
+    parser.add_argument(
+        "--compile",
+        choices=["inductor", "aot_eager", "eager"],
+        help="measure each variant also under torch.compile with this backend; compiling is in the warm-up",
+    )
     parser.add_argument(
         "--prefill-only", action="store_true", help="skip training steps, for lengths at which they take too long"
     )
@@ -89,7 +100,8 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noqa: ARG001 - the form of all kinds
-    names = [*arguments.variants, *(lm.BASELINES if arguments.peers else ())]
+    compiled = [name + COMPILED for name in arguments.variants] if arguments.compile else []
+    names = [*arguments.variants, *compiled, *(lm.BASELINES if arguments.peers else ())]
     entrants = [_entrant(name, tokens, arguments) for tokens in sorted(arguments.lengths) for name in names]
     return [Heat("model", entrants, arguments.runs, patience=arguments.patience)]
 
@@ -97,7 +109,8 @@ def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noq
 def _entrant(name: str, tokens: int, arguments: argparse.Namespace) -> Entrant:
     steps = [] if arguments.prefill_only else ["step", *([WITHOUT] if name in lm.TITANS else [])]
     actions = ["prefill", *steps]
-    options = {"kind": name, "size": arguments.size, "tokens": tokens, "checkpointing": arguments.checkpointing}
+    options = {"kind": name, "size": arguments.size, "tokens": tokens, "checkpointing": arguments.checkpointing,
+               "compile": arguments.compile if name.endswith(COMPILED) else None}  # fmt: skip
     return Entrant(f"{name}, {tokens:,} tokens", "model", "trained", actions, options)
 
 
@@ -112,6 +125,11 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "time_per_token_longest_over_shortest": _growth(measured),
         "mac_over_mag": _over(measured, "mac", "mag"),
+        "compiled_over_eager": {
+            f"{name} {tokens}": ratios
+            for name in lm.TITANS
+            for tokens, ratios in _over(measured, name + COMPILED, name).items()
+        },
         "full_attention_over_mag": _over(measured, lm.FULL, "mag"),
         "mag_over_sliding_window": _over(measured, "mag", lm.WINDOW),
         "memory_part_of_step": {f"{name} {tokens}": _share(actions) for (name, tokens), actions in measured.items()
@@ -193,6 +211,8 @@ def _ratios(results: dict[str, Any]) -> Table:
     for key in [key for key in results if "_over_" in key and key.startswith(("ma", "full"))]:
         for tokens, ratios in results[key].items():
             add(key.replace("_", " "), f"{int(tokens):,} tokens", ratios)
+    for name, ratios in results["compiled_over_eager"].items():
+        add("compiled over eager", name, ratios)
     for name, part in results["memory_part_of_step"].items():
         add("memory's part of a step", name, part)
     return table
