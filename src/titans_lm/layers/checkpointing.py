@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from titans_lm.utils.deprecation import renamed
@@ -36,11 +35,13 @@ class _PureCheckpoint(torch.autograd.Function):
         return function(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
-        inputs = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needed, strict=True)]
+        needed, again = ctx.needs_input_grad[1:], torch.is_grad_enabled()  # again: it will be differentiated once more
+        inputs = list(ctx.saved_tensors)
+        if not again:
+            inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
+        wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
         with torch.enable_grad():
             outputs = ctx.function(*inputs)
-        grads = iter(torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], grad_outputs))
+        grads = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=again))
         return None, *(next(grads) if need else None for need in needed)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from titans_lm.layers.compiled_call import (
     LayerArgs,
@@ -20,12 +19,14 @@ from titans_lm.layers.compiled_call import (
     Parts,
     ScanLayer,
     by_weight,
+    contiguous,
     grads_or_zeros,
     projections_of,
 )
 from titans_lm.layers.memory_state import NeuralMemoryOutput, NeuralMemoryState
 from titans_lm.layers.module_call import has_hooks, is_plain_linear, is_plain_norm
 from titans_lm.ops import MemoryState
+from titans_lm.ops.autograd import once_differentiable
 from titans_lm.ops.chunked.scan import MAX_CHUNK
 from titans_lm.ops.cpu.compiled import unsupported_tensor_reason
 from titans_lm.ops.types import is_traced, is_watched
@@ -86,9 +87,9 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Options, x: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        x, inputs = x.detach().contiguous(), LayerInputs.unflatten(flat)
-        saved, m = LayerSaved.empty(options, inputs, x.shape[1]), torch.empty_like(x)
-        args = LayerArgs.of_call(options, inputs, saved, x)
+        (tokens,), inputs = contiguous([x]), LayerInputs.unflatten(flat)
+        saved, m = LayerSaved.empty(options, inputs, x.shape[1]), torch.empty_like(tokens)
+        args = LayerArgs.of_call(options, inputs, saved, tokens)
         args.set_tensors(m=m)
         ends = args.forward("titans_layer_forward", saved, inputs)
         if options.saves:
@@ -100,6 +101,7 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_m: Tensor | None, *grad_ends: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
+        (x,) = contiguous([x])
         inputs, saved = LayerInputs.unflatten(rest[: ctx.count]), LayerSaved(*rest[ctx.count :])
         like = (x, inputs.conv_state, *inputs.anchor, *inputs.weights, *inputs.momentum)
         grad_m, *ends = grads_or_zeros((grad_m, *grad_ends), like)

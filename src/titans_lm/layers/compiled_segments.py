@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from titans_lm.layers.attention import SegmentAttention
 from titans_lm.layers.compiled_call import (
@@ -29,6 +28,7 @@ from titans_lm.layers.few_rows import eps_of
 from titans_lm.layers.memory_state import NeuralMemoryState, ProjectedQueries
 from titans_lm.layers.module_call import has_hooks, is_plain_linear, is_plain_norm
 from titans_lm.layers.neural_memory import NeuralMemory
+from titans_lm.ops.autograd import once_differentiable
 from titans_lm.ops.cpu.compiled import fields
 
 BLOCK = 32

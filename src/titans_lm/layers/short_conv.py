@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from titans_lm.layers.checkpointing import checkpointed_pure
 from titans_lm.ops import gather_tokens
+from titans_lm.ops.autograd import once_differentiable
 from titans_lm.ops.cpu.compiled import (
     SCALARS,
     NativeArgs,

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from titans_lm.ops import grouping
+from titans_lm.ops.autograd import once_differentiable
 from titans_lm.ops.chunked.group import ChunkRun, GroupOutput
 from titans_lm.ops.chunked.scan import (
     RunInputs,
@@ -59,13 +59,13 @@ class _ChunkDecays(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, theta: Tensor, eta: Tensor, alpha: Tensor, valid: Tensor | None) -> tuple[Tensor, ...]:
         decay, saved = chunk_decays(theta, eta, alpha, valid)
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(theta, eta, alpha, *saved)
         return tuple(decay)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *decays_backward(Decays(*grads), SavedDecays(*ctx.saved_tensors)), None
+        return *decays_backward(Decays(*grads), SavedDecays(*ctx.saved_tensors[3:])), None
 
 
 class BlockSolution(NamedTuple):

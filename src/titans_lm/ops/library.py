@@ -6,14 +6,20 @@ from typing import Any
 
 import torch
 
+from titans_lm.ops.autograd import refuse_second_derivative
+
 LIBRARY = torch.library.Library("titans_lm", "DEF")
 
 
 def define_operator(name: str, signature: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define and return `titans_lm::name`: its implementation for all devices, and that for tensors of shapes alone."""
+    """Define and return `titans_lm::name`: its implementation for all devices, and that for tensors of shapes alone.
+
+    An operator `*_backward` has no derivative."""
     LIBRARY.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"titans_lm::{name}", fake, lib=LIBRARY)
+    if name.endswith("_backward"):
+        torch.library.register_autograd(f"titans_lm::{name}", refuse_second_derivative, lib=LIBRARY)
     return getattr(torch.ops.titans_lm, name)
 
 

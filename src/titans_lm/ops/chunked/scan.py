@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from titans_lm.ops import grouping
+from titans_lm.ops.autograd import once_differentiable
 from titans_lm.ops.chunked.chunk import Layers, WeightsAndMomentum
 from titans_lm.ops.chunked.group import (
     ChunkGroup,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from titans_lm.ops.cpu.build import NativeBuildError, build, find_compiler
 from titans_lm.ops.types import is_traced
@@ -71,6 +72,8 @@ def unsupported_tensor_reason(x: Tensor, dtype: torch.dtype) -> str | None:
         return f"runs on CPUs, got tensors on {x.device.type}"
     if torch.jit.is_tracing() or not (type(x) in PLAIN_TENSORS or is_traced(x)):
         return "is called with addresses of tensors, which tracing does not have"
+    if forward_ad._current_level >= 0:
+        return "has no forward-mode derivatives"
     return _build_failure(dtype) if dtype in SCALARS else f"computes in float32 and float64, got {dtype}"
 
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from titans_lm.ops import grouping
+from titans_lm.ops.autograd import once_differentiable
 from titans_lm.ops.chunked.group import ChunkRun, GroupOutput
 from titans_lm.ops.chunked.scan import RunInputs, RunOutput, StateLayers, grads_or_zeros, scan_runs, split_outputs
 from titans_lm.ops.cpu.compiled import (

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from titans_lm.ops.autograd import once_differentiable
 from titans_lm.ops.chunked.chunk import Layers, WeightsAndMomentum
 from titans_lm.ops.chunked.group import ChunkRun, GroupOutput
 from titans_lm.ops.chunked.scan import (
