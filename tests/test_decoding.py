@@ -1,5 +1,6 @@
 """Decoding in buffers that are written in place is decoding, and nobody who holds a state sees a tensor change."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -106,6 +107,7 @@ def test_states_that_share_tensors_or_were_forked_stay_as_they_were(kind):
     state = decoding(model, given.shallow_copy())
     decode(model, state, ids[:, :4])
     forks = {name: getattr(state, name)() for name in ("clone", "shallow_copy", "continuation", "detach")}
+    forks |= {"copy": copy.copy(state), "deepcopy": copy.deepcopy(state)}
     assert not any(fork.is_decoding for fork in forks.values())
     noted = {name: fork.clone() for name, fork in forks.items()}
     whole = decode(model, state, ids[:, 4:])
@@ -197,6 +199,49 @@ def test_other_calls_leave_the_buffers(kind):
         decode(model, state, ids[:, :2])
         assert_close(call(state), call(expected), kind)
         assert_alike(state, expected)
+
+
+@pytest.mark.parametrize("kind", BUFFERED)
+def test_a_model_of_another_dtype_goes_on(kind):
+    """Buffers are those of the dtype at hand: a token is in them also when they were made in another."""
+    ids, found = tokens(2, LONG), []
+    for begin in (decoding, lambda _, state: state):
+        model = tiny_model(kind, torch.float32)
+        state = begin(model, read(model, [3, 5]))
+        decode(model, state, ids[:, :2])
+        found.append(decode(model.double(), state, ids[:, 2:]).float())
+    assert_close(*found, kind)
+
+
+@pytest.mark.parametrize("kind", BUFFERED)
+@pytest.mark.parametrize("rows", [[3, 5], [4] * 9])
+def test_buffers_of_inference_mode_are_written_outside_of_it(kind, rows):
+    """Few rows are decoded in compiled code, many are not."""
+    model, ids = tiny_model(kind), tokens(len(rows), LONG)
+    expected, state = read(model, rows), read(model, rows)
+    with torch.inference_mode():
+        model.begin_decoding(state)
+        first = decode(model, state, ids[:, :3])
+    found = [first, decode(model, state, ids[:, 3:6])]
+    with torch.inference_mode():
+        found.append(decode(model, state, ids[:, 6:]))
+    assert_close(torch.cat(found, 1), decode(model, expected, ids), kind)
+
+
+@pytest.mark.parametrize("kind", TITANS)
+def test_a_memory_that_was_frozen_or_bypassed_is_written_again(kind):
+    """Rows whose memory has written nothing may share its tensors."""
+    model, ids = tiny_model(kind), tokens(2, LONG)
+    for how in ("frozen", "bypassed"):
+        found = []
+        for begin in (decoding, lambda _, state: state):
+            state = model.initial_state(2)
+            state.frozen = how == "frozen"
+            with torch.no_grad(), bypass_memory(model if how == "bypassed" else torch.nn.Identity()):
+                model(tokens(2, 6, seed=1), past_key_values=state)
+            state.frozen = False
+            found.append(decode(model, begin(model, state), ids))
+        assert_close(*found, how)
 
 
 def test_nothing_begins_before_the_first_token_or_for_a_frozen_memory():

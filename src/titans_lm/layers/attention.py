@@ -4,7 +4,7 @@ A window takes O(T * window) time and memory: each block of queries sees its own
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,9 @@ from titans_lm.utils.deprecation import RenamedAttribute, renamed
 __getattr__ = renamed(
     __name__, {"Rotation": "RotaryEmbedding", "rotation": "rotary_embedding", "Product": "AttentionFunction"}
 )
+
+
+B = TypeVar("B", WindowBuffers, SegmentBuffers)
 
 
 class RotaryEmbedding(NamedTuple):
@@ -88,16 +91,17 @@ class Attention(nn.Module):
         keys, values = self._project_kv(persistent, None)
         return keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
 
-    def _step(self, inputs: StepInputs, cache: WindowBuffers | SegmentBuffers, places: Places, eager: bool) -> Tensor:
-        """Write a token into the cache, and attend."""
+    def _step(self, inputs: StepInputs, cache: B, places: Places, eager: bool) -> tuple[Tensor, B]:
+        """Write a token into the cache, and attend. The cache that is returned is another one in another dtype."""
         y = None if eager else attention_step(self, inputs, cache, places)
         if y is not None:
-            return y
+            return y, cache
         q, *new = self.project_qkv(inputs.x, RotaryEmbedding(inputs.cos, inputs.sin))
         pairs = [] if inputs.before is None else [self._project_kv(inputs.before, None)]
         tokens = KeyValues(*(tuple(parts) for parts in zip(*pairs, new, strict=True)))
-        (keys, values), visible = append(cache.to(q.dtype), tokens, places)
-        return self._merge_heads(attention_function(eager)(q, keys, values, attn_mask=visible))
+        cache = cache.writable(q.dtype)
+        (keys, values), visible = append(cache, tokens, places)
+        return self._merge_heads(attention_function(eager)(q, keys, values, attn_mask=visible)), cache
 
     def _merge_heads(self, y: Tensor) -> Tensor:
         return linears(y.transpose(1, 2).flatten(2), (self.o_proj,))[0]
@@ -173,8 +177,7 @@ class WindowAttention(Attention):
         eager: bool,
     ) -> tuple[Float[Tensor, "B 1 D"], WindowBuffers]:
         """`forward` of one token, whose keys and values are written into the cache."""
-        places = cache.places(position, uniform_position)
-        return self._step(StepInputs(x, None, *rope), cache, places, eager), cache
+        return self._step(StepInputs(x, None, *rope), cache, cache.places(position, uniform_position), eager)
 
     def _advance(self, keys: Tensor, values: Tensor, first: Tensor, valid: Tensor | None, tokens: int) -> KeyValues:
         return last_slots(keys, values, first, valid, tokens, self.window_size)
@@ -257,8 +260,7 @@ class SegmentAttention(Attention):
         eager: bool,
     ) -> tuple[Float[Tensor, "B 1 D"], SegmentBuffers]:
         """`forward` of one token, whose keys and values, and those of `retrieved`, are written into the cache."""
-        places = cache.places(position, uniform_position)
-        return self._step(StepInputs(x, retrieved, *rope), cache, places, eager), cache
+        return self._step(StepInputs(x, retrieved, *rope), cache, cache.places(position, uniform_position), eager)
 
     def attend(
         self,

@@ -72,9 +72,9 @@ class WindowBuffers(NamedTuple):
         rows = position.tolist() if uniform_position is None else [uniform_position] * len(position)
         return Places([size + p % width for p in rows], [size + min(p + 1, width) for p in rows])
 
-    def to(self, dtype: torch.dtype) -> "WindowBuffers":
-        """The buffers in `dtype`, themselves if they have it."""
-        keys, values = self.keys[0].to(dtype), self.values[0].to(dtype)
+    def writable(self, dtype: torch.dtype) -> "WindowBuffers":
+        """The buffers in `dtype`, themselves if they have it and may be written in place."""
+        keys, values = (_writable(buffer[0], dtype) for buffer in self[:2])
         return WindowBuffers((keys,), (values,), self.num_persistent)
 
 
@@ -107,10 +107,17 @@ class SegmentBuffers(NamedTuple):
         slots = [self.num_persistent + 2 * p for p in rows]
         return Places(slots, [slot + 2 for slot in slots])
 
-    def to(self, dtype: torch.dtype) -> "SegmentBuffers":
-        """The buffers in `dtype`, themselves if they have it."""
-        keys, values = self.keys[0].to(dtype), self.values[0].to(dtype)
+    def writable(self, dtype: torch.dtype) -> "SegmentBuffers":
+        """The buffers in `dtype`, themselves if they have it and may be written in place."""
+        keys, values = (_writable(buffer[0], dtype) for buffer in self[:2])
         return SegmentBuffers((keys,), (values,), self.num_persistent)
+
+
+def _writable(buffer: Tensor, dtype: torch.dtype) -> Tensor:
+    buffer = buffer.to(dtype)
+    if buffer.is_inference() and not torch.is_inference_mode_enabled():  # PyTorch refuses to write those
+        return buffer.clone()
+    return buffer
 
 
 def append(

@@ -165,6 +165,8 @@ class TitansState(Cache):
         """Another object with the same tensors: a call that updates one does not change the other."""
         return self._value()._map_tensors(lambda t: t)
 
+    __copy__ = shallow_copy
+
     def continuation(self) -> "TitansState":
         """A fork whose sequence length is 0, for `generate(new_ids, past_key_values=state.continuation())`.
 
@@ -318,9 +320,7 @@ class TitansState(Cache):
     def batch_size(self) -> int:
         return self.position.shape[0]
 
-    @property
-    def max_batch_size(self) -> int:
-        return self.batch_size
+    max_batch_size = batch_size
 
     @property
     def is_compileable(self) -> bool:

@@ -152,7 +152,8 @@ class TitansModel(TitansPreTrainedModel):
         """Let calls of one token write buffers of `state` in place, on a CPU, until `state.end_decoding()`.
 
         A token is faster then. The buffers are copies, and forks and files have none of them, so nobody sees a
-        difference; begin where several tokens follow. Other calls, and devices, work as without."""
+        difference; begin where several tokens follow. Other calls, and devices, work as without. The keys and values of
+        persistent tokens are computed here, so new weights or adapters act on them only after `end_decoding`."""
         begin_decoding(self.blocks(), state)
 
     def _state(self, caches: list[BlockCache], batch: int, device: torch.device) -> TitansState:

@@ -52,7 +52,7 @@ class FactoredMemory(NamedTuple):
         x, g = (tuple(w.new_zeros(batch, heads, slots, w.shape[side]) for w in state.weights) for side in (2, 3))
         parts = (state.anchor, state.weights, state.momentum)
         anchor, weights, momentum = (tuple(_own(t) for t in part) for part in parts)
-        return cls(anchor, weights, momentum, state.position, x, g, coefficients)
+        return cls(anchor, weights, momentum, state.position.contiguous(), x, g, coefficients)
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
