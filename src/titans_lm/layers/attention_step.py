@@ -59,5 +59,6 @@ def attention_step(
 
 def _describe(attention: StepAttention, found: WeightAddresses) -> None:
     assert isinstance(attention, nn.Module)
-    found.numbers = [found.linear(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    found.width = attention.q_proj.in_features
+    inner, found.width = attention.num_heads * attention.head_dim, found.shape(attention, "q_proj", nn.Linear)[-1]
+    shapes = dict.fromkeys(("q_proj", "k_proj", "v_proj"), (inner, found.width)) | {"o_proj": (found.width, inner)}
+    found.numbers = [found.linear(attention, name, shape) for name, shape in shapes.items()]

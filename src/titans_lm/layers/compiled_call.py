@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from titans_lm.layers.compiled_step import StepLayer
-from titans_lm.layers.few_rows import eps_of
-from titans_lm.layers.memory_state import NeuralMemoryState
+from titans_lm.layers.memory_state import NeuralMemoryState, StateShapes
+from titans_lm.layers.module_call import eps_of
 from titans_lm.layers.short_conv import FeatureArgs
 from titans_lm.ops import MemoryForm, Tokens
 from titans_lm.ops.cpu.compiled import NativeArgs, fields, thread_count
@@ -19,6 +19,8 @@ from titans_lm.ops.cpu.native import ScanArgs
 @runtime_checkable  # the tests check annotations as they run
 class ScanLayer(StepLayer, Protocol):
     """The parts of a `NeuralMemory` that a call of several tokens uses."""
+
+    _state_shapes: StateShapes
 
     def form(self) -> MemoryForm: ...
     def parameters(self) -> Any: ...

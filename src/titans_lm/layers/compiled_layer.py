@@ -5,6 +5,7 @@ path where `is_supported` says so. It equals the layer's own operations. The sta
 backward pass runs the memory's chunks again.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,11 +21,11 @@ from titans_lm.layers.compiled_call import (
     ScanLayer,
     by_weight,
     contiguous,
+    gates_of,
     grads_or_zeros,
-    projections_of,
 )
 from titans_lm.layers.memory_state import NeuralMemoryOutput, NeuralMemoryState
-from titans_lm.layers.module_call import has_hooks, is_plain_linear, is_plain_norm
+from titans_lm.layers.module_call import has_hooks, is_plain_linear, is_plain_matrix, is_plain_norm
 from titans_lm.ops import MemoryState
 from titans_lm.ops.autograd import once_differentiable
 from titans_lm.ops.chunked.scan import MAX_CHUNK
@@ -46,11 +47,26 @@ def is_plain(layer: ScanLayer, x: Tensor, state: NeuralMemoryState) -> bool:
         return False
     if torch.is_autocast_enabled(x.device.type) or unsupported_tensor_reason(x, x.dtype) is not None:
         return False
-    tensors = [*layer.parameters(), *state.memory.weights, *state.memory.momentum, *state.conv_state]
-    if not all(t.dtype == x.dtype and t.device == x.device for t in tensors) or not is_plain_norm(layer.output_norm):
+    if not layer._state_shapes.fits(state, len(x)):  # the layer's own operations raise its error
         return False
-    linears = [*projections_of(layer), layer.o_proj]
-    return all(map(is_plain_linear, linears)) and not any(map(has_hooks, layer.convs))
+    tensors = [*layer.parameters(), *itertools.chain(*state.memory[:3]), *state.conv_state]
+    if not all(t.dtype == x.dtype and t.device == x.device for t in tensors) or any(map(has_hooks, layer.convs)):
+        return False
+    return _has_plain_weights(layer, x.shape[2])
+
+
+def _has_plain_weights(layer: ScanLayer, dim: int) -> bool:
+    """Whether products with weights of the expected shapes, and the gates' biases, are all that the layer's modules
+    do."""
+    inner, gates = layer.num_heads * layer.shapes[0][1], gates_of(layer)
+    projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.output_gate)
+    return (
+        all(is_plain_matrix(projection, (inner, dim)) for projection in projections)
+        and is_plain_matrix(layer.o_proj, (dim, inner))
+        and all(is_plain_linear(gate) and gate.bias is not None for gate in gates)
+        and all(gate.weight.shape == (layer.num_heads, dim) for gate in gates)
+        and is_plain_norm(layer.output_norm, layer.shapes[-1][-1])
+    )
 
 
 def is_supported(layer: ScanLayer, x: Tensor, state: NeuralMemoryState, valid: Tensor | None) -> bool:

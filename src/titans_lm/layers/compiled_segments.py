@@ -24,9 +24,8 @@ from titans_lm.layers.compiled_call import (
     grads_or_zeros,
 )
 from titans_lm.layers.compiled_layer import after, is_plain
-from titans_lm.layers.few_rows import eps_of
 from titans_lm.layers.memory_state import NeuralMemoryState, ProjectedQueries
-from titans_lm.layers.module_call import has_hooks, is_plain_linear, is_plain_norm
+from titans_lm.layers.module_call import eps_of, has_hooks, is_plain_matrix, is_plain_norm
 from titans_lm.layers.neural_memory import NeuralMemory
 from titans_lm.ops.autograd import once_differentiable
 from titans_lm.ops.cpu.compiled import fields
@@ -64,11 +63,14 @@ def is_supported(layers: SegmentLayers, s: Tensor, state: NeuralMemoryState) -> 
         or bool(state.memory.position.any())
     ):
         return False
-    linears = (attention.k_proj, attention.v_proj, attention.o_proj)
-    if has_hooks(memory) or has_hooks(attention) or not all(map(is_plain_linear, linears)):
+    inner, dim = attention.num_heads * attention.head_dim, s.shape[2]
+    plain = all(is_plain_matrix(projection, (inner, dim)) for projection in (attention.k_proj, attention.v_proj))
+    if has_hooks(memory) or has_hooks(attention) or not (plain and is_plain_matrix(attention.o_proj, (dim, inner))):
         return False
     tensors = [p for layer in layers[1:] for p in layer.parameters()]
-    return all(map(is_plain_norm, norms)) and all(t.dtype == s.dtype and t.device == s.device for t in tensors)
+    return all(is_plain_norm(norm, dim) for norm in norms) and all(
+        t.dtype == s.dtype and t.device == s.device for t in tensors
+    )
 
 
 def read(

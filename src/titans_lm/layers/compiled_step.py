@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from titans_lm.layers.few_rows import eps_of, is_few_rows, runs_compiled
+from titans_lm.layers.few_rows import is_few_rows, runs_compiled
 from titans_lm.layers.memory_state import NeuralMemoryOutput, NeuralMemoryState
 from titans_lm.layers.short_conv import ShortConvolution
 from titans_lm.layers.weight_addresses import NotPlainError, WeightAddresses, addresses_of
@@ -86,20 +86,23 @@ def _describe(layer: StepLayer, found: WeightAddresses) -> None:
     convs = found.module(layer, "convs", nn.ModuleList)
     assert convs is not None
     filters = [found.module(convs, str(i), ShortConvolution) for i in range(3)]
-    assert isinstance(filters[0], ShortConvolution)
     gates = [found.module(layer, name, nn.Linear) for name in ("theta", "eta", "alpha")]
-    numbers: list[int] = [layer.num_heads, len(layer.shapes), filters[0].weight.shape[1], layer.theta.in_features]
-    numbers += [layer.shapes[0][1], *(out for _, _, out in layer.shapes)]
-    numbers += [found.weight(conv) for conv in filters]
-    numbers += [found.weight(gate) for gate in gates] + [found.weight(gate, "bias") for gate in gates]
-    numbers += [found.weight(layer, "norm_weight"), found.weight(layer, "norm_bias")]
-    numbers += [found.norm(layer, "output_norm")]
+    assert isinstance(filters[0], ShortConvolution)
+    assert isinstance(gates[0], nn.Linear)
+    heads, size, dim = layer.num_heads, filters[0].weight.shape[-1], gates[0].weight.shape[-1]
+    width, inner = layer.shapes[-1][-1], layer.num_heads * layer.shapes[0][1]
+    numbers: list[int] = [heads, len(layer.shapes), size, dim, layer.shapes[0][1], *(out for _, _, out in layer.shapes)]
+    numbers += [found.weight(conv, "weight", (inner, size)) for conv in filters if conv is not None]
+    for name, shape in (("weight", (heads, dim)), ("bias", (heads,))):
+        numbers += [0 if gate is None else found.weight(gate, name, shape) for gate in gates]
+    numbers += [found.optional(layer, name, (heads, width)) for name in ("norm_weight", "norm_bias")]
+    numbers += [found.norm(layer, "output_norm", width)]
+    shapes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "output_gate"), (inner, dim)) | {"o_proj": (dim, inner)}
     try:
-        numbers += [found.linear(layer, name) for name in ("q_proj", "k_proj", "v_proj", "output_gate", "o_proj")]
+        numbers += [found.linear(layer, name, shape) for name, shape in shapes.items()]
     except NotPlainError:
-        found.is_whole, numbers = False, [*numbers, 0, 0, 0, 0, 0]
-    found.width, found.eps = layer.theta.in_features, [eps_of(layer.output_norm)]
-    found.numbers = (ctypes.c_long * len(numbers))(*numbers)
+        found.is_whole, numbers = False, [*numbers, *[0] * len(shapes)]
+    found.width, found.numbers = dim, (ctypes.c_long * len(numbers))(*numbers)
 
 
 def in_factors(layer: StepLayer, state: NeuralMemoryState) -> NeuralMemoryState:
@@ -176,12 +179,14 @@ def _call(
         projections = (layer.q_proj, layer.k_proj, layer.v_proj)[:count]
         projected = [as_contiguous(project(x), dtype) for project in projections]
         output_gate, y, output = as_contiguous(layer.output_gate(x), dtype), x.new_empty(batch, 1, inner), None
+        if any(t.shape != y.shape for t in (*projected, output_gate)):
+            raise ValueError(f"the projections and the output gate of this memory must return {inner} channels")
     after = x.new_empty(batch, past, count * inner)
     conv_state = [t if t.dtype == dtype and t.stride(2) == 1 else as_contiguous(t, dtype) for t in conv_state]
     inputs = [x, *conv_state, *projected, output_gate, after, y, output, *(surprise or (None, None))]
     parts = [t for part in memory for t in part]
     if of_factors:
-        assert all(t.is_contiguous() for t in parts)  # a copy would be written, not they
+        assert all(t.is_contiguous() for t in (*parts, *of_factors))  # a copy would be written, not they
     else:
         parts = [as_contiguous(t, dtype) for t in parts]
     numbers = (

@@ -56,13 +56,8 @@ def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
 def _describe_norm(norm: nn.Module, found: WeightAddresses) -> None:
     found.check(norm, nn.RMSNorm)
     assert isinstance(norm, nn.RMSNorm)
-    found.eps, found.width = [eps_of(norm)], norm.weight.shape[0]
-    found.numbers = (found.weight(norm),)
-
-
-def eps_of(norm: nn.RMSNorm) -> float:
-    """The epsilon that a call of the norm takes."""
-    return torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
+    found.width = norm.normalized_shape[-1]
+    found.numbers = (found.norm_weight(norm, found.width),)
 
 
 def few_rows_weights(x: Tensor, layer: L, describe: Callable[[L, WeightAddresses], None]) -> WeightAddresses | None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_lm.layers.checkpointing import checkpointed
-from titans_lm.layers.few_rows import eps_of, few_rows_weights
+from titans_lm.layers.few_rows import few_rows_weights
 from titans_lm.layers.module_call import is_plain_linear
 from titans_lm.layers.weight_addresses import WeightAddresses
 from titans_lm.ops.cpu.compiled import as_contiguous, run, thread_count
@@ -20,6 +20,7 @@ def sigmoid_gates(x: Tensor, maps: Sequence[nn.Module | None], num_heads: int) -
     is none such."""
     given = [gate for gate in maps if gate is not None]
     linears = [gate for gate in given if isinstance(gate, nn.Linear) and is_plain_linear(gate)]
+    linears = [gate for gate in linears if gate.bias is not None]
     if len(linears) == len(given):  # one product for all, because each has few rows
         z = F.linear(x, torch.cat([gate.weight for gate in linears]), torch.cat([gate.bias for gate in linears]))
     else:
@@ -65,8 +66,8 @@ class ProductGate(nn.Module):
 
 
 def _describe_gate(gate: ProductGate, found: WeightAddresses) -> None:
-    found.numbers = found.norm(gate, "y_norm"), found.norm(gate, "m_norm")
-    found.eps, found.width = [eps_of(gate.y_norm), eps_of(gate.m_norm)], gate.y_norm.weight.shape[0]
+    found.width = found.shape(gate, "y_norm", nn.RMSNorm)[-1]
+    found.numbers = [found.norm(gate, name, found.width) for name in ("y_norm", "m_norm")]
 
 
 def _compiled_gate(y: Tensor, m: Tensor, found: WeightAddresses) -> Tensor:
@@ -95,11 +96,12 @@ def residual_mlp(x: Tensor, branch: Tensor, block: "ResidualMLP") -> Tensor:
 
 def _describe_mlp(block: "ResidualMLP", found: WeightAddresses) -> None:
     assert isinstance(block, nn.Module)
-    norm, mlp = found.norm(block, "mlp_norm"), found.module(block, "mlp", SwiGLU)
+    mlp = found.module(block, "mlp", SwiGLU)
     assert isinstance(mlp, SwiGLU)
-    addresses = [found.linear(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")]
-    found.numbers = [mlp.gate_proj.out_features, norm, *addresses]
-    found.eps, found.width = [eps_of(block.mlp_norm)], mlp.gate_proj.in_features
+    hidden, width = found.shape(mlp, "gate_proj", nn.Linear)
+    shapes = {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
+    addresses = [found.linear(mlp, name, shape) for name, shape in shapes.items()]
+    found.width, found.numbers = width, [hidden, found.norm(block, "mlp_norm", width), *addresses]
 
 
 class ConvexGate(nn.Module):

@@ -1,7 +1,7 @@
 """What goes in and out of a `NeuralMemory`: its state, M_0 and its outputs; and how a call advances the state."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -99,22 +99,25 @@ class StateShapes(NamedTuple):
         position = torch.zeros(batch, dtype=torch.long, device=like.device)
         return self.first(MemoryState(weights, weights, weights, position), like)
 
+    def fits(self, state: NeuralMemoryState, rows: int) -> bool:
+        """Whether the state is one of this layer, of so many rows."""
+        return all(shapes == expected for _, shapes, expected in self._parts(state, rows))
+
     def check(self, state: NeuralMemoryState, rows: int) -> None:
-        """Raises ValueError for a state of another layer, or of another number of rows."""
+        """Raises ValueError unless the state `fits`."""
+        for name, shapes, expected in self._parts(state, rows):
+            if shapes != expected:
+                shown = [tuple(shape) for shape in shapes]
+                raise ValueError(f"the state does not fit this memory: its {name} is {shown}, expected {expected}")
+
+    def _parts(self, state: NeuralMemoryState, rows: int) -> Iterator[tuple[str, list[Any], list[Any]]]:
+        """The parts of a state: their names, the shapes of their tensors, and the shapes that are expected."""
         for name, tensors in zip(("anchor", "weights", "momentum"), state.memory[:3], strict=True):
-            _check(f"memory.{name}", tensors, [(rows, *shape) for shape in self.weights])
-        _check("conv_state", state.conv_state, [(rows, *self.conv_state)] * 3)
+            yield f"memory.{name}", [t.shape for t in tensors], [(rows, *shape) for shape in self.weights]
+        yield "conv_state", [t.shape for t in state.conv_state], [(rows, *self.conv_state)] * 3
         for name, tensor, shape in zip(("prev_input", "gates"), state[2:], self[2:], strict=True):
             if tensor is not None or shape is not None:
-                found, expected = () if tensor is None else (tensor,), [] if shape is None else [(rows, *shape)]
-                _check(name, found, expected)
-
-
-def _check(name: str, found: Sequence[Tensor], expected: list[tuple[int, ...]]) -> None:
-    shapes = [t.shape for t in found]
-    if shapes != expected:
-        shown = [tuple(shape) for shape in shapes]
-        raise ValueError(f"the state does not fit this memory: its {name} is {shown}, expected {expected}")
+                yield name, [] if tensor is None else [tensor.shape], [] if shape is None else [(rows, *shape)]
 
 
 def next_prev_input(

@@ -11,6 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from titans_lm.utils.deprecation import renamed
 
@@ -20,6 +21,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=nn.Module)
 P = ParamSpec("P")
 R = TypeVar("R")
+
+PLAIN_WEIGHTS = (nn.Parameter, Tensor)
+HOOKS_OF_ALL: list[dict[int, Any]] = [
+    modules._global_forward_hooks, modules._global_forward_pre_hooks,
+    modules._global_backward_hooks, modules._global_backward_pre_hooks,
+]  # fmt: skip
+"""The hooks of calls of every module."""
 
 
 def routes_methods(forward: F) -> F:
@@ -48,8 +56,9 @@ def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something looks at a call of the module itself: a hook, or a `forward` of its own."""
-    return "forward" in vars(module) or any(hooks_of(module))
+    """Whether something looks at a call of the module itself: a hook, also one of all modules, or a `forward` of its
+    own."""
+    return "forward" in vars(module) or any(hooks_of(module)) or any(HOOKS_OF_ALL)
 
 
 def is_plain_linear(linear: nn.Module) -> bool:
@@ -60,12 +69,24 @@ def is_plain_linear(linear: nn.Module) -> bool:
     if type(linear) is not nn.Linear or has_hooks(linear):
         return False
     parts = (linear.weight, linear.bias)
-    return all(part is None or type(part) in (nn.Parameter, Tensor) for part in parts)
+    return all(part is None or type(part) in PLAIN_WEIGHTS for part in parts)
 
 
-def is_plain_norm(norm: nn.Module) -> bool:
-    """Whether a call of it is the RMS norm with its weight alone."""
-    return type(norm) is nn.RMSNorm and not has_hooks(norm)
+def is_plain_matrix(linear: nn.Module, shape: tuple[int, int]) -> bool:
+    """Whether a product with its weight of this shape is all that a call of it does."""
+    return is_plain_linear(linear) and linear.bias is None and linear.weight.shape == shape
+
+
+def is_plain_norm(norm: nn.Module, width: int) -> bool:
+    """Whether a call of it is the RMS norm of this width with its weight alone."""
+    if type(norm) is not nn.RMSNorm or has_hooks(norm):
+        return False
+    return type(norm.weight) in PLAIN_WEIGHTS and norm.weight.shape == (width,)
+
+
+def eps_of(norm: nn.RMSNorm) -> float:
+    """The epsilon that a call of the norm takes."""
+    return torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps
 
 
 def empty_like_weights(module: nn.Module) -> Tensor:

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from titans_lm.layers.module_call import has_hooks, hooks_of
+from titans_lm.layers.module_call import HOOKS_OF_ALL, eps_of, has_hooks, hooks_of
 from titans_lm.ops.cpu.compiled import PLAIN_TENSORS
 
 L = TypeVar("L")
@@ -38,13 +38,15 @@ class WeightAddresses:
         self._owners: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._values: list[Any] = []
-        self._hooks: list[dict[int, Any]] = []
+        self._hooks: list[dict[int, Any]] = [*HOOKS_OF_ALL]
         self._attributes: list[dict[str, Any]] = []
         self._weights: list[Tensor] = []
         self._addresses: list[int] = []
 
     def is_current(self) -> bool:
-        """Whether the layer has the same modules, without hooks, and their weights are where they were."""
+        """Whether the layer has the same modules, without hooks, and their weights are where they were.
+
+        It would not notice another shape at the same address."""
         return (
             not any(self._hooks)
             and all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
@@ -74,15 +76,29 @@ class WeightAddresses:
         self._hooks += hooks_of(module)
         self._attributes.append(module.__dict__)
 
-    def weight(self, owner: nn.Module | None, name: str = "weight") -> int:
-        """The address of a parameter, 0 without one. Raises NotPlainError for one that is not a contiguous tensor on a
-        CPU, or has another dtype than others."""
+    def shape(self, owner: nn.Module, name: str, kind: type[nn.Module]) -> torch.Size:
+        """The shape of the weight of a module of `owner`."""
+        module = self.module(owner, name, kind)
+        weight = None if module is None else module._parameters.get("weight")
+        if weight is None:
+            raise NotPlainError
+        return weight.shape
+
+    def optional(self, owner: nn.Module | None, name: str, shape: tuple[int, ...]) -> int:
+        """The address of a parameter of `owner`, 0 if there is none."""
         if owner is None:
             return 0
-        weight = self._note(owner._parameters, name)
-        if weight is None:
+        if self._note(owner._parameters, name) is None and getattr(owner, name, None) is None:
             return 0
-        if type(weight) not in PLAIN_TENSORS or weight.device.type != "cpu" or not weight.is_contiguous():
+        return self.weight(owner, name, shape)
+
+    def weight(self, owner: nn.Module, name: str, shape: tuple[int, ...]) -> int:
+        """The address of a parameter. Raises NotPlainError for one that is not a contiguous tensor of this shape on a
+        CPU, has another dtype than others, or is computed, as by a parametrization or by pruning."""
+        weight = self._note(owner._parameters, name)
+        if type(weight) not in PLAIN_TENSORS or weight.shape != shape:
+            raise NotPlainError
+        if weight.device.type != "cpu" or not weight.is_contiguous():
             raise NotPlainError
         self.dtype = weight.dtype if self.dtype is None else self.dtype
         if weight.dtype != self.dtype:
@@ -91,16 +107,27 @@ class WeightAddresses:
         self._addresses.append(weight.data_ptr())
         return self._addresses[-1]
 
-    def linear(self, owner: nn.Module, name: str) -> int:
+    def linear(self, owner: nn.Module, name: str, shape: tuple[int, int]) -> int:
         """The address of the weight of a linear layer without bias."""
         module = self.module(owner, name, nn.Linear)
-        if module is None or module._parameters.get("bias") is not None:
+        if module is None or self._note(module._parameters, "bias") is not None:
             raise NotPlainError
-        return self.weight(module)
+        return self.weight(module, "weight", shape)
 
-    def norm(self, owner: nn.Module, name: str) -> int:
-        """The address of the weight of an `nn.RMSNorm`."""
-        return self.weight(self.module(owner, name, nn.RMSNorm))
+    def norm(self, owner: nn.Module, name: str, width: int) -> int:
+        """The address of the weight of an `nn.RMSNorm`; its epsilon is the next of `eps`."""
+        norm = self.module(owner, name, nn.RMSNorm)
+        if norm is None:
+            raise NotPlainError
+        return self.norm_weight(norm, width)
+
+    def norm_weight(self, norm: nn.Module, width: int) -> int:
+        """`norm` of a module that was checked."""
+        assert isinstance(norm, nn.RMSNorm)
+        self._note(norm.__dict__, "eps")
+        address = self.weight(norm, "weight", (width,))
+        self.eps.append(eps_of(norm))
+        return address
 
 
 _found: WeakKeyDictionary[Any, WeightAddresses] = WeakKeyDictionary()

@@ -7,6 +7,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 Activation = Literal["silu", "gelu"]
 
@@ -143,5 +145,9 @@ def assert_traced(condition: Tensor, message: str) -> None:
 
 
 def is_watched() -> bool:
-    """Whether a mode, such as `FlopCounterMode`, looks at every operator that runs."""
-    return torch._C._len_torch_dispatch_stack() > 0
+    """Whether a mode, such as `FlopCounterMode`, looks at every operator that runs, or at every function."""
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    if torch._C._len_torch_function_stack() == 0:
+        return False
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())  # a default device
