@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,14 +170,27 @@ def test_the_command_writes_rows_a_figure_and_goes_on(file, folder, tmp_path, ca
         (["--lags", "-1"], "--lags must be at least 0"),
         (["--passage", "1"], "--passage must be at least 2"),
         (["--out", "nowhere/at/all.jsonl"], "the folder nowhere/at does not exist"),
+        (["--out", "figure.png"], "figure.png is the name of the picture"),
+        (["--out", "photo.jsonl"], "photo.png is not a picture of this command"),
     ],
 )
-def test_the_command_names_what_is_wrong(file, folder, tmp_path, capsys, more, named):
+def test_the_command_names_what_is_wrong(file, folder, tmp_path, tmp_path_factory, monkeypatch, capsys, more, named):
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+    Path("photo.png").write_bytes(b"of someone")
     assert command(file, folder, tmp_path / "out.jsonl", *more) == 2
     error = capsys.readouterr().err
     assert named in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+    assert [path.read_bytes() for path in Path().iterdir()] == [b"of someone"]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_command_makes_its_default_folder(file, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    few = ["--modes", "on", "--rates", "--compressors", "--lags", "--tokens", "50"]
+    assert main(["evaluate", "adapt", str(file), "--model", str(folder), *few]) == 0, capsys.readouterr().err
+    assert {path.name for path in Path("results").iterdir()} == {"adapt.jsonl", "adapt.png"}
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import titans_lm
 from conftest import tiny_config
 from titans_lm import TitansForCausalLM, TitansState
 from titans_lm.cli import main
@@ -244,6 +245,9 @@ def test_the_command_names_its_verbs(capsys):
     assert status.value.code == 0
     out = capsys.readouterr().out
     assert all(verb in out for verb in ("train", "infer", "demo", "learn", "stability"))
+    with pytest.raises(SystemExit) as status:
+        main(["--version"])
+    assert (status.value.code, capsys.readouterr().out) == (0, f"titans-lm {titans_lm.__version__}\n")
 
 
 @pytest.mark.slow

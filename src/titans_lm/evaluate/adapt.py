@@ -41,7 +41,7 @@ from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import is_bytes
 from titans_lm.utils.corpora import text_files
 from titans_lm.utils.figures import figure_file
-from titans_lm.utils.record import Lines, check_least, command_line
+from titans_lm.utils.record import Lines, check_least, check_output, command_line
 from titans_lm.utils.terminal import PlainConsole
 
 RATES = (0.01, 0.1)
@@ -225,8 +225,7 @@ def _check(arguments: argparse.Namespace) -> None:
     check_least(arguments, 0, "lags")
     if not all(0 < rate < math.inf for rate in arguments.rates):
         raise ValueError(f"--rates must be above 0, got {' '.join(map(str, arguments.rates))}")
-    if not arguments.out.absolute().parent.is_dir():
-        raise ValueError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist")
+    check_output(arguments.out, picture=True, ours=False)
 
 
 def _measure(
