@@ -179,6 +179,11 @@ def test_an_argument_is_obeyed_or_refused():
         if "shift_labels" not in refused:
             with pytest.raises(ValueError, match=words):
                 model.model(ids, **refused)
+    for part in (model, model.model):
+        with pytest.raises(ValueError, match=r"input_ids must be \[B, T\], got \[6\]"):
+            part(ids[0])
+        with pytest.raises(ValueError, match=r"inputs_embeds must be \[B, T, D\], got \[6, "):
+            part(inputs_embeds=model.get_input_embeddings()(ids[0]))
     model.set_attn_implementation("eager")
     model.config.output_attentions = True
     with pytest.raises(ValueError, match="output_attentions"):

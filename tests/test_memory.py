@@ -332,6 +332,17 @@ def test_impossible_options_are_named(options, named):
 
 @pytest.mark.usefixtures("unchecked")
 def test_inputs_that_do_not_fit_are_refused():
-    memory = layer()
-    with pytest.raises(ValueError, match="mask"):
-        memory(inputs(2, 5), mask=torch.ones(2, 4, dtype=torch.bool))
+    memory, x = layer(), inputs(2, 5)
+    y, state = memory(x)
+    for wrong, words in (
+        ((x, None, torch.ones(2, 4, dtype=torch.bool)), r"mask must be \[B, T\] = \[2, 5\], .*got \[2, 4\]"),
+        ((x, None, torch.ones(2, 5, dtype=torch.long)), r"mask must be .*True at tokens.* of torch.int64"),
+        ((x[0],), rf"x must be \[B, T, D\] with D = {D}, got \[5, {D}\]"),
+        ((x[..., 1:],), rf"with D = {D}, got \[2, 5, {D - 1}\]"),
+        ((x, (y, state)), "the state must be the one that an earlier call returned, got tuple"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            memory(*wrong)
+    for wrong, words in (((x[0], state), "x must be"), ((x, (y, state)), "the state must be")):
+        with pytest.raises(ValueError, match=words):
+            memory.retrieve(*wrong)

@@ -120,6 +120,18 @@ class StateShapes(NamedTuple):
                 yield name, [] if tensor is None else [tensor.shape], [] if shape is None else [(rows, *shape)]
 
 
+def check_inputs(dim: int, x: Tensor, state: Any, mask: Tensor | None = None) -> None:
+    """Raises ValueError for a call's arguments of a shape or type that a memory of width `dim` cannot take."""
+    if x.dim() != 3 or x.shape[2] != dim:
+        raise ValueError(f"x must be [B, T, D] with D = {dim}, got {list(x.shape)}")
+    if state is not None and not isinstance(state, NeuralMemoryState):
+        raise ValueError(f"the state must be the one that an earlier call returned, got {type(state).__name__}")
+    if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+        raise ValueError(
+            f"mask must be [B, T] = {list(x.shape[:2])}, True at tokens, got {list(mask.shape)} of {mask.dtype}"
+        )
+
+
 def next_prev_input(
     x: Float[Tensor, "B T D"], prev_input: Float[Tensor, "B D"], valid: Tensor | None
 ) -> Float[Tensor, "B D"]:

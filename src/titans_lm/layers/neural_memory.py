@@ -21,6 +21,7 @@ from titans_lm.layers.memory_state import (
     NeuralMemoryState,
     ProjectedQueries,
     StateShapes,
+    check_inputs,
     chunk_gates,
     next_prev_input,
 )
@@ -228,11 +229,9 @@ class NeuralMemory(nn.Module):
 
         `mask` is False at padding, which changes no state and whose y is 0. `update=False` reads without writing: the
         state moves on to the next token, its memory does not change. `surprise=True` returns a `Surprise` as well
-        (`loss` and `gradient_norm`, each `[B, T, H]`). Raises ValueError for a mask or a state that does not fit, and
-        for `surprise` without `update`.
+        (`loss`, `gradient_norm`, `[B, T, H]`). Raises ValueError for arguments that do not fit this layer or each other.
         """
-        if mask is not None and mask.shape != x.shape[:2]:
-            raise ValueError(f"mask must be [B, T] = {list(x.shape[:2])}, got {list(mask.shape)}")
+        check_inputs(self.dim, x, state, mask)
         state = self._initial_state(x.shape[0], x) if state is None else state
         options = {"update": update, "surprise": surprise, "bypass": is_bypassed(self)}
         x = x if mask is None else masked_zero(x, mask)
@@ -250,6 +249,7 @@ class NeuralMemory(nn.Module):
     @as_call
     def retrieve(self, x: Float[Tensor, "B T D"], state: NeuralMemoryState) -> Float[Tensor, "B T D"]:
         """Read the memory with the queries of `x`, the stream's next tokens, without writing (eq. 15)."""
+        check_inputs(self.dim, x, state)
         self._state_shapes.check(state, x.shape[0])
         return self._retrieve_next(x, state.conv_state[0], state.memory.weights, None, bypass=is_bypassed(self))[0]
 

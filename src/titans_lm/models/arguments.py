@@ -97,14 +97,19 @@ def check_caches(caches: list[BlockCache], expected: list[type[Any]]) -> None:
 
 
 def embedded(embedding: nn.Module | None, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """The inputs as `[B, T, D]`. Raises ValueError unless exactly one of the two is given, and for tokens without an
-    `embedding`, which a forecaster's model does not have."""
+    """The inputs as `[B, T, D]`. Raises ValueError unless exactly one of the two is given, for another number of
+    dimensions, and for tokens without an `embedding`, which a forecaster's model does not have."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("pass input_ids or inputs_embeds, and not both")
     if inputs_embeds is not None:
+        if inputs_embeds.dim() != 3:
+            raise ValueError(f"inputs_embeds must be [B, T, D], got {list(inputs_embeds.shape)}")
         return inputs_embeds
     if embedding is None:
         raise ValueError("this model has no embedding of tokens: pass inputs_embeds")
+    assert input_ids is not None
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
     embeds: Tensor = embedding(input_ids)
     return embeds
 
