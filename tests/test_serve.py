@@ -209,7 +209,34 @@ def test_a_stream_is_closed(path: str, http):
 def test_what_asks_for_nothing_may_be_sent(client):
     nothing = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "user": "me", "seed": None}
     nothing |= {"best_of": 1, "echo": False, "logprobs": None, "suffix": None, "stop": None, "stream": False}
-    assert complete(client, "It was", **nothing) == complete(client, "It was")
+    more = {"store": False, "metadata": {}, "service_tier": "auto", "safety_identifier": "me", "prompt_cache_key": "me"}
+    more |= {"top_k": None, "of_a_later_version": None}
+    whole = complete(client, "It was")
+    assert complete(client, "It was", **nothing, extra_body=more) == whole
+    assert (
+        client.completions.create(model="titans", prompt=["It was"], max_tokens=12, temperature=0).choices[0].text
+        == whole
+    )
+    assert complete(client, [list(b"It was")]) == whole
+
+
+def test_a_reply_may_be_sent_back_as_the_client_prints_it(client):
+    ask = {"model": "titans", "max_tokens": 4, "temperature": 0}
+    nothing = {"response_format": {"type": "text"}, "parallel_tool_calls": True, "modalities": ["text"], "tools": []}
+    question = {"role": "user", "content": "Who?"}
+    reply = client.chat.completions.create(messages=[question], **ask, **nothing).choices[0].message
+    talk = [question, reply.model_dump(), question]
+    assert any(value is None for value in talk[1].values())
+    plain = [question, {"role": "assistant", "content": reply.content}, question]
+    second, expected = (client.chat.completions.create(messages=messages, **ask) for messages in (talk, plain))
+    assert second.choices[0].message.content == expected.choices[0].message.content
+
+
+def test_json_without_its_header_is_named(http):
+    body = json.dumps({"model": "titans", "prompt": "It was"})
+    error = refusal(http.post("/v1/completions", content=body), 400)
+    assert error["message"] == "body: not read as JSON: send it with the header Content-Type: application/json"
+    assert error["param"] == "body"
 
 
 def test_defaults_are_those_of_the_protocol(client):
@@ -349,7 +376,9 @@ COMPLETIONS: list[tuple[str, Any]] = [
     *[("stream", value) for value in ("yes", 1)],
     *[("stream_options", value) for value in ({"include_usage": True}, {"other": 1}, "a")],
     ("n", 2), ("best_of", 2), ("echo", True), ("logprobs", 5), ("suffix", "a"), ("presence_penalty", 1),
-    ("frequency_penalty", 0.5), ("logit_bias", {"5": 1}), ("top_k", 5), ("generation_config", {}), ("user", 5),
+    ("frequency_penalty", 0.5), ("logit_bias", {"5": 1}), ("store", True), ("metadata", {"a": "b"}), ("top_k", 5),
+    ("prompt", [[]]), ("prompt", [["a"]]), ("prompt", [[1], [2]]), ("service_tier", "priority"),
+    ("generation_config", {}), ("user", 5),
 ]  # fmt: skip
 CHATS: list[tuple[str, Any]] = [
     *[("messages", value) for value in ([], NO, None, "hi", {}, [5], [{}], [{"role": "user"}])],
@@ -361,6 +390,7 @@ CHATS: list[tuple[str, Any]] = [
     ("chat_template", "{% for a in range(10**9) %}{% endfor %}"),
     ("chat_template_kwargs", {"chat_template": "{% for a in range(10**9) %}{% endfor %}"}),
     ("tools", [{"type": "function"}]), ("tool_choice", "auto"), ("functions", []), ("response_format", {}),
+    ("response_format", {"type": "json_object"}), ("modalities", ["text", "audio"]),
     ("max_completion_tokens", 0), ("max_completion_tokens", 10**12), ("max_tokens", 0), ("logprobs", True),
 ]  # fmt: skip
 

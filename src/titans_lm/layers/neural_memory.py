@@ -229,7 +229,7 @@ class NeuralMemory(nn.Module):
 
         `mask` is False at padding, which changes no state and whose y is 0. `update=False` reads without writing: the
         state moves on to the next token, its memory does not change. `surprise=True` returns a `Surprise` as well
-        (`loss`, `gradient_norm`, `[B, T, H]`). Raises ValueError for arguments that do not fit this layer or each other.
+        (`loss`, `gradient_norm`, `[B, T, H]`). Raises ValueError for arguments that do not fit the layer or each other.
         """
         check_inputs(self.dim, x, state, mask)
         state = self._initial_state(x.shape[0], x) if state is None else state

@@ -7,7 +7,7 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from titans_lm.inference.serve.answer import Sampling
 from titans_lm.inference.serve.limits import Limits, Refused
@@ -30,6 +30,8 @@ def _strings(stop: Any) -> Any:
 
 
 def _prompt(prompt: Any) -> str | list[int]:
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]  # several clients send a list always
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(type(id) is int for id in prompt)):
         return prompt
     raise ValueError("must be one text, or the tokens of one")
@@ -50,16 +52,26 @@ def _content(content: Any) -> Any:
 Text = Annotated[str, AfterValidator(_is_unicode)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 Empty = Annotated[list[Any], Field(max_length=0)]
+EmptyMap = Annotated[dict[str, Any], Field(max_length=0)]
 
 
 class Strict(BaseModel):
-    """Strict types, and no unknown fields."""
+    """Strict types, and no unknown fields, unless their value is None: clients send such fields, also those of a reply
+    that is sent back as a message."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unknown_nulls(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {key: value for key, value in fields.items() if value is not None or key in cls.model_fields}
 
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class Message(Strict):
@@ -80,11 +92,16 @@ class Question(Strict):
     ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None  # identifies the user; has no effect
+    user: str | None = None  # identifies the user; has no effect, as the two that took its place in OpenAI's protocol
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
+    metadata: EmptyMap | None = None
     n: Literal[1] | None = None
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    logit_bias: EmptyMap | None = None
 
     def tokens(self) -> tuple[str, int | None]:
         """Name and value of the field that limits the answer's tokens."""
@@ -120,12 +137,19 @@ class CompletionQuestion(Question):
     suffix: None = None
 
 
+class ResponseFormat(Strict):
+    type: Literal["text"]
+
+
 class ChatQuestion(Question):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Literal[False] | None = None
     tools: Empty | None = None
     tool_choice: Literal["none"] | None = None
+    parallel_tool_calls: bool | None = None  # of tools, of which there are none
+    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
 
     def tokens(self) -> tuple[str, int | None]:
         """`max_completion_tokens`, the newer name, takes precedence."""
@@ -146,6 +170,8 @@ def describe(error: dict[str, Any]) -> tuple[str, str]:
         return field, f"{field}: this server has no such field"
     if error["type"] == "json_invalid":
         return "body", f"body: not JSON: {error['ctx']['error']} at character {field}"
+    if isinstance(error["input"], bytes):
+        return "body", "body: not read as JSON: send it with the header Content-Type: application/json"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return field, f"{field}: {message}"
