@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
 
-import titans_lm
 from titans_lm.utils.terminal import shown
 
 VERBS = {
@@ -43,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser("titans", description="Language models that keep learning while they read.")
-    parser.add_argument("--version", action="version", version=f"titans-lm {titans_lm.__version__}")
+    version = importlib.import_module("titans_lm").__version__
+    parser.add_argument("--version", action="version", version=f"titans-lm {version}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for verb, help_text in VERBS.items():
         verbs.add_parser(verb, help=help_text, add_help=False)
