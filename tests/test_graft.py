@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -471,8 +472,33 @@ def test_pickled_weights_and_titans_models_are_no_bases(bases, llama, tmp_path):
     llama.save_pretrained(tmp_path / "graft")
     with pytest.raises(ValueError, match="has a memory already"):
         graft_config({"graft": str(tmp_path / "graft")})
-    with pytest.raises(ValueError, match=r"is a graft: titans_lm.load loads it"):
-        GraftForCausalLM.from_pretrained(tmp_path / "graft")
+
+
+def test_auto_classes_open_a_graft_on_its_base(llama, tmp_path):
+    """As `titans_lm.load` does, in a process that has imported the package and nothing else of it."""
+    folder, x = tmp_path / "graft", ids()
+    llama.save_pretrained(folder)
+    expected = llama.eval()(x).logits
+    for options in ({}, {"trust_remote_code": True, "device_map": "cpu", "dtype": "auto"}, {"device_map": {"": "cpu"}}):
+        found, report = hf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        assert torch.equal(found(x).logits, expected)
+        assert not found.training
+        assert not any(report.values())
+    half = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half.model.base.config._attn_implementation == "eager"
+    for options, words in (
+        ({"windw_size": 8}, "unknown key 'windw_size' in the options of a graft"),
+        ({"max_memory": {"cpu": "1GB"}}, "unknown key 'max_memory'"),
+        ({"device_map": "auto"}, "device_map='auto': a graft is on one device"),
+        ({"device_map": {"model": "cpu", "lm_head": "disk"}}, "a graft is on one device"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            hf.AutoModelForCausalLM.from_pretrained(folder, **options)
+    with pytest.raises(ValueError, match=r"nowhere is not the folder of a graft: it has no config\.json"):
+        GraftForCausalLM.from_pretrained(tmp_path / "nowhere")
+    code = "import sys, titans_lm; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, timeout=300)
 
 
 def test_runs_that_make_no_sense_are_refused(bases, tmp_path):

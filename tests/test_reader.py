@@ -402,6 +402,11 @@ def test_what_is_wrong_is_said(model, books, tmp_path):
         assert r.state.position.item() == 0
     with pytest.raises(ValueError, match="a prompt is empty"):
         r.ask("a", "")
+    for odd, words in ((["a"], "got list"), (b"a", "got bytes"), (None, "got NoneType")):
+        with pytest.raises(ValueError, match=rf"a prompt is a str, {words}; several are ask"):
+            r.ask("a", odd)
+    with pytest.raises(ValueError, match="got bytes: decode them"):
+        r.read(b"a")
     with pytest.raises(ValueError, match="no prompt"):
         r.ask()
     with pytest.raises(ValueError, match="one prompt can be remembered"):
@@ -420,6 +425,15 @@ def test_what_is_wrong_is_said(model, books, tmp_path):
             reader(model, save_seconds=seconds)
     with pytest.raises(ValueError, match="errors='ignore' is not one of: strict, replace"):
         reader(model, errors="ignore")
+
+
+def test_the_name_of_a_file_is_read_as_a_text_with_a_warning(model, books, recwarn):
+    r = reader(model).read("no such file.txt")
+    assert not recwarn
+    name = str(books[0])
+    with pytest.warns(UserWarning, match=r"as a text of \d+ characters, .*pass Path\("):
+        r.read(name)
+    assert r.state.position.item() == len("no such file.txt") + len(name)
 
 
 # ------------------------------------------------------------------------------------------------ titans read

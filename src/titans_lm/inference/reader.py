@@ -5,7 +5,9 @@ interrupted and resumed ends in the same memory, to the last bit.
 """
 
 import hashlib
+import os
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,6 +37,8 @@ Tokens = Tensor | NDArray[np.integer[Any]] | Sequence[int]
 Text = Path | str | Tokens | Iterable[str] | Iterable[Tokens]
 """A file (also a pipe or FIFO; `Path("-")` is standard input), a text, tokens `[T]`, or an iterable of texts or of
 tokens, each encoded separately."""
+LONGEST_PATH = 4096
+"""Longer texts are not compared with names of files."""
 
 
 class Progress(NamedTuple):
@@ -153,14 +157,17 @@ class Reader:
 
         A fork is discarded, unless there is one prompt and `remember`: then the memory has read prompt and answer to
         the last token. `frozen`: the fork does not write. Returns `num_return_sequences` answers in a row for each
-        prompt. Raises ValueError without a tokenizer, for an empty prompt, for several answers to remember, and for
-        options that have no effect on texts."""
+        prompt. Raises ValueError without a tokenizer, for a prompt that is empty or no text, for several answers to
+        remember, and for options that have no effect on texts."""
         if not prompts:
             raise ValueError("there is no prompt to answer")
         if remember and (frozen or len(prompts) != 1):
             raise ValueError(f"one prompt can be remembered, and not frozen; got {len(prompts)}, frozen={frozen}")
         if self.tokenizer is None:
             raise ValueError("a reader without a tokenizer cannot be asked")
+        odd = [type(prompt).__name__ for prompt in prompts if not isinstance(prompt, str)]
+        if odd:
+            raise ValueError(f"a prompt is a str, got {odd[0]}; several are ask(*prompts)")
         fork = self.state.select([0] * len(prompts))
         fork.frozen = frozen
         answers, fork = answer(self.model, self.tokenizer, fork, list(prompts), **options)
@@ -223,7 +230,15 @@ class Reader:
         if isinstance(text, Path):
             file = examine(text, self.errors)
             return Source(name_of(text)[-NAME_LENGTH:], file.size, file.sha256, self.mode)
+        if isinstance(text, bytes | bytearray):
+            raise ValueError("a text is a str, got bytes: decode them")
         if isinstance(text, str):
+            if len(text) < LONGEST_PATH and os.path.isfile(text):
+                warnings.warn(
+                    f"{text!r} is read as a text of {len(text)} characters, and there is a file of that name: "
+                    f"pass Path({text!r}) to read the file",
+                    stacklevel=2,
+                )
             content = text.encode()
         elif _is_tokens(text):
             content = self._tokens(text).tobytes()

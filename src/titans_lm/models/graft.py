@@ -8,12 +8,13 @@ takes it.
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from titans_lm.layers.attention import RotaryEmbedding
@@ -26,6 +27,7 @@ from titans_lm.models.block_layers import make_memory
 from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.cache import TitansState
 from titans_lm.models.forward_context import ForwardContext
+from titans_lm.models.graft_base import check_options, load_base, load_weights, one_device, weights_digest
 from titans_lm.models.graft_cache import BaseShape, GraftCall
 from titans_lm.models.graft_config import GraftConfig, windows
 from titans_lm.models.modeling import TitansCausalLMOutput, TitansForCausalLM, TitansModel
@@ -278,8 +280,39 @@ class GraftForCausalLM(TitansForCausalLM):
         return self.lm_head(out.last_hidden_state)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:  # noqa: ARG003
-        raise ValueError(f"{pretrained_model_name_or_path} is a graft: titans_lm.load loads it, together with its base")
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *,
+        config: GraftConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
+        output_loading_info: bool = False,
+        **options: Any,
+    ) -> Any:
+        """The graft in a folder that `save_pretrained` wrote, on its base, in evaluation mode; `AutoModelForCausalLM`
+        calls this. `dtype` is of all weights (None, "auto": as they were saved), `device_map` names one device.
+
+        The base is looked for under the name in config.json, in the folder and from the working directory. Raises
+        ValueError for damaged files, for a base that is not found or has other weights, for weights that are not this
+        graft's, and for other options."""
+        folder = Path(pretrained_model_name_or_path)
+        check_options(options)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} is not the folder of a graft: it has no config.json")
+        model_files.check_digests(folder)
+        config = GraftConfig.from_pretrained(folder, local_files_only=True) if config is None else config
+        beside = folder / config.base
+        base = load_base(str(beside) if (beside / "config.json").is_file() else config.base)
+        if weights_digest(base) != config.base_weights:
+            raise ValueError(f"{folder} was trained on other weights than those of its base {config.base} now")
+        if config._attn_implementation is not None:
+            base.set_attn_implementation(config._attn_implementation)
+        model = cls(config, base)
+        model.load_state_dict(load_weights(folder, model.own_state_dict()), strict=False)
+        model = model.to(one_device(device_map), None if dtype == "auto" else dtype).eval()
+        found: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+        return (model, {**found, "error_msgs": []}) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **options: Any) -> None:
         """Save memories, gates and LoRA as an adapter: config.json, which names the base, and model.safetensors. No
@@ -354,3 +387,6 @@ def without_lora(module: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
+
+
+AutoModelForCausalLM.register(GraftConfig, GraftForCausalLM, exist_ok=True)

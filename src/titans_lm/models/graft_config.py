@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -27,6 +27,7 @@ class GraftConfig(TitansConfig):
     """
 
     model_type = "titans_graft"
+    auto_map: ClassVar[dict[str, str]] = {}  # a graft's folder has no code
 
     base: str = ""
     """Folder or Hub name of the pretrained model."""

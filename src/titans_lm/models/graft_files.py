@@ -1,21 +1,18 @@
 """Make a graft on a pretrained model, and load one from its folder. Runs no code of either folder, reads no pickle."""
 
-import hashlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from titans_lm.models.graft import GraftForCausalLM
-from titans_lm.models.graft_config import GraftConfig, base_config, graft_config
-from titans_lm.models.model_files import add_digests, check_digests
+from titans_lm.models.graft_base import load_base, weights_digest
+from titans_lm.models.graft_config import GraftConfig, graft_config
+from titans_lm.models.model_files import add_digests
 from titans_lm.models.tokenizer import plain_reason
 
-WEIGHTS = "model.safetensors"
 _PROBE = 12
 """Tokens with which a new graft is compared with its base."""
 _ROUNDING = 0.05
@@ -43,7 +40,7 @@ def make_graft(config: GraftConfig) -> GraftForCausalLM:
 
     Raises ValueError for a base that cannot be loaded or grafted, among them any that computes something else when a
     graft calls it."""
-    base = _load_base(config.base)
+    base = load_base(config.base)
     config.base_weights = weights_digest(base)
     ids = (torch.arange(_PROBE) * 7919 % config.vocab_size)[None].to(base.device)
     with torch.no_grad():
@@ -91,62 +88,10 @@ def save_graft(model: GraftForCausalLM, folder: Path) -> None:
 
 
 def load_graft(folder: Path) -> tuple[GraftForCausalLM, PreTrainedTokenizerBase]:
-    """The graft in a folder that `save_pretrained` wrote, on its base, and its tokenizer.
-
-    The base is looked for under the name in config.json, in `folder` and from the working directory. Raises ValueError
-    for damaged files, for a base that is not found or has other weights, and for weights that are not this graft's."""
-    check_digests(folder)
-    config = GraftConfig.from_pretrained(folder, local_files_only=True)
-    beside = folder / config.base
-    base = _load_base(str(beside) if (beside / "config.json").is_file() else config.base)
-    if weights_digest(base) != config.base_weights:
-        raise ValueError(f"{folder} was trained on other weights than those of its base {config.base} now")
-    model = GraftForCausalLM(config, base)
-    _load_weights(model, folder)
-    return model.eval(), _tokenizer(folder, config.base)
-
-
-def _load_weights(model: GraftForCausalLM, folder: Path) -> None:
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder} cannot be loaded as a graft: {' '.join(str(error).split())}") from error
-    own = model.own_state_dict()
-    foreign = sorted(weights.keys() ^ own.keys()) or [n for n, t in weights.items() if t.shape != own[n].shape]
-    if foreign:
-        raise ValueError(
-            f"{folder} does not hold the weights of this graft: {foreign[0]!r} does not match its config.json"
-        )
-    broken = next((name for name, weight in weights.items() if not bool(weight.isfinite().all())), None)
-    if broken is not None:
-        raise ValueError(f"{folder} cannot be used: its weight {broken!r} has numbers that are not finite")
-    model.load_state_dict(weights, strict=False)
-
-
-def _load_base(name: str) -> PreTrainedModel:
-    """The pretrained model of a folder or Hub name. Raises ValueError for one that cannot be loaded, or needs code or
-    pickled weights."""
-    base_config(name)
-    options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
-    try:
-        base, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
-    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"graft: the base {name} cannot be loaded: {plain_reason(error)}") from error
-    if report["missing_keys"]:
-        raise ValueError(f"graft: the base {name} lacks the weight {sorted(report['missing_keys'])[0]!r}")
-    if base.config._attn_implementation not in ("sdpa", "eager"):
-        base.set_attn_implementation("sdpa")
-    model: PreTrainedModel = base
-    return model
-
-
-def weights_digest(base: PreTrainedModel) -> str:
-    """SHA-256 of a model's weights, their names and dtypes."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(base.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """The graft in a folder that `save_pretrained` wrote, on its base, and its tokenizer. Raises ValueError as
+    `GraftForCausalLM.from_pretrained` does."""
+    model: GraftForCausalLM = GraftForCausalLM.from_pretrained(folder)
+    return model, _tokenizer(folder, model.config.base)
 
 
 def check_tokenizer(config: GraftConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:

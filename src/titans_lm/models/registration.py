@@ -12,9 +12,12 @@ from importlib.machinery import ModuleSpec
 from typing import Any
 
 _CONFIGURATION = "titans_lm.models.configuration"
-_OTHER_CONFIGURATIONS = ("titans_lm.models.time_series_configuration",)
+_OTHER_CONFIGURATIONS = ("titans_lm.models.time_series_configuration", "titans_lm.models.graft_config")
 """Those that derive from it."""
-_MODELS = ("titans_lm.models.modeling", "titans_lm.models.classification", "titans_lm.models.time_series")
+_MODELS = (
+    "titans_lm.models.modeling", "titans_lm.models.classification", "titans_lm.models.time_series",
+    "titans_lm.models.graft",
+)  # fmt: skip
 
 
 def register_models() -> None:

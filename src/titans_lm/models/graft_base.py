@@ -1,0 +1,83 @@
+"""A graft's base: load it, tell its weights; and the graft's own weights. Runs no code of a folder, reads no pickle."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from titans_lm.models.configuration import unknown_key
+from titans_lm.models.graft_config import base_config
+from titans_lm.models.tokenizer import plain_reason
+
+WEIGHTS = "model.safetensors"
+_OF_AUTO_CLASSES = (
+    "_from_auto", "trust_remote_code", "adapter_kwargs", "local_files_only", "use_safetensors", "low_cpu_mem_usage",
+    "cache_dir", "force_download", "token",
+)  # fmt: skip
+"""What transformers passes to `from_pretrained`, and what makes no difference for the files of a folder."""
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raises ValueError for an option of `from_pretrained` that would have no effect on a graft."""
+    for key, value in options.items():
+        if key not in _OF_AUTO_CLASSES and value is not None and value is not False:
+            raise ValueError(unknown_key(key, ["config", "dtype", "device_map"], "the options of a graft"))
+
+
+def one_device(device_map: Any) -> torch.device | None:
+    """The device of a `device_map` that names one. Raises ValueError for another."""
+    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+    if len(devices) == 1 and not devices & {"auto", "balanced", "balanced_low_0", "sequential", "disk"}:
+        device = devices.pop()
+        return None if device is None else torch.device(device)
+    raise ValueError(f"device_map={device_map!r}: a graft is on one device; give its name, such as 'cuda'")
+
+
+def load_base(name: str) -> PreTrainedModel:
+    """The pretrained model of a folder or Hub name. Raises ValueError for one that cannot be loaded, or needs code or
+    pickled weights."""
+    base_config(name)
+    options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
+    try:
+        base, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"graft: the base {name} cannot be loaded: {plain_reason(error)}") from error
+    if report["missing_keys"]:
+        raise ValueError(f"graft: the base {name} lacks the weight {sorted(report['missing_keys'])[0]!r}")
+    if base.config._attn_implementation not in ("sdpa", "eager"):
+        base.set_attn_implementation("sdpa")
+    model: PreTrainedModel = base
+    return model
+
+
+def weights_digest(base: PreTrainedModel) -> str:
+    """SHA-256 of a model's weights, their names and dtypes."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(base.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_weights(folder: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in a graft's folder. Raises ValueError unless they are finite, and have the names and shapes of its
+    `own`."""
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder} cannot be loaded as a graft: {' '.join(str(error).split())}") from error
+    foreign = sorted(weights.keys() ^ own.keys()) or [n for n, t in weights.items() if t.shape != own[n].shape]
+    if foreign:
+        raise ValueError(
+            f"{folder} does not hold the weights of this graft: {foreign[0]!r} does not match its config.json"
+        )
+    broken = next((name for name, weight in weights.items() if not bool(weight.isfinite().all())), None)
+    if broken is not None:
+        raise ValueError(f"{folder} cannot be used: its weight {broken!r} has numbers that are not finite")
+    return weights
