@@ -185,6 +185,30 @@ def test_a_state_of_another_model_is_refused(kind: str, length: int):
         model(tokens(2, length), past_key_values=state)
 
 
+OTHERS: list[dict[str, Any]] = [
+    {"head_dim": 8}, {"head_dim": 32}, {"num_attention_heads": 4, "head_dim": 8}, {"memory_dim": 240},
+    {"memory_layers": 3}, {"memory_conv_size": 8}, {"hidden_size": 64},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"), [*((kind, x) for kind in ("mac", "mag") for x in OTHERS), ("mac", {"segment_size": 40})]
+)
+def test_buffers_of_another_model_are_refused(kind: str, changes: dict[str, Any]):
+    model, other = tiny_model(kind, **changes), tiny_model(kind)
+    with torch.no_grad():
+        state = other(tokens(2, 6), use_cache=True).past_key_values
+        other.begin_decoding(state)
+
+    def decode() -> None:
+        with torch.no_grad():
+            for i in range(20):
+                model(tokens(2, 1, seed=i), past_key_values=state)
+
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        decode()
+
+
 @pytest.mark.parametrize("name", ["q_proj", "o_proj"])
 @pytest.mark.parametrize("length", [1, 5, LONG])
 @torch.no_grad()

@@ -43,6 +43,8 @@ def attention_step(
     assert keys.is_contiguous()  # a copy would be written, not they
     assert values.is_contiguous()
     batch, heads, slots, width = keys.shape
+    if (batch, heads, width) != (len(x), attention.num_heads, attention.head_dim) or max(places.ends) > slots:
+        return None  # of another model: the operations raise
     x, cos, sin = (as_contiguous(t, x.dtype) for t in (x, inputs.cos, inputs.sin))
     before = None if inputs.before is None else as_contiguous(inputs.before, x.dtype)
     room, output = x.new_empty(6, batch, heads * width), x.new_empty(x.shape)

@@ -119,7 +119,13 @@ def in_factors(layer: StepLayer, state: NeuralMemoryState) -> NeuralMemoryState:
 
 
 def read_token(layer: StepLayer, found: WeightAddresses, x: Tensor, conv_state: Tensor, weights: Layers) -> ReadToken:
-    """Read the memory with these `weights` at the query of x `[B, 1, D]`, and write nothing (eq. 15)."""
+    """Read the memory with these `weights` at the query of x `[B, 1, D]`, and write nothing (eq. 15).
+
+    Raises ValueError for weights or a `conv_state` of another layer."""
+    (heads, width, _), size = layer.shapes[0], found.numbers[2]
+    shapes = [(len(x), *shape) for shape in layer.shapes] + [(len(x), size - 1, heads * width)]
+    if (own := [tuple(t.shape) for t in (*weights, conv_state)]) != shapes:
+        raise ValueError(f"the state does not fit this memory: its weights and conv_state are {own}, expected {shapes}")
     return ReadToken(*_call(layer, found, x, (conv_state,), (weights,)))
 
 
