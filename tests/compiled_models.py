@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from conftest import PERSISTENT, each_titan, state_tensors, tiny_model, tokens
+from conftest import PERSISTENT, TITANS, each_titan, state_tensors, tiny_model, tokens
 from titans_lm import TitansForCausalLM, TitansState
 from titans_lm.layers.bypass import bypass_memory
 from titans_lm.models.export import export_prefill, export_step
@@ -157,10 +157,17 @@ def reloaded(program: torch.export.ExportedProgram) -> Callable[..., Any]:
     return torch.export.load(file).module()
 
 
-@each_titan
+SHORTEST: dict[str, Any] = {
+    "window_size": 1, "memory_chunk_size": 2, "memory_gates_of": "chunk",
+    "surprise_threshold": 0.3, "surprise_threshold_on": "prediction",
+}  # fmt: skip
+"""Sizes that a call of two tokens, as the trace has it, ends at, and options that compare tokens with those before."""
+
+
+@pytest.mark.parametrize(("kind", "changes"), [*((kind, {}) for kind in TITANS), ("mag", SHORTEST)])
 @torch.no_grad()
-def test_exported_programs_are_the_model_at_any_length_and_number_of_rows(kind: str):
-    model = small_model(kind)
+def test_exported_programs_are_the_model_at_any_length_and_number_of_rows(kind: str, changes: dict[str, Any]):
+    model = small_model(kind, **changes)
     prefill, step = reloaded(export_prefill(model)), reloaded(export_step(model))
     for rows, length in ((1, 2), (2, 16), (3, 5), (1, 33)):
         ids = tokens(rows, length)
@@ -180,6 +187,18 @@ def test_exported_programs_are_the_model_at_any_length_and_number_of_rows(kind: 
     restored = model.initial_state(1)
     restored.set_tensors(state)
     assert_close(model(token, past_key_values=restored).logits, step(token, state)[0])
+
+
+@torch.no_grad()
+def test_a_step_is_exported_where_parts_of_the_state_are_one_tensor():
+    """Where a segment begins, what it retrieves from are the memory's weights."""
+    model = small_model("mac", segment_size=2)
+    step, state = export_step(model).module(), model(tokens(2, 3), use_cache=True).past_key_values
+    tensors = state.tensors()
+    for i in range(3):
+        token = tokens(2, 1, seed=i)
+        logits, tensors = step(token, tensors)
+        assert_close(logits, model(token, past_key_values=state).logits)
 
 
 def test_the_code_of_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch):

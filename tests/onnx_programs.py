@@ -16,7 +16,7 @@ from titans_lm import TitansForCausalLM, export_prefill, export_step, to_onnx
 from titans_lm.models.onnx import NEW
 
 FORMS = [
-    ("lmm", {"memory_form": "plain", "memory_clip": None, "memory_activation": "gelu"}),
+    ("lmm", {"memory_form": "plain", "memory_clip": None, "memory_activation": "gelu", "num_persistent_tokens": 0}),
     ("lmm", {}),
     ("mac", {}),
     ("mag", {}),

@@ -153,9 +153,10 @@ def chunk_gates(
     that an earlier call began. `position` `[B]` counts the tokens in that chunk of `size` tokens.
     """
     own = torch.cat([current[:, None], torch.stack(gates, -1)], 1)  # [B, 1 + T, H, 3]
-    token = torch.arange(gates[0].shape[1], device=position.device)
+    tokens = gates[0].shape[1]
+    token = torch.arange(tokens, device=position.device)
     first = token - (position[:, None] + token) % size  # [B, T], negative where an earlier call has read it
     of_chunks = torch.cat([current[:, None], gather_tokens(own, (first + 1).clamp(min=0))], 1)
-    count = torch.full_like(position, len(token)) if valid is None else valid.sum(1)
+    count = torch.full_like(position, tokens) if valid is None else valid.sum(1)
     theta, eta, alpha = of_chunks[:, 1:].unbind(-1)
     return (theta, eta, alpha), gather_tokens(of_chunks, count[:, None])[:, 0]

@@ -24,7 +24,7 @@ class Predictor(nn.Module):
     def forward(self, x: Float[Tensor, "B T D"], prev_input: Float[Tensor, "B D"]) -> Float[Tensor, "B T"]:
         """|| f(x_{t-1}) - x_t ||^2. `prev_input` is the input before the first token of x."""
         x = x.detach()
-        before = torch.cat([prev_input.detach()[:, None].to(x.dtype), x[:, :-1]], 1)
+        before = torch.cat([prev_input.detach()[:, None].to(x.dtype), x], 1)[:, :-1]
         error = self.map(before) - x
         return (error if error.dtype == torch.float64 else error.float()).square().sum(-1)
 

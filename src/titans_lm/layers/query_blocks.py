@@ -76,8 +76,8 @@ def window_blocks(
 
     Only the first block sees the cache, whose length may differ between rows; the other blocks share one mask.
     """
-    given = q.shape[2]
-    if for_all_lengths(q):
+    given, exported = q.shape[2], for_all_lengths(q)
+    if exported:
         q, keys, values = (F.pad(x, (0, 0, 0, window)) for x in (q, keys, values))
     batch, heads, tokens, width = q.shape
     end = keys.shape[2] - tokens + window
@@ -92,7 +92,7 @@ def window_blocks(
     visible = F.pad((slot <= own) & (slot > own - window), (size, 0), value=True)  # [W, P + 2 W]
     y = attention(q.flatten(0, 1), keys, values, attn_mask=visible)
     y = y.view(batch, count, heads, window, width).transpose(1, 2).flatten(2, 3)
-    if for_all_lengths(q):  # a slice would have to be shown to fit
+    if exported:  # a slice would have to be shown to fit
         return torch.cat([begin, y], 2).index_select(2, torch.arange(given, device=y.device))
     return torch.cat([begin, y[:, :, : tokens - window]], 2)
 

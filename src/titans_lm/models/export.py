@@ -61,7 +61,8 @@ def export_step(model: TitansForCausalLM) -> ExportedProgram:
     example = torch.zeros(2, 2, dtype=torch.long, device=model.device)
     with torch.no_grad():
         state = model(example, use_cache=True).past_key_values
-    rows, tensors = Dim("rows", min=1), state.tensors()
+    rows = Dim("rows", min=1)
+    tensors = {name: t.clone() for name, t in state.tensors().items()}  # one tensor of two names would be one input
     shapes = ({0: rows}, {name: {0: rows} for name in tensors})
     return _export(model, _Step(model, state), (example[:, :1], tensors), shapes)
 

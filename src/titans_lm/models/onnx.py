@@ -67,6 +67,8 @@ def _scan(*arguments: Any) -> list[Tensor]:
         first, last = len(state), len(tensors) - len(norm)
         return _token(a, tensors[:first], tensors[first:last], tensors[last:])
 
+    if a.tokens[0].shape[1] == 0:
+        return [a.tokens[2].clone(), *(x.clone() for x in state[:-1])]
     if a.tokens[0].shape[1] == 1:
         *state, _, y = token(*state, *(x[:, 0] for x in tokens), *norm)
         return [y[:, None], *state]
