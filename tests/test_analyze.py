@@ -86,11 +86,13 @@ def test_it_begins_with_a_memory_and_stops_after_some_tokens(folder, text, tmp_p
 
 def test_it_refuses_what_cannot_be(folder, text, tmp_path, capsys):
     (tmp_path / "file").write_text("")
+    (tmp_path / "one.txt").write_text("x")
     (tmp_path / "site").mkdir()
     (tmp_path / "site/index.html").write_text("mine")
     base = {"--model": str(folder), "--text": str(text), "--out": str(tmp_path / "out")}
     for changes, words in (
         ({"--text": str(tmp_path / "none.txt")}, "none.txt does not exist"),
+        ({"--text": str(tmp_path / "one.txt")}, "one.txt has one token; give a text with more"),
         ({"--out": str(tmp_path / "file")}, "is not a folder"),
         ({"--out": str(tmp_path / "site")}, "not of this command"),
         ({"--tokens": "1"}, "--tokens must be at least 2"),

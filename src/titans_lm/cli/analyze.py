@@ -121,7 +121,9 @@ def spans_of(what_if: tuple[str, int, int | None], tokens: int) -> tuple[str, Sp
 def read_tokens(
     files: list[Path], tokenizer: PreTrainedTokenizerBase, most: int, errors: Errors
 ) -> tuple[NDArray[np.int64], list[PageText], bool]:
-    """The tokens of the files, one after another, at most `most`; the texts that they are of; whether more is left."""
+    """The tokens of the files, one after another, at most `most`; the texts that they are of; whether more is left.
+
+    Raises ValueError for a single token, which nothing predicts."""
     parts, texts, used = list[NDArray[np.int64]](), list[PageText](), 0
     for file in files:
         before = used
@@ -131,6 +133,8 @@ def read_tokens(
             parts.append(encode(tokenizer, piece))
             used += len(parts[-1])
         texts.append(PageText(name_of(file), min(used, most) - min(before, most)))
+    if used < 2:
+        raise ValueError(f"{files[0]} has one token; give a text with more")
     return np.concatenate(parts)[:most], [text for text in texts if text.tokens], used > most
 
 
