@@ -89,6 +89,12 @@ def test_a_value_that_cannot_be_is_named(change):
         tiny_config("mag", **change)
 
 
+def test_attention_heads_that_do_not_divide_the_width_are_named():
+    with pytest.raises(ValueError, match="hidden_size=64 is not a multiple of num_attention_heads=3"):
+        TitansConfig(hidden_size=64, num_attention_heads=3)
+    assert TitansConfig(hidden_size=64, num_attention_heads=3, head_dim=20).head_dim == 20
+
+
 def test_a_window_of_everything_is_for_attention_alone():
     assert tiny_config("full").window_size is None
     with pytest.raises(ValueError, match="window_size"):

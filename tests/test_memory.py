@@ -315,6 +315,7 @@ def test_a_memory_learns_what_it_reads():
     ("options", "named"),
     [
         ({"head_dim": 0}, "head_dim"),
+        ({"num_heads": 5}, r"dim=\d+ is not a multiple of num_heads=5"),
         ({"memory_dim": 0}, "memory_dim"),
         ({"layers": 0}, "layers"),
         ({"chunk_size": 0}, "chunk_size"),
@@ -327,7 +328,7 @@ def test_a_memory_learns_what_it_reads():
 )
 def test_impossible_options_are_named(options, named):
     with pytest.raises(ValueError, match=named):
-        NeuralMemory(D, HEADS, **options)
+        NeuralMemory(**{"dim": D, "num_heads": HEADS, **options})
 
 
 @pytest.mark.usefixtures("unchecked")

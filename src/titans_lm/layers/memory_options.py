@@ -19,6 +19,13 @@ RENAMED = {
 """Old names of options: the new ones are those of the configuration, without its prefix `memory_`."""
 
 
+def head_width(dim: int, num_heads: int, names: tuple[str, str] = ("dim", "num_heads")) -> int:
+    """The width of a head where none is given. Raises ValueError if the heads do not divide the width."""
+    if num_heads > 0 and dim % num_heads:
+        raise ValueError(f"{names[0]}={dim} is not a multiple of {names[1]}={num_heads}: change one, or give head_dim")
+    return dim // max(num_heads, 1)
+
+
 def check_options(*, counts: dict[str, int], rates: dict[str, float], words: dict[str, str]) -> None:
     """Raises ValueError for a count below 1, a rate outside (0, 1], a word that its option does not know, and an
     associative start without convolutions."""

@@ -14,7 +14,7 @@ from titans_lm.layers.associative import start_associative
 from titans_lm.layers.bypass import is_bypassed
 from titans_lm.layers.checkpointing import checkpointed
 from titans_lm.layers.gating import sigmoid_gates
-from titans_lm.layers.memory_options import RENAMED, check_options
+from titans_lm.layers.memory_options import RENAMED, check_options, head_width
 from titans_lm.layers.memory_state import (
     InitialMemory,
     NeuralMemoryOutput,
@@ -118,7 +118,7 @@ class NeuralMemory(nn.Module):
         backend: Backend = "auto",
     ):
         super().__init__()
-        head_dim = dim // max(num_heads, 1) if head_dim is None else head_dim
+        head_dim = head_width(dim, num_heads) if head_dim is None else head_dim
         memory_dim = 4 * head_dim if memory_dim is None else memory_dim
         check_options(
             counts={"dim": dim, "num_heads": num_heads, "head_dim": head_dim, "layers": layers, "lags": lags,

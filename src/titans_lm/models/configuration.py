@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from titans_lm.layers.memory_options import head_width
 from titans_lm.models.model_files import AUTO_MAP
 from titans_lm.models.registration import register_models, register_other_configurations
 
@@ -111,7 +112,8 @@ class TitansConfig(PreTrainedConfig):
         if unknown:
             _warn_unknown(unknown, type(self))
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+            heads = ("hidden_size", "num_attention_heads")
+            self.head_dim = head_width(self.hidden_size, self.num_attention_heads, heads)
         if self.memory_dim is None:
             self.memory_dim = 4 * self.memory_head_dim
         if self.num_memory_heads is None:
