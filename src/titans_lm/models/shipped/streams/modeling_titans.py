@@ -7,4 +7,12 @@ After `import titans_lm`, `AutoModelForCausalLM.from_pretrained(FOLDER)` works t
 package finds it through this file with `trust_remote_code=True`.
 """
 
-from titans_lm import TitansConfig, TitansForCausalLM, TitansModel  # noqa: F401
+from titans_lm import (  # noqa: F401
+    TitansConfig,
+    TitansForCausalLM,
+    TitansForSequenceClassification,
+    TitansForTimeSeriesPrediction,
+    TitansForTokenClassification,
+    TitansModel,
+    TitansTimeSeriesConfig,
+)
