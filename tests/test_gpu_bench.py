@@ -93,9 +93,11 @@ def test_a_cell_that_fails_or_takes_too_long_is_a_result_and_the_next_one_runs()
         process.end()
 
 
-@pytest.mark.parametrize("cell", [*TOY["checks"][2:4], *TOY["compile"]], ids=lambda cell: cell.name)
-def test_checks_and_kernels_run(cell: Cell):
-    assert run(cell).get("right", True)
+@pytest.mark.parametrize("cell", [*TOY["checks"][2:4], *TOY["compile"], TOY["model"][0]], ids=lambda cell: cell.name)
+def test_checks_kernels_and_models_run(cell: Cell):
+    found = run(cell)
+    assert found.get("error") is None
+    assert found.get("right", True)
 
 
 def test_a_wrong_form_is_found(monkeypatch: pytest.MonkeyPatch):

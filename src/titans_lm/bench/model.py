@@ -20,6 +20,13 @@ from titans_lm.utils.record import check_least
 from titans_lm.utils.terminal import red
 
 
+def trained_options(
+    kind: str, size: str, tokens: int, checkpointing: bool = False, backend: str | None = None
+) -> dict[str, Any]:
+    """The options of `trained`. `backend` is that of `torch.compile`; None: not compiled."""
+    return {"kind": kind, "size": size, "tokens": tokens, "checkpointing": checkpointing, "compile": backend}
+
+
 def trained(options: dict[str, Any], setting: Setting) -> Contender:
     """A model that trains on and prefills `tokens` tokens."""
     model = lm.build(options["kind"].removesuffix(COMPILED), options["size"], setting)
@@ -109,8 +116,8 @@ def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noq
 def _entrant(name: str, tokens: int, arguments: argparse.Namespace) -> Entrant:
     steps = [] if arguments.prefill_only else ["step", *([WITHOUT] if name in lm.TITANS else [])]
     actions = ["prefill", *steps]
-    options = {"kind": name, "size": arguments.size, "tokens": tokens, "checkpointing": arguments.checkpointing,
-               "compile": arguments.compile if name.endswith(COMPILED) else None}  # fmt: skip
+    compiled = arguments.compile if name.endswith(COMPILED) else None
+    options = trained_options(name, arguments.size, tokens, arguments.checkpointing, compiled)
     return Entrant(f"{name}, {tokens:,} tokens", "model", "trained", actions, options)
 
 

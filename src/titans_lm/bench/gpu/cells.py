@@ -4,6 +4,7 @@ import itertools
 from typing import Any, NamedTuple
 
 from titans_lm.bench import lm
+from titans_lm.bench.model import trained_options
 
 SECTIONS = ("checks", "compile", "op", "model", "decode", "train")
 
@@ -169,10 +170,10 @@ def model_cells(*, toy: bool) -> list[Cell]:
     cells = []
     for tokens, kind in itertools.product(lengths, kinds):
         actions = ["prefill", "step", *(["step without memory"] if kind in lm.TITANS else [])]
-        options = {"kind": kind, "size": size, "tokens": tokens, "checkpointing": tokens > 32768}
+        options = trained_options(kind, size, tokens, checkpointing=tokens > 32768)
         cells.append(Cell(f"{kind}, {tokens:,} tokens", "model", "trained", options, actions, runs=2))
     if not toy:
-        longest = {"kind": "mag", "size": size, "tokens": 4096, "checkpointing": False}
+        longest = trained_options("mag", size, 4096)
         cells.append(Cell("mag by chunked, 4,096 tokens", "model", "trained", longest, ["prefill", "step"], "chunked"))
     return cells
 
