@@ -64,12 +64,11 @@ def test_op(tmp_path):
 def test_model(tmp_path):
     arguments = ["--lengths", "64", "32", "--variants", "mag", "--compile", "eager", "--runs", "1"]
     result = bench("model", *arguments, out=tmp_path / "model.json")
-    kinds = ["mag", "mag, compiled"]
-    assert [(row["kind"], row["tokens"]) for row in result["rows"]] == [(k, t) for t in (32, 64) for k in kinds]
+    models = [("mag", None), ("mag", "eager")]
+    found = [(row["kind"], row["compile"], row["tokens"]) for row in result["rows"]]
+    assert found == [(*one, tokens) for tokens in (32, 64) for one in models]
     for row in result["rows"]:
-        eager = row["kind"] == "mag"
-        assert row["compile"] == (None if eager else "eager")
-        check_measured(row, ["prefill", "step", *([model.WITHOUT] if eager else [])])
+        check_measured(row, ["prefill", "step", *([model.WITHOUT] if row["compile"] is None else [])])
     assert list(result["summary"]["compiled_over_eager"]) == ["mag 32", "mag 64"]
     growth = result["summary"]["time_per_token_longest_over_shortest"]["mag"]
     assert (growth["from"], growth["to"]) == (32, 64)
@@ -314,15 +313,16 @@ class _Slow:
 
 
 def test_ratios_of_models():
-    def row(kind, tokens, step, peak, without=None):
+    def row(kind, tokens, step, peak, without=None, backend=None):
         actions = {"step": {"seconds": step, "cpu_seconds": 2 * step, "peak_bytes": peak}}
         if without is not None:
             actions[model.WITHOUT] = {"seconds": without, "cpu_seconds": 2 * without, "peak_bytes": peak}
-        return {"kind": kind, "tokens": tokens, "actions": actions}
+        return {"kind": kind, "tokens": tokens, "compile": backend, "actions": actions}
 
     found = model.summary([
         row("mag", 10, 1.0, 10, without=0.4), row("mag", 40, 6.0, 20, without=3.0), row("mac", 40, 9.0, 10),
-        row("full attention", 40, 12.0, 10), row("sliding window", 40, 2.0, 5), row("mac, compiled", 40, 4.5, 10),
+        row("full attention", 40, 12.0, 10), row("sliding window", 40, 2.0, 5),
+        row("mac", 40, 4.5, 10, backend="inductor"),
     ])  # fmt: skip
     assert found["time_per_token_longest_over_shortest"]["mag"]["step"] == 1.5
     assert found["mac_over_mag"] == {"40": {"step": 1.5, "step, CPU": 1.5}}

@@ -29,7 +29,7 @@ def trained_options(
 
 def trained(options: dict[str, Any], setting: Setting) -> Contender:
     """A model that trains on and prefills `tokens` tokens."""
-    model = lm.build(options["kind"].removesuffix(COMPILED), options["size"], setting)
+    model = lm.build(options["kind"], options["size"], setting)
     if options["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     compiled = options["compile"] is not None
@@ -73,7 +73,6 @@ def _actions(model: nn.Module, length: int, setting: Setting, compiled: bool) ->
 
 
 WITHOUT = "step without memory"
-COMPILED = ", compiled"
 BUILD = {"trained": trained}
 
 # ------------------------------------------------------------------------------------------------ command
@@ -107,18 +106,22 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def heats(arguments: argparse.Namespace, setting: Setting) -> list[Heat]:  # noqa: ARG001 - the form of all kinds
-    compiled = [name + COMPILED for name in arguments.variants] if arguments.compile else []
-    names = [*arguments.variants, *compiled, *(lm.BASELINES if arguments.peers else ())]
-    entrants = [_entrant(name, tokens, arguments) for tokens in sorted(arguments.lengths) for name in names]
+    eager = [(kind, None) for kind in (*arguments.variants, *(lm.BASELINES if arguments.peers else ()))]
+    compiled = [(kind, arguments.compile) for kind in arguments.variants if arguments.compile]
+    models = [*eager, *compiled]
+    entrants = [_entrant(*model, tokens, arguments) for tokens in sorted(arguments.lengths) for model in models]
     return [Heat("model", entrants, arguments.runs, patience=arguments.patience)]
 
 
-def _entrant(name: str, tokens: int, arguments: argparse.Namespace) -> Entrant:
-    steps = [] if arguments.prefill_only else ["step", *([WITHOUT] if name in lm.TITANS else [])]
-    actions = ["prefill", *steps]
-    compiled = arguments.compile if name.endswith(COMPILED) else None
-    options = trained_options(name, arguments.size, tokens, arguments.checkpointing, compiled)
-    return Entrant(f"{name}, {tokens:,} tokens", "model", "trained", actions, options)
+def _entrant(kind: str, backend: str | None, tokens: int, arguments: argparse.Namespace) -> Entrant:
+    without = [WITHOUT] if kind in lm.TITANS and backend is None else []
+    actions = ["prefill", *([] if arguments.prefill_only else ["step", *without])]
+    options = trained_options(kind, arguments.size, tokens, arguments.checkpointing, backend)
+    return Entrant(f"{_name(kind, backend)}, {tokens:,} tokens", "model", "trained", actions, options)
+
+
+def _name(kind: str, backend: str | None) -> str:
+    return kind if backend is None else f"{kind}, compiled"
 
 
 Measured = dict[tuple[str, int], dict[str, Any]]
@@ -128,14 +131,14 @@ SPENT = {"seconds": "", "cpu_seconds": ", CPU"}
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Ratios of medians per action, as far as measured."""
-    measured = {(row["kind"], row["tokens"]): row["actions"] for row in rows if row["actions"]}
+    measured = {(_name(row["kind"], row["compile"]), row["tokens"]): row["actions"] for row in rows if row["actions"]}
     return {
         "time_per_token_longest_over_shortest": _growth(measured),
         "mac_over_mag": _over(measured, "mac", "mag"),
         "compiled_over_eager": {
             f"{name} {tokens}": ratios
             for name in lm.TITANS
-            for tokens, ratios in _over(measured, name + COMPILED, name).items()
+            for tokens, ratios in _over(measured, _name(name, "any"), name).items()
         },
         "full_attention_over_mag": _over(measured, lm.FULL, "mag"),
         "mag_over_sliding_window": _over(measured, "mag", lm.WINDOW),

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from titans_lm.models.configuration import unknown_key
 from titans_lm.models.graft_config import base_config
+from titans_lm.models.model_files import check_weights
 from titans_lm.models.tokenizer import plain_reason
 
 WEIGHTS = "model.safetensors"
@@ -73,11 +74,5 @@ def load_weights(folder: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder} cannot be loaded as a graft: {' '.join(str(error).split())}") from error
     foreign = sorted(weights.keys() ^ own.keys()) or [n for n, t in weights.items() if t.shape != own[n].shape]
-    if foreign:
-        raise ValueError(
-            f"{folder} does not hold the weights of this graft: {foreign[0]!r} does not match its config.json"
-        )
-    broken = next((name for name, weight in weights.items() if not bool(weight.isfinite().all())), None)
-    if broken is not None:
-        raise ValueError(f"{folder} cannot be used: its weight {broken!r} has numbers that are not finite")
+    check_weights(folder, foreign, weights.items(), of="graft")
     return weights

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from titans_lm.models.configuration import TitansConfig
 from titans_lm.models.graft_config import GraftConfig
 from titans_lm.models.graft_files import load_graft
-from titans_lm.models.model_files import MODEL_HELP, NAMES, SHIPPED, add_digests, check_digests, find
+from titans_lm.models.model_files import MODEL_HELP, NAMES, SHIPPED, add_digests, check_digests, check_weights, find
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import plain_reason
 
@@ -41,14 +41,7 @@ def load(model: str | Path) -> tuple[TitansForCausalLM, PreTrainedTokenizerBase]
         tokenizer = AutoTokenizer.from_pretrained(folder, **_AS_DATA)
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{folder} cannot be loaded as a Titans model: {plain_reason(error)}") from error
-    foreign = sorted(report["missing_keys"] | report["unexpected_keys"])
-    if foreign:
-        raise ValueError(
-            f"{folder} does not hold the weights of this model: {foreign[0]!r} does not match its config.json"
-        )
-    broken = next((name for name, weight in loaded.named_parameters() if not bool(weight.isfinite().all())), None)
-    if broken is not None:
-        raise ValueError(f"{folder} cannot be used: its weight {broken!r} has numbers that are not finite")
+    check_weights(folder, sorted(report["missing_keys"] | report["unexpected_keys"]), loaded.named_parameters())
     return loaded.eval(), tokenizer
 
 

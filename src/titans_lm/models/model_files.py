@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from titans_lm.utils.deprecation import renamed
 
@@ -115,6 +116,18 @@ def check_digests(folder: Path, listed: str = DIGESTS) -> None:
             raise ValueError(f"{folder} is damaged: {name} is missing")
         if _digest(path) != expected:
             raise ValueError(f"{folder} is damaged: {name} is not as it was saved (if you changed it, remove {listed})")
+
+
+def check_weights(folder: Path, foreign: Sequence[str], weights: Iterable[tuple[str, Any]], of: str = "model") -> None:
+    """Raises ValueError for names of weights that are not the model's or that it lacks, `foreign`, and for one of
+    `weights`, names and tensors, that is not finite."""
+    if foreign:
+        raise ValueError(
+            f"{folder} does not hold the weights of this {of}: {foreign[0]!r} does not match its config.json"
+        )
+    broken = next((name for name, weight in weights if not bool(weight.isfinite().all())), None)
+    if broken is not None:
+        raise ValueError(f"{folder} cannot be used: its weight {broken!r} has numbers that are not finite")
 
 
 def _listed(folder: Path, listed: str = DIGESTS) -> dict[str, str]:
