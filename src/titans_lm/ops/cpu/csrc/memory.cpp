@@ -9,6 +9,7 @@
 #include "layer_step.h"
 #include "residual.h"
 #include "segments.h"
+#include "subnormals.h"
 
 // Run jobs on `threads` threads, or as many as the system gives, each with a Worker of its own. Returns 0, or 1 if memory
 // ran out. The counter's last atomic operation also makes a worker's streaming stores visible to all threads.
@@ -16,6 +17,7 @@ template <class Worker, class Args, class Act>
 long run_jobs(const Args& args, long jobs, Act act) {
     std::atomic<long> next{0}, failed{0};
     auto work = [&] {
+        NoSubnormals while_computing;
         try {
             Worker worker(args);
             for (long job; (job = next++) < jobs;) act(worker, job);
@@ -35,6 +37,7 @@ long run_jobs(const Args& args, long jobs, Act act) {
 
 template <class Act>
 long guarded(Act act) {
+    NoSubnormals while_computing;
     try {
         return act();
     } catch (const std::bad_alloc&) {

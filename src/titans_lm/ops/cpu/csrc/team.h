@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "subnormals.h"
+
 class Team {
   public:
     typedef std::function<void(long member, long job)> Act;
@@ -75,6 +77,7 @@ class Team {
     }
 
     void follow(long member) {
+        NoSubnormals while_computing;
         for (long seen = 0;;) {
             {
                 std::unique_lock<std::mutex> lock(mutex);
