@@ -1,6 +1,7 @@
 """Facts in a long text: each once and in order, nothing of the text lost, lengths exact; scores as published."""
 
 import dataclasses
+import itertools
 import json
 import tarfile
 from pathlib import Path
@@ -19,7 +20,7 @@ from titans_lm.cli import main
 from titans_lm.evaluate.babilong import TOKENS, babilong_rule, exact, score, substring
 from titans_lm.models.tokenizer import byte_tokenizer, load_tokenizer
 from titans_lm.tasks import IGNORED, Task, make_task
-from titans_lm.tasks.babilong import Babilong, Example, parse, sentences
+from titans_lm.tasks.babilong import Babilong, Example, Question, parse, sentences
 
 QA1 = """\
 1 Zoe went to the attic.
@@ -82,7 +83,7 @@ def draw(seed: int = 0) -> np.random.Generator:
 
 
 def test_each_question_has_the_facts_of_its_story_before_it():
-    assert parse(QA1, "qa1") == [
+    assert [example._replace(earlier=()) for example in parse(QA1, "qa1")] == [
         Example(("Zoe went to the attic.",), "Where is Zoe?", "attic"),
         Example(
             ("Zoe went to the attic.", "Xavier moved to the cellar.", "Yves travelled to the loft."),
@@ -94,6 +95,10 @@ def test_each_question_has_the_facts_of_its_story_before_it():
             "Where is Xavier?", "loft",
         ),
     ]  # fmt: skip
+
+
+def test_a_question_has_those_of_its_story_before_it_and_no_others():
+    assert [example.earlier for example in parse(QA1, "qa1")] == [(), (Question(1, "Where is Zoe?", "attic"),), ()]
 
 
 def test_labels_are_what_the_files_answer(babi):
@@ -138,6 +143,34 @@ def test_rows_hold_the_facts_in_order_and_a_stretch_of_the_text(task, seed, leng
             assert context.count(fact) == 1
             context = context.replace(f" {fact}", "")
         assert context in ("\n\n" + BOOK) * 20
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), length=st.integers(170, 900))
+def test_all_questions_of_a_story_are_asked_where_it_asks_them_if_there_is_room(task, seed, length):
+    whole = dataclasses.replace(task, length=length, questions="all")
+    rows, last = whole.batch(draw(seed), 4), dataclasses.replace(task, length=length)
+    for ids, labels in zip(rows.input_ids, rows.labels, strict=True):
+        *earlier, asked = text(ids).split("\n\nQuestion: ")
+        example = next(e for e in task.examples if asked == f"{e.question}\nAnswer: {e.answer}.")
+        said = [text(np.array(list(run))) for named, run in itertools.groupby(labels, lambda x: x != IGNORED) if named]
+        if len(earlier) == 1:
+            assert said == [f" {example.answer}."]
+            size = sum(len(f" {fact}") for fact in example.facts) + len(asked) + len("\n\nQuestion: ")
+            asked_before = sum(len(f"\n\nQuestion: {q}\nAnswer: {a}.") for _, q, a in example.earlier)
+            assert not example.earlier or length < size + asked_before + last.answer_tokens
+        else:
+            assert said == [" attic.", f" {example.answer}."]
+            assert earlier[0].endswith(" Zoe went to the attic.")
+            assert earlier[1].startswith("Where is Zoe?\nAnswer: attic.")
+            assert (labels == IGNORED).sum() == length - len(" attic.") - len(f" {example.answer}.")
+            assert (ids[labels != IGNORED] == labels[labels != IGNORED]).all()
+
+
+def test_a_prompt_asks_one_question_whatever_rows_of_training_ask(task):
+    story = task.examples[1]
+    everything = dataclasses.replace(task, questions="all").prompt(story, draw())
+    assert np.array_equal(everything, task.prompt(story, draw()))
 
 
 def test_facts_stand_between_sentences_anywhere(task):

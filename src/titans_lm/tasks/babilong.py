@@ -28,15 +28,36 @@ FOLDERS = ("en-10k", "en")
 Tokens = NDArray[np.int64]
 
 
-class Example(NamedTuple):
-    facts: tuple[str, ...]
+Asked = Literal["last", "all"]
+
+
+class Part(NamedTuple):
+    """A piece of a row."""
+
+    ids: Tokens
+    labels: Tokens
+
+
+class Question(NamedTuple):
+    """A question that a story asks before its last one."""
+
+    place: int
+    """Facts of the story before it."""
     question: str
     answer: str
 
 
+class Example(NamedTuple):
+    facts: tuple[str, ...]
+    question: str
+    answer: str
+    earlier: tuple[Question, ...] = ()
+    """The story's questions before this one."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Babilong:
-    """Rows of facts scattered among background sentences, then the question, then its answer, which has the only
+    """Rows of facts scattered among background sentences, then the question, then its answer. Answers have the only
     labels.
 
     The background continues sentence by sentence from a random one, book after book, and wraps around; a blank line
@@ -59,12 +80,18 @@ class Babilong:
     pads shorter rows with line breaks in front."""
     tokenizer: str = "bytes"
     """"bytes", or the name or folder of a tokenizer."""
+    questions: str = "last"
+    """last: a row of a `batch` has one question. all: it has also those that the story asks before, with answers, each
+    after the fact that it follows there, as bAbI's files have them: two or three times as many labels to learn from. A
+    `prompt` has one question always."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"qa([1-9]|1\d|20)", self.task):
             raise ValueError(f"task must be one of qa1 to qa20, got {self.task!r}")
         if self.split not in get_args(Split):
             raise ValueError(f"split={self.split!r} is not one of: {', '.join(get_args(Split))}")
+        if self.questions not in get_args(Asked):
+            raise ValueError(f"questions={self.questions!r} is not one of: {', '.join(get_args(Asked))}")
         at_least(1 if self.background else 0, length=self.length)
         if not self.length:
             object.__setattr__(self, "length", int(self._data.sizes.max()))
@@ -100,31 +127,56 @@ class Babilong:
     def batch(self, rng: np.random.Generator, rows: int) -> Batch:
         fitting = np.flatnonzero(self._data.sizes <= self.length)
         ids = np.empty((rows, self.length), np.int64)
-        labels = np.full_like(ids, IGNORED)
+        labels = np.empty_like(ids)
         for row in range(rows):
             example = self._data.examples[rng.choice(fitting)]
-            answer = _encoded(self.tokenizer, _answer(example))
-            first = self.length - len(answer)
-            ids[row] = np.concatenate([*self._context(example, rng, first), answer])
-            labels[row, first:] = answer
+            answer = _encoded(self.tokenizer, _answer(example.answer))
+            context = self._context(example, rng, self.length - len(answer), with_earlier=self.questions == "all")
+            parts = [*context, Part(answer, answer)]
+            ids[row], labels[row] = (np.concatenate(column) for column in zip(*parts, strict=True))
         return Batch(ids, labels)
 
     def prompt(self, example: Example, rng: np.random.Generator) -> Tokens:
         """Tokens `[T]` of a prompt: T = `length` - `answer_tokens`; without background, facts and question only."""
         size = self.length - self.answer_tokens if self.background else None
-        return np.concatenate(self._context(example, rng, size))
+        return np.concatenate([part.ids for part in self._context(example, rng, size)])
 
-    def _context(self, example: Example, rng: np.random.Generator, size: int | None) -> list[Tokens]:
-        """Background, facts and question in `size` tokens; None: facts and question."""
-        facts = [_encoded(self.tokenizer, _fact(fact)) for fact in example.facts]
-        question = _encoded(self.tokenizer, _question(example))
-        room = 0 if size is None else size - sum(map(len, facts)) - len(question)
-        parts = list(self._background(room, rng))
+    def _context(
+        self, example: Example, rng: np.random.Generator, size: int | None, with_earlier: bool = False
+    ) -> list["Part"]:
+        """Background, facts and question in `size` tokens; None: facts and question. Earlier questions are left out
+        from the first one for which there is no room."""
+        facts = [self._part(_fact(fact)) for fact in example.facts]
+        question = self._part(_question(example.question))
+        room = 0 if size is None else size - sum(len(part.ids) for part in (*facts, question))
+        if with_earlier:
+            room -= self._insert_earlier(facts, example.earlier, room)
+        parts = [self._unlabelled(ids) for ids in self._background(room, rng)]
         least = 0 if self.background else len(parts)
         places = np.sort(rng.integers(least, len(parts) + 1, size=len(facts)))
         for place, fact in reversed(list(zip(places, facts, strict=True))):
             parts.insert(place, fact)
         return [*parts, question]
+
+    def _insert_earlier(self, facts: list["Part"], earlier: Sequence[Question], room: int) -> int:
+        """Append each question and its answer to the fact before it. Returns the tokens that they take of `room`."""
+        taken = 0
+        for place, question, answer in earlier:
+            asked, said = self._part(_question(question)), _encoded(self.tokenizer, _answer(answer))
+            size = len(asked.ids) + len(said)
+            if not place or taken + size > room:
+                break
+            columns = zip(facts[place - 1], asked, (said, said), strict=True)
+            facts[place - 1] = Part(*map(np.concatenate, columns))
+            taken += size
+        return taken
+
+    def _part(self, text: str) -> "Part":
+        return self._unlabelled(_encoded(self.tokenizer, text))
+
+    @staticmethod
+    def _unlabelled(ids: Tokens) -> "Part":
+        return Part(ids, np.full_like(ids, IGNORED))
 
     def _background(self, room: int, rng: np.random.Generator) -> Iterator[Tokens]:
         """Yields sentences, the last one cut, of `room` tokens in total."""
@@ -155,12 +207,12 @@ def _fact(fact: str) -> str:
     return f" {fact}"
 
 
-def _question(example: Example) -> str:
-    return f"\n\nQuestion: {example.question}\nAnswer:"
+def _question(question: str) -> str:
+    return f"\n\nQuestion: {question}\nAnswer:"
 
 
-def _answer(example: Example) -> str:
-    return f" {example.answer}."
+def _answer(answer: str) -> str:
+    return f" {answer}."
 
 
 # ------------------------------------------------------------------------------------------------ bAbI
@@ -184,10 +236,10 @@ def _data(babi: str, task: str, split: str, tokenizer: str) -> _Data:
             f"{babi} has no question of {task} to {split}: there is no {task}_..._{split}.txt, or nothing in it"
         )
     answers = {example.answer for file in files.values() for example in file}
-    room = max(len(_encoded(tokenizer, _answer(Example((), "", answer)))) for answer in answers)
+    room = max(len(_encoded(tokenizer, _answer(answer))) for answer in answers)
     sizes = [
         sum(len(_encoded(tokenizer, _fact(fact))) for fact in example.facts)
-        + len(_encoded(tokenizer, _question(example)))
+        + len(_encoded(tokenizer, _question(example.question)))
         + room
         for example in examples
     ]
@@ -199,16 +251,19 @@ def parse(text: str, name: str) -> list[Example]:
     """Parse all questions of a bAbI file. Raises ValueError for a malformed line, with the `name` of the file."""
     examples: list[Example] = []
     facts: list[str] = []
+    asked: list[Question] = []
     for number, line in enumerate(text.splitlines(), 1):
         match = re.fullmatch(r"(\d+) ([^\t]+)(?:\t([^\t]+)(?:\t[\d ]*)?)?", line)
         if match is None:
             raise ValueError(f"{name}, line {number}: not a numbered fact, nor a question with its answer after a tab")
         if match[1] == "1":
-            facts = []
+            facts, asked = [], []
         if match[3] is None:
             facts.append(match[2].strip())
         else:
-            examples.append(Example(tuple(facts), match[2].strip(), match[3].strip()))
+            question = Question(len(facts), match[2].strip(), match[3].strip())
+            examples.append(Example(tuple(facts), question.question, question.answer, tuple(asked)))
+            asked.append(question)
     return examples
 
 

@@ -35,6 +35,7 @@ from titans_lm.training.data.continued import continue_documents
 from titans_lm.training.data.loader import Loader, Stream
 from titans_lm.training.data_settings import RESET
 from titans_lm.training.fsdp import prepare_fsdp, reshard
+from titans_lm.training.needed_logits import only_needed_logits
 from titans_lm.training.not_finite import NotFinite
 from titans_lm.training.processes import OwnOrder, Processes
 from titans_lm.training.progress import Progress
@@ -209,8 +210,10 @@ class TitansTrainer(Trainer):
         if model.training:
             self.tokens += inputs["input_ids"].numel()
             self.last_batch, self.last_state = inputs, None
-        if not self.carried.is_on or not model.training:
+        if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
+        if not self.carried.is_on:
+            return super().compute_loss(model, only_needed_logits(self.model, inputs), *args, **kwargs)
         before = self.carried.next()
         self.last_batch = inputs = continue_documents(inputs, before)
         self.last_state = None if before is None else before.shallow_copy()

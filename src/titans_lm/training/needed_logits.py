@@ -1,0 +1,28 @@
+"""Logits of the last tokens alone, where a batch has labels at its end only, as a question's answer has: with a vocabulary
+of thousands, logits take longer than a small model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.tasks import IGNORED
+
+
+def only_needed_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments of a call of the model, with `logits_to_keep` and the labels of those logits, if no more than half of
+    the positions need logits; else `inputs`. The loss is the same.
+
+    A memory's own loss and a distillation look at all labels, so their models get `inputs`."""
+    labels = inputs.get("labels")
+    if type(model) is not TitansForCausalLM or model.config.memory_loss_weight or labels is None or labels.dim() != 2:
+        return inputs
+    if "logits_to_keep" in inputs or "shift_labels" in inputs:
+        return inputs
+    labelled = (labels != IGNORED).any(0).nonzero()
+    first = int(labelled[0]) if len(labelled) else labels.shape[1] - 1
+    count = labels.shape[1] - max(first - 1, 0)  # the logits that predict a label are of the token before it
+    if 2 * count > labels.shape[1]:
+        return inputs
+    return {**inputs, "labels": labels[:, -count:], "logits_to_keep": count}
