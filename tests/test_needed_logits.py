@@ -41,7 +41,7 @@ def test_the_loss_and_its_gradients_are_those_of_all_logits(variant: str, labell
     assert given["logits_to_keep"] == model(**given).logits.shape[1]
     assert len(found[0]) == len(found[1])
     for a, b in zip(*found, strict=True):
-        assert torch.allclose(a, b, rtol=1e-10, atol=1e-14, equal_nan=not labelled)
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7, equal_nan=not labelled)
 
 
 @pytest.mark.parametrize("change", ["many", "first", "no labels", "memory loss", "kept", "shifted", "another model"])
