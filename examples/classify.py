@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=96)
     parser.add_argument("--output", type=Path, default=Path("runs/classifier"))
     arguments = parser.parse_args()
+    if arguments.output.exists():
+        parser.error(f"--output {arguments.output} is there already; give another folder")
     options = TrainingArguments(
         str(arguments.output), max_steps=arguments.steps, per_device_train_batch_size=64, learning_rate=3e-3,
         save_strategy="no", report_to="none", use_cpu=True,

@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--carried", type=int, default=8, help="windows of 256 tokens that one memory reads")
     arguments = parser.parse_args()
+    if arguments.output.exists():
+        parser.error(f"--output {arguments.output} is there already; give another folder")
     torch.manual_seed(0)
     model, tokenizer = load(arguments.model)
     ids = tokenizer(arguments.text.read_text(), return_tensors="pt", add_special_tokens=False).input_ids[0]

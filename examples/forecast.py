@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("runs/forecaster"))
     arguments = parser.parse_args()
+    if arguments.output.exists():
+        parser.error(f"--output {arguments.output} is there already; give another folder")
     series = load_series(arguments.table)
     rows = len(series.values)
     parts = Parts(int(0.8 * rows), rows - arguments.horizon, rows)  # the last fifth chooses the epoch

@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
+    if args.output.exists():
+        parser.error(f"--output {args.output} is there already; give another folder")
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     ids = torch.from_numpy(encode(tokenizer, args.text.read_text()))
     ids, held_out = ids.split([len(ids) * 9 // 10, len(ids) - len(ids) * 9 // 10])

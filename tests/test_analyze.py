@@ -89,12 +89,15 @@ def test_it_refuses_what_cannot_be(folder, text, tmp_path, capsys):
     (tmp_path / "one.txt").write_text("x")
     (tmp_path / "site").mkdir()
     (tmp_path / "site/index.html").write_text("mine")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/held.png").write_text("mine")
     base = {"--model": str(folder), "--text": str(text), "--out": str(tmp_path / "out")}
     for changes, words in (
         ({"--text": str(tmp_path / "none.txt")}, "none.txt does not exist"),
         ({"--text": str(tmp_path / "one.txt")}, "one.txt has one token; give a text with more"),
         ({"--out": str(tmp_path / "file")}, "is not a folder"),
         ({"--out": str(tmp_path / "site")}, "not of this command"),
+        ({"--out": str(tmp_path / "pictures"), "--passage": "2-4"}, "held.png is not of this command"),
         ({"--tokens": "1"}, "--tokens must be at least 2"),
         ({"--what-if": "frozen"}, "--what-if frozen: give frozen:START"),
         ({"--what-if": "skip:9-5"}, "--what-if skip:9-5: give"),
@@ -112,7 +115,7 @@ def test_it_refuses_what_cannot_be(folder, text, tmp_path, capsys):
         assert said.startswith("titans analyze: "), said
         assert words in said
         assert not (tmp_path / "out").exists()
-    assert (tmp_path / "site/index.html").read_text() == "mine"
+    assert (tmp_path / "site/index.html").read_text() == (tmp_path / "pictures/held.png").read_text() == "mine"
 
 
 def test_all_flags_at_once(folder, text, tmp_path):

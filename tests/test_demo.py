@@ -187,12 +187,17 @@ def test_what_is_shipped_is_small_whole_and_in_the_package():
         (["--depth", "101"], "depth must be from 0 to 100"),
         (["--seed", "-1"], "--seed must be"),
         (["--model", "nothing"], "nothing is not a model: it has no config.json"),
+        (["--output", "mine"], "mine/demo.png is not of this command; give --output another folder"),
+        (["--output", "mine/demo.png"], "--output mine/demo.png is not a folder"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_wrong_is_one_line(arguments, words, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine/demo.png").write_text("mine")
     assert cli.main(["demo", *arguments]) == 2
+    assert Path("mine/demo.png").read_text() == "mine"
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1

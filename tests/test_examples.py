@@ -104,6 +104,7 @@ def test_fine_tuning_lowers_the_bits_of_what_was_held_out(tmp_path, monkeypatch,
     changed = [not torch.equal(a, b) for a, b in zip(model.parameters(), original.parameters(), strict=True)]
     assert all(changed)
     text.write_text("too short")
+    sys.argv[-1] = str(tmp_path / "other")
     with pytest.raises(SystemExit):
         finetune.main()
     assert "at least 513 tokens" in capsys.readouterr().err
@@ -139,6 +140,16 @@ def test_the_example_forecasts_a_table(tmp_path, monkeypatch, capsys):
     assert out[-5] == "step\ta\tb"
     assert [line.split("\t")[0] for line in out[-4:]] == ["1", "2", "3", "4"]
     assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["finetune", "graft", "classify", "forecast"])
+def test_no_example_trains_over_a_folder_that_is_there(name, tmp_path, monkeypatch, capsys):
+    needed = {"finetune": ["text.txt"], "graft": ["base", "text.txt"], "forecast": ["table.csv"]}
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *needed.get(name, []), "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as status:
+        example(name).main()
+    assert status.value.code == 2
+    assert f"--output {tmp_path} is there already" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -18,6 +18,8 @@ from titans_lm import TitansForCausalLM, TitansState
 from titans_lm.cli import main
 from titans_lm.cli.learn import RESET_EVERY, read_three_ways, tenths
 from titans_lm.inference.generate import generate_from, prefill
+from titans_lm.inference.known_files import KnownFiles
+from titans_lm.inference.reader import Reader
 from titans_lm.models.hub import load
 from titans_lm.models.tokenizer import byte_tokenizer, encode
 
@@ -130,6 +132,57 @@ def test_a_text_is_not_replaced_by_a_memory(folder, text, monkeypatch, capsys):
     assert text.read_bytes() == before
 
 
+def test_a_memory_that_was_not_loaded_is_not_overwritten(folder, text, tmp_path, monkeypatch, capsys):
+    memory, fork = tmp_path / "memory", tmp_path / "fork"
+    model, _ = load(folder)
+
+    def position(path: Path) -> int:
+        return int(TitansState.load(path, model).position)
+
+    assert infer(folder, "--context", text, "--save-memory", memory) == 0
+    before, read = memory.read_bytes(), position(memory)
+    (tmp_path / "link").symlink_to(memory)
+    other = [folder, "--context", text, "--save-memory"]
+    for path in (memory, tmp_path / "link"):
+        assert infer(*other, path) == 2
+        assert f"{path} holds a memory that was not loaded here" in said(capsys)[1]
+    assert main(["memory", "fork", str(memory), str(fork)]) == 0
+    assert infer(*other, memory, "--load-memory", fork) == 2
+    assert memory.read_bytes() == before
+    assert infer(*other, memory, "--load-memory", tmp_path / "link") == 0
+    assert position(memory) == 2 * read
+
+    def converse(*lines: str, load_memory: Path | None) -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        loaded = ["--load-memory", load_memory] if load_memory else []
+        assert infer(folder, "--interactive", "--max-new-tokens", 1, *loaded) == 0
+        return " ".join(capsys.readouterr().err.split())
+
+    before = memory.read_bytes()
+    assert "was not loaded here" in converse("one", f"/save {memory}", load_memory=None)
+    assert "was not loaded here" in converse("one", f"/save {memory}", load_memory=fork)
+    assert memory.read_bytes() == before
+    new = tmp_path / "new"
+    assert "was not loaded here" not in converse("one", f"/save {new}", "one", f"/save {new}", load_memory=None)
+    assert position(new) == 10
+    assert "was not loaded here" not in converse("one", f"/save {fork}", load_memory=fork)
+    assert position(fork) == read + 5
+
+
+def test_what_another_process_wrote_meanwhile_is_not_overwritten(folder, tmp_path):
+    model, tokenizer = load(folder)
+    memory, files = tmp_path / "memory", KnownFiles()
+    Reader(model, tokenizer, memory=memory).read("one")
+    state = files.load(memory, model)
+    files.save(state, memory)
+    files.save(state, memory)
+    Reader(model, tokenizer, memory=memory).read("two")
+    before = memory.read_bytes()
+    with pytest.raises(ValueError, match="was not loaded here"):
+        files.save(state, memory)
+    assert memory.read_bytes() == before
+
+
 def test_pieces_of_any_size_leave_the_same_memory(folder):
     model, tokenizer = load(folder)
     ids = torch.as_tensor(encode(tokenizer, "some words, " * 30))[None]
@@ -196,7 +249,7 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line(folder, tmp_path, capsys, n
 def test_what_is_wrong_is_one_line_and_nothing_is_lost(folder, text, tmp_path, capsys):
     memory = tmp_path / "memory"
     assert infer(folder, "--context", text, "--save-memory", memory) == 0
-    before = memory.read_bytes()
+    before, fresh = memory.read_bytes(), tmp_path / "fresh"
     other = tmp_path / "other"
     torch.manual_seed(1)
     TitansForCausalLM(tiny_config("mag", vocab_size=260)).save_pretrained(other)
@@ -211,8 +264,8 @@ def test_what_is_wrong_is_one_line_and_nothing_is_lost(folder, text, tmp_path, c
         ((folder, "--prompt", "a", "--max-new-tokens", 0), "--max-new-tokens must be at least 1"),
         ((folder, "--prompt", "a", "--temperature", -1), "--temperature must be finite and not negative"),
         ((tmp_path / "nowhere", "--prompt", "a"), "is not a model"),
-        ((folder, "--context", empty, "--save-memory", memory), "is empty"),
-        ((folder, "--context", tmp_path / "no.txt", "--save-memory", memory), "does not exist"),
+        ((folder, "--context", empty, "--save-memory", fresh), "is empty"),
+        ((folder, "--context", tmp_path / "no.txt", "--save-memory", fresh), "does not exist"),
         ((folder, "--context", text, "--save-memory", tmp_path / "no" / "memory"), "its folder does not exist"),
         ((other, "--load-memory", memory, "--prompt", "a"), "belongs to another model"),
         ((folder, "--load-memory", cut, "--prompt", "a"), "damaged"),
@@ -281,6 +334,23 @@ def test_learning_goes_on_where_it_was_interrupted(text, tmp_path, capsys, monke
     whole, cut = (json.loads((tmp_path / name / "model/trainer_state.json").read_text()) for name in ("whole", "cut"))
     assert [log["step"] for log in cut["log_history"] if "loss" in log] == [1, 2, 3, 4, 5, 6]
     assert [log.get("loss") for log in cut["log_history"]] == [log.get("loss") for log in whole["log_history"]]
+
+
+def test_learning_overwrites_only_what_it_wrote(folder, tmp_path, capsys):
+    memory = tmp_path / "learn/memory.safetensors"
+    memory.parent.mkdir()
+    model, tokenizer = load(folder)
+    Reader(model, tokenizer, memory=memory).read("hours of text")
+    before = memory.read_bytes()
+    command = ["learn", "--minutes", "0.001", "--bytes", "50000", "--output"]
+    assert main([*command, str(memory.parent)]) == 2
+    assert f"{memory} has read more texts since" in said(capsys)[1]
+    (memory.parent / "learn.json").write_text("[]")
+    assert main([*command, str(memory.parent)]) == 2
+    assert "learn.json is not of this command; give --output another folder" in said(capsys)[1]
+    assert main([*command, str(memory)]) == 2
+    assert "is not a folder" in said(capsys)[1]
+    assert memory.read_bytes() == before
 
 
 def test_stability_writes_what_it_found(tmp_path, capsys):

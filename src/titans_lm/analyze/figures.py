@@ -22,12 +22,10 @@ LONGEST = 10_000_000
 
 def draw(trace: Trace, folder: Path) -> list[str]:
     """Write all figures of a trace that its arrays allow. Returns their names, without endings."""
-    figures = {"along": along, "norms": norms, "span": span, "singular_values": singular_values,
-               "similarity": similarity, "overview": overview}  # fmt: skip
     needed = {"along": "surprise", "span": "alpha", "singular_values": "snapshot", "similarity": "snapshot",
               "overview": "surprise"}  # fmt: skip
     written = []
-    for name, figure in figures.items():
+    for name, figure in FIGURES.items():
         if name not in needed or needed[name] in trace:
             figure(trace, folder / f"{name}.png")
             written.append(name)
@@ -223,3 +221,8 @@ def _grid_size(layers: int, heads: int) -> tuple[float, float]:
 def _small_legend(axis: Any, trace: Trace) -> None:
     if trace.layers * trace.heads <= 12:
         axis.legend(frameon=False, fontsize="small")
+
+
+FIGURES = {"along": along, "norms": norms, "span": span, "singular_values": singular_values,
+           "similarity": similarity, "overview": overview}  # fmt: skip
+"""The figures that `draw` writes, by name."""

@@ -23,7 +23,7 @@ from titans_lm.analyze.trace import Span, read_bits, trace
 from titans_lm.models.cache import TitansState
 from titans_lm.models.hub import load
 from titans_lm.models.tokenizer import encode
-from titans_lm.utils.record import check_least, command_line, provenance, write_json, write_text
+from titans_lm.utils.record import check_folder, check_least, command_line, provenance, write_json, write_text
 from titans_lm.utils.terminal import PlainConsole, shown
 from titans_lm.utils.text_file import Errors, examine, name_of, text_pieces
 
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     sources, passage = (passage_of(arguments, name) for name in ("sources", "passage"))
     for text in arguments.text:
         examine(text, arguments.errors)  # before the model is loaded
-    check_folder(arguments.out)
+    check_folder("--out", arguments.out, ABOUT, PAGE, NUMBERS, *_pictures(arguments))
     console = PlainConsole(stderr=True)
     model, tokenizer = load(arguments.model)
     other = None if arguments.compare in (None, "frozen") else load(arguments.compare)
@@ -138,13 +138,11 @@ def read_tokens(
     return np.concatenate(parts)[:most], [text for text in texts if text.tokens], used > most
 
 
-def check_folder(out: Path) -> None:
-    """Raises ValueError if `out` is a file, or a folder with files of others by the names of this command's."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is not a folder; give the name of one")
-    for name in (PAGE, NUMBERS):
-        if (out / name).exists() and not (out / ABOUT).exists():
-            raise ValueError(f"{out / name} is not of this command; give --out another folder")
+def _pictures(arguments: argparse.Namespace) -> list[str]:
+    """The names of the figures that these arguments ask for."""
+    names = [*figures.FIGURES] if arguments.figures else []
+    names += ["sources"] * (arguments.sources is not None) + ["held"] * (arguments.passage is not None)
+    return [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
 
 
 def summary(found: Trace, others: list[Series], compared: Series | None) -> dict[str, Any]:

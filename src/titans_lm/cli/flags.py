@@ -56,7 +56,9 @@ def infer(parser: argparse.ArgumentParser) -> None:
         "--interactive", action="store_true", help="read prompts from standard input, one per line, into one memory"
     )
     parser.add_argument("--load-memory", type=Path, help="start from this memory file")
-    parser.add_argument("--save-memory", type=Path, help="write the memory after the context to this file")
+    parser.add_argument(
+        "--save-memory", type=Path, help="write the memory after the context to this file: a new one, or the loaded one"
+    )
     parser.add_argument("--frozen", action="store_true", help="read prompts without writing to the memory")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="maximum tokens of an answer")
     parser.add_argument(

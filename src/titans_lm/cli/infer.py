@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from titans_lm.cli.read import show
 from titans_lm.inference.generate import answer
+from titans_lm.inference.known_files import KnownFiles
 from titans_lm.inference.reader import Reader
 from titans_lm.models.cache import TitansState
-from titans_lm.models.cache_file import check_target
 from titans_lm.models.hub import load
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.utils.memory_lock import MemoryLock
@@ -33,8 +34,9 @@ def run(arguments: argparse.Namespace) -> None:
     for path in arguments.context:
         examine(path, arguments.errors)  # fail before the model is loaded
     model, tokenizer = load(arguments.model)
+    files = KnownFiles()
     with MemoryLock(arguments.save_memory) if arguments.save_memory else nullcontext() as lock:
-        state = _remember(arguments, model, tokenizer, console, lock)
+        state = _remember(arguments, Reader(model, tokenizer, errors=arguments.errors), console, files, lock)
     torch.manual_seed(arguments.seed)
     state.frozen = arguments.frozen
     if arguments.prompt:
@@ -42,34 +44,31 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.interactive:
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape" if arguments.errors == "strict" else "replace")
-        _converse(model, tokenizer, state, console, _options(arguments))
+        _converse(model, tokenizer, state, console, files, _options(arguments))
 
 
 def _remember(
-    arguments: argparse.Namespace,
-    model: TitansForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    console: Console,
-    lock: MemoryLock | None,
+    arguments: argparse.Namespace, reader: Reader, console: Console, files: KnownFiles, lock: MemoryLock | None
 ) -> TitansState:
     """Load the memory and read the context into it. Save it if requested, also when interrupted."""
-    reader = Reader(model, tokenizer, errors=arguments.errors)
     if arguments.load_memory:
-        reader.state = TitansState.load(arguments.load_memory, model)
+        reader.state = files.load(arguments.load_memory, reader.model)
+    if arguments.save_memory:
+        files.check(arguments.save_memory)  # again: another process may have written it before this one had the lock
     try:
         if arguments.context:
             show(reader, arguments.context, console)
     except KeyboardInterrupt:
         if not arguments.save_memory:
             raise
-        reader.state.save(arguments.save_memory, lock)
+        files.save(reader.state, arguments.save_memory, lock)
         raise KeyboardInterrupt(
             f"the memory so far is in {arguments.save_memory}; continue with --load-memory"
         ) from None
     state = reader.state
     console.print(f"{int(state.position[0]):,} tokens read; the memory takes {state.nbytes / 2**20:.1f} MiB")
     if arguments.save_memory:
-        state.save(arguments.save_memory, lock)
+        files.save(state, arguments.save_memory, lock)
         console.print(f"memory saved to {arguments.save_memory}")
     return state
 
@@ -89,7 +88,10 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.interactive and any(map(is_standard_input, arguments.context)):
         raise ValueError("--context - and --interactive would both read standard input: give the context as a file")
     if arguments.save_memory:
-        check_target(arguments.save_memory)
+        files = KnownFiles()
+        if arguments.load_memory:
+            files.add(arguments.load_memory)
+        files.check(arguments.save_memory)
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -129,6 +131,7 @@ def _converse(
     tokenizer: PreTrainedTokenizerBase,
     begin: TitansState,
     console: Console,
+    files: KnownFiles,
     options: dict[str, Any],
 ) -> None:
     """Answer prompts from standard input, one per line, until it ends."""
@@ -141,7 +144,7 @@ def _converse(
         if command == "/reset":
             state = begin
         elif command == "/save":
-            _save(state, file.strip(), console)
+            _save(state, file.strip(), console, files)
         else:
             state = _answer(model, tokenizer, state, [line], options)
 
@@ -160,12 +163,12 @@ def _line(console: Console) -> str | None:
             return line
 
 
-def _save(state: TitansState, file: str, console: Console) -> None:
+def _save(state: TitansState, file: str, console: Console, files: KnownFiles) -> None:
     """Save the memory. Prints an error rather than end the conversation."""
     try:
         if not file:
             raise ValueError("/save needs the name of a file")
-        state.save(file)
+        files.save(state, Path(file))
         console.print(f"memory saved to {file}")
     except (ValueError, OSError) as error:
         console.print(str(error), style="red")

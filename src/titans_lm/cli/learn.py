@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from titans_lm.inference.generate import generate_from, prefill
 from titans_lm.models.cache import TitansState
+from titans_lm.models.cache_card import load_card
 from titans_lm.models.hub import load
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import encode
@@ -24,7 +25,7 @@ from titans_lm.training.config import Settings, parse_settings
 from titans_lm.training.train import earlier, train
 from titans_lm.utils.corpora import STDLIB, stdlib_files
 from titans_lm.utils.figures import figure_file
-from titans_lm.utils.record import provenance, write_json
+from titans_lm.utils.record import check_folder, provenance, write_json
 from titans_lm.utils.terminal import PlainConsole
 from titans_lm.utils.text_file import read_text
 
@@ -50,6 +51,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--bytes must be at least {10 * RESET_EVERY}, got {arguments.bytes}")
     console = PlainConsole()
     output: Path = arguments.output
+    memory = output / "memory.safetensors"
+    check_folder("--output", output, "learn.json", "learn.png")
+    _check_memory(memory)
     files, held_out = _held_out(arguments.bytes)
     if (output / "model" / "model.safetensors").is_file():
         console.print(f"Reading with the model in {output}/model; remove {output} to train again.")
@@ -63,15 +67,21 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"Reading {ids.shape[1]:,} bytes of {len(held_out)} files that were not trained on, as one stream.")
     readings = read_three_ways(model, ids)
     console.print(_table(readings))
-    same, sample = _save_load_continue(model, tokenizer, readings["learning"], output / "memory.safetensors")
+    same, sample = _save_load_continue(model, tokenizer, readings["learning"], memory)
     console.print(f"Memory saved, loaded, and continued with: {'identical' if same else 'DIFFERENT'}. It continues:")
     console.print(sample, style="dim")
-    plot(readings, output / "learn.png")
     command = f"titans learn --minutes {arguments.minutes:g} --bytes {arguments.bytes}"
     write_json(output / "learn.json", {**provenance(command), **summary(readings), "identical_after_loading": same})
+    plot(readings, output / "learn.png")
     console.print(f"The figure is {output}/learn.png; the numbers are in {output}/learn.json.")
     if not same:
         raise ValueError("the loaded memory did not continue as the saved one did; please report this")
+
+
+def _check_memory(path: Path) -> None:
+    """Raises ValueError for a file that this command did not write, or that `titans read` continued."""
+    if path.exists() and load_card(path)[1].sources:
+        raise ValueError(f"{path} has read more texts since, and is not overwritten: move it, or give another --output")
 
 
 def _train(settings: Settings) -> None:

@@ -26,7 +26,7 @@ from titans_lm.inference.generate import answer
 from titans_lm.inference.token_bits import TokenBits
 from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.cache import TitansState
-from titans_lm.models.cache_file import NAME_LENGTH, Source, check_target
+from titans_lm.models.cache_file import NAME_LENGTH, FileIdentity, Source, check_target, file_identity
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import encode
 from titans_lm.utils.memory_lock import MemoryLock
@@ -207,12 +207,9 @@ class Reader:
             finally:
                 self._lock = None
 
-    def _on_disk(self) -> tuple[int, ...] | None:
-        """Identity of the memory file, which changes with each write; None if there is none."""
-        if self.memory is None or not self.memory.exists():
-            return None
-        status = self.memory.stat()
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    def _on_disk(self) -> FileIdentity | None:
+        """Identity of the memory file; None if there is none."""
+        return None if self.memory is None else file_identity(self.memory)
 
     @contextmanager
     def _abandoning(self) -> Iterator[None]:

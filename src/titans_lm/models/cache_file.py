@@ -9,6 +9,7 @@ import stat
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save as serialize
@@ -34,10 +35,12 @@ __all__ = [
     "KIND",
     "MEMORY_INFIX",
     "Card",
+    "FileIdentity",
     "Source",
     "check_finite",
     "check_target",
     "check_tensors",
+    "file_identity",
     "load_file",
     "save_file",
 ]
@@ -98,6 +101,23 @@ def check_target(path: str | Path) -> None:
         raise ValueError(f"cannot write {path}: it is not a regular file")
     if found.st_size and not _is_memory(real):
         raise ValueError(f"{path} is not a memory file and is not overwritten: give another name")
+
+
+class FileIdentity(NamedTuple):
+    """What changes with each write of a memory file."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+
+
+def file_identity(path: Path) -> FileIdentity | None:
+    """None if there is no file."""
+    if not path.exists():
+        return None
+    found = path.stat()
+    return FileIdentity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _is_memory(path: Path) -> bool:

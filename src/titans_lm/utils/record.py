@@ -132,6 +132,17 @@ def check_output(out: Path, *, picture: bool = False, ours: bool = True) -> None
         raise ValueError(f"{image} is not a picture of this command; give --out another name")
 
 
+def check_folder(flag: str, folder: Path, result: str, *others: str) -> None:
+    """Raises ValueError for a folder of results that is a file, or has files of these names from elsewhere. `result` is
+    the JSON file by which a command knows a folder that it has written to before."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"{flag} {folder} is not a folder; give the name of one")
+    if not _is_result(folder / result):
+        for name in (result, *others):
+            if (folder / name).exists():
+                raise ValueError(f"{folder / name} is not of this command; give {flag} another folder")
+
+
 def check_least(arguments: argparse.Namespace, least: int, *names: str) -> None:
     """Raises ValueError for the first of these flags with a value below `least`. Ignores None."""
     for name in names:
@@ -144,7 +155,7 @@ def check_least(arguments: argparse.Namespace, least: int, *names: str) -> None:
 def _is_result(path: Path) -> bool:
     try:
         return str(json.loads(path.read_text())["command"]).startswith("titans ")
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OSError):
         return False
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from titans_lm.models.model_files import MODEL_HELP, find
-from titans_lm.utils.record import check_least, command_line, provenance, write_json
+from titans_lm.utils.record import check_folder, check_least, command_line, provenance, write_json
 from titans_lm.utils.terminal import PlainConsole
 
 TEXT_TOKENS = 65_536
@@ -36,14 +36,16 @@ def run(arguments: argparse.Namespace) -> None:
     from titans_lm.models.model_identity import identity
 
     check_least(arguments, 0, "seed", "text_tokens")
+    others = ("demo.png", needle.PAGE, *(("learning.png", "learning.json") if arguments.text_tokens else ()))
+    check_folder("--output", arguments.output, "demo.json", *others)
     folder, console = find(arguments.model), PlainConsole()
     task = needle.task_for(folder, arguments.tokens, arguments.haystack, arguments.depth)
     model, tokenizer = load(find(arguments.text_model))
     output, origin = arguments.output, provenance(command_line("demo", arguments, ["files"]))
     hidden, reading, needle_results = needle.show(folder, task, arguments.seed, console)
     output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "demo.json", {**origin, **needle_results})  # first: by it the folder is known as the demo's
     needle.plot(hidden, reading, output / "demo.png")
-    write_json(output / "demo.json", {**origin, **needle_results})
     written = "demo.png and demo.json"
     if arguments.text_tokens:
         curves = learning.read_text(model, tokenizer, arguments.files, arguments.text_tokens, console)
