@@ -23,6 +23,7 @@ from titans_lm.cli import main
 from titans_lm.inference.serve.app import Service
 from titans_lm.layers.bypass import bypass_memory
 from titans_lm.models.graft import GraftForCausalLM
+from titans_lm.models.graft_base import one_device
 from titans_lm.models.graft_config import graft_config
 from titans_lm.models.graft_files import make_graft, save_graft
 from titans_lm.models.tokenizer import byte_tokenizer
@@ -479,18 +480,22 @@ def test_auto_classes_open_a_graft_on_its_base(llama, tmp_path):
     folder, x = tmp_path / "graft", ids()
     llama.save_pretrained(folder)
     expected = llama.eval()(x).logits
-    for options in ({}, {"trust_remote_code": True, "device_map": "cpu", "dtype": "auto"}, {"device_map": {"": "cpu"}}):
+    maps = ("cpu", "auto", "balanced", "balanced_low_0", "sequential", {"": "cpu"}, {"": "auto"})
+    for options in ({}, {"trust_remote_code": True, "dtype": "auto"}, *({"device_map": places} for places in maps)):
         found, report = hf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
         assert torch.equal(found(x).logits, expected)
         assert not found.training
         assert not any(report.values())
-    half = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    for options in ({"dtype": torch.bfloat16}, {"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}):
+        half = hf.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **options)
+        assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert half.model.base.config._attn_implementation == "eager"
     for options, words in (
         ({"windw_size": 8}, "unknown key 'windw_size' in the options of a graft"),
+        ({"dtype": "int8"}, "dtype='int8' is not one of weights"),
+        ({"device_map": ["cpu", "cuda"]}, "a graft is on one device"),
         ({"max_memory": {"cpu": "1GB"}}, "unknown key 'max_memory'"),
-        ({"device_map": "auto"}, "device_map='auto': a graft is on one device"),
+        ({"device_map": {"": "disk"}}, "a graft is on one device; give its name, such as 'cuda', or 'auto'"),
         ({"device_map": {"model": "cpu", "lm_head": "disk"}}, "a graft is on one device"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -499,6 +504,14 @@ def test_auto_classes_open_a_graft_on_its_base(llama, tmp_path):
         GraftForCausalLM.from_pretrained(tmp_path / "nowhere")
     code = "import sys, titans_lm; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, timeout=300)
+
+
+def test_auto_is_the_emptiest_accelerator_with_room():
+    free = {0: 10_000, 1: 40_000, 2: 20_000, "cpu": 10**9}
+    assert one_device("auto", 30_000, free) == 1
+    assert one_device("auto", 35_000, free) == "cpu"
+    assert one_device("auto", 30_000, {"cpu": 10_000}) == "cpu"
+    assert one_device("cuda:0", 30_000, free) == "cuda:0"
 
 
 def test_runs_that_make_no_sense_are_refused(bases, tmp_path):

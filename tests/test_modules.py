@@ -12,8 +12,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from conftest import KINDS, SEGMENT, each_kind, each_titan, tiny_model, tokens
-from titans_lm import NeuralMemory, TitansForCausalLM
+from conftest import KINDS, SEGMENT, each_kind, each_titan, tiny_config, tiny_model, tokens
+from titans_lm import (
+    NeuralMemory,
+    TitansForCausalLM,
+    TitansForSequenceClassification,
+    TitansForTokenClassification,
+    TitansModel,
+)
 from titans_lm.layers.module_call import is_plain_linear
 from tolerance import assert_close
 
@@ -146,6 +152,20 @@ def test_a_device_map_puts_parts_on_disk(kind, tmp_path):
     )
     with torch.no_grad():
         assert_close(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("places", ["auto", "sequential"])
+@pytest.mark.parametrize(
+    "kind", [TitansModel, TitansForCausalLM, TitansForSequenceClassification, TitansForTokenClassification]
+)
+def test_a_device_map_is_made_for_every_model(kind, places, tmp_path):
+    config = tiny_config("mac")
+    model, ids = kind(config).eval(), tokens(2, 17)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        found = kind.from_pretrained(tmp_path, device_map=places)
+        assert_close(found(ids.to(found.device))[0].cpu(), model(ids)[0])
 
 
 @each_kind

@@ -27,7 +27,7 @@ from titans_lm.models.block_layers import make_memory
 from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.cache import TitansState
 from titans_lm.models.forward_context import ForwardContext
-from titans_lm.models.graft_base import check_options, load_base, load_weights, one_device, weights_digest
+from titans_lm.models.graft_base import check_options, load_base, load_weights, one_device, one_dtype, weights_digest
 from titans_lm.models.graft_cache import BaseShape, GraftCall
 from titans_lm.models.graft_config import GraftConfig, windows
 from titans_lm.models.modeling import TitansCausalLMOutput, TitansForCausalLM, TitansModel
@@ -291,12 +291,14 @@ class GraftForCausalLM(TitansForCausalLM):
         **options: Any,
     ) -> Any:
         """The graft in a folder that `save_pretrained` wrote, on its base, in evaluation mode; `AutoModelForCausalLM`
-        calls this. `dtype` is of all weights (None, "auto": as they were saved), `device_map` names one device.
+        calls this. `dtype` is of all weights (None, "auto": as they were saved), `device_map` names one device; "auto"
+        is the accelerator with most free memory, if the graft fits, else the CPU.
 
         The base is looked for under the name in config.json, in the folder and from the working directory. Raises
         ValueError for damaged files, for a base that is not found or has other weights, for weights that are not this
         graft's, and for other options."""
         folder = Path(pretrained_model_name_or_path)
+        dtype = one_dtype(options.pop("torch_dtype", None) if dtype is None else dtype)  # as transformers does
         check_options(options)
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} is not the folder of a graft: it has no config.json")
@@ -310,7 +312,8 @@ class GraftForCausalLM(TitansForCausalLM):
             base.set_attn_implementation(config._attn_implementation)
         model = cls(config, base)
         model.load_state_dict(load_weights(folder, model.own_state_dict()), strict=False)
-        model = model.to(one_device(device_map), None if dtype == "auto" else dtype).eval()
+        model = model.to(dtype=dtype).eval()
+        model = model.to(one_device(device_map, model.get_memory_footprint()))
         found: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
         return (model, {**found, "error_msgs": []}) if output_loading_info else model
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import get_max_memory
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,6 +25,12 @@ _OF_AUTO_CLASSES = (
 """What transformers passes to `from_pretrained`, and what makes no difference for the files of a folder."""
 
 
+_AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+"""The maps that transformers makes itself."""
+_ROOM = 1.25
+"""Memory of a device, as a multiple of the weights, that leaves room for a call."""
+
+
 def check_options(options: dict[str, Any]) -> None:
     """Raises ValueError for an option of `from_pretrained` that would have no effect on a graft."""
     for key, value in options.items():
@@ -31,13 +38,31 @@ def check_options(options: dict[str, Any]) -> None:
             raise ValueError(unknown_key(key, ["config", "dtype", "device_map"], "the options of a graft"))
 
 
-def one_device(device_map: Any) -> torch.device | None:
-    """The device of a `device_map` that names one. Raises ValueError for another."""
-    devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-    if len(devices) == 1 and not devices & {"auto", "balanced", "balanced_low_0", "sequential", "disk"}:
-        device = devices.pop()
-        return None if device is None else torch.device(device)
-    raise ValueError(f"device_map={device_map!r}: a graft is on one device; give its name, such as 'cuda'")
+def one_dtype(dtype: Any) -> torch.dtype | None:
+    """The dtype of a model's weights, also by name; None for "auto". Raises ValueError for what is none."""
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if isinstance(found, torch.dtype) and found.is_floating_point:
+        return found
+    raise ValueError(f"dtype={dtype!r} is not one of weights; give one such as 'bfloat16', or 'auto'")
+
+
+def one_device(device_map: Any, size: int, free: Mapping[int | str, int] | None = None) -> Any:
+    """The device of a `device_map`, as `Module.to` takes it: the one that it names; where transformers would choose
+    several, the accelerator with most free memory if it has room for `size` bytes of weights, else the CPU. `free` is
+    the free memory by device, by default this machine's. Raises ValueError for a map of several devices."""
+    devices = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
+    known = all(isinstance(device, str | int | torch.device | None) for device in devices)
+    if not known or len(set(devices)) != 1 or devices[0] == "disk":
+        raise ValueError(
+            f"device_map={device_map!r}: a graft is on one device; give its name, such as 'cuda', or 'auto'"
+        )
+    if devices[0] not in _AUTOMATIC:
+        return devices[0]
+    rooms = dict(get_max_memory() if free is None else free)
+    rooms = {device: room for device, room in rooms.items() if device != "cpu" and room > _ROOM * size}
+    return max(rooms, key=rooms.__getitem__, default="cpu")
 
 
 def load_base(name: str) -> PreTrainedModel:
