@@ -29,6 +29,13 @@ def test_the_shares_in_a_linear_memory_are_all_of_a_retrieval(kind, clip):
     assert retrieval_sources(tiny_model(kind), tokens(1, 23), 22).method == FIRST_ORDER
 
 
+@each_titan
+def test_autocast_does_not_round_the_shares(kind):
+    with torch.autocast("cpu", torch.bfloat16):
+        found = retrieval_sources(tiny_model(kind, torch.float32, **LINEAR), tokens(1, 23), 22)
+    assert found.shares.sum(0) + found.start == pytest.approx(np.ones((2, 2)), abs=1e-4)
+
+
 def test_a_share_is_what_a_write_adds_to_a_retrieval():
     """One chunk, no forgetting: M is the start and a sum of writes, so leaving one out leaves out its share."""
     model = tiny_model("lmm", num_hidden_layers=1, memory_chunk_size=64, memory_momentum=False, **LINEAR)

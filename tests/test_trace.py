@@ -104,6 +104,20 @@ def test_a_memory_alone_says_the_same():
     assert np.isnan(found["similarity"][0]).all()
 
 
+@each_titan
+def test_it_traces_under_autocast(kind):
+    model, ids = tiny_model(kind, torch.float32), tokens(1, 33)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, after = plain(model, ids, None, 8)
+        found = trace(model, ids, piece=8)
+    assert_bitwise(found.state, after)
+    assert (found["bits"][1:] == bits_of(logits.float(), ids)).all()
+    assert found["similarity"].dtype == np.float32
+    learned = np.diagonal(found["similarity"], axis1=0, axis2=1)[..., 1:]
+    assert learned == pytest.approx(1, abs=1e-5)  # bfloat16 would be off by 1e-3
+    assert all(np.isfinite(found[name]).all() for name in (*BY_HEAD, "memory_norm", "momentum_norm"))
+
+
 def test_theta_is_zero_where_nothing_is_written():
     free = tiny_model("mag", torch.float32)
     loss = trace(free, tokens(1, 40), frozen=False)["surprise"]

@@ -175,7 +175,8 @@ def retrieval_sources(model: TitansForCausalLM, ids: Any, token: int, state: Tit
         parts = [features_of(call) for call in calls]
         q, k, v = (torch.cat(part) for part in zip(*parts, strict=True))
         gates = [torch.cat(part) for part in zip(*map(gates_of, calls), strict=True)][:3]
-        share, start = _shares(memory, first, q, k, v, gates, calls[-1].after.whole_memory())
+        with torch.autocast(q.device.type, enabled=False):  # it would round the shares, which are exact otherwise
+            share, start = _shares(memory, first, q, k, v, gates, calls[-1].after.whole_memory())
         shares.append(share)
         starts.append(start)
     exact = all(call[0].memory.norm_weight is None and len(call[0].memory.shapes) == 1 for call in recorder.calls)

@@ -131,6 +131,7 @@ def gates_of(call: MemoryCall) -> Gates:
 
 
 def features_of(call: MemoryCall) -> Features:
-    """Queries, keys and values of a call's tokens, computed again from its input."""
+    """Queries, keys and values of a call's tokens, computed again from its input; in the memory's dtype, so that what
+    is computed from them is not rounded to half precision."""
     features, _ = call.memory._features(call.x, call.before.conv_state, None)
-    return Features(*(part[0] for part in features))
+    return Features(*(part[0].to(call.after.memory.weights[0].dtype) for part in features))

@@ -271,7 +271,8 @@ class _Snapshots:
         for changes in zip(*self.changes, strict=True):  # of one layer, each [H, N]
             flat = torch.stack(changes, 1)  # [H, S, N]
             unit = flat / flat.norm(dim=-1, keepdim=True)  # nan before anything is learned
-            cosines.append((unit @ unit.transpose(1, 2)).permute(1, 2, 0))
+            with torch.autocast(unit.device.type, enabled=False):  # it would round the cosines to bfloat16
+                cosines.append((unit @ unit.transpose(1, 2)).permute(1, 2, 0))
         similarity = torch.stack(cosines, 2).numpy()
         return {
             "snapshot": checkpoints[self.indices],
