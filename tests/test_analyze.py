@@ -57,7 +57,7 @@ def test_it_writes_a_page_and_the_numbers(folder, text, tmp_path, capsys):
     assert (len(TEXT.encode()), 1) in lines
     assert len(lines) == 13  # blank lines are not listed
     starts = [token for token, *_ in sorted(meta["lines"])]
-    first = float(np.nansum(expected["bits"][: starts[1]])) / starts[1]
+    first = float(np.nansum(expected["bits"][: starts[1]])) / (starts[1] - 1)
     assert {token: bits for token, _, bits in meta["lines"]}[0] == pytest.approx(first, abs=1e-3)
     best = int(np.nanargmin(expected.helped))
     assert meta["helped"][0][0] == best
@@ -149,6 +149,8 @@ def test_another_model_s_bits_are_placed_by_bytes(model):
     found = other_model_bits("o", model, PreTrainedTokenizerFast(tokenizer_object=pairs), [bytes([b]) for b in content])
     double, _ = read_bits(model, torch.tensor([120, 256, 121, 256]), None, [])
     assert found.bits[1:] == pytest.approx([double[1], 0, double[2], double[3], 0], rel=1e-5)
+    unknown = other_model_bits("o", model, PreTrainedTokenizerFast(tokenizer_object=pairs), [b"a", b"b", b"y"]).bits
+    assert np.isnan(unknown).tolist() == [True, True, False]  # both bytes of the other's first token
     with pytest.raises(ValueError, match="special tokens"):
         other_model_bits("o", model, byte_tokenizer(), [b"x", "<eos>"])
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import tiny_config
 from titans_lm import TitansForCausalLM, cli
+from titans_lm.cli.demo import learning
 from titans_lm.cli.demo.learning import read_text
 from titans_lm.cli.demo.needle import Reading, chart, hide, read_through, stretches, summary, task_for
 from titans_lm.models.blocks import PREFILL_TOKENS
@@ -221,6 +222,16 @@ def test_it_reads_a_text_of_the_user_s_and_learns_it(tmp_path, capsys, monkeypat
     assert late[0]["number"] == 351
     assert "Quixotic" in capsys.readouterr().out
     assert Path("out/learning.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_first_byte_does_not_count_as_known(folder, tmp_path):
+    (tmp_path / "a.log").write_text("all is well\n" * 9)
+    curves = read_text(*load(folder), [tmp_path / "a.log"], 100, Console(quiet=True))
+    found = learning.summary(curves)
+    for mode, bits in curves.bits.items():
+        assert np.isnan(bits).tolist() == [True] + [False] * 99
+        assert found["bits_per_byte"][mode] == found["buckets"][0][mode] == pytest.approx(bits[1:].mean())
+    assert [line.number for line in curves.lines if line.number == 1] == [1]
 
 
 def test_a_text_of_the_demo_needs_a_model_of_bytes(folder, tmp_path):

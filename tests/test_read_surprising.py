@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from titans_lm.cli import main
 from titans_lm.inference.reader import Reader
 from titans_lm.inference.token_bits import by_bytes
+from titans_lm.models.hub import load
 from titans_lm.models.tokenizer import byte_tokenizer
 
 TEXT = "".join(f"{n:03d} all is well\n" for n in range(30)) + "Zq#@! what is this\n" + "031 all is well\n"
@@ -28,7 +29,7 @@ def test_bits_are_those_of_one_forward_pass(model, piece):
     nats = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
     assert np.concatenate([seen[1] for seen in told]).tolist() == ids[0].tolist()
     bits = np.concatenate([seen[2] for seen in told])
-    assert bits[0] == 0
+    assert np.isnan(bits[0])
     np.testing.assert_allclose(bits[1:], nats.numpy() / math.log(2), rtol=2e-4)
 
 
@@ -54,6 +55,19 @@ def test_lines_of_a_file_are_listed_from_the_highest(folder, tmp_path, capsys):
     assert sorted(map(float, bits), reverse=True) == [float(b) for b in bits]
     for number, text in zip(numbers, texts, strict=True):
         assert TEXT.splitlines()[int(number) - 1] == text
+
+
+@torch.no_grad()
+def test_a_first_line_is_measured_by_the_bytes_that_something_predicts(folder, tmp_path, capsys):
+    (tmp_path / "a.log").write_text("ab\ncd\n")
+    (tmp_path / "b.log").write_text("x")
+    _, lines, _ = read(capsys, tmp_path / "a.log", "--model", folder, "--surprising", 5)
+    text = b"ab\ncd\n"
+    bits = -torch.log_softmax(load(folder)[0](torch.tensor(list(text))[None]).logits[0], -1) / math.log(2)
+    bits = [float(bits[t - 1, text[t]]) for t in range(1, len(text))]
+    expected = {"ab": sum(bits[:2]) / 2, "cd": sum(bits[2:]) / 3}
+    assert {text: float(value) for value, _, text in lines} == pytest.approx(expected, abs=0.006)
+    assert read(capsys, tmp_path / "b.log", "--model", folder, "--surprising", 5)[:2] == (0, [])
 
 
 def test_standard_input_and_files_of_one_name(folder, tmp_path, capsys, monkeypatch):
@@ -107,3 +121,5 @@ def test_other_tokens_are_their_bytes():
     data, bits = by_bytes(Words(), np.array([0, 2, 1]), np.array([4.0, 2.0, 1.0]))
     assert data == b"ab\nc"
     assert bits.tolist() == [4.0, 0.0, 2.0, 1.0]
+    _, bits = by_bytes(Words(), np.array([0, 2, 1]), np.array([np.nan, 2.0, 1.0]))
+    np.testing.assert_equal(bits, [np.nan, np.nan, 2.0, 1.0])

@@ -36,6 +36,12 @@ def test_however_a_text_is_cut_its_lines_are_those_of_sorting_them(data):
     assert [bits for bits, *_ in found] == pytest.approx([bits for bits, *_ in expected[:3]])
 
 
+def test_bytes_that_nothing_predicted_do_not_count():
+    """Neither in a line's mean, nor as a line of 0 bits."""
+    bits = [np.nan, 4.0, 2.0, np.nan, np.nan, 1.0, 1.0]
+    assert [line[:3] for line in most(b"ab\nc\nd\n", bits, 9, cuts=[1])] == [(3.0, 1, "ab"), (1.0, 3, "d")]
+
+
 def test_a_line_of_any_length_takes_bounded_space():
     lines = SurprisingLines(1)
     for _ in range(100):

@@ -194,15 +194,18 @@ def _facts(data: PageData) -> dict[str, Any]:
 
 def _lists(data: PageData) -> dict[str, Any]:
     """The lines of each text, the most surprising ones, and the tokens that memory helped and hurt most."""
-    bits = np.nan_to_num(data.trace["bits"].astype(np.float64))
+    bits = data.trace["bits"].astype(np.float64)
     starts, numbers = _lines(data)
-    sizes = np.array([len(part) if isinstance(part, bytes) else 1 for part in data.parts])
-    per_byte = np.add.reduceat(bits, starts) / np.maximum(np.add.reduceat(sizes, starts), 1)
-    blank = [
-        not b"".join(p for p in data.parts[a:b] if isinstance(p, bytes)).strip() for a, b in _spans(starts, len(bits))
+    known = np.isfinite(bits)  # nothing predicts the first token of a text, so its bytes do not count
+    sizes = known * np.array([len(part) if isinstance(part, bytes) else 1 for part in data.parts])
+    counted = np.add.reduceat(sizes, starts)
+    per_byte = np.add.reduceat(np.where(known, bits, 0), starts) / np.maximum(counted, 1)
+    left_out = [
+        not count or not b"".join(p for p in data.parts[a:b] if isinstance(p, bytes)).strip()
+        for (a, b), count in zip(_spans(starts, len(bits)), counted.tolist(), strict=True)
     ]
-    order = np.argsort(-np.where(blank, -1, per_byte), kind="stable")[:LISTED]
-    lines = [[int(starts[i]), int(numbers[i]), round(float(per_byte[i]), 3)] for i in order if not blank[i]]
+    order = np.argsort(-np.where(left_out, -1, per_byte), kind="stable")[:LISTED]
+    lines = [[int(starts[i]), int(numbers[i]), round(float(per_byte[i]), 3)] for i in order if not left_out[i]]
     lists: dict[str, Any] = {"lines": lines}
     if "bits_frozen" in data.trace:
         helped = np.nan_to_num(data.trace.helped.astype(np.float64))

@@ -65,7 +65,7 @@ def other_model_bits(
     ours = np.cumsum([0, *(len(part) for part in parts)])
     total = np.concatenate([[0.0], np.cumsum(spread)])
     mine: NDArray[np.float32] = (total[ours[1:]] - total[ours[:-1]]).astype(np.float32)
-    mine[0] = np.nan
+    mine[ours[:-1] < starts[1]] = np.nan  # nothing predicts the other model's first token
     return Series(label, mine)
 
 

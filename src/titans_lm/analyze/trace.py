@@ -162,7 +162,6 @@ class _Predictions:
         """Add the tokens `[t]` of a piece, and their logits `[t, V]`."""
         first, end = self._read, self._read + len(ids)
         self.bits[first:end] = self._bits.of(ids.numpy(), logits)
-        self.bits[0] = np.nan
         before = logits[:-1] if self._next is None else torch.cat([self._next, logits[:-1]])
         self._next = logits[-1:]
         if self._top and len(before):

@@ -73,7 +73,7 @@ class Reader:
         save_seconds: time between saves; at most this much work is lost if the process is killed.
         piece: tokens per forward call. Does not limit the text.
         on_tokens: called after each piece with the text's record, the piece's tokens `[T]`, and the bits `[T]` of each
-            token given all before it. None: these bits are not computed.
+            token given all before it, nan for the first of a reading. None: these bits are not computed.
         errors: "strict" refuses files that are not UTF-8; "replace" reads invalid bytes as U+FFFD.
 
     Raises ValueError for a memory file that is damaged or of another model, and for invalid values. Holds a lock on the

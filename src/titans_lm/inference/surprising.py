@@ -25,7 +25,8 @@ class Line(NamedTuple):
 class SurprisingLines:
     """Keeps the `count` lines with the most bits per byte of a text that arrives piece by piece. Constant size.
 
-    Ignores empty lines; a line includes its line end. Raises ValueError for a count below 1.
+    Ignores empty lines and lines of which nothing is known; a line includes its line end. Raises ValueError for a count
+    below 1.
     """
 
     def __init__(self, count: int):
@@ -43,13 +44,16 @@ class SurprisingLines:
         self.source, self.number = source, 1
 
     def add(self, data: bytes, bits: NDArray[np.float64]) -> None:
-        """Add a piece of the text: its bytes, and the bits of each, `[len(data)]`."""
-        total = np.concatenate([[0.0], np.cumsum(bits)])
+        """Add a piece of the text: its bytes, and the bits of each, `[len(data)]`; nan, of a byte that nothing
+        predicted, does not count in its line's mean."""
+        known = ~np.isnan(bits)
+        total, counts = (np.concatenate([[0.0], np.cumsum(values)]) for values in (np.where(known, bits, 0.0), known))
         first = 0
         for part in _lines(data):
             last = first + len(part)
             self._shown += part[: SHOWN - len(self._shown)]
             self._bytes += len(part)
+            self._known += int(counts[last] - counts[first])
             self._bits += float(total[last] - total[first])
             if part.endswith(b"\n"):
                 self.end()
@@ -57,9 +61,9 @@ class SurprisingLines:
 
     def end(self) -> None:
         """End the open line, as at the end of a text."""
-        if self._shown.strip():
+        if self._shown.strip() and self._known:
             text = self._shown.rstrip(b"\r\n").decode(errors="replace")
-            line = Line(self._bits / self._bytes, self.number, text, self.source)
+            line = Line(self._bits / self._known, self.number, text, self.source)
             keep = heapq.heappush if len(self._kept) < self.count else heapq.heappushpop
             keep(self._kept, (line.bits_per_byte, -self._added, line))
             self._added += 1
@@ -72,7 +76,7 @@ class SurprisingLines:
         return [line for *_, line in sorted(self._kept, reverse=True)]
 
     def _open(self) -> None:
-        self._shown, self._bytes, self._bits = b"", 0, 0.0
+        self._shown, self._bytes, self._known, self._bits = b"", 0, 0, 0.0
 
 
 def _lines(data: bytes) -> list[bytes]:

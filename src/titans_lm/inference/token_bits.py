@@ -19,10 +19,11 @@ class TokenBits:
         self._next: Tensor | None = None
 
     def of(self, ids: NDArray[np.int64], logits: Tensor) -> NDArray[np.float64]:
-        """Bits `[T]` of the tokens `ids` `[T]`, whose logits are `[T, V]`; 0 for the first token of the text."""
+        """Bits `[T]` of the tokens `ids` `[T]`, whose logits are `[T, V]`; nan for the first token of the text, which
+        nothing predicts."""
         before = logits[:-1] if self._next is None else torch.cat([self._next, logits[:-1]])
         self._next = logits[-1:].detach()
-        bits = np.zeros(len(ids))
+        bits = np.full(len(ids), np.nan)
         if len(before):
             targets = torch.from_numpy(ids[-len(before) :]).to(before.device)
             nats = F.cross_entropy(
@@ -35,11 +36,12 @@ class TokenBits:
 def by_bytes(
     tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int64], bits: NDArray[np.float64]
 ) -> tuple[bytes, NDArray[np.float64]]:
-    """The bytes of tokens, and the bits of each byte: the first byte of a token has all its bits."""
+    """The bytes of tokens, and the bits of each byte: the first byte of a token has all its bits, and the bytes of a
+    token with unknown bits have nan."""
     if is_bytes(tokenizer):
         return ids.astype(np.uint8).tobytes(), bits
     parts = [tokenizer.decode([token]).encode() or b" " for token in ids.tolist()]
     starts = np.cumsum([0, *map(len, parts)])
-    spread = np.zeros(starts[-1])
+    spread = np.repeat(np.where(np.isnan(bits), np.nan, 0.0), np.diff(starts))
     spread[starts[:-1]] = bits
     return b"".join(parts), spread

@@ -32,7 +32,7 @@ LINES = 3
 
 
 class Curves(NamedTuple):
-    """Bits `[T]` of each token of a text, by memory mode."""
+    """Bits `[T]` of each token of a text, by memory mode; nan for the first, which nothing predicts."""
 
     stream: Stream
     bits: dict[str, NDArray[np.float64]]
@@ -56,7 +56,7 @@ def read_text(
         raise ValueError("the demo shows bits of each byte: it needs a model whose tokens are bytes")
     name = ", ".join(path.name for path in files) if files else STDLIB
     stream = read_streams(text_files_of(files), tokenizer, tokens)._replace(name=name)
-    bits = {mode: np.zeros(len(stream.data)) for mode in MODES}
+    bits = {mode: np.full(len(stream.data), np.nan) for mode in MODES}
     with Progress(console=console) as bars:
         bar = bars.add_task("", total=len(MODES) * (len(stream.data) - 1))
         for mode in MODES:
@@ -75,11 +75,11 @@ def summary(curves: Curves) -> dict[str, Any]:
     data, edges = curves.stream.data, perplexity.bucket_edges(len(curves.stream.data), BUCKET)
     zlib = compressed_bits("zlib", data, edges[1:])
     rows = [
-        {"from": first, "to": end, **{mode: float(bits[first:end].mean()) for mode, bits in curves.bits.items()},
+        {"from": first, "to": end, **{mode: float(np.nanmean(bits[first:end])) for mode, bits in curves.bits.items()},
          "zlib": spent / (end - first)}
         for first, end, spent in zip(edges, edges[1:], zlib, strict=False)
     ]  # fmt: skip
-    whole = {mode: float(bits.mean()) for mode, bits in curves.bits.items()}
+    whole = {mode: float(np.nanmean(bits)) for mode, bits in curves.bits.items()}
     return {
         "text": curves.stream.name,
         "bytes": len(data),
@@ -110,7 +110,10 @@ def plot(curves: Curves, path: Path) -> None:
     with figure_file(path, figsize=(9, 3.6)) as axis:
         for name, bits in curves.bits.items():
             axis.stairs(
-                [bits[a:b].mean() for a, b in itertools.pairwise(edges)], edges, baseline=None, label=f"memory {name}"
+                [np.nanmean(bits[a:b]) for a, b in itertools.pairwise(edges)],
+                edges,
+                baseline=None,
+                label=f"memory {name}",
             )
         spent = np.array(compressed_bits("zlib", data, edges[1:])) / np.diff(edges)
         axis.stairs(spent, edges, baseline=None, color="0.6", label="gzip")
