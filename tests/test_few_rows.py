@@ -81,8 +81,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The compiled functions that are called from now on."""
     seen: list[str] = []
     for module in (few_rows, attention_step):
-        run = module.run
-        monkeypatch.setattr(module, "run", lambda name, *a, run=run: seen.append(name) or run(name, *a))
+        run = module.run_step
+        noted = lambda name, *a, run=run, **k: seen.append(name) or run(name, *a, **k)  # noqa: E731
+        monkeypatch.setattr(module, "run_step", noted)
     return seen
 
 

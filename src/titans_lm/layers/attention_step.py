@@ -1,6 +1,5 @@
 """One token of attention in compiled code, in one call: projections, rotary positions, buffers, softmax."""
 
-import ctypes
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -8,7 +7,7 @@ from torch import Tensor, nn
 from titans_lm.layers.few_rows import few_rows_weights
 from titans_lm.layers.key_values import Places, SegmentBuffers, WindowBuffers
 from titans_lm.layers.weight_addresses import WeightAddresses
-from titans_lm.ops.cpu.compiled import as_contiguous, run, thread_count
+from titans_lm.ops.cpu.compiled import as_contiguous, recording, run_step, thread_count
 
 
 @runtime_checkable  # the tests check annotations as they run
@@ -55,7 +54,9 @@ def attention_step(
         values.data_ptr(), *(part.data_ptr() for part in room.unbind()), output.data_ptr(), *found.numbers,
         *places.slots, *places.ends,
     )  # fmt: skip
-    run("titans_attention_step", x.dtype, (ctypes.c_long * len(numbers))(*numbers))
+    run_step("titans_attention_step", x.dtype, numbers)
+    if (recorder := recording.get()) is not None:
+        recorder.note_places(cache)
     return output
 
 

@@ -41,6 +41,11 @@ def _count_contexts(change: int) -> None:
         _contexts += change
 
 
+def is_any_bypassed() -> bool:
+    """Whether the call at hand is in a `bypass_memory` context of any model."""
+    return bool(_bypassed.get())
+
+
 def is_bypassed(memory: nn.Module) -> bool:
     """Whether the call at hand is in a `bypass_memory` context of a model with this memory."""
     if torch.compiler.is_compiling():

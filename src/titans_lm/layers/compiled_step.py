@@ -16,7 +16,7 @@ from titans_lm.layers.memory_state import NeuralMemoryOutput, NeuralMemoryState
 from titans_lm.layers.short_conv import ShortConvolution
 from titans_lm.layers.weight_addresses import NotPlainError, WeightAddresses, addresses_of
 from titans_lm.ops import FactoredMemory, Surprise
-from titans_lm.ops.cpu.compiled import as_contiguous, run, thread_count, unsupported_tensor_reason
+from titans_lm.ops.cpu.compiled import as_contiguous, run_step, thread_count, unsupported_tensor_reason
 from titans_lm.ops.decode import Layers, TokenUpdate, advance_token
 
 
@@ -115,7 +115,8 @@ def in_factors(layer: StepLayer, state: NeuralMemoryState) -> NeuralMemoryState:
     found = _weights(layer)
     if found is None or found.dtype != dtype:
         return state
-    return state._replace(memory=FactoredMemory.of(memory, layer.chunk_size))
+    conv_state = torch.cat(state.conv_state, -1).chunk(len(state.conv_state), -1)  # as steps leave it
+    return state._replace(memory=FactoredMemory.of(memory, layer.chunk_size), conv_state=tuple(conv_state))
 
 
 def read_token(layer: StepLayer, found: WeightAddresses, x: Tensor, conv_state: Tensor, weights: Layers) -> ReadToken:
@@ -202,8 +203,8 @@ def _call(
         *(0 if t is None else t.data_ptr() for t in inputs), *(t.data_ptr() for t in (*parts, *of_factors)),
     )  # fmt: skip
     of_layer = weights.numbers if whole else _without_linears(weights.numbers)
-    scalars = (layer.clip or 0, threshold or 0, layer.lr, weights.eps[0])
-    run("titans_layer_step", dtype, (ctypes.c_long * len(numbers))(*numbers), of_layer, (ctypes.c_double * 4)(*scalars))
+    scalars = [float(number) for number in (layer.clip or 0, threshold or 0, layer.lr, weights.eps[0])]
+    run_step("titans_layer_step", dtype, numbers, of_layer, scalars)
     return layer.o_proj(y) if output is None else output, *after.chunk(count, -1)
 
 

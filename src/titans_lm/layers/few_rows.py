@@ -1,7 +1,6 @@
 """Linear layers of few rows, as decoding has them, in compiled code: it reads weights from memory two to three times as
 fast as the products of a BLAS library, which are made for many rows."""
 
-import ctypes
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
@@ -10,7 +9,14 @@ from torch import Tensor, nn
 
 from titans_lm.layers.module_call import is_plain_linear
 from titans_lm.layers.weight_addresses import WeightAddresses, addresses_of
-from titans_lm.ops.cpu.compiled import SCALARS, as_contiguous, run, thread_count, unsupported_tensor_reason
+from titans_lm.ops.cpu.compiled import (
+    SCALARS,
+    as_contiguous,
+    recording,
+    run_step,
+    thread_count,
+    unsupported_tensor_reason,
+)
 from titans_lm.ops.types import is_watched
 
 L = TypeVar("L")
@@ -25,6 +31,8 @@ def linears(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     nothing else."""
     if not (runs_compiled(x) and is_few_rows(x) and all(_is_plain(module, x) for module in modules)):
         return tuple(module(x) for module in modules)
+    if (recorder := recording.get()) is not None:
+        recorder.is_whole = False  # nothing would notice that a weight has moved
     x, rows = as_contiguous(x, x.dtype), x.shape[0] * x.shape[1]
     numbers: list[int] = []
     outputs: list[Tensor] = []
@@ -36,7 +44,7 @@ def linears(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         outputs.append(y)
         work += weight.numel()
     numbers = [rows, x.shape[2], thread_count(work), len(outputs), x.data_ptr(), *numbers]
-    run("titans_linears", x.dtype, (ctypes.c_long * len(numbers))(*numbers))
+    run_step("titans_linears", x.dtype, numbers)
     return tuple(outputs)
 
 
@@ -49,8 +57,17 @@ def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
     x = as_contiguous(x, x.dtype)
     y = torch.empty_like(x)
     numbers = (x.shape[0] * x.shape[1], x.shape[2], x.data_ptr(), *found.numbers, y.data_ptr())
-    run("titans_rms_norm", x.dtype, (ctypes.c_long * 5)(*numbers), ctypes.c_double(found.eps[0]))
+    run_step("titans_rms_norm", x.dtype, numbers, scalars=found.eps)
     return y
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, for x `[B, T, D]`: compiled, if x has few rows and y is like it."""
+    if x.shape != y.shape or x.dtype != y.dtype or not (runs_compiled(x) and is_few_rows(x)):
+        return x + y
+    x, y, z = as_contiguous(x, x.dtype), as_contiguous(y, x.dtype), x.new_empty(x.shape)
+    run_step("titans_add", x.dtype, (z.numel(), x.data_ptr(), y.data_ptr(), z.data_ptr()))
+    return z
 
 
 def _describe_norm(norm: nn.Module, found: WeightAddresses) -> None:

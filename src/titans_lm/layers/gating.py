@@ -1,6 +1,5 @@
 """Gates: of a memory's step, momentum and forgetting, of a block's MLP, and of what joins attention and memory."""
 
-import ctypes
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -12,7 +11,7 @@ from titans_lm.layers.checkpointing import checkpointed
 from titans_lm.layers.few_rows import few_rows_weights
 from titans_lm.layers.module_call import is_plain_linear
 from titans_lm.layers.weight_addresses import WeightAddresses
-from titans_lm.ops.cpu.compiled import as_contiguous, run, thread_count
+from titans_lm.ops.cpu.compiled import as_contiguous, run_step, thread_count
 
 
 def sigmoid_gates(x: Tensor, maps: Sequence[nn.Module | None], num_heads: int) -> list[Tensor]:
@@ -74,8 +73,7 @@ def _compiled_gate(y: Tensor, m: Tensor, found: WeightAddresses) -> Tensor:
     y, m = as_contiguous(y, y.dtype), as_contiguous(m, y.dtype)
     room, out = y.new_empty(found.width + 64), torch.empty_like(y)
     addresses = (y.data_ptr(), m.data_ptr(), *found.numbers, room.data_ptr(), out.data_ptr())
-    numbers = (ctypes.c_long * 8)(y.shape[0] * y.shape[1], found.width, *addresses)
-    run("titans_product_gate", y.dtype, numbers, (ctypes.c_double * 2)(*found.eps))
+    run_step("titans_product_gate", y.dtype, (y.shape[0] * y.shape[1], found.width, *addresses), scalars=found.eps)
     return out
 
 
@@ -89,8 +87,8 @@ def residual_mlp(x: Tensor, branch: Tensor, block: "ResidualMLP") -> Tensor:
     hidden, *weights = found.numbers
     z, h, y = x.new_empty(2, rows, found.width), x.new_empty(rows, hidden), torch.empty_like(x)
     addresses = (x.data_ptr(), branch.data_ptr(), *weights, z.data_ptr(), h.data_ptr(), y.data_ptr())
-    numbers = (ctypes.c_long * 13)(rows, found.width, hidden, thread_count(3 * found.width * hidden), *addresses)
-    run("titans_residual_mlp", x.dtype, numbers, ctypes.c_double(found.eps[0]))
+    numbers = (rows, found.width, hidden, thread_count(3 * found.width * hidden), *addresses)
+    run_step("titans_residual_mlp", x.dtype, numbers, scalars=found.eps)
     return y
 
 
@@ -112,8 +110,27 @@ class ConvexGate(nn.Module):
         self.mix = nn.Linear(2 * dim, dim)
 
     def forward(self, y: Tensor, m: Tensor) -> Tensor:
+        found = few_rows_weights(y, self, _describe_convex_gate)
+        if found is not None and m.dtype == y.dtype and m.shape == y.shape:
+            return _compiled_convex_gate(y, m, found)
         g = torch.sigmoid(self.mix(torch.cat([y, m], -1)))
         return g * y + (1 - g) * m
+
+
+def _describe_convex_gate(gate: ConvexGate, found: WeightAddresses) -> None:
+    mix = found.module(gate, "mix", nn.Linear)
+    assert isinstance(mix, nn.Linear)
+    width = found.width = mix.out_features
+    found.numbers = [found.weight(mix, "weight", (width, 2 * width)), found.weight(mix, "bias", (width,))]
+
+
+def _compiled_convex_gate(y: Tensor, m: Tensor, found: WeightAddresses) -> Tensor:
+    y, m, rows = as_contiguous(y, y.dtype), as_contiguous(m, y.dtype), y.shape[0] * y.shape[1]
+    both, g = y.new_empty(rows, 2 * found.width), torch.empty_like(y)
+    out = torch.empty_like(y)
+    addresses = (y.data_ptr(), m.data_ptr(), *found.numbers, both.data_ptr(), g.data_ptr(), out.data_ptr())
+    run_step("titans_convex_gate", y.dtype, (rows, found.width, thread_count(2 * found.width**2), *addresses))
+    return out
 
 
 class ResidualGate(nn.Module):

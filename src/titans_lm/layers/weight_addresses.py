@@ -5,15 +5,15 @@ They are kept beside the layers, not in them: a copy of a layer, or a file, has 
 """
 
 import operator
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from titans_lm.layers.module_call import HOOKS_OF_ALL, eps_of, has_hooks, hooks_of
-from titans_lm.ops.cpu.compiled import PLAIN_TENSORS
+from titans_lm.ops.cpu.compiled import PLAIN_TENSORS, recording
 
 L = TypeVar("L")
 
@@ -53,6 +53,37 @@ class WeightAddresses:
             and list(map(Tensor.data_ptr, self._weights)) == self._addresses
             and not any("forward" in attributes for attributes in self._attributes)
         )
+
+    def add(self, others: Iterable["WeightAddresses"]) -> None:
+        """Be current only where all `others` are too."""
+        for other in others:
+            self._owners += other._owners
+            self._names += other._names
+            self._values += other._values
+            self._hooks += other._hooks
+            self._attributes += other._attributes
+            self._weights += other._weights
+            self._addresses += other._addresses
+        notes = zip(self._owners, self._names, self._values, strict=True)
+        once = {(id(owner), name): (owner, name, value) for owner, name, value in notes}  # others note the same
+        self._owners, self._names, self._values = map(list, zip(*once.values(), strict=True))
+        self._hooks = list({id(hooks): hooks for hooks in self._hooks}.values())
+        self._attributes = list({id(attributes): attributes for attributes in self._attributes}.values())
+
+    def add_modules(self, root: nn.Module, settings: Sequence[str]) -> None:
+        """Be current only while `root` has the same modules, no hook looks at one in it, and what they have of these
+        `settings` is the same. Raises NotPlainError for one in it that is compiled."""
+        for module in root.modules():
+            if module is not root:
+                if module._compiled_call_impl is not None:
+                    raise NotPlainError
+                self._hooks += hooks_of(module)
+                self._attributes.append(module.__dict__)
+            for name in module._modules:
+                self._note(cast(dict[str, Any], module._modules), name)
+            for name in settings:
+                if name in module.__dict__:
+                    self._note(module.__dict__, name)
 
     def _note(self, owner: dict[str, Any], name: str) -> Any:
         value = owner.get(name)
@@ -136,12 +167,13 @@ _found: WeakKeyDictionary[Any, WeightAddresses] = WeakKeyDictionary()
 def addresses_of(layer: L, describe: Callable[[L, WeightAddresses], None]) -> WeightAddresses | None:
     """The addresses that `describe` notes, or None where it raises NotPlainError."""
     found = _found.get(layer)
-    if found is not None and found.is_current():
-        return found
-    found = WeightAddresses()
-    try:
-        describe(layer, found)
-    except NotPlainError:
-        return None
-    _found[layer] = found
+    if found is None or not found.is_current():
+        found = WeightAddresses()
+        try:
+            describe(layer, found)
+        except NotPlainError:
+            return None
+        _found[layer] = found
+    if (recorder := recording.get()) is not None:
+        recorder.note_weights(found)
     return found

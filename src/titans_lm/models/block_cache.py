@@ -1,7 +1,7 @@
 """What each kind of block remembers between calls, and operations on these trees of tensors."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -102,7 +102,10 @@ def as_value(cache: Cache, position: Tensor) -> Cache:
     if not isinstance(cache, LMMCache) and not isinstance(cache.attention, KeyValues):
         changes["attention"] = cache.attention.whole(position)
     if not isinstance(cache, AttentionCache) and isinstance(cache.memory.memory, FactoredMemory):
-        changes["memory"] = cache.memory._replace(memory=cache.memory.memory.whole())
+        conv_state = tuple(t.clone() for t in cache.memory.conv_state)  # a replay writes it
+        changes["memory"] = cache.memory._replace(memory=cache.memory.memory.whole(), conv_state=conv_state)
+    if changes and isinstance(cache, MACCache):
+        changes["retrieval"] = cache.retrieval._replace(conv_state=cache.retrieval.conv_state.clone())
     return cast(Cache, cache._replace(**changes)) if changes else cache
 
 
@@ -163,3 +166,20 @@ def _map(tree: Any, function: Callable[..., Tensor], *others: Any) -> Any:
         return function(tree, *others)
     parts = [_map(part, function, *rest) for part, *rest in zip(tree, *others, strict=True)]
     return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+
+
+_STORED_NAMES = {
+    (NeuralMemoryState, "conv_state"): "tails",
+    (NeuralMemoryState, "prev_input"): "last",
+    (SegmentSnapshot, "conv_state"): "tail",
+}
+"""Fields whose tensors have another name in memory files, so that files of all versions are alike."""
+
+
+def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a tree, each with its place as its name, as in memory files: ".memory.weights.0"."""
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif tree is not None:
+        for field, part in zip(getattr(tree, "_fields", range(len(tree))), tree, strict=True):
+            yield from named_tensors(part, f"{name}.{_STORED_NAMES.get((type(tree), field), field)}")

@@ -15,7 +15,7 @@ from titans_lm.layers import compiled_segments
 from titans_lm.layers.attention import RotaryEmbedding, SegmentAttention
 from titans_lm.layers.bypass import is_bypassed
 from titans_lm.layers.compiled_segments import SegmentLayers
-from titans_lm.layers.few_rows import rms_norm
+from titans_lm.layers.few_rows import add, rms_norm
 from titans_lm.layers.gating import SwiGLU, residual_mlp
 from titans_lm.layers.key_values import KeyValues, SegmentBuffers, writes_in_place
 from titans_lm.layers.memory_state import NeuralMemoryOutput, NeuralMemoryState, ProjectedQueries
@@ -63,16 +63,14 @@ class BlockOutput(NamedTuple):
 
     x: Tensor
     cache: BlockCache
-    surprise: Surprise | None
-    """The memory's surprise, if the call asked for it; None otherwise, and without a memory."""
+    surprise: Surprise | None  # the memory's, if the call asked for it; None otherwise, and without a memory
 
 
 class TitansBlock(GradientCheckpointingLayer, Generic[Cache]):
     """The parts that all variants share: the norm and residual around the branch, and the MLP after it.
 
-    A variant defines its `branch`, the type of its cache, and the cache before the first token, `initial_cache`.
-    `forward` makes that cache, because a block's weights are sure to be usable only in its call (see `module_call`).
-    """
+    A variant defines its `branch`, its type of cache, and the cache before the first token, `initial_cache`; `forward`
+    makes that cache, because a block's weights are sure to be usable only in its call (see `module_call`)."""
 
     cache_type: type[Cache]
 
@@ -114,6 +112,10 @@ class TitansBlock(GradientCheckpointingLayer, Generic[Cache]):
             return self._forward_in_parts(x, cache, context)
         return self._forward(x, cache, context)
 
+    def may_replay(self, position: int) -> bool:
+        """Whether the token at `position` takes the same steps as the one before it: what a replay does."""
+        return position > 0
+
     def is_bypassed(self) -> bool:
         """Whether its memory is in a `bypass_memory` context."""
         return any(map(is_bypassed, self.children()))
@@ -143,9 +145,8 @@ class TitansBlock(GradientCheckpointingLayer, Generic[Cache]):
     def read_persistent(
         self, memory: NeuralMemory, batch: int, like: Tensor, bypass: bool
     ) -> tuple[Tensor, NeuralMemoryState]:
-        """The memory's output at the persistent tokens, `[1, P, D]`, and its state after them, for `batch` rows.
-
-        A stream reads them once, before its first token. They are the same in all rows, so one row reads them."""
+        """The memory's output at the persistent tokens, which a stream reads before its first token, `[1, P, D]`; and
+        its state after them, for `batch` rows. One row reads them, because they are the same in all."""
         tokens = self.persistent_tokens(like)
         out = memory.forward_aligned(tokens, memory.initial_state_like(1, tokens), None, bypass=bypass)
         return out.y, expand_rows(out.state, batch)
@@ -236,8 +237,9 @@ class MALBlock(TitansBlock[MALCache]):
     def branch(self, x: Tensor, cache: MALCache, context: ForwardContext) -> BlockOutput:
         m, memory, surprise = write_and_read(self.memory, rms_norm(x, self.norm), cache.memory, context)
         prefix = cache.prefix.to(x.dtype)  # the model's dtype may have changed since
-        y, attention = attend(self.attention, self.attention_norm(x + m), lambda _: prefix, cache.attention, context)
-        return BlockOutput(m + y, MALCache(attention, memory, cache.prefix), surprise)
+        z = rms_norm(add(x, m), self.attention_norm)
+        y, attention = attend(self.attention, z, lambda _: prefix, cache.attention, context)
+        return BlockOutput(add(m, y), MALCache(attention, memory, cache.prefix), surprise)
 
 
 class MACBlock(TitansBlock[MACCache]):
@@ -302,6 +304,10 @@ class MACBlock(TitansBlock[MACCache]):
         m = self.memory.project_output(out.written, out.retrieved, bypass=context.bypass)
         surprise = None if out.surprise is None else Surprise(*map(layout.from_slots, out.surprise))
         return BlockOutput(layout.from_slots(self.gate(out.y, m)), cache, surprise)
+
+    def may_replay(self, position: int) -> bool:
+        """Not at a segment's first and last token, where the memory is taken that the segment retrieves from."""
+        return 0 < position % self.segment_size < self.segment_size - 1
 
     def _token(self, x: Tensor, cache: MACCache, context: ForwardContext) -> BlockOutput:
         """Read one token of each row, its norm x `[B, 1, D]`; `context.position` counts within the segment."""
@@ -371,7 +377,7 @@ class MACBlock(TitansBlock[MACCache]):
     ) -> SegmentOutput:
         """`write` what attention made of S to the memory (eq. 24), and read it."""
         c = context
-        written = rms_norm(s + y, self.memory_norm)
+        written = rms_norm(add(s, y), self.memory_norm)
         out = write(written, cache.memory, c.valid, update=c.update, surprise=c.surprise, bypass=c.bypass)
         after = c.advanced(s.shape[1]).in_segment(self.segment_size)
         cache = self._with_snapshot(cache._replace(memory=out.state), after)

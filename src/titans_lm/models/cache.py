@@ -1,6 +1,6 @@
 """`TitansState`: what a model remembers, as a value: save, load, fork, reset, reorder. It is transformers' `Cache`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,29 +8,21 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from titans_lm.layers.memory_state import NeuralMemoryState
 from titans_lm.models import cache_file
 from titans_lm.models.block_cache import (
     AttentionCache,
     BlockCache,
-    SegmentSnapshot,
     as_value,
     concat_rows,
     is_in_buffers,
     map_tensors,
+    named_tensors,
 )
 from titans_lm.models.cache_file import Card, Source
 from titans_lm.models.model_identity import Identity, identity
 from titans_lm.ops import MemoryState
 from titans_lm.utils.deprecation import RenamedAttribute
 from titans_lm.utils.memory_lock import MemoryLock
-
-_STORED_NAMES = {
-    (NeuralMemoryState, "conv_state"): "tails",
-    (NeuralMemoryState, "prev_input"): "last",
-    (SegmentSnapshot, "conv_state"): "tail",
-}
-"""Fields whose tensors have another name in memory files, so that files of all versions are alike."""
 
 
 class TitansState(Cache):
@@ -59,6 +51,8 @@ class TitansState(Cache):
         """The texts that a `Reader` has read. Memory files store them."""
         self.identity = identity
         """The model that this state belongs to, for memory files."""
+        self.replay: Any = None
+        """While it `is_decoding`, maybe a `DecodingReplay`."""
         self._known: tuple[Tensor, int, list[int]] | None = None
         """A `position`, its version, and its values: see `positions`."""
         self._begun: Tensor | None = None
@@ -70,9 +64,12 @@ class TitansState(Cache):
 
     memories = RenamedAttribute("memories", "layer_caches")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "replay": None}  # its addresses are of this process
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle, also a state of an older version."""
-        self._known = self._begun = None
+        self._known = self._begun = self.replay = None
         self.__dict__.update({"layer_caches" if name == "memories" else name: value for name, value in state.items()})
 
     # ------------------------------------------------------------------------------------------ as a value
@@ -118,7 +115,7 @@ class TitansState(Cache):
 
     def end_decoding(self) -> None:
         """Be a value again, without buffers: no tensor is written in place from now on."""
-        self.layer_caches = self._values()
+        self.layer_caches, self.replay = self._values(), None
 
     def _values(self) -> list[BlockCache]:
         return [as_value(cache, self.position) for cache in self.layer_caches]
@@ -348,7 +345,7 @@ class TitansState(Cache):
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name in memory files, in the order of `map_tensors`."""
-        named = {f"layers.{i}{name}": t for i, cache in enumerate(self._values()) for name, t in _walk(cache, "")}
+        named = {f"layers.{i}{name}": t for i, cache in enumerate(self._values()) for name, t in named_tensors(cache)}
         return {**named, "position": self.position}
 
     def set_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -389,11 +386,3 @@ for _old, _new in {
 def _version(tensor: Tensor) -> int:
     """How often the tensor was written in place; 0 for one of inference mode, which does not count."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _walk(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(tree, Tensor):
-        yield name, tree
-    elif tree is not None:
-        for field, part in zip(getattr(tree, "_fields", range(len(tree))), tree, strict=True):
-            yield from _walk(part, f"{name}.{_STORED_NAMES.get((type(tree), field), field)}")

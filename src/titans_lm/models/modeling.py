@@ -38,6 +38,7 @@ from titans_lm.models.loss import LOSS_ARGUMENTS, memory_loss_sum
 from titans_lm.models.model_identity import Identity, identity
 from titans_lm.models.outputs import TitansCausalLMOutput, TitansModelOutput
 from titans_lm.models.packing import OutputOptions, StackOutput, document_starts, documents, read_documents
+from titans_lm.models.replay import run_or_replay
 from titans_lm.models.row_starts import RowStarts, check_length
 from titans_lm.ops import Surprise, gather_tokens, is_traced, left_align, masked_zero, undo_left_align
 
@@ -250,7 +251,7 @@ class TitansModel(TitansPreTrainedModel):
             eager=self.config._attn_implementation == "eager",
             new_rows=starts.new_rows(state.restarts),
         )
-        x, after, hidden, surprises = self._run_layers(x, before, context, options)
+        x, after, hidden, surprises = run_or_replay(self._run_layers, self, x, before, context, options, state.replay)
         if mask is not None:
             x, *hidden = (undo_left_align(h, mask) for h in (x, *hidden))
             surprises = [Surprise(*(undo_left_align(part, mask) for part in s)) for s in surprises]

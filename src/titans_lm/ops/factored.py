@@ -82,7 +82,9 @@ class FactoredMemory(NamedTuple):
         """The memory as a `MemoryState`, in tensors of its own."""
         weights, anchored = self.weights, self.coefficients[:, 0, ANCHORED] != 0
         begun = tuple(map(torch.clone, select_rows(anchored, self.base_weights, self.base_anchor)))
-        return MemoryState(select_rows(self.position == 0, weights, begun), weights, self.momentum, self.position)
+        return MemoryState(
+            select_rows(self.position == 0, weights, begun), weights, self.momentum, self.position.clone()
+        )
 
     def _part(self, index: int) -> Tensor:
         return self.coefficients[..., index, None, None]

@@ -146,7 +146,8 @@ def assert_traced(condition: Tensor, message: str) -> None:
 
 def is_watched() -> bool:
     """Whether a mode, such as `FlopCounterMode`, looks at every operator that runs, or at every function."""
-    if torch._C._len_torch_dispatch_stack() > 0:
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    if not all(getattr(mode, "knows_compiled_steps", False) for mode in modes):
         return True
     if torch._C._len_torch_function_stack() == 0:
         return False

@@ -1,5 +1,7 @@
-"""Logits of the last tokens alone, where a batch has labels at its end only, as a question's answer has: with a
-vocabulary of thousands, logits take longer than a small model."""
+"""Logits of the last tokens alone, where a batch has labels at its end only, as the answer of a question is.
+
+With a vocabulary of thousands, logits take longer than a small model.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +13,8 @@ from titans_lm.tasks import IGNORED
 
 
 def only_needed_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The arguments of a call of the model, with `logits_to_keep` and the labels of those logits, if no more than half
-    of the positions need logits; else `inputs`. The loss is the same.
+    """The arguments of a call of the model, with `logits_to_keep` and the labels of those logits, if at most half of
+    the positions need logits; else `inputs`. The loss is the same.
 
     A memory's own loss and a distillation look at all labels, so their models get `inputs`."""
     labels = inputs.get("labels")

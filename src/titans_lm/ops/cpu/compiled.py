@@ -4,9 +4,10 @@ import contextlib
 import ctypes
 import logging
 from collections.abc import Sequence
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -18,11 +19,23 @@ from titans_lm.ops.types import is_traced
 LOG = logging.getLogger(__name__)
 FUNCTIONS = [
     f"titans_{name}"
-    for name in ("state_size", "saved_size", "forward", "backward", "decode", "layer_step", "linears",
-                 "residual_mlp", "product_gate", "rms_norm", "attention_step",
-                 "features_forward",
+    for name in ("state_size", "saved_size", "forward", "backward", "decode", "layer_step", "linears", "residual_mlp",
+                 "product_gate", "convex_gate", "rms_norm", "add", "attention_step", "replay", "features_forward",
                  "features_backward", "layer_forward", "layer_backward", "segments_forward", "segments_backward")
 ]  # fmt: skip
+
+
+class StepRecorder(Protocol):
+    """What notes the steps of a token. See `recorder.py`."""
+
+    is_whole: bool
+
+    def note_step(self, function: Any, numbers: Any, of_layer: Any, scalars: Any) -> None: ...
+    def note_weights(self, weights: Any) -> None: ...
+    def note_places(self, cache: Any) -> None: ...
+
+
+recording: ContextVar[StepRecorder | None] = ContextVar("recorder of steps", default=None)
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 SCALARS = {torch.float32: "float", torch.float64: "double"}
 SINGLE_THREAD_WORK = 2**20
@@ -116,6 +129,17 @@ class NativeArgs:
 def run(function: str, dtype: torch.dtype, *arguments: Any) -> None:
     """Call a function that returns an error code, of the library for `dtype`. Raises MemoryError if its buffers could
     not be allocated."""
+    _run(library(dtype), function, *arguments)
+
+
+def run_step(
+    function: str, dtype: torch.dtype, numbers: Sequence[int], of_layer: Any = None, scalars: Sequence[float] = ()
+) -> None:
+    """`run` of a step of a decoded token, whose arguments are `numbers`, those that its layer always has, and scalars.
+    An active recorder notes it."""
+    arguments = ((ctypes.c_long * len(numbers))(*numbers), of_layer, (ctypes.c_double * len(scalars))(*scalars))
+    if (recorder := recording.get()) is not None:
+        recorder.note_step(getattr(library(dtype), function), *arguments)
     _run(library(dtype), function, *arguments)
 
 

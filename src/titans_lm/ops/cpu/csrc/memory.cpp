@@ -69,6 +69,7 @@ long titans_decode(const ScanArgs<Scalar>* args) {
     return run_jobs<RowDecoder<Scalar>>(*args, args->batch * args->heads,
                                         [&](RowDecoder<Scalar>& row, long r) { decode_row(*args, row, r); });
 }
+// Steps of a decoded token: functions of one signature, so that `titans_replay` can run a list of them.
 long titans_layer_step(const long* numbers, const long* of_layer, const double* scalars) {
     LayerStepArgs<Scalar> args(numbers, of_layer, scalars);
     long channels = args.channels(), failed = 0;
@@ -94,7 +95,7 @@ long titans_layer_step(const long* numbers, const long* of_layer, const double* 
     return failed;
 }
 // `numbers`: rows, in, threads, the number of linear layers and x; then out, weight, bias and y of each layer.
-long titans_linears(const long* numbers) {
+long titans_linears(const long* numbers, const long*, const double*) {
     LinearsArgs<Scalar> args(numbers[0], numbers[1], numbers[2], reinterpret_cast<const Scalar*>(numbers[4]));
     for (const long* n = numbers + 5; n < numbers + 5 + 4 * numbers[3]; n += 4)
         args.add({n[0], reinterpret_cast<const Scalar*>(n[1]), reinterpret_cast<const Scalar*>(n[2]),
@@ -103,12 +104,12 @@ long titans_linears(const long* numbers) {
 }
 // `n`: rows, width, hidden width, threads, x, the branch's output, the weights of norm, gate, up and down, room for
 // [2, rows, width] and [rows, hidden], and y = z + MLP(norm(z)), z = x + branch.
-long titans_residual_mlp(const long* n, double eps) {
+long titans_residual_mlp(const long* n, const long*, const double* eps) {
     auto at = [&](long i) { return reinterpret_cast<Scalar*>(n[i]); };
     long rows = n[0], width = n[1], hidden = n[2], threads = n[3], size = rows * width;
     Scalar *z = at(10), *normed = z + size, *y = at(12);
     for (long i = 0; i < size; ++i) z[i] = at(4)[i] + at(5)[i];
-    for (long m = 0; m < rows; ++m) rms_norm<Scalar>(width, z + m * width, at(6), eps, normed + m * width);
+    for (long m = 0; m < rows; ++m) rms_norm<Scalar>(width, z + m * width, at(6), eps[0], normed + m * width);
     GatedArgs<Scalar> gated{rows, width, hidden, threads, normed, at(7), at(8), at(11)};
     long failed = run_jobs<GatedWorker<Scalar>>(gated, (hidden + OUTPUTS - 1) / OUTPUTS,
                                                 [](GatedWorker<Scalar>& worker, long job) { worker.run(job); });
@@ -119,7 +120,7 @@ long titans_residual_mlp(const long* n, double eps) {
     return failed;
 }
 // `n`: rows, width, y, m, the weights of their norms, room for a row and a vector, and the output.
-long titans_product_gate(const long* n, const double* eps) {
+long titans_product_gate(const long* n, const long*, const double* eps) {
     auto at = [&](long i) { return reinterpret_cast<Scalar*>(n[i]); };
     for (long m = 0; m < n[0]; ++m)
         gated_product<Scalar>(n[1], at(2) + m * n[1], at(3) + m * n[1], at(4), at(5), eps[0], eps[1], at(6),
@@ -127,12 +128,37 @@ long titans_product_gate(const long* n, const double* eps) {
     return 0;
 }
 // `n`: rows, width, x, weight, y.
-long titans_rms_norm(const long* n, double eps) {
+long titans_rms_norm(const long* n, const long*, const double* eps) {
     auto at = [&](long i) { return reinterpret_cast<Scalar*>(n[i]); };
-    for (long m = 0; m < n[0]; ++m) rms_norm<Scalar>(n[1], at(2) + m * n[1], at(3), eps, at(4) + m * n[1]);
+    for (long m = 0; m < n[0]; ++m) rms_norm<Scalar>(n[1], at(2) + m * n[1], at(3), eps[0], at(4) + m * n[1]);
     return 0;
 }
-long titans_attention_step(const long* numbers) {
+// `n`: size, a, b, a + b.
+long titans_add(const long* n, const long*, const double*) {
+    auto at = [&](long i) { return reinterpret_cast<Scalar*>(n[i]); };
+    for (long i = 0; i < n[0]; ++i) at(3)[i] = at(1)[i] + at(2)[i];
+    return 0;
+}
+// `n`: rows, width, threads, y, m, weight and bias of the map of [y; m], room for [rows, 2 * width] and [rows, width], and
+// g * y + (1 - g) * m with g the map's sigmoid.
+long titans_convex_gate(const long* n, const long*, const double*) {
+    auto at = [&](long i) { return reinterpret_cast<Scalar*>(n[i]); };
+    long rows = n[0], width = n[1];
+    Scalar *both = at(7), *g = at(8);
+    for (long m = 0; m < rows; ++m) {
+        std::copy_n(at(3) + m * width, width, both + 2 * m * width);
+        std::copy_n(at(4) + m * width, width, both + (2 * m + 1) * width);
+    }
+    LinearsArgs<Scalar> map(rows, 2 * width, n[2], both);
+    map.add({width, at(5), at(6), g});
+    long failed = run_linears(map);
+    for (long i = 0; i < rows * width; ++i) {
+        Scalar open = sigmoid(g[i]);
+        at(9)[i] = open * at(3)[i] + (1 - open) * at(4)[i];
+    }
+    return failed;
+}
+long titans_attention_step(const long* numbers, const long*, const double*) {
     AttentionStepArgs<Scalar> args(numbers);
     long inner = args.heads * args.width;
     LinearsArgs<Scalar> before(args.batch, args.dim, args.threads, args.x);
@@ -151,6 +177,16 @@ long titans_attention_step(const long* numbers) {
     LinearsArgs<Scalar> after(args.batch, inner, args.threads, args.y);
     after.add({args.dim, args.o_proj, nullptr, args.output});
     return run_linears(after) | failed;
+}
+// Run `count` steps, one after another: of each its address and its arguments.
+long titans_replay(const long* steps, long count) {
+    typedef long (*Step)(const long*, const long*, const double*);
+    long failed = 0;
+    for (; count; --count, steps += 4)
+        failed |= reinterpret_cast<Step>(steps[0])(reinterpret_cast<const long*>(steps[1]),
+                                                   reinterpret_cast<const long*>(steps[2]),
+                                                   reinterpret_cast<const double*>(steps[3]));
+    return failed;
 }
 long titans_features_forward(const FeatureArgs<Scalar>* args) {
     return run_jobs<FeatureWorker<Scalar>>(*args, args->parts * args->heads,

@@ -1,0 +1,162 @@
+"""Decoding by replay: a token runs the compiled steps that an earlier one ran, on other inputs, in one call.
+
+Two tokens are recorded. The first reads a state B and writes C, the second reads C and writes D, all in tensors of
+their own. Then the first is made to read D in place of B, and the two take turns.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titans_lm.layers.attention import RotaryEmbedding
+from titans_lm.layers.bypass import is_any_bypassed
+from titans_lm.layers.few_rows import is_few_rows, runs_compiled
+from titans_lm.layers.weight_addresses import NotPlainError, WeightAddresses
+from titans_lm.models.block_cache import AttentionCache, BlockCache, map_tensors
+from titans_lm.models.forward_context import ForwardContext
+from titans_lm.models.packing import OutputOptions
+from titans_lm.ops import FactoredMemory, Surprise
+from titans_lm.ops.cpu.recorder import Recorder, Replay
+
+Caches = list[BlockCache]
+LayersOutput = tuple[Tensor, Caches, list[Tensor], list[Surprise]]
+"""The output of all layers, their caches after it, and what was asked for of each."""
+RunLayers = Callable[[Tensor, Caches, ForwardContext, OutputOptions], LayersOutput]
+MAX_FAILURES = 6
+"""Recorded tokens in a row that no other follows, after which none is recorded: recording one takes longer than it."""
+SETTINGS = ("lr", "clip", "surprise_threshold", "activation", "chunk_size", "backend", "num_heads", "window_size")
+"""Attributes of layers that are among the numbers of a step, or decide which steps there are."""
+
+
+class RecordedToken:
+    """The steps of a token, its inputs and outputs, and the state before and after it."""
+
+    def __init__(
+        self, recorder: Recorder, model: nn.Module, x: Tensor, rope: RotaryEmbedding, y: Tensor, before: Caches,
+        after: Caches,
+    ):  # fmt: skip
+        """Raises NotPlainError if other steps may be right for the next token."""
+        if not all(map(_is_in_factors, before)):
+            raise NotPlainError
+        self.model, self.current = weakref.ref(model), _current(model, recorder)
+        self.x, self.rope, self.y, self.before, self.after = x, rope, y, before, after
+        self.replay, self.places, self._kept = Replay(recorder.steps, x.dtype), recorder.places, recorder.kept
+        self.threads, self.inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+    def may_run(self, model: nn.Module, x: Tensor, caches: Caches) -> bool:
+        """Whether it computes what the model's layers would of x `[B, 1, D]` after these caches."""
+        return (
+            all(map(_is, caches, self.before))
+            and self.model() is model
+            and x.shape == self.x.shape
+            and x.dtype == self.x.dtype
+            and torch.get_num_threads() == self.threads
+            and torch.is_inference_mode_enabled() == self.inference
+            and self.current.is_current()
+        )
+
+    def run(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, Caches]:
+        assert context.uniform_position is not None
+        for mine, given in zip((self.x, *self.rope), (x, *context.rope), strict=True):
+            mine.copy_(given)
+        rows = len(x)
+        for numbers, cache in self.places:
+            slots, ends = cache.places_at(context.uniform_position, rows)
+            numbers[-2 * rows :] = [*slots, *ends]
+        self.replay.run()
+        return self.y.clone(), list(self.after)
+
+    def follow(self, other: "RecordedToken") -> bool:
+        """Read the state after `other`, which read the one after this, in place of the one before this. False if
+        their tensors differ in shape or strides."""
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for old, new in zip(self.before, other.after, strict=True):
+            map_tensors(old, lambda a, b: pairs.append((a, b)) or a, new)  # type: ignore[func-returns-value]
+        if any(a.shape != b.shape or a.stride() != b.stride() or a.dtype != b.dtype for a, b in pairs):
+            return False
+        self.replay.exchange({a.data_ptr(): b.data_ptr() for a, b in pairs if a.data_ptr() != b.data_ptr()})
+        self.before = other.after
+        return True
+
+
+class DecodingReplay:
+    """The recorded tokens of one state that is decoding. It changes the speed only."""
+
+    def __init__(self) -> None:
+        self.tokens: list[RecordedToken] = []
+        self.is_possible = True
+        """False once a token took more than compiled steps, or tokens do not follow each other, as in a beam search."""
+        self._failures = 0
+
+    def step(
+        self, model: nn.Module, x: Tensor, caches: Caches, context: ForwardContext
+    ) -> tuple[Tensor, Caches] | None:
+        """The layers' output for x `[B, 1, D]`, and the caches after it; None where no recorded token computes it."""
+        token = next((t for t in self.tokens if t.may_run(model, x, caches)), None) if len(self.tokens) == 2 else None
+        return None if token is None else token.run(x, context)
+
+    def record(self, run: Callable[[Tensor], LayersOutput], model: nn.Module, x: Tensor, caches: Caches,
+               rope: RotaryEmbedding) -> LayersOutput:  # fmt: skip
+        """run(x), noted."""
+        x = x.clone()
+        with Recorder() as recorder:
+            y, after, hidden, surprises = run(x)
+        try:
+            self._add(RecordedToken(recorder, model, x, rope, y, caches, after))
+        except NotPlainError:
+            self.is_possible = False
+        return y.clone(), after, hidden, surprises
+
+    def _add(self, token: RecordedToken) -> None:
+        last = self.tokens[-1] if self.tokens else None
+        follows = last is not None and all(map(_is, last.after, token.before)) and last.follow(token)
+        self.tokens = [last, token] if follows and last is not None else [token]
+        self._failures = 0 if follows else self._failures + 1
+        self.is_possible = self._failures < MAX_FAILURES
+
+
+def run_or_replay(
+    run: RunLayers, model: nn.Module, x: Tensor, caches: Any, context: ForwardContext, options: OutputOptions,
+    replay: DecodingReplay | None,
+) -> LayersOutput:  # fmt: skip
+    """run(x, caches, context, options) of the model's layers, or what a replay of it returns."""
+    if replay is None or not replay.is_possible or options.hidden or not _may_replay(model, x, context):
+        return run(x, caches, context, options)
+    if (found := replay.step(model, x, caches, context)) is not None:
+        return *found, [], []
+    return replay.record(lambda x: run(x, caches, context, options), model, x, caches, context.rope)
+
+
+def _may_replay(model: Any, x: Tensor, context: ForwardContext) -> bool:
+    """Whether the call is that of a token which replays are for: x `[B, 1, D]`, all rows at one position, and nothing
+    asked for beside the output and the state."""
+    position = context.uniform_position
+    if position is None or context.new_rows is not None or not (runs_compiled(x) and is_few_rows(x)):
+        return False
+    if not context.update or context.surprise or context.eager or is_any_bypassed():
+        return False
+    return not torch.autograd._profiler_enabled() and all(block.may_replay(position) for block in model.blocks())
+
+
+def _current(model: nn.Module, recorder: Recorder) -> WeightAddresses:
+    """What tells whether the layers would still take the recorded steps. Raises NotPlainError if it cannot."""
+    if not recorder.is_whole or not recorder.steps:
+        raise NotPlainError
+    current = WeightAddresses()
+    current.add_modules(model, SETTINGS)
+    current.add(recorder.weights)
+    if not current.is_current():
+        raise NotPlainError
+    return current
+
+
+def _is_in_factors(cache: BlockCache) -> bool:
+    """Whether its memory, if it has one, is in factors. Another takes other steps where a chunk begins."""
+    return isinstance(cache, AttentionCache) or isinstance(cache.memory.memory, FactoredMemory)
+
+
+def _is(a: Any, b: Any) -> bool:
+    return a is b
