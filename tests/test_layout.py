@@ -28,7 +28,7 @@ WITHIN_OPS = [
     ["library", "agreement", "factored"],
     ["choice"],
     ["reference", "mlp", "cpu.compiled"],
-    ["chunked.chunk"],
+    ["chunked.chunk", "cpu.recorder"],
     ["chunked.group"],
     ["chunked.scan"],
     ["decode", "delta_rule"],
