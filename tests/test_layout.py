@@ -24,8 +24,8 @@ STOREYS = [
 ]
 """What is in a storey imports from its own and from those before it; two of one line do not know each other."""
 WITHIN_OPS = [
-    ["types", "grouping", "ragged", "decays", "autograd", "cpu.build"],
-    ["library", "agreement", "factored"],
+    ["types", "grouping", "decays", "autograd", "cpu.build"],
+    ["library", "agreement", "factored", "ragged"],
     ["choice"],
     ["reference", "mlp", "cpu.compiled"],
     ["chunked.chunk", "cpu.recorder"],

@@ -30,7 +30,7 @@ from titans_lm.ops import MemoryState
 from titans_lm.ops.autograd import once_differentiable
 from titans_lm.ops.chunked.scan import MAX_CHUNK
 from titans_lm.ops.cpu.compiled import unsupported_tensor_reason
-from titans_lm.ops.types import is_traced, is_watched
+from titans_lm.ops.types import has_values, is_watched
 
 GROUP_TOKENS = 256
 """About the tokens of a group."""
@@ -41,7 +41,7 @@ MIN_TOKENS = 256
 def is_plain(layer: ScanLayer, x: Tensor, state: NeuralMemoryState) -> bool:
     """Whether compiled code can run chunks of x `[B, T, D]` after `state`: on a CPU, in the memory's dtype, where no
     hook, adapter or mode looks at the operations."""
-    if is_traced(x) or is_watched() or layer.backend not in ("auto", "native") or layer.convs is None:
+    if not has_values(x) or is_watched() or layer.backend not in ("auto", "native") or layer.convs is None:
         return False
     if layer.predictor is not None or layer.gates_of != "token" or not 1 < layer.chunk_size <= MAX_CHUNK:
         return False
@@ -71,7 +71,7 @@ def _has_plain_weights(layer: ScanLayer, dim: int) -> bool:
 
 def is_supported(layer: ScanLayer, x: Tensor, state: NeuralMemoryState, valid: Tensor | None) -> bool:
     """Whether compiled code can run the layer on x `[B, T, D]` after `state`, all rows at one place of a chunk."""
-    if valid is not None or is_traced(x) or x.shape[1] < MIN_TOKENS or not is_plain(layer, x, state):
+    if valid is not None or not has_values(x) or x.shape[1] < MIN_TOKENS or not is_plain(layer, x, state):
         return False
     position = state.memory.position
     return len(position) > 0 and bool((position == position[0]).all()) and _parts(layer, x, state).whole > 0

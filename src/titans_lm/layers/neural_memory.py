@@ -35,6 +35,7 @@ from titans_lm.ops import (
     Surprise,
     gather_tokens,
     initial_state,
+    is_left_aligned,
     left_align,
     masked_zero,
     memory_scan,
@@ -162,8 +163,7 @@ class NeuralMemory(nn.Module):
         self._state_shapes = StateShapes(self.shapes, self._conv_shape, prev_input, gates)
 
     def reset_parameters(self) -> None:
-        """Initialise M_0, the convolutions, the gates' biases and the norm; for an associative start also the
-        projections.
+        """Initialise M_0, convolutions, the gates' biases and the norm; for an associative start also projections.
 
         Each layer of M_0 preserves the scale of its input. Keys have length 1, not 1 in each channel, so the first of
         several layers enlarges them: the activation then bends them, and they differ.
@@ -235,7 +235,7 @@ class NeuralMemory(nn.Module):
         state = self._initial_state(x.shape[0], x) if state is None else state
         options = {"update": update, "surprise": surprise, "bypass": is_bypassed(self)}
         x = x if mask is None else masked_zero(x, mask)
-        if mask is None or not bool((mask[:, 1:] & ~mask[:, :-1]).any()):  # left-aligned
+        if mask is None or is_left_aligned(mask):
             out = self._forward_aligned(x, state, mask, **options)
             y, found = out.y if mask is None else masked_zero(out.y, mask), out.surprise
         else:

@@ -13,7 +13,7 @@ from titans_lm.models.block_cache import BlockCache
 from titans_lm.models.cache import TitansState
 from titans_lm.models.configuration import unknown_key
 from titans_lm.models.packing import PACKED
-from titans_lm.ops import assert_traced, is_traced
+from titans_lm.ops import assert_traced, has_values
 from titans_lm.utils.deprecation import renamed
 
 __getattr__ = renamed(__name__, {"hidden_states": "select_hidden_states"})
@@ -124,7 +124,7 @@ def token_mask(attention_mask: Tensor | None, x: Tensor, rows: int) -> Tensor | 
         raise ValueError(f"attention_mask must be [B, T] = {list(x.shape[:2])}, got {list(attention_mask.shape)}")
     mask = attention_mask[:, attention_mask.shape[1] - x.shape[1] :]
     odd = (mask != 0) & (mask != 1)
-    if is_traced(x):
+    if not has_values(x):
         assert_traced(~odd.any(), "attention_mask must be 0 or 1")
         return mask.bool()
     if bool(odd.any()):
@@ -144,7 +144,7 @@ def check_finite(x: Tensor, mask: Tensor | None) -> None:
     """
     finite = x.isfinite().all(-1)
     finite = finite if mask is None else finite | ~mask
-    if is_traced(x):
+    if not has_values(x):
         assert_traced(finite.all(), "the embedding of a token is not finite; a mask of 0 there hides it")
     elif not bool(finite.all()):
         row, column = (~finite).nonzero()[0].tolist()

@@ -89,6 +89,10 @@ class TitansState(Cache):
         self.note_positions(values)
         return values
 
+    def knows_positions(self) -> bool:
+        """Whether `positions` can be asked; on the meta device only if they are known on the host."""
+        return not self.position.is_meta or (self._known is not None and self._known[0] is self.position)
+
     def note_positions(self, values: list[int]) -> None:
         """Say what the values of `position` are, where that is known on the host."""
         self._known = (self.position, _version(self.position), values)
@@ -339,7 +343,8 @@ class TitansState(Cache):
         return len(self.layer_caches)
 
     def __repr__(self) -> str:
-        return f"TitansState(rows={self.batch_size}, position={self.position.tolist()}, nbytes={self.nbytes})"
+        position = self.positions() if self.knows_positions() else "unknown"
+        return f"TitansState(rows={self.batch_size}, position={position}, nbytes={self.nbytes})"
 
     # ------------------------------------------------------------------------------------------ details
 
@@ -372,14 +377,9 @@ class TitansState(Cache):
         return other
 
 
-for _old, _new in {
-    "shared": "shallow_copy",
-    "leave": "set_pending",
-    "begun_by": "after_pending",
-    "moved": "advanced",
-    "become": "assign",
-    "joined": "concat",
-}.items():
+_RENAMED = {"shared": "shallow_copy", "leave": "set_pending", "begun_by": "after_pending", "moved": "advanced",
+            "become": "assign", "joined": "concat"}  # fmt: skip
+for _old, _new in _RENAMED.items():
     setattr(TitansState, _old, RenamedAttribute(_old, _new))
 
 

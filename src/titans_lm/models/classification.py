@@ -150,7 +150,7 @@ def _last_tokens(mask: Tensor | None, tokens: Tensor) -> Tensor:
     if mask is None:
         return torch.full((rows,), columns - 1, device=tokens.device)
     mask = mask[:, -columns:].to(tokens.device) != 0  # a longer mask covers the tokens before this call too
-    if not bool((found := mask.any(1)).all()):
+    if not mask.is_meta and not bool((found := mask.any(1)).all()):
         raise ValueError(f"row {int((~found).int().argmax())} holds padding alone, and no token to classify")
     return (mask * torch.arange(1, columns + 1, device=tokens.device)).argmax(1)
 
@@ -160,7 +160,7 @@ def _check_one_document(position_ids: Tensor, mask: Tensor | None) -> None:
     later = position_ids[:, 1:] == 0
     if mask is not None and mask.shape == position_ids.shape:  # padding may have position 0
         later = later & mask[:, 1:].bool() & mask[:, :-1].bool()
-    if bool(later.any()):
+    if not later.is_meta and bool(later.any()):
         row, column = later.nonzero()[0].tolist()
         raise ValueError(f"position_ids starts a second document in row {row}, column {column + 1}, and a row gets one "
                          f"label: give each document a row of its own")  # fmt: skip

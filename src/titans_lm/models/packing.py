@@ -39,6 +39,8 @@ def document_starts(
     ]
     if given and torch.compiler.is_compiling():
         raise ValueError(f"a compiled call cannot take {given[0]}, whose values say which rows there are: leave it out")
+    if given and any(isinstance(value, Tensor) and value.is_meta for value in (position_ids, *packed.values())):
+        raise ValueError(f"a call on the meta device cannot take {given[0]}, whose values say which rows there are")
     if position_ids is not None:
         found["position_ids"] = _by_position(_fitting("position_ids", position_ids, shape), mask, expected())
     if packed.get("seq_idx") is not None:

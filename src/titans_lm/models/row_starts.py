@@ -18,13 +18,13 @@ class RowStarts(NamedTuple):
     position: Tensor
     """`[B]`, the tokens that each row has read before."""
     values: list[int] | None
-    """Its values; None in a traced call, which has none."""
+    """Its values; None in a traced call and on the meta device, where there are none."""
     begun: bool
     """Whether no row is at its first token, as far as is known."""
 
     @classmethod
     def of(cls, state: TitansState, traced: bool) -> "RowStarts":
-        if not traced:
+        if not traced and state.knows_positions():
             values = state.positions()
             return cls(state.layer_caches, state.position, values, begun=0 not in values)
         if begun := state.has_begun() and bool(state.layer_caches):

@@ -9,7 +9,7 @@ from torch import Tensor
 from titans_lm.layers.memory_state import ProjectedQueries
 from titans_lm.models.block_cache import MACCache, map_tensors
 from titans_lm.models.forward_context import ForwardContext
-from titans_lm.ops import Layout, Surprise, for_all_lengths, is_traced, lay_out, lay_out_by_shape
+from titans_lm.ops import Layout, Surprise, for_all_lengths, has_values, lay_out, lay_out_by_shape
 
 
 class SegmentInputs(NamedTuple):
@@ -50,9 +50,11 @@ ReadSegment = Callable[[SegmentInputs, MACCache, ForwardContext], SegmentOutput]
 
 
 def lay_out_segments(context: ForwardContext, x: Tensor, size: int) -> Layout:
-    """The slots of x `[B, T, D]` in segments of `size`. A traced call needs no values for it."""
+    """The slots of x `[B, T, D]` in segments of `size`. Without values, as in a traced call, it follows from shapes."""
     valid, position, tokens = context.valid, context.position, x.shape[1]
-    if not is_traced(x):
+    if x.is_meta and valid is None and context.uniform_position is not None:
+        return Layout(min(tokens, -context.uniform_position % size), tokens, size, torch.full_like(position, tokens))
+    if has_values(x):
         return lay_out(valid, position, tokens, size)
     export, start = for_all_lengths(x), context.uniform_position == 0
     if start and not export and tokens <= size:

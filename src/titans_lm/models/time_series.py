@@ -215,6 +215,8 @@ class TitansForTimeSeriesPrediction(TitansPreTrainedModel):
         if steps < c.context_length or (steps - c.context_length) % c.patch_stride:
             raise ValueError(f"past_values must have {c.context_length} steps and any number of times {c.patch_stride} "
                              f"more, got {steps}")  # fmt: skip
+        if past.is_meta:  # shapes alone
+            return
         if observed is not None and not bool(observed.bool().all()):
             raise ValueError(
                 "past_observed_mask marks missing values; fill them in before, this model has no rule for them"

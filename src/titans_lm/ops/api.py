@@ -16,7 +16,18 @@ from titans_lm.ops.grouping import MAX_SAVED_BYTES
 from titans_lm.ops.operators import SCANS, operator_scan
 from titans_lm.ops.ragged import masked_zero
 from titans_lm.ops.reference import naive_scan
-from titans_lm.ops.types import MemoryForm, MemoryState, ScanInputs, ScanOutput, Surprise, Tokens, is_traced, is_watched
+from titans_lm.ops.types import (
+    MemoryForm,
+    MemoryState,
+    ScanInputs,
+    ScanOutput,
+    Surprise,
+    Tokens,
+    has_values,
+    is_autocast,
+    is_traced,
+    is_watched,
+)  # fmt: skip
 from titans_lm.utils.deprecation import renamed_arguments
 
 Backend = Literal["auto", "naive", "step", "linear", "chunked", "native", "triton"]
@@ -151,12 +162,12 @@ def memory_scan(
     _check(inputs)
     if mask is not None:
         inputs = inputs._replace(tokens=Tokens(*(masked_zero(x, mask) for x in inputs.tokens)))
-    traced = is_traced(q) and backend in ("auto", *SCANS)
-    name = backend if traced else resolve_backend(backend, inputs)
-    autocast = torch.is_autocast_enabled(q.device.type)  # state and decays are never rounded to half precision
+    by_shape = not has_values(q) and backend in ("auto", *SCANS)
+    name = backend if by_shape else resolve_backend(backend, inputs)
+    autocast = is_autocast(q)  # state and decays are never rounded to half precision
     with torch.autocast(q.device.type, enabled=False) if autocast else contextlib.nullcontext():
         inputs = _in_state_dtype(inputs, name)
-        if traced or (name == "native" and is_watched()):
+        if by_shape or (name == "native" and is_watched()):
             y, state, per_token = operator_scan(inputs, name)
         else:
             y, state, per_token = _scan_of(name)(inputs)

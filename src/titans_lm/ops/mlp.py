@@ -3,6 +3,7 @@
 A leading `R` is one row of the batch and one head, `[B * H]`, or the two dimensions `[B, H]`.
 """
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titans_lm.ops.types import NORM_EPS, MemoryForm, is_traced
+from titans_lm.ops.types import NORM_EPS, MemoryForm, is_autocast, is_traced
 
 TANH_SCALE, CUBE = math.sqrt(2 / math.pi), 0.044715
 """Constants of GELU's tanh approximation."""
@@ -70,7 +71,7 @@ def retrieve(q: Tensor, weights: tuple[Tensor, ...], form: MemoryForm) -> Tensor
     dtype = weights[0].dtype
     if form.norm is not None:
         form = form._replace(norm=(form.norm[0].to(dtype), form.norm[1].to(dtype)))
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False) if is_autocast(q) else contextlib.nullcontext():
         x = h = q.to(dtype).transpose(1, 2)
         for layer, w in enumerate(weights):
             h = (activate(h, form) if layer > 0 else h) @ w

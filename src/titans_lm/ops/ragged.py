@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from titans_lm.ops.types import has_values
 from titans_lm.utils.deprecation import renamed
 
 __getattr__ = renamed(__name__, {"cleared": "masked_zero", "restore": "undo_left_align", "take": "gather_tokens"})
@@ -31,6 +32,11 @@ def undo_left_align(x: Tensor, mask: Bool[Tensor, "B T"]) -> Tensor:
     """Undo `gather_tokens(x, left_align(mask)[0])`: every token back at its place, 0 where masked."""
     rank = (mask.cumsum(1) - 1).clamp(min=0)
     return masked_zero(gather_tokens(x, rank), mask)
+
+
+def is_left_aligned(mask: Bool[Tensor, "B T"]) -> bool:
+    """Whether each row's valid tokens come first; False where that cannot be looked at."""
+    return has_values(mask) and not bool((mask[:, 1:] & ~mask[:, :-1]).any())
 
 
 class Layout(NamedTuple):

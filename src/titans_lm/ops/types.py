@@ -134,6 +134,16 @@ def is_traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor | FunctionalTensor)
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether the values of x can be looked at: it is neither traced nor on the meta device, which has shapes alone."""
+    return not (x.is_meta or is_traced(x))
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast acts on operations with x. The meta device has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def for_all_lengths(x: Tensor) -> bool:
     """Whether `torch.export` traces a call with x `[B, ..., T, D]` or `[B, T, D]`: its one graph is for every T > 1."""
     return torch.compiler.is_exporting() and x.shape[-2] != 1
