@@ -14,6 +14,7 @@ from torch import Tensor
 from conftest import tiny_model
 from titans_lm import TitansForCausalLM, export_prefill, export_step, to_onnx
 from titans_lm.models.onnx import NEW
+from tolerance import assert_close
 
 FORMS = [
     ("lmm", {"memory_form": "plain", "memory_clip": None, "memory_activation": "gelu", "num_persistent_tokens": 0}),
@@ -42,7 +43,7 @@ class Program:
 
 
 def assert_equal(found: np.ndarray, expected: Tensor) -> None:
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
+    assert_close(torch.from_numpy(found), expected)
 
 
 @pytest.mark.parametrize(("kind", "form"), FORMS)
