@@ -235,14 +235,22 @@ def test_reordered_rows_are_no_longer_recorded():
     assert not ours.replay.is_possible
 
 
-def test_rows_at_different_positions_run_the_layers(replayed):
-    model, state = tiny_model("mag"), None
-    with torch.no_grad():
-        state = model.initial_state(2)
-        model(tokens(2, 4), attention_mask=torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]]), past_key_values=state)
-        model.begin_decoding(state)
-    decode(model, state, tokens(2, 6))
-    assert not replayed
+@each_model
+def test_rows_at_different_positions(name: str, replayed):
+    """As a server has them: in other places of windows, segments and chunks."""
+    model, ids, mask = make(name, segment_size=16), tokens(3, LONG), torch.ones(3, 9, dtype=torch.long)
+    mask[1, :4] = mask[2, :5] = 0
+    found = []
+    for replays in (True, False):
+        with torch.no_grad():
+            state = model.initial_state(3)
+            model(tokens(3, 9, seed=1), attention_mask=mask, past_key_values=state)
+            model.begin_decoding(state)
+        state.replay = state.replay if replays else None
+        found.append((decode(model, state, ids), state.clone()))
+    assert len(replayed) > LONG // 5
+    assert all(map(torch.equal, *(logits for logits, _ in found)))
+    assert_bitwise(*(state for _, state in found))
 
 
 def test_operators_beside_compiled_steps_are_not_left_out(replayed):

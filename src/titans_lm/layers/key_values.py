@@ -68,15 +68,12 @@ class WindowBuffers(NamedTuple):
 
     def places(self, position: Int[Tensor, " B"], uniform_position: int | None) -> Places:
         """Where rows at `position` write the next token: all at `uniform_position`, unless it is None."""
-        return self._places(position.tolist() if uniform_position is None else [uniform_position] * len(position))
+        return self.places_at(position.tolist() if uniform_position is None else [uniform_position] * len(position))
 
-    def places_at(self, position: int, rows: int) -> Places:
-        """`places` of so many rows, which all have read `position` tokens."""
-        return self._places([position] * rows)
-
-    def _places(self, rows: list[int]) -> Places:
+    def places_at(self, positions: list[int]) -> Places:
+        """`places` of rows that have read so many tokens."""
         size, width = self.num_persistent, self.keys[0].shape[2] - self.num_persistent
-        return Places([size + p % width for p in rows], [size + min(p + 1, width) for p in rows])
+        return Places([size + p % width for p in positions], [size + min(p + 1, width) for p in positions])
 
     def writable(self, dtype: torch.dtype) -> "WindowBuffers":
         """The buffers in `dtype`, themselves if they have it and may be written in place."""
@@ -109,14 +106,12 @@ class SegmentBuffers(NamedTuple):
 
     def places(self, position: Int[Tensor, " B"], uniform_position: int | None) -> Places:
         """As of a window: where h is written, and S behind it. Positions are those in the segment."""
-        return self._places(position.tolist() if uniform_position is None else [uniform_position] * len(position))
+        return self.places_at(position.tolist() if uniform_position is None else [uniform_position] * len(position))
 
-    def places_at(self, position: int, rows: int) -> Places:
-        """`places` of so many rows, which all have read `position` tokens."""
-        return self._places([position % ((self.keys[0].shape[2] - self.num_persistent) // 2)] * rows)
-
-    def _places(self, rows: list[int]) -> Places:
-        slots = [self.num_persistent + 2 * p for p in rows]
+    def places_at(self, positions: list[int]) -> Places:
+        """`places` of rows that have read so many tokens, of this segment or of all."""
+        width = (self.keys[0].shape[2] - self.num_persistent) // 2
+        slots = [self.num_persistent + 2 * (p % width) for p in positions]
         return Places(slots, [slot + 2 for slot in slots])
 
     def writable(self, dtype: torch.dtype) -> "SegmentBuffers":

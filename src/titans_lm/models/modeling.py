@@ -251,7 +251,9 @@ class TitansModel(TitansPreTrainedModel):
             eager=self.config._attn_implementation == "eager",
             new_rows=starts.new_rows(state.restarts),
         )
-        x, after, hidden, surprises = run_or_replay(self._run_layers, self, x, before, context, options, state.replay)
+        x, after, hidden, surprises = run_or_replay(
+            self._run_layers, self, x, before, context, options, state.replay, starts.values
+        )
         if mask is not None:
             x, *hidden = (undo_left_align(h, mask) for h in (x, *hidden))
             surprises = [Surprise(*(undo_left_align(part, mask) for part in s)) for s in surprises]

@@ -58,14 +58,12 @@ class RecordedToken:
             and self.current.is_current()
         )
 
-    def run(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, Caches]:
-        assert context.uniform_position is not None
-        for mine, given in zip((self.x, *self.rope), (x, *context.rope), strict=True):
+    def run(self, x: Tensor, rope: RotaryEmbedding, positions: list[int]) -> tuple[Tensor, Caches]:
+        for mine, given in zip((self.x, *self.rope), (x, *rope), strict=True):
             mine.copy_(given)
-        rows = len(x)
         for numbers, cache in self.places:
-            slots, ends = cache.places_at(context.uniform_position, rows)
-            numbers[-2 * rows :] = [*slots, *ends]
+            slots, ends = cache.places_at(positions)
+            numbers[-2 * len(positions) :] = [*slots, *ends]
         self.replay.run()
         return self.y.clone(), list(self.after)
 
@@ -91,12 +89,9 @@ class DecodingReplay:
         """False once a token took more than compiled steps, or tokens do not follow each other, as in a beam search."""
         self._failures = 0
 
-    def step(
-        self, model: nn.Module, x: Tensor, caches: Caches, context: ForwardContext
-    ) -> tuple[Tensor, Caches] | None:
-        """The layers' output for x `[B, 1, D]`, and the caches after it; None where no recorded token computes it."""
-        token = next((t for t in self.tokens if t.may_run(model, x, caches)), None) if len(self.tokens) == 2 else None
-        return None if token is None else token.run(x, context)
+    def find(self, model: nn.Module, x: Tensor, caches: Caches) -> RecordedToken | None:
+        """The recorded token that computes what the layers would of x `[B, 1, D]`, if there is one."""
+        return next((t for t in self.tokens if t.may_run(model, x, caches)), None) if len(self.tokens) == 2 else None
 
     def record(self, run: Callable[[Tensor], LayersOutput], model: nn.Module, x: Tensor, caches: Caches,
                rope: RotaryEmbedding) -> LayersOutput:  # fmt: skip
@@ -120,25 +115,27 @@ class DecodingReplay:
 
 def run_or_replay(
     run: RunLayers, model: nn.Module, x: Tensor, caches: Any, context: ForwardContext, options: OutputOptions,
-    replay: DecodingReplay | None,
+    replay: DecodingReplay | None, positions: list[int] | None,
 ) -> LayersOutput:  # fmt: skip
-    """run(x, caches, context, options) of the model's layers, or what a replay of it returns."""
-    if replay is None or not replay.is_possible or options.hidden or not _may_replay(model, x, context):
+    """run(x, caches, context, options) of the model's layers, or what a replay of it returns. `positions` are those of
+    the rows, if they are known."""
+    if replay is None or not replay.is_possible or options.hidden or positions is None:
         return run(x, caches, context, options)
-    if (found := replay.step(model, x, caches, context)) is not None:
-        return *found, [], []
+    if not _may_replay(model, x, context, positions):
+        return run(x, caches, context, options)
+    if (token := replay.find(model, x, caches)) is not None:
+        return *token.run(x, context.rope, positions), [], []
     return replay.record(lambda x: run(x, caches, context, options), model, x, caches, context.rope)
 
 
-def _may_replay(model: Any, x: Tensor, context: ForwardContext) -> bool:
-    """Whether the call is that of a token which replays are for: x `[B, 1, D]`, all rows at one position, and nothing
-    asked for beside the output and the state."""
-    position = context.uniform_position
-    if position is None or context.new_rows is not None or not (runs_compiled(x) and is_few_rows(x)):
+def _may_replay(model: Any, x: Tensor, context: ForwardContext, positions: list[int]) -> bool:
+    """Whether the call is that of a token which replays are for: x `[B, 1, D]`, a token in each row, and nothing asked
+    for beside the output and the state."""
+    if context.valid is not None or context.new_rows is not None or not (runs_compiled(x) and is_few_rows(x)):
         return False
     if not context.update or context.surprise or context.eager or is_any_bypassed():
         return False
-    return not torch.autograd._profiler_enabled() and all(block.may_replay(position) for block in model.blocks())
+    return not torch.autograd._profiler_enabled() and all(map(model.blocks()[0].may_replay, positions))
 
 
 def _current(model: nn.Module, recorder: Recorder) -> WeightAddresses:

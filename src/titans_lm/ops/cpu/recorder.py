@@ -32,7 +32,7 @@ class Recorder(TorchDispatchMode):
     """Within this context, notes each compiled step, and keeps what is allocated for it.
 
     Only steps can run again. So the record `is_whole` if no other operator computed numbers in between. Operators on
-    whole numbers may: a caller that knows all positions does not let results depend on tensors of them."""
+    whole numbers may: they are of positions, which decide where attention writes alone, and that is set anew."""
 
     knows_compiled_steps = True  # so compiled code runs within this mode
 
