@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from titans_lm.cli import main
 from titans_lm.utils.corpora import text_files
 from titans_lm.utils.text_file import PIECE_BYTES, decoded, examine, read_text
 
@@ -43,6 +44,31 @@ def test_what_is_not_utf_8_is_named_by_its_place_before_anything_is_used(tmp_pat
     with pytest.raises(ValueError, match=rf"NUL bytes \(the first is byte {at:,}"):
         examine(path)
     assert read_text(path, errors="replace")[at:] == "\ufffd\nrest"
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9 and more", b"caf\0 and more"])
+@pytest.mark.parametrize(
+    ("command", "takes"),
+    [
+        (["read", "--surprising", "1", "FILE", "--model"], True),
+        (["infer", "--prompt", "a", "--context", "FILE", "--model"], True),
+        (["analyze", "--text", "FILE", "--out", "out", "--model"], True),
+        (["evaluate", "perplexity", "FILE", "--model"], False),
+        (["train", "RUN", "--set", "data.held_out=0", "--set"], False),
+    ],
+)
+def test_an_error_names_only_options_that_its_command_has(
+    command, takes, content, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    path = file(tmp_path, content)
+    places = {"FILE": str(path), "RUN": str(Path(__file__).parents[1] / "configs/tiny.yaml")}
+    last = f"data.files=[{path}]" if command[0] == "train" else str(folder)
+    assert main([*(places.get(word, word) for word in command), last]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"{path} is not text" in said
+    assert ("errors=replace reads it with U+FFFD there" in said) == takes
+    assert ("errors" in said) == takes
 
 
 def test_a_byte_order_mark_is_no_text_and_is_hashed(tmp_path):

@@ -260,7 +260,7 @@ class Reader:
         record = records[interrupted]
         raise ValueError(
             f"this memory is in the middle of {record.name} ({record.tokens:,} tokens read, mode {record.mode}): "
-            f"give the same texts again to resume, or abandon that reading"
+            f"give the same texts again to resume, or abandon that reading (titans read --abandon, Reader.abandon)"
         )
 
     def _pieces(self, text: Text, source: Source) -> Iterator[tuple[NDArray[np.int64], float, Source]]:

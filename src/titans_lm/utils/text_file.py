@@ -17,7 +17,8 @@ STANDARD_INPUT = Path("-")
 """Path that stands for standard input."""
 PIECE_BYTES = 1 << 20
 Errors = Literal["strict", "replace"]
-"""Handling of invalid UTF-8 and of NUL: a ValueError with the position, or U+FFFD."""
+"""Handling of invalid UTF-8 and of NUL: a ValueError with the position, or U+FFFD. As an argument here, None is
+"strict" of a caller whose users cannot choose: the error does not tell them to."""
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -40,7 +41,7 @@ def name_of(path: Path) -> str:
     return "stdin" if is_standard_input(path) else path.name
 
 
-def examine(path: Path, errors: Errors = "strict") -> Content:
+def examine(path: Path, errors: Errors | None = None) -> Content:
     """Read a regular file to its end, to check that all of it can be read. Does not touch a stream.
 
     Raises ValueError for a missing file, a folder, an empty file and invalid text; OSError for an unreadable file.
@@ -58,7 +59,7 @@ def examine(path: Path, errors: Errors = "strict") -> Content:
 
 
 def decoded(
-    path: Path, size: int = PIECE_BYTES, errors: Errors = "strict", limit: int | None = None
+    path: Path, size: int = PIECE_BYTES, errors: Errors | None = None, limit: int | None = None
 ) -> Iterator[tuple[bytes, str]]:
     """Yields the bytes of a text file in pieces, each with its text. Opens the file once.
 
@@ -79,12 +80,12 @@ def decoded(
         raise ValueError(f"{path} is empty; give a file with text in it")
 
 
-def text_pieces(path: str | Path, size: int = PIECE_BYTES, errors: Errors = "strict") -> Iterator[str]:
+def text_pieces(path: str | Path, size: int = PIECE_BYTES, errors: Errors | None = None) -> Iterator[str]:
     """Yields the text of a file in pieces (see `decoded`)."""
     return (text for _, text in decoded(Path(path), size, errors))
 
 
-def read_text(path: str | Path, errors: Errors = "strict") -> str:
+def read_text(path: str | Path, errors: Errors | None = None) -> str:
     """The whole text of a file. Raises as `examine` does."""
     return "".join(text_pieces(path, errors=errors))
 
@@ -97,7 +98,7 @@ def is_blank(path: Path) -> bool:
 
 def decode_text(content: bytes, path: Path) -> str:
     """The text of a file whose `content` has been read by other means. Raises ValueError as `examine` does."""
-    text = _decode(content, 0, path, "strict")
+    text = _decode(content, 0, path, None)
     if not text.strip():
         raise ValueError(f"{path} is empty; give a file with text in it")
     return text
@@ -166,19 +167,19 @@ def _within_a_line(line: bytes) -> int:
     return len(line)
 
 
-def _decode(raw: bytes, offset: int, path: Path, errors: Errors) -> str:
+def _decode(raw: bytes, offset: int, path: Path, errors: Errors | None) -> str:
     """Decode a piece. Raises ValueError with the position of an invalid byte."""
     if offset == 0:
         start = len(_BOM) if raw.startswith(_BOM) else 0
         raw, offset = raw[start:], start
     try:
-        text = raw.decode("utf-8", errors)
+        text = raw.decode("utf-8", errors or "strict")
     except UnicodeDecodeError as error:
         place = f"byte {offset + error.start:,} is 0x{raw[error.start]:02x}"
-        raise ValueError(
-            f"{path} is not text: it is not UTF-8 ({place}; errors='replace' reads it with U+FFFD there)"
-        ) from None
-    if "\0" in text and errors == "strict":
+        advice = "convert it" if errors is None else "errors=replace reads it with U+FFFD there"
+        raise ValueError(f"{path} is not text: it is not UTF-8 ({place}); {advice}") from None
+    if "\0" in text and errors != "replace":
         place = f"the first is byte {offset + raw.index(0):,}"
-        raise ValueError(f"{path} is not text: it contains NUL bytes ({place}; errors='replace' reads it)")
+        advice = "" if errors is None else "; errors=replace reads it with U+FFFD there"
+        raise ValueError(f"{path} is not text: it contains NUL bytes ({place}){advice}")
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in text else text
