@@ -91,6 +91,10 @@ class GraftedLayer(nn.Module):
         if grafted is not None:
             self.memory, self.gate, self.norm = grafted.memory, grafted.gate, grafted.norm
 
+    def may_replay(self, _position: int) -> bool:
+        """False: the base's own operations cannot be replayed."""
+        return False
+
     def empty_cache(self, batch: int, like: Tensor) -> BlockCache:
         attention = self.shape.empty(self.layer, batch, like)
         if self.cache_type is AttentionCache:
