@@ -106,12 +106,15 @@ class SegmentBuffers(NamedTuple):
 
     def places(self, position: Int[Tensor, " B"], uniform_position: int | None) -> Places:
         """As of a window: where h is written, and S behind it. Positions are those in the segment."""
-        return self.places_at(position.tolist() if uniform_position is None else [uniform_position] * len(position))
+        return self._places(position.tolist() if uniform_position is None else [uniform_position] * len(position))
 
     def places_at(self, positions: list[int]) -> Places:
-        """`places` of rows that have read so many tokens, of this segment or of all."""
+        """`places` of rows that have read so many tokens, of this segment and of those before."""
         width = (self.keys[0].shape[2] - self.num_persistent) // 2
-        slots = [self.num_persistent + 2 * (p % width) for p in positions]
+        return self._places([position % width for position in positions])
+
+    def _places(self, rows: list[int]) -> Places:
+        slots = [self.num_persistent + 2 * p for p in rows]
         return Places(slots, [slot + 2 for slot in slots])
 
     def writable(self, dtype: torch.dtype) -> "SegmentBuffers":
