@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from titans_lm.layers import attention_step, few_rows
+from titans_lm.layers import attention_step, few_rows, gating
 from titans_lm.layers.attention import WindowAttention, rotary_embedding
-from titans_lm.layers.few_rows import linears, rms_norm
-from titans_lm.layers.gating import ProductGate, SwiGLU, residual_mlp
+from titans_lm.layers.few_rows import add, linears, rms_norm
+from titans_lm.layers.gating import ConvexGate, ProductGate, SwiGLU, residual_mlp
 
 DTYPE = torch.float64
 
@@ -67,6 +67,26 @@ def test_norms_gates_and_mlps(rows):
         close(tail(x, y), z + tail.mlp(tail.mlp_norm(z)))
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@torch.no_grad()
+def test_convex_gates_and_sums(rows, monkeypatch):
+    seen = compiled(monkeypatch)
+    for (width, _), threads in itertools.product(WIDTHS, (1, 2)):
+        x, y = (torch.randn(rows, 1, width, dtype=DTYPE) for _ in "xy")
+        gate = scattered(ConvexGate(width))
+        monkeypatch.setattr(gating, "thread_count", lambda _, threads=threads: threads)
+        g = torch.sigmoid(gate.mix(torch.cat([x, y], -1)))
+        close(gate(x, y), g * x + (1 - g) * y)
+        strided = torch.randn(rows, 1, 2 * width, dtype=DTYPE)[..., ::2]
+        close(gate(strided, y), gate.mix(torch.cat([strided, y], -1)).sigmoid() * (strided - y) + y)
+        assert torch.equal(add(x, strided), x + strided)
+        assert seen == ["titans_convex_gate", "titans_convex_gate", "titans_add"]
+        seen.clear()
+    assert torch.equal(add(x, y[..., :1]), x + y[..., :1])
+    assert add(x, y.float()).dtype == DTYPE
+    assert seen == []
+
+
 @torch.no_grad()
 def test_float32_and_large_numbers():
     """Where e^-x is inf, a gate is 0."""
@@ -80,7 +100,7 @@ def test_float32_and_large_numbers():
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The compiled functions that are called from now on."""
     seen: list[str] = []
-    for module in (few_rows, attention_step):
+    for module in (few_rows, attention_step, gating):
         run = module.run_step
         noted = lambda name, *a, run=run, **k: seen.append(name) or run(name, *a, **k)  # noqa: E731
         monkeypatch.setattr(module, "run_step", noted)
