@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import ModuleType
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def test_norms_gates_and_mlps(rows):
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @torch.no_grad()
 def test_convex_gates_and_sums(rows, monkeypatch):
-    seen = compiled(monkeypatch)
+    seen = compiled(monkeypatch, gating)
     for (width, _), threads in itertools.product(WIDTHS, (1, 2)):
         x, y = (torch.randn(rows, 1, width, dtype=DTYPE) for _ in "xy")
         gate = scattered(ConvexGate(width))
@@ -97,10 +98,10 @@ def test_float32_and_large_numbers():
     torch.testing.assert_close(tail(x, x), 2 * x + tail.mlp(tail.mlp_norm(2 * x)))
 
 
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The compiled functions that are called from now on."""
+def compiled(monkeypatch: pytest.MonkeyPatch, *others: ModuleType) -> list[str]:
+    """The compiled functions that few_rows, attention_step and `others` call from now on."""
     seen: list[str] = []
-    for module in (few_rows, attention_step, gating):
+    for module in (few_rows, attention_step, *others):
         run = module.run_step
         noted = lambda name, *a, run=run, **k: seen.append(name) or run(name, *a, **k)  # noqa: E731
         monkeypatch.setattr(module, "run_step", noted)
