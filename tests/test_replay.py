@@ -4,8 +4,10 @@ import copy
 import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from conftest import SEGMENT, WINDOW, assert_bitwise, tiny_model, tokens
 from test_stepping_aside import CHANGES, CHANGES_OF_MAC
 from titans_lm import TitansForCausalLM, TitansState
 from titans_lm.layers.bypass import bypass_memory
+from titans_lm.layers.gating import ProductGate
 from titans_lm.models import replay
 from titans_lm.models.replay import MAX_FAILURES, RecordedToken
 
@@ -267,6 +270,60 @@ def test_operators_beside_compiled_steps_are_not_left_out(replayed):
     assert all(map(torch.equal, decode(model, ours, ids), decode(model, expected, ids)))
     assert not ours.replay.is_possible
     assert not replayed
+
+
+class SwitchedGate(ProductGate):
+    """Runs the compiled steps of its class, but of which inputs is decided in each call."""
+
+    is_on = True
+
+    def forward(self, y: Tensor, m: Tensor) -> Tensor:
+        return super().forward(y, m if self.is_on else y)
+
+
+class NumpyGate(nn.Module):
+    """Computes with no operator of PyTorch that could be seen."""
+
+    is_on = True
+
+    def forward(self, y: Tensor, m: Tensor) -> Tensor:
+        return torch.from_numpy(y.numpy() * np.tanh(m.numpy()))
+
+
+@pytest.mark.parametrize("gate", [lambda: SwitchedGate(32, 1e-6).double(), NumpyGate])
+def test_classes_of_others_are_run_at_each_token(gate: Callable[[], nn.Module], replayed):
+    model, ids = tiny_model("mag"), tokens(1, 12)
+    for block in model.model.layers:
+        block.gate = gate()
+    found = []
+    for replays in (True, False):
+        state = begin(model, replays=replays)
+        logits = decode(model, state, ids[:, :6])
+        for block in model.model.layers:
+            block.gate.is_on = False
+        found.append(logits + decode(model, state, ids[:, 6:]))
+        for block in model.model.layers:
+            block.gate.is_on = True
+    assert all(map(torch.equal, *found))
+    assert not replayed
+
+
+def test_a_block_that_is_compiled_between_tokens_is_called(replayed):
+    model, ids = tiny_model("mag"), tokens(1, 6)
+    state, calls = begin(model), []
+    decode(model, state, ids)
+    before = len(replayed)
+    assert before
+
+    def compiled(block: nn.Module, *args: Any) -> Any:
+        calls.append(block)
+        return block._call_impl(*args)
+
+    for block in model.model.layers:
+        block._compiled_call_impl = partial(compiled, block)  # as `block.compile()` sets it
+    decode(model, state, ids)
+    assert len(calls) == 2 * ids.shape[1]
+    assert len(replayed) == before
 
 
 def test_a_replay_whose_buffers_cannot_be_allocated_leaves_the_state(monkeypatch):

@@ -17,6 +17,9 @@ from titans_lm.ops.cpu.compiled import PLAIN_TENSORS, recording
 
 L = TypeVar("L")
 
+OUR_PACKAGES = (__name__.partition(".")[0], "torch")
+"""Whose modules do what they are known to do."""
+
 
 class NotPlainError(Exception):
     """A call of the layer does more than compiled code would do with its weights."""
@@ -72,10 +75,13 @@ class WeightAddresses:
 
     def add_modules(self, root: nn.Module, settings: Sequence[str]) -> None:
         """Be current only while `root` has the same modules, no hook looks at one in it, and what they have of these
-        `settings` is the same. Raises NotPlainError for one in it that is compiled."""
+        `settings` is the same. Raises NotPlainError for one in it that is compiled, or of a class of somebody else: its
+        Python code may decide anew in each call, or compute without PyTorch's operators."""
         for module in root.modules():
+            if type(module).__module__.partition(".")[0] not in OUR_PACKAGES:
+                raise NotPlainError
             if module is not root:
-                if module._compiled_call_impl is not None:
+                if self._note(module.__dict__, "_compiled_call_impl") is not None:
                     raise NotPlainError
                 self._hooks += hooks_of(module)
                 self._attributes.append(module.__dict__)
