@@ -308,6 +308,32 @@ def test_classes_of_others_are_run_at_each_token(gate: Callable[[], nn.Module], 
     assert not replayed
 
 
+def own_branch(block: nn.Module) -> None:
+    branch = block.branch
+    block.branch = lambda x, *inputs: branch(2 * x, *inputs)
+
+
+def own_class(block: nn.Module) -> None:
+    class Twice(type(block)):
+        def branch(self, x: Tensor, *inputs: Any) -> Any:
+            return super().branch(2 * x + 1, *inputs)
+
+    block.__class__ = Twice
+
+
+@pytest.mark.parametrize("change", [own_branch, own_class])
+def test_methods_that_are_replaced_between_tokens_are_called(change, replayed):
+    found, ids = [], tokens(1, 9)
+    for replays in (True, False):
+        model = tiny_model("mag")
+        state = begin(model, replays=replays)
+        logits = decode(model, state, ids[:, :6])
+        change(model.model.layers[0])
+        found.append(logits + decode(model, state, ids[:, 6:]))
+    assert len(replayed) >= 3
+    assert all(map(torch.equal, *found))
+
+
 def test_a_block_that_is_compiled_between_tokens_is_called(replayed):
     model, ids = tiny_model("mag"), tokens(1, 6)
     state, calls = begin(model), []

@@ -45,6 +45,9 @@ class WeightAddresses:
         self._attributes: list[dict[str, Any]] = []
         self._weights: list[Tensor] = []
         self._addresses: list[int] = []
+        self._modules: list[nn.Module] = []
+        self._kinds: list[tuple[type[nn.Module], int]] = []
+        """Of each of `_modules` its class, and how many attributes of its own it has."""
 
     def is_current(self) -> bool:
         """Whether the layer has the same modules, without hooks, and their weights are where they were.
@@ -55,6 +58,7 @@ class WeightAddresses:
             and all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
             and list(map(Tensor.data_ptr, self._weights)) == self._addresses
             and not any("forward" in attributes for attributes in self._attributes)
+            and list(map(_kind, self._modules)) == self._kinds
         )
 
     def add(self, others: Iterable["WeightAddresses"]) -> None:
@@ -85,6 +89,8 @@ class WeightAddresses:
                     raise NotPlainError
                 self._hooks += hooks_of(module)
                 self._attributes.append(module.__dict__)
+                self._modules.append(module)
+                self._kinds.append(_kind(module))  # a method of its own would be one more
             for name in module._modules:
                 self._note(cast(dict[str, Any], module._modules), name)
             for name in settings:
@@ -165,6 +171,10 @@ class WeightAddresses:
         address = self.weight(norm, "weight", (width,))
         self.eps.append(eps_of(norm))
         return address
+
+
+def _kind(module: nn.Module) -> tuple[type[nn.Module], int]:
+    return type(module), len(module.__dict__)
 
 
 _found: WeakKeyDictionary[Any, WeightAddresses] = WeakKeyDictionary()
