@@ -61,8 +61,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[RecordedToken]:
 
 
 @each_model
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.float32), (3, torch.float64)])
 def test_replayed_tokens_are_those_of_the_layers(name: str, rows: int, dtype: torch.dtype, replayed):
     model, ids = make(name, dtype=dtype), tokens(rows, LONG)
     ours, expected = begin(model, rows), begin(model, rows, replays=False)
@@ -138,7 +137,7 @@ MORE: dict[str, Callable[[nn.Module, ExitStack], None]] = {
     "bypassed": bypassed, "autocast": autocast,
 }  # fmt: skip
 ALL = {**CHANGES, **MORE}
-OF_MAC = [name for name in ALL | CHANGES_OF_MAC if name != "hook of the attention"]  # whose methods are no calls
+OF_MAC = [name for name in {**MORE, **CHANGES_OF_MAC} if name != "hook of the attention"]  # whose methods are no calls
 
 
 @pytest.mark.parametrize(("kind", "change"), [*(("mag", name) for name in ALL), *(("mac", name) for name in OF_MAC)])

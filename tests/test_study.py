@@ -21,6 +21,7 @@ from rich.console import Console
 
 from titans_lm import cli
 from titans_lm.evaluate.cell import run_test
+from titans_lm.models.tokenizer import byte_tokenizer
 from titans_lm.study.grid import load_study
 from titans_lm.study.report import collect, label_of, markdown, mean_and_spread, tables
 from titans_lm.study.scheduler import run_cells
@@ -291,9 +292,23 @@ STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", [p for p in STUDIES if p.stem != "forecast"], ids=lambda path: path.stem)
-def test_every_study_is_whole(path):
+def test_every_study_is_whole(path, tmp_path, monkeypatch):
     """`forecast.yaml` has the candidates of `titans evaluate forecast`, whose test reads it."""
+    monkeypatch.chdir(tmp_path)
+    write_babilong_files(tmp_path)
     assert load_study(path, []).cells
+
+
+def write_babilong_files(folder: Path) -> None:
+    """What `babilong.yaml` reads, in place of the archive a folder."""
+    for name in ("babi.tar.xz", "novels", "held_out"):
+        (folder / name).mkdir()
+    for task in range(1, 6):
+        for split in ("train", "test"):
+            (folder / "babi.tar.xz" / f"qa{task}_one_{split}.txt").write_text("1 A\n2 C \td\t1\n")
+    for name in ("novels", "held_out"):
+        (folder / name / "book.txt").write_text("It was dark. The rain fell.")
+    byte_tokenizer().save_pretrained(folder / "tokenizer")
 
 
 @pytest.mark.parametrize(
