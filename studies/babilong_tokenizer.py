@@ -8,14 +8,13 @@ A fact takes some seven of its tokens, thirty-five bytes, so that rows of 1,024 
 import argparse
 from collections.abc import Iterator
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from titans_lm.models.tokenizer import SPECIAL_TOKENS, with_special_tokens
 from titans_lm.tasks.babilong import Babilong
 from titans_lm.utils.corpora import text_files
 from titans_lm.utils.text_file import read_text
 
-SPECIAL = ("<pad>", "<bos>", "<eos>")
 STORIES = 2000
 """Stories of each task that are read."""
 
@@ -33,13 +32,11 @@ def main() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=args.size - len(SPECIAL), initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=args.size - len(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts(args), trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left",
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(args.output)  # fmt: skip
+    with_special_tokens(tokenizer).save_pretrained(args.output)
     print(f"{tokenizer.get_vocab_size():,} tokens, in {args.output}")
 
 

@@ -28,6 +28,12 @@ def test_importing_the_package_loads_nothing_heavy():
     assert all(repr(name) in run(code) for name in titans_lm.__all__)
 
 
+@pytest.mark.parametrize("module", ["models.tokenizer", "models.graft_config", "tasks.babilong"])
+def test_a_module_may_be_the_first_that_is_imported(module: str):
+    """Importing transformers registers the models, which import others of the package."""
+    run(f"import titans_lm.{module}")
+
+
 def test_every_public_name_says_where_it_is_defined():
     assert set(titans_lm._MODULES) == set(titans_lm.__all__)
     assert (Path(titans_lm.__file__).parent / "py.typed").is_file()

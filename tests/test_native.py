@@ -92,7 +92,7 @@ def test_keys_that_nothing_is_written_by_are_not_looked_at(why: str):
 @pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_subnormal_numbers_are_zero_in_compiled_code_alone(tokens: int, threads: int, monkeypatch):
-    """An x86 core takes a hundred times as long for them: a memory of depth 4 trained twelve times more slowly."""
+    """An x86 core takes a hundred times as long for them: a memory of depth 4 trained ten times more slowly."""
     monkeypatch.setattr(compiled, "SINGLE_THREAD_WORK", 0)
     small = torch.tensor(1e-39)
     q = torch.nn.functional.normalize(torch.ones(2, tokens, 3, 8), dim=-1)

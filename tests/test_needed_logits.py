@@ -44,11 +44,15 @@ def test_the_loss_and_its_gradients_are_those_of_all_logits(variant: str, labell
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7, equal_nan=not labelled)
 
 
-@pytest.mark.parametrize("change", ["many", "first", "no labels", "memory loss", "kept", "shifted", "another model"])
+@pytest.mark.parametrize(
+    "change", ["many", "first", "no labels", "elsewhere", "memory loss", "kept", "shifted", "another model"]
+)
 def test_other_calls_are_left_as_they_are(change: str):
     inputs = make_inputs(*{"many": (10, 19), "first": (0, 19)}.get(change, (19,)))
     if change == "no labels":
         del inputs["labels"]
+    if change == "elsewhere":
+        inputs["labels"] = inputs["labels"].to("meta")  # as on a GPU: its values are not at hand
     if change == "kept":
         inputs["logits_to_keep"] = 20
     if change == "shifted":

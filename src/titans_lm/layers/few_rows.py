@@ -32,7 +32,7 @@ def linears(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     if not (runs_compiled(x) and is_few_rows(x) and all(_is_plain(module, x) for module in modules)):
         return tuple(module(x) for module in modules)
     if (recorder := recording.get()) is not None:
-        recorder.is_whole = False  # nothing would notice that a weight has moved
+        recorder.is_complete = False  # nothing would notice that a weight has moved
     x, rows = as_contiguous(x, x.dtype), x.shape[0] * x.shape[1]
     numbers: list[int] = []
     outputs: list[Tensor] = []

@@ -71,6 +71,8 @@ class WeightAddresses:
             self._attributes += other._attributes
             self._weights += other._weights
             self._addresses += other._addresses
+            self._modules += other._modules
+            self._kinds += other._kinds
         notes = zip(self._owners, self._names, self._values, strict=True)
         once = {(id(owner), name): (owner, name, value) for owner, name, value in notes}  # others note the same
         self._owners, self._names, self._values = map(list, zip(*once.values(), strict=True))

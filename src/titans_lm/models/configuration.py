@@ -232,6 +232,13 @@ def _warn_unknown(keys: list[str], config: type) -> None:
     warnings.warn(f"{message} (kept as attributes, without any effect)", stacklevel=2)
 
 
+def plain_reason(error: Exception) -> str:
+    """The message of an error of transformers, as one line."""
+    if "trust_remote_code" in str(error):
+        return "it brings Python code of its own, which is never run"
+    return " ".join(str(error).split())
+
+
 DEFAULT_CONFIG: dict[str, Any] = {
     f.name: f.default for f in dataclasses.fields(TitansConfig) if f.name in TitansConfig.__annotations__
 }

@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from titans_lm.models.configuration import unknown_key
+from titans_lm.models.configuration import plain_reason, unknown_key
 from titans_lm.models.graft_config import base_config
 from titans_lm.models.model_files import check_weights
-from titans_lm.models.tokenizer import plain_reason
 
 WEIGHTS = "model.safetensors"
 _OF_AUTO_CLASSES = (

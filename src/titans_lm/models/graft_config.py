@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from titans_lm.models.configuration import TitansConfig, plain_errors, unknown_key
-from titans_lm.models.tokenizer import plain_reason
+from titans_lm.models.configuration import TitansConfig, plain_errors, plain_reason, unknown_key
 
 KEYS = (
     "graft", "layers", "window_size", "lora_rank", "lora_alpha", "lora_targets", "distillation", "surprise_threshold",

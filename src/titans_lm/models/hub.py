@@ -9,12 +9,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from titans_lm.models.configuration import TitansConfig
+from titans_lm.models.configuration import TitansConfig, plain_reason
 from titans_lm.models.graft_config import GraftConfig
 from titans_lm.models.graft_files import load_graft
 from titans_lm.models.model_files import MODEL_HELP, NAMES, SHIPPED, add_digests, check_digests, check_weights, find
 from titans_lm.models.modeling import TitansForCausalLM
-from titans_lm.models.tokenizer import plain_reason
 
 __all__ = ["MODEL_HELP", "NAMES", "RUN", "SHIPPED", "find", "load", "save", "ship"]
 

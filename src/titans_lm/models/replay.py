@@ -140,7 +140,7 @@ def _may_replay(model: Any, x: Tensor, context: ForwardContext, positions: list[
 
 def _current(model: nn.Module, recorder: Recorder) -> WeightAddresses:
     """What tells whether the layers would still take the recorded steps. Raises NotPlainError if it cannot."""
-    if not recorder.is_whole or not recorder.steps:
+    if not recorder.is_complete or not recorder.steps:
         raise NotPlainError
     current = WeightAddresses()
     current.add_modules(model, SETTINGS)

@@ -7,6 +7,10 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from titans_lm.models.configuration import plain_reason
+
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
+
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of bytes: ids 0 to 255 are the bytes of UTF-8 text, then <pad>, <bos>, <eos>. Needs no download."""
@@ -14,7 +18,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<pad>", "<bos>", "<eos>")])
+    return with_special_tokens(tokenizer)
+
+
+def with_special_tokens(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer for transformers, with <pad>, <bos> and <eos> after its own tokens."""
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
         padding_side="left", clean_up_tokenization_spaces=False,
@@ -50,13 +59,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(
             f'tokenizer {name!r} cannot be loaded; give "bytes", a folder or a Hub name: {plain_reason(error)}'
         ) from error
-
-
-def plain_reason(error: Exception) -> str:
-    """The message of an error of transformers, as one line."""
-    if "trust_remote_code" in str(error):
-        return "it brings Python code of its own, which is never run"
-    return " ".join(str(error).split())
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np.int64]:

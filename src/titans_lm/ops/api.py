@@ -27,7 +27,7 @@ from titans_lm.ops.types import (
     is_autocast,
     is_traced,
     is_watched,
-)  # fmt: skip
+)
 from titans_lm.utils.deprecation import renamed_arguments
 
 Backend = Literal["auto", "naive", "step", "linear", "chunked", "native", "triton"]

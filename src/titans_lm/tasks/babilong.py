@@ -143,7 +143,7 @@ class Babilong:
 
     def _context(
         self, example: Example, rng: np.random.Generator, size: int | None, with_earlier: bool = False
-    ) -> list["Part"]:
+    ) -> list[Part]:
         """Background, facts and question in `size` tokens; None: facts and question. Earlier questions are left out
         from the first one for which there is no room."""
         facts = [self._part(_fact(fact)) for fact in example.facts]
@@ -158,7 +158,7 @@ class Babilong:
             parts.insert(place, fact)
         return [*parts, question]
 
-    def _insert_earlier(self, facts: list["Part"], earlier: Sequence[Question], room: int) -> int:
+    def _insert_earlier(self, facts: list[Part], earlier: Sequence[Question], room: int) -> int:
         """Append each question and its answer to the fact before it. Returns the tokens that they take of `room`."""
         taken = 0
         for place, question, answer in earlier:
@@ -171,11 +171,11 @@ class Babilong:
             taken += size
         return taken
 
-    def _part(self, text: str) -> "Part":
+    def _part(self, text: str) -> Part:
         return self._unlabelled(_encoded(self.tokenizer, text))
 
     @staticmethod
-    def _unlabelled(ids: Tokens) -> "Part":
+    def _unlabelled(ids: Tokens) -> Part:
         return Part(ids, np.full_like(ids, IGNORED))
 
     def _background(self, room: int, rng: np.random.Generator) -> Iterator[Tokens]:

@@ -16,9 +16,10 @@ def only_needed_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[s
     """The arguments of a call of the model, with `logits_to_keep` and the labels of those logits, if at most half of
     the positions need logits; else `inputs`. The loss is the same.
 
-    A memory's own loss and a distillation look at all labels, so their models get `inputs`."""
+    A memory's own loss and a distillation look at all labels, so their models get `inputs`, as do labels on a GPU,
+    which would have to be waited for."""
     labels = inputs.get("labels")
-    if type(model) is not TitansForCausalLM or model.config.memory_loss_weight or labels is None or labels.dim() != 2:
+    if type(model) is not TitansForCausalLM or model.config.memory_loss_weight or labels is None or not labels.is_cpu:
         return inputs
     if "logits_to_keep" in inputs or "shift_labels" in inputs:
         return inputs

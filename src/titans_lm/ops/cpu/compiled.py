@@ -28,7 +28,7 @@ FUNCTIONS = [
 class StepRecorder(Protocol):
     """What notes the steps of a token. See `recorder.py`."""
 
-    is_whole: bool
+    is_complete: bool
 
     def note_step(self, function: Any, numbers: Any, of_layer: Any, scalars: Any) -> None: ...
     def note_weights(self, weights: Any) -> None: ...

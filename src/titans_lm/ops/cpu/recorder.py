@@ -31,8 +31,8 @@ class Step(NamedTuple):
 class Recorder(TorchDispatchMode):
     """Within this context, notes each compiled step, and keeps what is allocated for it.
 
-    Only steps can run again. So the record `is_whole` if no other operator computed numbers in between. Operators on
-    whole numbers may: they are of positions, which decide where attention writes alone, and that is set anew."""
+    Only steps can run again. So the record `is_complete` if no other operator computed numbers in between. Operators
+    on integers may: they are of positions, which decide where attention writes alone, and that is set anew."""
 
     knows_compiled_steps = True  # so compiled code runs within this mode
 
@@ -44,7 +44,7 @@ class Recorder(TorchDispatchMode):
         self.places: list[tuple[Any, Any]] = []
         """Of each step of attention its numbers, which end with where it writes, and its buffers."""
         self.kept: list[Any] = []
-        self.is_whole = True
+        self.is_complete = True
         self._token: Any = None
 
     def __enter__(self) -> "Recorder":
@@ -60,8 +60,8 @@ class Recorder(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         if function in _ALLOCATIONS:
             self.kept.append(out)
-        elif not _is_view(function) and not _is_whole_number(out):
-            self.is_whole = False
+        elif not _is_view(function) and not _is_integer(out):
+            self.is_complete = False
         return out
 
     def note_step(self, function: Any, numbers: Any, of_layer: Any, scalars: Any) -> None:
@@ -81,7 +81,7 @@ def _is_view(function: Any) -> bool:
     return any(alias is not None and not alias.is_write for alias in aliases)
 
 
-def _is_whole_number(out: Any) -> bool:
+def _is_integer(out: Any) -> bool:
     return isinstance(out, Tensor) and not out.is_floating_point() and not out.is_complex()
 
 
