@@ -4,15 +4,14 @@ A token copies more keys and values than it computes with. Who alone holds a cac
 attention takes them: the persistent tokens, whose keys and values then are computed once, before the slots.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from titans_lm.ops import gather_tokens, is_traced
+from titans_lm.ops import is_traced
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""
@@ -51,19 +50,19 @@ class WindowBuffers(NamedTuple):
     def of(cls, cache: KeyValues, persistent: Pair, position: Int[Tensor, " B"]) -> "WindowBuffers":
         """A copy of a window whose rows have read `position` tokens."""
         width = cache.keys[0].shape[2] + 1
-        age = (position[:, None] - 1 - torch.arange(width, device=position.device)) % width  # [B, W], tokens since
-        keys, values = (_gather_slots(_with_empty(old[0]), width - 1 - age) for old in cache)
-        keys, values = (torch.cat([p, x.to(p.dtype)], 2) for p, x in zip(persistent, (keys, values), strict=True))
+        slots = [p % width for p in position.tolist()]  # the next token's, which is empty
+        keys, values = (_with_own(own, old[0], slots) for own, old in zip(persistent, cache, strict=True))
         return cls((keys,), (values,), persistent[0].shape[2])
 
     def whole(self, position: Int[Tensor, " B"]) -> KeyValues:
         """The window as a `KeyValues`, in tensors of its own."""
-        width = self.keys[0].shape[2] - self.num_persistent
-        token = position[:, None] - width + 1 + torch.arange(width - 1, device=position.device)  # [B, W - 1]
-        keys, values = (
-            _gather_slots(x[0][:, :, self.num_persistent :], token % width) * (token >= 0)[:, None, :, None]
-            for x in self[:2]
-        )
+        size, width = self.num_persistent, self.keys[0].shape[2] - self.num_persistent
+        slots = [p % width for p in position.tolist()]  # the next token's, before the oldest one's
+
+        def row(own: Tensor, slot: int) -> Tensor:
+            return torch.cat([own[:, :, size + slot + 1 :], own[:, :, size : size + slot]], 2)
+
+        keys, values = (_by_row(row, slots, buffer[0]) for buffer in self[:2])
         return KeyValues((keys,), (values,))
 
     def places(self, position: Int[Tensor, " B"], uniform_position: int | None) -> Places:
@@ -177,11 +176,20 @@ def _before(slots: int, end: Int[Tensor, " B"]) -> Bool[Tensor, "B 1 1 S"]:
     return (torch.arange(slots, device=end.device) < end[:, None])[:, None, None]
 
 
-def _with_empty(window: Tensor) -> Tensor:
-    """The window with an empty slot before it."""
-    return F.pad(window, (0, 0, 1, 0))
+def _with_own(persistent: Tensor, window: Tensor, slots: list[int]) -> Tensor:
+    """The persistent tokens `[B, heads, P, d]`, and a window `[B, heads, W - 1, d]`, of each row from the slot after
+    the given one on. That slot is empty."""
+    empty = persistent.new_zeros(1, persistent.shape[1], 1, persistent.shape[3])
+
+    def row(own: Tensor, old: Tensor, slot: int) -> Tensor:
+        old, first = old.to(own.dtype), old.shape[2] - slot
+        return torch.cat([own, old[:, :, first:], empty.expand(len(own), -1, -1, -1), old[:, :, :first]], 2)
+
+    return _by_row(row, slots, persistent, window)
 
 
-def _gather_slots(x: Tensor, slot: Int[Tensor, "B S"]) -> Tensor:
-    """Slots of x `[B, heads, S, d]`, of each row its own."""
-    return gather_tokens(x.transpose(1, 2), slot).transpose(1, 2).contiguous()
+def _by_row(function: Callable[..., Tensor], numbers: list[int], *tensors: Tensor) -> Tensor:
+    """function(*tensors `[B, ...]`, number), where each row has a number: one call where all are equal."""
+    if len(set(numbers)) < 2:
+        return function(*tensors, numbers[0] if numbers else 0)
+    return torch.cat([function(*(t[i : i + 1] for t in tensors), number) for i, number in enumerate(numbers)])

@@ -60,7 +60,7 @@ class FactoredMemory(NamedTuple):
         slots = self.x[0].shape[2]
         kept, from_s, in_w = self._part(KEPT), self._part(FROM_S), self.coefficients[..., FIRST_SLOT + slots :]
         return tuple(
-            kept * w + from_s * s - (x * in_w[..., None]).mT @ g
+            _subtract_products((kept * w).addcmul_(s, from_s), x, in_w, g)
             for w, s, x, g in zip(self.base_weights, self.base_momentum, self.x, self.g, strict=True)
         )
 
@@ -70,7 +70,8 @@ class FactoredMemory(NamedTuple):
         slots = self.x[0].shape[2]
         decay, in_s = self._part(DECAY), self.coefficients[..., FIRST_SLOT : FIRST_SLOT + slots]
         return tuple(
-            decay * s - (x * in_s[..., None]).mT @ g for s, x, g in zip(self.base_momentum, self.x, self.g, strict=True)
+            _subtract_products(decay * s, x, in_s, g)
+            for s, x, g in zip(self.base_momentum, self.x, self.g, strict=True)
         )
 
     @property
@@ -81,10 +82,10 @@ class FactoredMemory(NamedTuple):
     def whole(self) -> MemoryState:
         """The memory as a `MemoryState`, in tensors of its own."""
         weights, anchored = self.weights, self.coefficients[:, 0, ANCHORED] != 0
-        begun = tuple(map(torch.clone, select_rows(anchored, self.base_weights, self.base_anchor)))
-        return MemoryState(
-            select_rows(self.position == 0, weights, begun), weights, self.momentum, self.position.clone()
-        )
+        anchor = select_rows(self.position == 0, weights, select_rows(anchored, self.base_weights, self.base_anchor))
+        if anchor is self.base_weights or anchor is self.base_anchor:
+            anchor = tuple(map(torch.clone, anchor))
+        return MemoryState(anchor, weights, self.momentum, self.position.clone())
 
     def _part(self, index: int) -> Tensor:
         return self.coefficients[..., index, None, None]
@@ -92,3 +93,9 @@ class FactoredMemory(NamedTuple):
 
 def _own(t: Tensor) -> Tensor:
     return t.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _subtract_products(total: Tensor, x: Tensor, factors: Tensor, g: Tensor) -> Tensor:
+    """total `[B, H, in, out]` - sum_k factors[k] x_k^T g_k, in place."""
+    left, right = (x * factors[..., None]).flatten(0, 1).mT, g.flatten(0, 1)
+    return total.flatten(0, 1).baddbmm_(left, right, alpha=-1).view_as(total)
