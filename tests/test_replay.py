@@ -19,6 +19,7 @@ from titans_lm.layers.bypass import bypass_memory
 from titans_lm.layers.gating import ProductGate
 from titans_lm.models import replay
 from titans_lm.models.replay import MAX_FAILURES, RecordedToken
+from titans_lm.ops.cpu.recorder import Replay
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 LONG = 2 * SEGMENT + WINDOW + 7
@@ -365,3 +366,24 @@ def test_a_replay_whose_buffers_cannot_be_allocated_leaves_the_state(monkeypatch
         with pytest.raises(MemoryError):
             decode(model, ours, ids[:, :1])
     assert all(map(torch.equal, decode(model, ours, ids[:, 6:]), decode(model, expected, ids[:, 6:])))
+
+
+def test_an_interrupt_while_a_token_is_changed_leaves_none_to_replay(monkeypatch, replayed):
+    model, ids = make("mag"), tokens(1, LONG)
+    exchange, interrupts = Replay.exchange, [True]
+
+    def interrupted(self: Replay, addresses: dict[int, int]) -> None:
+        some = dict(list(addresses.items())[::2])
+        exchange(self, some if interrupts else addresses)
+        if interrupts:
+            interrupts.clear()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Replay, "exchange", interrupted)
+    state, expected = begin(model), begin(model, replays=False)
+    decode(model, state, ids[:, :1])
+    with pytest.raises(KeyboardInterrupt):
+        decode(model, state, ids[:, 1:2])
+    found = decode(model, state, ids[:, 1:])
+    assert replayed
+    assert all(map(torch.equal, found, decode(model, expected, ids)[1:]))

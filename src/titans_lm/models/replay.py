@@ -107,6 +107,7 @@ class DecodingReplay:
 
     def _add(self, token: RecordedToken) -> None:
         last = self.tokens[-1] if self.tokens else None
+        self.tokens = []  # an interrupt while `last` is changed leaves nothing to replay or to change again
         follows = last is not None and all(map(_is, last.after, token.before)) and last.follow(token)
         self.tokens = [last, token] if follows and last is not None else [token]
         self._failures = 0 if follows else self._failures + 1
