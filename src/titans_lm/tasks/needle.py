@@ -83,6 +83,9 @@ class Needle:
     files: Sequence[str] = (PROSE, STDLIB)
     """Text files, folders, "prose" (made by a grammar), "python-stdlib" (its docstrings)."""
     digits: int = 7
+    keys: int = 1
+    """Needles, each with a key and a value of its own. The question is for one; the others' places are drawn
+    uniformly. Above 1 it is RULER's first multi-key task."""
     depth: int | float | None = None
     """Depth of the needle in percent; 0 is the beginning. None: drawn from RULER's 40 depths in text, uniform over
     words or lines otherwise."""
@@ -114,7 +117,7 @@ class Needle:
             if getattr(self, name) not in choices:
                 names = ", ".join(word for word in choices if word)
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of: {names}")
-        at_least(1, length=self.length, digits=self.digits)
+        at_least(1, length=self.length, digits=self.digits, keys=self.keys)
         at_least(1, answer=self.kept)
         if self.digits > _MOST_DIGITS:
             raise ValueError(f"digits must be at most {_MOST_DIGITS}, got {self.digits}")
@@ -185,7 +188,8 @@ class Needle:
         return make_haystack(self._hay, tuple(self.files), self.tokenizer, room)
 
     def _check_length(self, answer: int) -> None:
-        least = _least(self.kind, self.style, self._hay, self.tokenizer) + self._value_length + answer
+        whole, needle = _least(self.kind, self.style, self._hay, self.tokenizer)
+        least = whole + self._value_length + answer + (self.keys - 1) * (needle + self._value_length)
         if self.length < least:
             raise ValueError(
                 f"length={self.length} is too short for needle, question and {answer} tokens of answer; "
@@ -198,12 +202,28 @@ class Needle:
             key, value = _key(rng), self._value(rng)
             value_ids = self._encoder.fresh(FORMS[self.style].value.format(value=value))
             parts = Prompt(self.kind, self.style, self._hay, self._encoder, key, value_ids)
+            others = self._others(rng, key, value, parts)
             length = self.length - (len(value_ids) if kept is None else kept)
-            room = length - parts.least
+            room = length - parts.least - sum(other.needle_length for other in others)
             window = self._haystack(room).window(rng, room, self._encoder)
             if value not in window.text:
-                return parts.around(window, self._place(rng, len(window.borders) - 1), length), value_ids, value
+                last = len(window.borders) - 1
+                place = self._place(rng, last)
+                needles = [(place, parts), *((int(rng.integers(last + 1)), other) for other in others)]
+                return parts.around(window, needles, length), value_ids, value
         raise ValueError(f"digits={self.digits} is too few: the haystack has nearly every such number")
+
+    def _others(self, rng: np.random.Generator, key: str, value: str, parts: "Prompt") -> list["Prompt"]:
+        """Needles of other keys and values."""
+        keys, values, others = {key}, {value}, []
+        while len(others) + 1 < self.keys:
+            key, value = _key(rng), self._value(rng)
+            if key not in keys and value not in values:
+                keys.add(key)
+                values.add(value)
+                ids = self._encoder.fresh(FORMS[self.style].value.format(value=value))
+                others.append(parts._replace(key=key, value=ids))
+        return others
 
     def _value(self, rng: np.random.Generator) -> str:
         if self.kind == "uuid":
@@ -224,13 +244,14 @@ def _key(rng: np.random.Generator) -> str:
 
 
 @lru_cache(maxsize=64)
-def _least(kind: str, style: str, hay: str, tokenizer: str) -> int:
-    """Tokens of a prompt without its haystack and its value, whatever the key."""
+def _least(kind: str, style: str, hay: str, tokenizer: str) -> tuple[int, int]:
+    """Tokens of a prompt without its haystack and its value, and of a needle without its value, whatever the key."""
     encode, none = encoder(tokenizer), np.zeros(0, np.int64)
     keys = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]
     leads = [encode.each([f"{lead}{key}" for key in keys]) for lead in " \n"]
     kinds = {(len(one), len(other)): key for one, other, key in zip(*leads, keys, strict=True)}  # all else is the same
-    return max(Prompt(kind, style, hay, encode, key, none).least for key in kinds.values())
+    prompts = [Prompt(kind, style, hay, encode, key, none) for key in kinds.values()]
+    return max(prompt.least for prompt in prompts), max(prompt.needle_length for prompt in prompts)
 
 
 class Prompt(NamedTuple):
@@ -246,8 +267,12 @@ class Prompt(NamedTuple):
     @property
     def least(self) -> int:
         """Tokens without haystack."""
-        needle = max(len(self.needle(first)) for first in (False, True))
-        return len(self.intro) + needle + len(self.question)
+        return len(self.intro) + self.needle_length + len(self.question)
+
+    @property
+    def needle_length(self) -> int:
+        """Tokens of the needle, wherever it is."""
+        return max(len(self.needle(first)) for first in (False, True))
 
     @property
     def intro(self) -> Tokens:
@@ -261,13 +286,17 @@ class Prompt(NamedTuple):
         """`first`: after the introduction, and so a line break."""
         return self._tokens(FORMS[self.style].needle, "\n" if first and len(self.intro) else None)
 
-    def around(self, window: Window, place: int, length: int) -> Tokens:
-        """`place` sentences of the window, needle, the others, as many gaps as `length` needs, question."""
-        before, after = np.split(window.ids, [window.borders[place]])
-        if place and len(self.intro):
-            before = np.concatenate([self.encode("\n" + window.head.lstrip()), before[window.first :]])
-        context = np.concatenate([self.intro, before, self.needle(first=not place), after])
-        question = self.question
+    def around(self, window: Window, needles: Sequence[tuple[int, "Prompt"]], length: int) -> Tokens:
+        """The window with needles, each after a number of its sentences, as many gaps as `length` needs, question."""
+        needles = sorted(needles, key=lambda needle: needle[0])
+        parts, start = [self.intro], 0
+        if needles[0][0] and len(self.intro):
+            parts, start = [self.intro, self.encode("\n" + window.head.lstrip())], window.first
+        for i, (place, prompt) in enumerate(needles):
+            end = window.borders[place]
+            parts += [window.ids[start:end], prompt.needle(first=not i and not place)]
+            start = end
+        context, question = np.concatenate([*parts, window.ids[start:]]), self.question
         return np.concatenate([context, np.full(length - len(context) - len(question), self.encode.gap), question])
 
     def _tokens(self, text: str, lead: str | None = None) -> Tokens:
