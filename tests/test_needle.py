@@ -160,6 +160,33 @@ def test_every_row_keeps_its_promises(tokenizers, book, tokenizer, kind, hay, st
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "byte_level", "marked"])
 @pytest.mark.parametrize("style", ["ruler", "short"])
+@pytest.mark.parametrize("depth", [None, 0, 40, 100])
+def test_several_needles_have_keys_and_values_of_their_own(tokenizers, book, tokenizer, style, depth):
+    options = {"kind": "number", "style": style, "files": [book], "tokenizer": tokenizers[tokenizer], "keys": 5}
+    task = Needle(length=least(**options) + 900, depth=depth, **options)
+    sentence = r"\s?(?:One of the special magic numbers for )?([a-z]+-[a-z]+)(?: is: |=)(\d{7})\."
+    firsts = []
+    for row, label in zip(*task.batch(np.random.default_rng(0), 8), strict=True):
+        assert len(row) == task.length
+        text, value = task.decode(row), task.decode(label[label != IGNORED]).strip()
+        keys, values = zip(*re.findall(sentence, text), strict=True)
+        assert len(set(keys)) == len(set(values)) == 5
+        assert value in values
+        asked = keys[values.index(value)]
+        firsts.append(values[0] == value)
+        text = text.removesuffix(value).rstrip(" ")
+        alone = re.sub(sentence, lambda match, asked=asked: match[0] if match[1] == asked else "", text)
+        before, after = context_of(alone if style == "short" else re.sub(r"afterwards\.\s*", "afterwards.\n", alone),
+                                   task, value)  # fmt: skip
+        one, other = sentences(before, task), sentences(after, task)
+        assert depth is None or one == int((one + other) * depth / 100)
+        words = f"{before} {after}".split()
+        assert " ".join(words) in " ".join(TEXT.split() * (len(words) // len(TEXT.split()) + 2))
+    assert depth == 0 or not all(firsts)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "byte_level", "marked"])
+@pytest.mark.parametrize("style", ["ruler", "short"])
 def test_what_is_asked_is_the_row_without_its_answer(tokenizers, book, tokenizer, style):
     options = {"kind": "uuid", "style": style, "files": [book], "tokenizer": tokenizers[tokenizer]}
     task = Needle(length=700, **options)
@@ -286,6 +313,10 @@ def test_the_default_text_is_there_on_every_machine_and_quickly_made():
         ({"length": 50, "style": "short"}, "at least 51"),
         ({"digits": 19}, "digits must be at most 18"),
         ({"digits": 0}, "digits must be a whole number of at least 1"),
+        ({"keys": 0}, "keys must be a whole number of at least 1"),
+        ({"keys": 10, "digits": 1}, "keys must be at most 9"),
+        ({"keys": 10**6}, "keys must be at most"),
+        ({"length": 400, "keys": 2}, "it must be at least"),
         ({"depth": 101}, "depth must be from 0 to 100 percent, got 101"),
         ({"digits": "7"}, "digits must be a whole number"),
         ({"everywhere": "no"}, "everywhere must be true or false, got 'no'"),

@@ -90,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="noise or words, for all kinds; or text files, folders, "
                              f"{PROSE}, {STDLIB}, for those that have text (default: the last two)")  # fmt: skip
     parser.add_argument("--digits", type=int, default=7, help="digits of a number")
+    parser.add_argument("--keys", type=int, default=1, help="needles of a haystack, of which one is asked for")
     parser.add_argument(
         "--answer", type=int, help="tokens reserved for the answer (default: ruler 128; short: the value's characters)"
     )
@@ -132,7 +133,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _cells(arguments: argparse.Namespace) -> list[Needle]:
     """A checked task for each kind, length and depth."""
-    options: dict[str, Any] = {"style": arguments.style, "digits": arguments.digits, "answer": arguments.answer}
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in ("style", "digits", "keys", "answer")}
     haystack = arguments.haystack
     if haystack and len(haystack) == 1 and haystack[0] in ("noise", "words"):
         options["haystack"] = haystack[0]
@@ -149,7 +150,8 @@ def _cells(arguments: argparse.Namespace) -> list[Needle]:
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings on which results depend, except kind, length and depth."""
-    names = ("samples", "style", "haystack", "digits", "answer", "seed")
+    names = ["samples", "style", "haystack", "digits", "answer", "seed"]
+    names += ["keys"] if arguments.keys > 1 else []  # files from before there were several go on
     digest = hashlib.sha256()
     for path in sorted(p for p in find(arguments.model).iterdir() if p.suffix in (".json", ".safetensors")):
         with path.open("rb") as file:

@@ -121,6 +121,9 @@ class Needle:
         at_least(1, answer=self.kept)
         if self.digits > _MOST_DIGITS:
             raise ValueError(f"digits must be at most {_MOST_DIGITS}, got {self.digits}")
+        values = 2**122 if self.kind == "uuid" else 9 * 10 ** (self.digits - 1)
+        if self.keys > (most := min(len(ADJECTIVES) * len(NOUNS), values)):
+            raise ValueError(f"keys must be at most {most}, so that keys and values differ, got {self.keys}")
         number = isinstance(self.depth, int | float) and not isinstance(self.depth, bool)
         if self.depth is not None and not (number and 0 <= self.depth <= 100):
             raise ValueError(f"depth must be from 0 to 100 percent, got {self.depth!r}")
