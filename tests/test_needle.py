@@ -18,6 +18,7 @@ from titans_lm.tasks import IGNORED, Task, make_task
 from titans_lm.tasks.haystack import NOISE
 from titans_lm.tasks.needle import Needle
 from titans_lm.tasks.words import ADJECTIVES, NOUNS, prose
+from titans_lm.utils.corpora import is_held_out, stdlib_files, stdlib_held_out
 
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
 LONGEST_WORD = 16
@@ -276,6 +277,21 @@ def test_sentences_of_a_log_are_its_lines_and_of_prose_end_with_a_full_stop(tmp_
     starts = [found.letters[word] for word in found.sentences]
     parts = [found.text[a:b] for a, b in itertools.pairwise(starts)]
     assert parts == [' He said "No."', " She left.", " Why?", " A title", " Then"]
+
+
+def test_code_is_lines_of_modules_that_are_not_held_out():
+    from titans_lm.tasks.haystack import make_haystack
+
+    text = make_haystack("text", ("python-code",), "bytes", 0).text
+
+    def lines(files: list[Path]) -> set[str]:
+        return {" ".join(line.split()) for file in files for line in file.read_text().splitlines()}
+
+    own = lines(stdlib_held_out()) - lines([file for file in stdlib_files() if not is_held_out(file)])
+    own = {line for line in own if len(line) > 70}
+    assert sum(map(str.isdigit, text)) > len(text) / 200
+    assert own
+    assert not [line for line in own if line in text]
 
 
 def test_what_a_key_and_prose_are_made_of():

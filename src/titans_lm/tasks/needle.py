@@ -81,7 +81,7 @@ class Needle:
     haystack: Hay | None = None
     """One line repeated, random words, or text from `files`. None: the default of the kind."""
     files: Sequence[str] = (PROSE, STDLIB)
-    """Text files, folders, "prose" (made by a grammar), "python-stdlib" (its docstrings)."""
+    """Text files, folders, "prose" (made by a grammar), "python-stdlib" (its docstrings), "python-code" (its code)."""
     digits: int = 7
     keys: int = 1
     """Needles, each with a key and a value of its own. The question is for one; the others' places are drawn
