@@ -38,7 +38,7 @@ from titans_lm.models.loss import LOSS_ARGUMENTS, memory_loss_sum
 from titans_lm.models.model_identity import Identity, identity
 from titans_lm.models.outputs import TitansCausalLMOutput, TitansModelOutput
 from titans_lm.models.packing import OutputOptions, StackOutput, document_starts, documents, read_documents
-from titans_lm.models.replay import run_or_replay
+from titans_lm.models.replay import LayersCall, LayersOutput, run_or_replay
 from titans_lm.models.row_starts import RowStarts, check_length
 from titans_lm.ops import Surprise, gather_tokens, is_traced, left_align, masked_zero, undo_left_align
 
@@ -251,9 +251,8 @@ class TitansModel(TitansPreTrainedModel):
             eager=self.config._attn_implementation == "eager",
             new_rows=starts.new_rows(state.restarts),
         )
-        x, after, hidden, surprises = run_or_replay(
-            self._run_layers, self, x, before, context, options, state.replay, starts.values
-        )
+        call = LayersCall(x, before, context, options)
+        x, after, hidden, surprises = run_or_replay(self._run_layers, self, call, state.replay, starts.values)
         if mask is not None:
             x, *hidden = (undo_left_align(h, mask) for h in (x, *hidden))
             surprises = [Surprise(*(undo_left_align(part, mask) for part in s)) for s in surprises]
@@ -261,15 +260,9 @@ class TitansModel(TitansPreTrainedModel):
         begun = starts.begun or (mask is None and tokens > 0)
         return StackOutput(x, state.advanced(after, position + length, tokens, known, begun), hidden, surprises)
 
-    def _run_layers(
-        self,
-        x: Tensor,
-        before: list[BlockCache] | list[None],
-        context: ForwardContext,
-        options: OutputOptions,
-    ) -> tuple[Tensor, list[BlockCache], list[Tensor], list[Surprise]]:
-        """Left-aligned embeddings -> the final norm's output, each layer's cache, its input and its memory's surprise.
-        `before` None: all rows are at their first token."""
+    def _run_layers(self, call: LayersCall) -> LayersOutput:
+        """The final norm's output, each layer's cache, its input and its memory's surprise."""
+        x, before, context, options = call
         after: list[BlockCache] = []
         hidden: list[Tensor] = []
         surprises: list[Surprise] = []

@@ -6,7 +6,7 @@ their own. Then the first is made to read D in place of B, and the two take turn
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,20 @@ from titans_lm.ops.cpu.recorder import Recorder, Replay
 Caches = list[BlockCache]
 LayersOutput = tuple[Tensor, Caches, list[Tensor], list[Surprise]]
 """The output of all layers, their caches after it, and what was asked for of each."""
-RunLayers = Callable[[Tensor, Caches, ForwardContext, OutputOptions], LayersOutput]
+
+
+class LayersCall(NamedTuple):
+    """A call of all layers."""
+
+    x: Tensor
+    """`[B, T, D]`, left-aligned."""
+    caches: Any
+    """Of each layer; None: all rows are at their first token."""
+    context: ForwardContext
+    options: OutputOptions
+
+
+RunLayers = Callable[[LayersCall], LayersOutput]
 MAX_FAILURES = 6
 """Recorded tokens in a row that no other follows, after which none is recorded: recording one takes longer than it."""
 SETTINGS = ("lr", "clip", "surprise_threshold", "activation", "chunk_size", "backend", "num_heads", "window_size")
@@ -93,14 +106,13 @@ class DecodingReplay:
         """The recorded token that computes what the layers would of x `[B, 1, D]`, if there is one."""
         return next((t for t in self.tokens if t.may_run(model, x, caches)), None) if len(self.tokens) == 2 else None
 
-    def record(self, run: Callable[[Tensor], LayersOutput], model: nn.Module, x: Tensor, caches: Caches,
-               rope: RotaryEmbedding) -> LayersOutput:  # fmt: skip
-        """run(x), noted."""
-        x = x.clone()
+    def record(self, run: RunLayers, model: nn.Module, call: LayersCall) -> LayersOutput:
+        """run(call), noted."""
+        x = call.x.clone()
         with Recorder() as recorder:
-            y, after, hidden, surprises = run(x)
+            y, after, hidden, surprises = run(call._replace(x=x))
         try:
-            self._add(RecordedToken(recorder, model, x, rope, y, caches, after))
+            self._add(RecordedToken(recorder, model, x, call.context.rope, y, call.caches, after))
         except NotPlainError:
             self.is_possible = False
         return y.clone(), after, hidden, surprises
@@ -115,26 +127,26 @@ class DecodingReplay:
 
 
 def run_or_replay(
-    run: RunLayers, model: nn.Module, x: Tensor, caches: Any, context: ForwardContext, options: OutputOptions,
-    replay: DecodingReplay | None, positions: list[int] | None,
-) -> LayersOutput:  # fmt: skip
-    """run(x, caches, context, options) of the model's layers, or what a replay of it returns. `positions` are those of
-    the rows, if they are known."""
-    if replay is None or not replay.is_possible or options.hidden or positions is None:
-        return run(x, caches, context, options)
-    if not _may_replay(model, x, context, positions):
-        return run(x, caches, context, options)
-    if (token := replay.find(model, x, caches)) is not None:
-        return *token.run(x, context.rope, positions), [], []
-    return replay.record(lambda x: run(x, caches, context, options), model, x, caches, context.rope)
+    run: RunLayers, model: nn.Module, call: LayersCall, replay: DecodingReplay | None, positions: list[int] | None
+) -> LayersOutput:
+    """run(call) of the model's layers, or what a replay of it returns. `positions` are those of the rows, if they are
+    known."""
+    if replay is None or not replay.is_possible or positions is None or not _may_replay(model, call, positions):
+        return run(call)
+    if (token := replay.find(model, call.x, call.caches)) is not None:
+        return *token.run(call.x, call.context.rope, positions), [], []
+    return replay.record(run, model, call)
 
 
-def _may_replay(model: Any, x: Tensor, context: ForwardContext, positions: list[int]) -> bool:
+def _may_replay(model: Any, call: LayersCall, positions: list[int]) -> bool:
     """Whether the call is that of a token which replays are for: x `[B, 1, D]`, a token in each row, and nothing asked
     for beside the output and the state."""
-    if context.valid is not None or context.new_rows is not None or not (runs_compiled(x) and is_few_rows(x)):
+    x, context = call.x, call.context
+    if call.options.hidden or context.valid is not None or context.new_rows is not None:
         return False
     if not context.update or context.surprise or context.eager or is_any_bypassed():
+        return False
+    if not (runs_compiled(x) and is_few_rows(x)):
         return False
     return not torch.autograd._profiler_enabled() and all(map(model.blocks()[0].may_replay, positions))
 
