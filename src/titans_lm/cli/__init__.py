@@ -61,6 +61,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     module = _module(verb)
     if verb not in _WITHOUT_COMPUTATION:
         _no_more_threads_than_cores()
+        _delay_progress_bars()
     keep_freed_memory()
     end_quickly()
     run: Callable[[argparse.Namespace], int | None] = module.run
@@ -130,6 +131,13 @@ def thread_count(environment: Mapping[str, str], cores: int) -> int:
     """The threads that PyTorch will have: those of OMP_NUM_THREADS, at most the cores."""
     words = environment.get("OMP_NUM_THREADS", "").split(",")[0]
     return min(int(words), cores) if words.isdecimal() and int(words) else cores
+
+
+def _delay_progress_bars() -> None:
+    """Let transformers' bars for reading and writing weights wait for a second: small models need none."""
+    from transformers.utils import logging
+
+    logging.set_tqdm_hook(lambda bar, args, options: bar(*args, **{"delay": 1.0, **options}))
 
 
 def _no_more_threads_than_cores() -> None:
