@@ -21,7 +21,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from titans_lm.ops.triton.fused import KernelPlan
-from titans_lm.ops.triton.kernels import backward_kernel, forward_kernel
+from titans_lm.ops.triton.kernel_backward import backward_kernel
+from titans_lm.ops.triton.kernels import forward_kernel
 from titans_lm.ops.types import MemoryForm
 
 KERNELS = {
@@ -30,7 +31,7 @@ KERNELS = {
     "backward": backward_kernel,
 }  # "states": the state of every chunk
 NARROW = {"q", "k"}  # in the tokens' dtype; all else is float32
-WHOLE = {"last_chunk": "*i32", "chunks": "i32", "rows": "i32"}
+WHOLE = {"last_chunk": "*i32", "chunks": "i32", "rows": "i32", "width": "i32", "units": "i32"}
 FIRST_LAYER = {"anchor1", "w1", "s1", "grad_anchor1", "grad_w1", "grad_s1"}
 
 
@@ -48,7 +49,7 @@ def compiled(name: str, plan: KernelPlan, arch: int, *, norm: bool, surprise: bo
             continue
         half = plan.precision == "bf16" and argument in NARROW
         signature[argument] = WHOLE.get(argument, "*bf16" if half else "*fp32")
-        if argument not in ("chunks", "rows"):
+        if WHOLE.get(argument) != "i32":
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -104,7 +105,7 @@ def main() -> None:
     form = MemoryForm() if options.plain else MemoryForm(clip=1.0)
     for arch, name, depth, head, hidden, chunk, precision in grid:
         units = hidden if depth == 2 else head
-        plan = KernelPlan.with_block(depth, head, units, chunk, form, not options.mid_chunk, precision)
+        plan = KernelPlan(depth, head, units, chunk, form, not options.mid_chunk, precision)
         if options.block:
             plan = plan._replace(block=options.block)
         try:

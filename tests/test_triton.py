@@ -296,15 +296,6 @@ def test_products_are_bfloat16_where_tokens_are_and_kernels_are_not_interpreted(
     assert fused.product_precision(torch.float32) == "tf32x3"
 
 
-@pytest.mark.parametrize("precision", ["bf16", "tf32x3"])
-@pytest.mark.parametrize(("k", "units"), [(16, 16), (64, 48), (64, 256), (128, 128), (128, 16)])
-def test_a_block_divides_the_units(k: int, units: int, precision: str):
-    block = fused.unit_block_size(k, units, precision)
-    assert units % block == 0
-    assert block >= 16
-    assert math.log2(block).is_integer()
-
-
 @pytest.mark.parametrize("plan", ["--arch 90", "--arch 80 --depth 1 --precision tf32x3 --mid-chunk --plain"])
 def test_kernels_compile_for_gpus(plan: str, tmp_path: Path):
     script = Path(__file__).parent / "compile_kernels.py"

@@ -5,7 +5,6 @@ of the residual form.
 """
 
 import importlib.util
-import math
 import os
 from typing import Any, NamedTuple
 
@@ -76,23 +75,23 @@ class KernelPlan(NamedTuple):
     depth: int
     k: int
     units: int  # inputs of the last layer
-    block: int  # units that are processed at a time
     c: int
     form: MemoryForm
     at_boundary: bool
     precision: str
+    block: int = MIN_SIZE
+    """Units, or columns of K, that a kernel processes at a time. With 32 the backward pass spilled at more sizes when
+    compiled for sm_90 (`tests/compile_kernels.py --block 32`): 16 bytes for none at C = 16, 68 for 44 at C = 64."""
 
     @classmethod
     def of(cls, run: ChunkRun, inputs: RunInputs, c: int) -> "KernelPlan":
         k, units = inputs.anchor[0].shape[1], inputs.anchor[-1].shape[1]
         form, precision = run.form._replace(norm=None), product_precision(inputs.tokens.q.dtype)
-        return cls.with_block(len(inputs.anchor), k, units, c, form, run.at_boundary, precision)
+        return cls(len(inputs.anchor), k, units, c, form, run.at_boundary, precision)
 
-    @classmethod
-    def with_block(
-        cls, depth: int, k: int, units: int, c: int, form: MemoryForm, at_boundary: bool, precision: str
-    ) -> "KernelPlan":
-        return cls(depth, k, units, unit_block_size(k, units, precision), c, form, at_boundary, precision)
+    def scratch(self, w: Tensor) -> Tensor:
+        """Memory for what a kernel's loops over one chunk leave for one another. `w` has the rows."""
+        return w.new_empty(len(w), self.c * (4 * self.units + 2 * self.k))
 
     def constants(self, norm: Any) -> dict[str, Any]:
         """The kernels' compile-time arguments; `norm` is None in the plain form."""
@@ -105,12 +104,6 @@ class KernelPlan(NamedTuple):
 
 
 WARPS = 8
-
-
-def unit_block_size(k: int, units: int, precision: str) -> int:
-    """Units that a kernel processes at a time: a power of two that divides them. Larger blocks spilled much more when
-    compiled (README.md one folder up)."""
-    return math.gcd(units, 32 if k <= 64 and precision == "bf16" else 16)
 
 
 def product_precision(dtype: torch.dtype) -> str:
@@ -165,6 +158,7 @@ def launch_forward(
     anchor: Layers,
     state: WeightsAndMomentum,
     outputs: GroupOutput | None,
+    scratch: Tensor,
 ) -> None:
     """Process a group. `state` has slots, `[slots, R, in, out]` for each layer. `outputs` None: fill only the slots."""
     from titans_lm.ops.triton.kernels import forward_kernel
@@ -174,28 +168,25 @@ def launch_forward(
     with torch.cuda.device_of(group.last_chunk):
         forward_kernel[(rows,)](
             *group.tokens, *group.decay, norm_weight, *first_and_last(anchor), *state_arguments(state),
-            group.last_chunk, y, loss, gradient_norm, n, rows, **plan.constants(norm_weight),
-            ALL_STATES=outputs is None, SURPRISE=loss is not None,
+            group.last_chunk, y, loss, gradient_norm, scratch, n, rows, plan.k, plan.units,
+            **plan.constants(norm_weight), ALL_STATES=outputs is None, SURPRISE=loss is not None,
         )  # fmt: skip
 
 
 class KernelGradients(NamedTuple):
-    """The outer loss's gradients by a group's inputs, and scratch memory for the kernel."""
+    """The outer loss's gradients by a group's inputs."""
 
     q: Tensor
     k: Tensor
     shift: Tensor
     decay: Decays
     norm_weight: Tensor | None
-    scratch: tuple[Tensor, Tensor]  # [R, C, U] each
 
     @classmethod
-    def empty(cls, plan: KernelPlan, group: KernelInputs, norm_weight: Tensor | None) -> "KernelGradients":
-        rows = group.tokens[0].shape[1]
+    def empty(cls, group: KernelInputs, norm_weight: Tensor | None) -> "KernelGradients":
         q, k, shift = (torch.empty_like(x, dtype=torch.float32) for x in group.tokens)
         decay = Decays(*(torch.empty_like(x) for x in group.decay))
-        scratch = (shift.new_empty(rows, plan.c, plan.units), shift.new_empty(rows, plan.c, plan.units))
-        return cls(q, k, shift, decay, None if norm_weight is None else torch.zeros_like(norm_weight), scratch)
+        return cls(q, k, shift, decay, None if norm_weight is None else torch.zeros_like(norm_weight))
 
 
 def launch_backward(
@@ -208,17 +199,18 @@ def launch_backward(
     grad_loss: Tensor | None,
     grad_anchor: Layers,
     grad_state: WeightsAndMomentum,
+    scratch: Tensor,
 ) -> KernelGradients:
     """Go back over a group. `grad_anchor` and `grad_state` become, in place, those at the group's start."""
-    from titans_lm.ops.triton.kernels import backward_kernel
+    from titans_lm.ops.triton.kernel_backward import backward_kernel
 
     n, rows = group.tokens[0].shape[:2]
-    grads = KernelGradients.empty(plan, group, norm_weight)
+    grads = KernelGradients.empty(group, norm_weight)
     with torch.cuda.device_of(group.last_chunk):
         backward_kernel[(rows,)](
             *group.tokens, *group.decay, norm_weight, *first_and_last(anchor), *state_arguments(state),
             group.last_chunk, grad_y, grad_loss, *first_and_last(grad_anchor), *state_arguments(grad_state),
-            grads.q, grads.k, grads.shift, *grads.decay, grads.norm_weight, *grads.scratch, n, rows,
+            grads.q, grads.k, grads.shift, *grads.decay, grads.norm_weight, scratch, n, rows, plan.k, plan.units,
             **plan.constants(norm_weight),
         )  # fmt: skip
     return grads
@@ -273,12 +265,13 @@ def chunks_forward(run: ChunkRun, inputs: RunInputs) -> ForwardResult:
     output = GroupOutput(y, *(y.new_empty(n, rows, c) if run.surprise else None for _ in range(2)))
     anchor = [w.clone(memory_format=torch.contiguous_format) for w in inputs.anchor]
     starts = state_slots(inputs.state, -(-n // size) + 1)
+    scratch = plan.scratch(anchor[0])
     for i, (tokens, group_run) in enumerate(split_groups(inputs.tokens, run, size)):
         part = slice(i * size, (i + 1) * size)
         outputs = GroupOutput(y[part], *(None if x is None else x[part] for x in output[1:]))
         state = WeightsAndMomentum(*([x[i:] for x in layers] for layers in starts))
         group = kernel_inputs(tokens, group_run, norm_bias_of(inputs))
-        launch_forward(plan, group, norm_weight, anchor, state, outputs)
+        launch_forward(plan, group, norm_weight, anchor, state, outputs, scratch)
     end = StateLayers(anchor, *([x[-1].clone() for x in layers] for layers in starts))
     return ForwardResult(output, end, starts)
 
@@ -297,6 +290,7 @@ def chunks_backward(
     size = group_size_sqrt(n)
     chunk_states = WeightsAndMomentum(*([x.new_empty(size + 1, *x.shape[1:]) for x in layers] for layers in starts))
     anchor = [w.contiguous() for w in inputs.anchor]
+    scratch = plan.scratch(anchor[0])
     grad_anchor, grad_state = grads.anchor, WeightsAndMomentum(grads.w, grads.s)
     parts: list[Tokens] = []
     grad_weight, grad_bias = None, None
@@ -304,11 +298,11 @@ def chunks_backward(
         group = kernel_inputs(tokens, group_run, norm_bias_of(inputs))
         for slots, start in zip((*chunk_states.w, *chunk_states.s), (*starts.w, *starts.s), strict=True):
             slots[0] = start[i]
-        launch_forward(plan, group, norm_weight, anchor, chunk_states, None)
+        launch_forward(plan, group, norm_weight, anchor, chunk_states, None, scratch)
         part = slice(i * size, (i + 1) * size)
         loss = None if grad_loss is None else grad_loss[part].contiguous()
         by_group = launch_backward(
-            plan, group, norm_weight, anchor, chunk_states, grad_y[part], loss, grad_anchor, grad_state
+            plan, group, norm_weight, anchor, chunk_states, grad_y[part], loss, grad_anchor, grad_state, scratch
         )
         grad_gates = decays_backward(by_group.decay, group.saved_decays)
         grad_k = by_group.k

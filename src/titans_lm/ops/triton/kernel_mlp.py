@@ -19,6 +19,14 @@ def dot(x, y, PRECISION: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def anew(x, j):
+    """x, as if the loop variable `j`, at least 0, mattered. What is the same in every turn the compiler moves out of a
+    loop: of a product's factor that is the copy that each warp needs, many times the registers of x."""
+    return tl.where(j >= 0, x, 0.0)
+
+
+@triton.jit
+@no_type_check
 def gelu_parts(z):
     """Of GELU: tanh, the derivative of its argument, and that derivative's derivative over z."""
     square = z * z
