@@ -110,6 +110,23 @@ def test_a_prompt_and_what_is_decoded_after_it_are_eager_ones(kind: str):
         run(ids[:, :1], past_key_values=state)
 
 
+@each_titan
+@torch.no_grad()
+def test_a_state_that_is_decoding_is_a_value_in_a_graph(kind: str):
+    model = small_model(kind)
+    run, ids = compiled(model), tokens(2, 13)
+    states = [model.initial_state(2) for _ in range(2)]
+    for state in states:
+        model(ids[:, :9], past_key_values=state)
+        model.begin_decoding(state)
+        model(ids[:, 9:10], past_key_values=state)
+    for i in (10, 11):
+        pairs = zip((run, model), states, strict=True)
+        ours, expected = (call(ids[:, i : i + 1], past_key_values=state).logits for call, state in pairs)
+        assert_close(ours, expected)
+    assert_same_state(*(state.clone() for state in states))
+
+
 @torch.no_grad()
 def test_rows_that_continue_with_padding_or_start_anew_are_eager_ones():
     model, ids, mask = small_model("mac"), tokens(3, 20), torch.ones(3, 17, dtype=torch.long)

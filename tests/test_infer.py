@@ -54,12 +54,12 @@ def test_reading_in_two_calls_through_a_file_is_reading_in_one(folder, text, tmp
     assert said(capsys)[0] != whole
 
 
-@pytest.mark.slow
 def test_short_work_of_transformers_shows_no_progress_bar(folder, capsys):
     assert infer(folder, "--prompt", "It") == 0
     assert "Loading weights" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_seed(folder, capsys):
     texts = []
     for seed in (1, 1, 2):

@@ -151,7 +151,7 @@ def _cells(arguments: argparse.Namespace) -> list[Needle]:
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings on which results depend, except kind, length and depth."""
     names = ["samples", "style", "haystack", "digits", "answer", "seed"]
-    names += ["keys"] if arguments.keys > 1 else []  # files from before there were several go on
+    names += ["keys"] if arguments.keys > 1 else []  # so files that were written before --keys are completed
     digest = hashlib.sha256()
     for path in sorted(p for p in find(arguments.model).iterdir() if p.suffix in (".json", ".safetensors")):
         with path.open("rb") as file:

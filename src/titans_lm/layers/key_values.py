@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from titans_lm.ops import is_traced
+from titans_lm.ops import gather_tokens, is_traced
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""
@@ -57,6 +57,9 @@ class WindowBuffers(NamedTuple):
     def whole(self, position: Int[Tensor, " B"]) -> KeyValues:
         """The window as a `KeyValues`, in tensors of its own."""
         size, width = self.num_persistent, self.keys[0].shape[2] - self.num_persistent
+        if is_traced(position):  # a traced call has no values to slice by
+            order = (position[:, None] + 1 + torch.arange(width - 1, device=position.device)) % width  # [B, W - 1]
+            return KeyValues(*((_gather_slots(buffer[0][:, :, size:], order),) for buffer in self[:2]))
         slots = [p % width for p in position.tolist()]  # the next token's, before the oldest one's
 
         def row(own: Tensor, slot: int) -> Tensor:
@@ -186,6 +189,11 @@ def _with_own(persistent: Tensor, window: Tensor, slots: list[int]) -> Tensor:
         return torch.cat([own, old[:, :, first:], empty.expand(len(own), -1, -1, -1), old[:, :, :first]], 2)
 
     return _by_row(row, slots, persistent, window)
+
+
+def _gather_slots(x: Tensor, slot: Int[Tensor, "B S"]) -> Tensor:
+    """Slots of x `[B, heads, S, d]`, of each row its own."""
+    return gather_tokens(x.transpose(1, 2), slot).transpose(1, 2).contiguous()
 
 
 def _by_row(function: Callable[..., Tensor], numbers: list[int], *tensors: Tensor) -> Tensor:

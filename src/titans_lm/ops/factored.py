@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from titans_lm.ops.types import MemoryState, select_rows
+from titans_lm.ops.types import MemoryState, is_traced, select_rows
 
 SLOTS = 16
 """Products that are held at most: more would take longer to read than the weights."""
@@ -83,7 +83,7 @@ class FactoredMemory(NamedTuple):
         """The memory as a `MemoryState`, in tensors of its own."""
         weights, anchored = self.weights, self.coefficients[:, 0, ANCHORED] != 0
         anchor = select_rows(self.position == 0, weights, select_rows(anchored, self.base_weights, self.base_anchor))
-        if anchor is self.base_weights or anchor is self.base_anchor:
+        if not is_traced(anchored) and (anchor is self.base_weights or anchor is self.base_anchor):
             anchor = tuple(map(torch.clone, anchor))
         return MemoryState(anchor, weights, self.momentum, self.position.clone())
 

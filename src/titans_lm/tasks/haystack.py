@@ -6,6 +6,7 @@ tokens of the parts are the tokens of the whole, even if the tokenizer would mer
 
 import math
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -25,8 +26,8 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 PROSE = "prose"
 """In place of a path: sentences made by a small grammar."""
 CODE = "python-code"
-"""In place of a path: the lines of every fourth module of the standard library, without those that are held out. Code
-has many numbers, which a memory has to tell from the one that is asked for; docstrings have few."""
+"""In place of a path: the lines of some modules of the standard library, none of them held out. 2.3 % of it are digits,
+0.9 % of docstrings, nothing of prose (Python 3.11): a memory has to tell them from the number that is asked for."""
 SUFFIXES = (".txt", ".md")
 """File name endings that are read from a folder."""
 _SENTENCES, _WORDS = 1 << 14, 1 << 17
@@ -185,7 +186,7 @@ def _sentences(source: str) -> list[str]:
     if source == PROSE:
         return prose(_SENTENCES)
     if source == CODE:
-        files = [file for file in stdlib_files() if not is_held_out(file)][::4]  # all take seconds and 500 MB
+        files = [file for file in stdlib_files() if not is_held_out(file) and zlib.crc32(file.name.encode()) % 4 == 0]
         return [line for file in files for line in read_text(file).splitlines() if line.strip()]
     if source == STDLIB:
         texts = [text for file in stdlib_files() for text in _DOCSTRING.findall(read_text(file))]

@@ -69,7 +69,7 @@ class Needle:
 
     The needle occurs once, and the value nowhere else. The haystack begins at a sentence and ends at a word; line
     breaks fill the rest. Of its n sentences (noise: lines; words: words), the last of which may be cut, floor(n * depth
-    / 100) come before the needle.
+    / 100) come before the needle. Other needles do not count.
 
     Raises ValueError for a length too short for needle, question and answer, naming the minimum.
     """
@@ -83,9 +83,6 @@ class Needle:
     files: Sequence[str] = (PROSE, STDLIB)
     """Text files, folders, "prose" (made by a grammar), "python-stdlib" (its docstrings), "python-code" (its code)."""
     digits: int = 7
-    keys: int = 1
-    """Needles, each with a key and a value of its own. The question is for one; the others' places are drawn
-    uniformly. Above 1 it is RULER's first multi-key task."""
     depth: int | float | None = None
     """Depth of the needle in percent; 0 is the beginning. None: drawn from RULER's 40 depths in text, uniform over
     words or lines otherwise."""
@@ -98,6 +95,9 @@ class Needle:
     answer: int | None = None
     """Tokens of a row reserved for the model's answer (`examples`). None: RULER's 128, or with style short as many as
     the value has characters, which is enough for any tokenizer."""
+    keys: int = 1
+    """Needles, each with a key and a value of its own. The question is for one; the others' places are drawn as without
+    `depth`, and those at one place are in any order. Above 1 it is RULER's first multi-key task."""
 
     def __post_init__(self) -> None:
         files = (self.files,) if isinstance(self.files, str) else tuple(self.files)
@@ -211,8 +211,9 @@ class Needle:
             window = self._haystack(room).window(rng, room, self._encoder)
             if value not in window.text:
                 last = len(window.borders) - 1
-                place = self._place(rng, last)
-                needles = [(place, parts), *((int(rng.integers(last + 1)), other) for other in others)]
+                needles = [(self._place(rng, last, self.depth), parts)]
+                needles += [(self._place(rng, last, None), other) for other in others]
+                needles = [needles[i] for i in rng.permutation(len(needles))] if others else needles
                 return parts.around(window, needles, length), value_ids, value
         raise ValueError(f"digits={self.digits} is too few: the haystack has nearly every such number")
 
@@ -233,10 +234,10 @@ class Needle:
             return str(uuid.UUID(bytes=rng.bytes(16), version=4))
         return str(rng.integers(10 ** (self.digits - 1), 10**self.digits))
 
-    def _place(self, rng: np.random.Generator, count: int) -> int:
-        """How many of `count` sentences come before the needle."""
-        if self.depth is not None:
-            return int(count * self.depth / 100)
+    def _place(self, rng: np.random.Generator, count: int, depth: float | None) -> int:
+        """How many of `count` sentences come before a needle at `depth`; None: drawn."""
+        if depth is not None:
+            return int(count * depth / 100)
         if self._hay == "text":
             return int(count * rng.choice(DEPTHS) / 100)
         return int(rng.integers(max(1, count + (self._hay == "words"))))
