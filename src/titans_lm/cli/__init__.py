@@ -134,7 +134,10 @@ def thread_count(environment: Mapping[str, str], cores: int) -> int:
 
 
 def _delay_progress_bars() -> None:
-    """Let transformers' bars for reading and writing weights wait for a second: small models need none."""
+    """Let transformers' bars for reading and writing weights wait for a second: small models need none. A verb that has
+    not loaded transformers is left as light as it is."""
+    if "transformers" not in sys.modules:
+        return
     from transformers.utils import logging
 
     logging.set_tqdm_hook(lambda bar, args, options: bar(*args, **{"delay": 1.0, **options}))
