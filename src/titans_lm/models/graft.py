@@ -31,7 +31,7 @@ from titans_lm.models.graft_base import check_options, load_base, load_weights, 
 from titans_lm.models.graft_cache import BaseShape, GraftCall
 from titans_lm.models.graft_config import GraftConfig, windows
 from titans_lm.models.modeling import TitansCausalLMOutput, TitansForCausalLM, TitansModel
-from titans_lm.models.packing import OutputOptions
+from titans_lm.models.replay import LayersCall, LayersOutput
 from titans_lm.ops import Surprise
 
 WINDOW_TOKENS = 1024
@@ -140,21 +140,16 @@ class GraftModel(TitansModel):
         empty = torch.empty(*position.shape, 0, dtype=dtype, device=position.device)
         return RotaryEmbedding(empty, empty)
 
-    def _run_layers(
-        self,
-        x: Tensor,
-        before: list[BlockCache] | list[None],
-        context: ForwardContext,
-        options: OutputOptions,
-    ) -> tuple[Tensor, list[BlockCache], list[Tensor], list[Surprise]]:
+    def _run_layers(self, call: LayersCall) -> LayersOutput:
+        x, before, context, _ = call
         most = PREFILL_TOKENS if None in self.shape.windows else max(WINDOW_TOKENS, *map(int, self.shape.windows))  # type: ignore[arg-type]
         if x.shape[1] <= most or torch.is_grad_enabled():
-            return self._run_base(x, before, context, options)
-        outputs = []
+            return self._run_base(call)
+        outputs: list[LayersOutput] = []
         for start in range(0, x.shape[1], most):
             part = x[:, start : start + most]
             here = context.part(start, start + most)
-            outputs.append(self._run_base(part, before, here, options))
+            outputs.append(self._run_base(LayersCall(part, before, here, call.options)))
             before = outputs[-1][1]
             moved = here.advanced(part.shape[1])
             context = context._replace(position=moved.position, uniform_position=moved.uniform_position, new_rows=None)
@@ -163,13 +158,8 @@ class GraftModel(TitansModel):
         found = [Surprise(*(torch.cat(p, 1) for p in zip(*s, strict=True))) for s in zip(*surprises, strict=True)]
         return torch.cat(xs, 1), caches[-1], whole, found
 
-    def _run_base(
-        self,
-        x: Tensor,
-        before: list[BlockCache] | list[None],
-        context: ForwardContext,
-        options: OutputOptions,
-    ) -> tuple[Tensor, list[BlockCache], list[Tensor], list[Surprise]]:
+    def _run_base(self, call: LayersCall) -> LayersOutput:
+        x, before, context, options = call
         if not x.shape[1]:
             caches = self.initial_state(len(x)).layer_caches if None in before else before
             return x, cast(list[BlockCache], caches), [x] * self.config.num_hidden_layers * options.hidden, []

@@ -219,7 +219,8 @@ class Needle:
 
     def _others(self, rng: np.random.Generator, key: str, value: str, parts: "Prompt") -> list["Prompt"]:
         """Needles of other keys and values."""
-        keys, values, others = {key}, {value}, []
+        keys, values = {key}, {value}
+        others: list[Prompt] = []
         while len(others) + 1 < self.keys:
             key, value = _key(rng), self._value(rng)
             if key not in keys and value not in values:
