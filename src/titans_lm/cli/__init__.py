@@ -33,6 +33,8 @@ _LONG = ("train", "learn")
 """Verbs whose threads never spin: a training run takes long, and others may come while it runs."""
 _WITHOUT_COMPUTATION = ("memory",)
 """Verbs for which torch's threads do not matter: `titans memory show` does not load torch at all."""
+_WITHOUT_WEIGHTS = (*_WITHOUT_COMPUTATION, "bench")
+"""Verbs that read no model, some of which do without transformers."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,6 +63,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     module = _module(verb)
     if verb not in _WITHOUT_COMPUTATION:
         _no_more_threads_than_cores()
+    if verb not in _WITHOUT_WEIGHTS:
         _delay_progress_bars()
     keep_freed_memory()
     end_quickly()
@@ -134,10 +137,7 @@ def thread_count(environment: Mapping[str, str], cores: int) -> int:
 
 
 def _delay_progress_bars() -> None:
-    """Let transformers' bars for reading and writing weights wait for a second: small models need none. A verb that has
-    not loaded transformers is left as light as it is."""
-    if "transformers" not in sys.modules:
-        return
+    """Let transformers' bars for reading and writing weights wait for a second: small models need none."""
     from transformers.utils import logging
 
     logging.set_tqdm_hook(lambda bar, args, options: bar(*args, **{"delay": 1.0, **options}))
