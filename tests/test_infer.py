@@ -54,7 +54,8 @@ def test_reading_in_two_calls_through_a_file_is_reading_in_one(folder, text, tmp
     assert said(capsys)[0] != whole
 
 
-def test_short_work_of_transformers_shows_no_progress_bar(folder, capsys):
+def test_short_work_of_transformers_shows_no_progress_bar(folder, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.utils.logging._tqdm_hook", None)  # as in a process that ran no command yet
     assert infer(folder, "--prompt", "It") == 0
     assert "Loading weights" not in capsys.readouterr().err
 

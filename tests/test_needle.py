@@ -191,8 +191,6 @@ def test_the_needle_that_is_asked_for_may_be_any(options, length):
         value = task.decode(label[label != IGNORED])
         ranks.append(re.findall(r"[a-z]=(\d+)\.", task.decode(row)).index(value))
     assert min(np.bincount(ranks, minlength=4)) > 30
-    first = Needle(length=length, style="short", keys=4, depth=0, **options).batch(np.random.default_rng(0), 1)
-    assert task.decode(first.input_ids[0]).strip().count("=") == 5
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "byte_level", "marked"])

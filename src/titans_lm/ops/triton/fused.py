@@ -145,29 +145,29 @@ def first_and_last(layers: Layers) -> tuple[Tensor | None, Tensor]:
     return (None if len(layers) == 1 else layers[0]), layers[-1]
 
 
-def state_arguments(state: WeightsAndMomentum) -> tuple[Tensor | None, ...]:
-    """w1, s1, w2, s2, as the kernels take them."""
+def state_arguments(state: StateLayers) -> tuple[Tensor | None, ...]:
+    """anchor1, anchor2, w1, s1, w2, s2, as the kernels take them."""
     (w1, w2), (s1, s2) = first_and_last(state.w), first_and_last(state.s)
-    return w1, s1, w2, s2
+    return *first_and_last(state.anchor), w1, s1, w2, s2
 
 
 def launch_forward(
     plan: KernelPlan,
     group: KernelInputs,
     norm_weight: Tensor | None,
-    anchor: Layers,
-    state: WeightsAndMomentum,
+    state: StateLayers,
     outputs: GroupOutput | None,
     scratch: Tensor,
 ) -> None:
-    """Process a group. `state` has slots, `[slots, R, in, out]` for each layer. `outputs` None: fill only the slots."""
+    """Process a group. The state's W and S have slots, `[slots, R, in, out]` for each layer. `outputs` None: fill only
+    the slots."""
     from titans_lm.ops.triton.kernels import forward_kernel
 
     n, rows = group.tokens[0].shape[:2]
     y, loss, gradient_norm = (None, None, None) if outputs is None else outputs
     with torch.cuda.device_of(group.last_chunk):
         forward_kernel[(rows,)](
-            *group.tokens, *group.decay, norm_weight, *first_and_last(anchor), *state_arguments(state),
+            *group.tokens, *group.decay, norm_weight, *state_arguments(state),
             group.last_chunk, y, loss, gradient_norm, scratch, n, rows, plan.k, plan.units,
             **plan.constants(norm_weight), ALL_STATES=outputs is None, SURPRISE=loss is not None,
         )  # fmt: skip
@@ -193,23 +193,22 @@ def launch_backward(
     plan: KernelPlan,
     group: KernelInputs,
     norm_weight: Tensor | None,
-    anchor: Layers,
-    state: WeightsAndMomentum,
+    state: StateLayers,
     grad_y: Tensor,
     grad_loss: Tensor | None,
-    grad_anchor: Layers,
-    grad_state: WeightsAndMomentum,
+    grad_state: StateLayers,
     scratch: Tensor,
 ) -> KernelGradients:
-    """Go back over a group. `grad_anchor` and `grad_state` become, in place, those at the group's start."""
+    """Go back over a group. `state` is as `launch_forward` filled it; `grad_state`, without slots, becomes that at the
+    group's start, in place."""
     from titans_lm.ops.triton.kernel_backward import backward_kernel
 
     n, rows = group.tokens[0].shape[:2]
     grads = KernelGradients.empty(group, norm_weight)
     with torch.cuda.device_of(group.last_chunk):
         backward_kernel[(rows,)](
-            *group.tokens, *group.decay, norm_weight, *first_and_last(anchor), *state_arguments(state),
-            group.last_chunk, grad_y, grad_loss, *first_and_last(grad_anchor), *state_arguments(grad_state),
+            *group.tokens, *group.decay, norm_weight, *state_arguments(state),
+            group.last_chunk, grad_y, grad_loss, *state_arguments(grad_state),
             grads.q, grads.k, grads.shift, *grads.decay, grads.norm_weight, scratch, n, rows, plan.k, plan.units,
             **plan.constants(norm_weight),
         )  # fmt: skip
@@ -269,9 +268,9 @@ def chunks_forward(run: ChunkRun, inputs: RunInputs) -> ForwardResult:
     for i, (tokens, group_run) in enumerate(split_groups(inputs.tokens, run, size)):
         part = slice(i * size, (i + 1) * size)
         outputs = GroupOutput(y[part], *(None if x is None else x[part] for x in output[1:]))
-        state = WeightsAndMomentum(*([x[i:] for x in layers] for layers in starts))
+        state = StateLayers(anchor, *([x[i:] for x in layers] for layers in starts))
         group = kernel_inputs(tokens, group_run, norm_bias_of(inputs))
-        launch_forward(plan, group, norm_weight, anchor, state, outputs, scratch)
+        launch_forward(plan, group, norm_weight, state, outputs, scratch)
     end = StateLayers(anchor, *([x[-1].clone() for x in layers] for layers in starts))
     return ForwardResult(output, end, starts)
 
@@ -288,26 +287,23 @@ def chunks_backward(
     n, _, c, _ = inputs.tokens.q.shape
     plan, norm_weight = KernelPlan.of(run, inputs, c), norm_weight_of(inputs)
     size = group_size_sqrt(n)
-    chunk_states = WeightsAndMomentum(*([x.new_empty(size + 1, *x.shape[1:]) for x in layers] for layers in starts))
-    anchor = [w.contiguous() for w in inputs.anchor]
-    scratch = plan.scratch(anchor[0])
-    grad_anchor, grad_state = grads.anchor, WeightsAndMomentum(grads.w, grads.s)
+    slots = ([x.new_empty(size + 1, *x.shape[1:]) for x in layers] for layers in starts)
+    states = StateLayers([w.contiguous() for w in inputs.anchor], *slots)
+    scratch = plan.scratch(states.anchor[0])
     parts: list[Tokens] = []
     grad_weight, grad_bias = None, None
     for i, (tokens, group_run) in reversed(list(enumerate(split_groups(inputs.tokens, run, size)))):
         group = kernel_inputs(tokens, group_run, norm_bias_of(inputs))
-        for slots, start in zip((*chunk_states.w, *chunk_states.s), (*starts.w, *starts.s), strict=True):
-            slots[0] = start[i]
-        launch_forward(plan, group, norm_weight, anchor, chunk_states, None, scratch)
+        for layer, start in zip((*states.w, *states.s), (*starts.w, *starts.s), strict=True):
+            layer[0] = start[i]
+        launch_forward(plan, group, norm_weight, states, None, scratch)
         part = slice(i * size, (i + 1) * size)
         loss = None if grad_loss is None else grad_loss[part].contiguous()
-        by_group = launch_backward(
-            plan, group, norm_weight, anchor, chunk_states, grad_y[part], loss, grad_anchor, grad_state, scratch
-        )
+        by_group = launch_backward(plan, group, norm_weight, states, grad_y[part], loss, grads, scratch)
         grad_gates = decays_backward(by_group.decay, group.saved_decays)
         grad_k = by_group.k
         if run.at_boundary:  # in rows with a token it went into the gradient by the weights, which the anchor is
-            for x in grad_anchor:
+            for x in grads.anchor:
                 x *= (group.last_chunk < 0)[:, None, None]
         if by_group.norm_weight is not None:
             grad_k, bias = by_group.k + by_group.shift, by_group.shift.sum((0, 2))[:, None]
@@ -317,7 +313,7 @@ def chunks_backward(
         parts.insert(0, Tokens(by_group.q.to(dtype), grad_k.to(dtype), -by_group.shift.to(v_dtype), *grad_gates))
     grad_tokens = Tokens(*(torch.cat(x) for x in zip(*parts, strict=True)))
     grad_norm = None if grad_weight is None or grad_bias is None else (grad_weight[:, None], grad_bias)
-    return RunInputs(grad_tokens, grad_norm, grad_anchor, grad_state)
+    return RunInputs(grad_tokens, grad_norm, grads.anchor, WeightsAndMomentum(grads.w, grads.s))
 
 
 def state_slots(state: WeightsAndMomentum, count: int) -> WeightsAndMomentum:
