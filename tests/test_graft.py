@@ -621,3 +621,16 @@ def test_a_trace_looks_into_the_layers_with_a_memory(llama):
     bits = torch.nn.functional.cross_entropy(logits, x[0, 1:], reduction="none") / math.log(2)
     assert_close(torch.as_tensor(found.arrays["bits"])[1:].float(), bits.float())
     assert found.arrays["surprise"].shape == (20, 1, 2)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_graft_takes_its_state_by_either_name(llama, name):
+    state = llama.initial_state(2)
+    parts = [llama(part, **{name: state}).logits for part in ids().split(7, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), llama(ids(), use_cache=False).logits)
+    new = ids(tokens=3)
+    out = [
+        llama.generate(new, max_new_tokens=4, do_sample=False, **{key: state.continuation()})
+        for key in (name, "past_key_values")
+    ]
+    assert torch.equal(*out)

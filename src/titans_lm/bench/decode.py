@@ -56,7 +56,7 @@ def decoder(options: dict[str, Any], setting: Setting) -> Contender:
 
 
 def _step_titans(model: nn.Module, token: Tensor, state: Any) -> Any:
-    return model(token, past_key_values=state).past_key_values
+    return model(token, past_key_values=state).cache
 
 
 def _step_mamba2(model: nn.Module, token: Tensor, state: Any) -> Any:

@@ -9,13 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.cache import TitansState
+from titans_lm.models.cache_argument import NAMES
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import encode
 from titans_lm.utils.deprecation import renamed
 
 MAX_LOGITS = 2**25
 """Maximum number of logits per forward call."""
-_GIVEN = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "past_key_values")
+_GIVEN = ("inputs", "input_ids", "inputs_embeds", "attention_mask", *NAMES)
 """Options of `generate` that prompts and memory determine."""
 _MORE_THAN_TEXT = (
     "return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states",

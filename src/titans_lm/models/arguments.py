@@ -11,6 +11,7 @@ from transformers import Cache
 
 from titans_lm.models.block_cache import BlockCache
 from titans_lm.models.cache import TitansState
+from titans_lm.models.cache_argument import NAMES
 from titans_lm.models.configuration import unknown_key
 from titans_lm.models.packing import PACKED
 from titans_lm.ops import assert_traced, has_values
@@ -19,7 +20,7 @@ from titans_lm.utils.deprecation import renamed
 __getattr__ = renamed(__name__, {"hidden_states": "select_hidden_states"})
 
 FORWARD = (
-    "input_ids", "attention_mask", "past_key_values", "inputs_embeds", "labels", "use_cache", "logits_to_keep",
+    "input_ids", "attention_mask", *NAMES, "inputs_embeds", "labels", "use_cache", "logits_to_keep",
     "output_surprise", "output_hidden_states", "position_ids", "return_dict", "num_items_in_batch", *PACKED,
 )  # fmt: skip
 """The arguments that have an effect."""

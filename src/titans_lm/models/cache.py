@@ -294,6 +294,9 @@ class TitansState(Cache):
 
     # ------------------------------------------------------------------------------------------ as a Cache
 
+    is_linear = (False,)
+    """Not a cache without a sequence length: `generate` passes only the columns that come after it."""
+
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - equal in all layers
         return self.columns
 

@@ -9,6 +9,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast, Toke
 from transformers.utils.generic import can_return_tuple
 
 from titans_lm.models.cache import TitansState
+from titans_lm.models.cache_argument import OF_TRANSFORMERS, accepts_cache
 from titans_lm.models.configuration import TitansConfig
 from titans_lm.models.modeling import TitansModel, TitansPreTrainedModel
 from titans_lm.models.packing import PACKED
@@ -38,6 +39,7 @@ class _Classifier(TitansPreTrainedModel):
 class TitansForSequenceClassification(_Classifier):
     """One label, several labels or numbers for a text: a linear score at its last token, as transformers has it."""
 
+    @accepts_cache
     @can_return_tuple
     def forward(
         self,
@@ -80,7 +82,7 @@ class TitansForSequenceClassification(_Classifier):
         return SequenceClassifierOutputWithPast(
             loss=None if labels is None else self._loss(logits, labels) * _share(labels, items),
             logits=logits,
-            past_key_values=out.past_key_values,
+            **{OF_TRANSFORMERS: out.cache},
             hidden_states=out.hidden_states,
         )
 
@@ -109,6 +111,7 @@ class TitansForTokenClassification(_Classifier):
         dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
 
+    @accepts_cache
     @can_return_tuple
     def forward(
         self,

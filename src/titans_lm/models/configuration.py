@@ -30,7 +30,7 @@ class TitansConfig(PreTrainedConfig):
 
     model_type = "titans"
     auto_map: ClassVar[dict[str, str]] = AUTO_MAP  # for models of older versions, which were saved without one
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - as transformers declares it
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - as transformers declares it
     attribute_map = {"hidden_dim": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}  # noqa: RUF012
 
     variant: Variant = "mag"

@@ -23,7 +23,7 @@ class _Prefill(nn.Module):
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensors]:
         out = self.model(input_ids, use_cache=True)
-        return out.logits, out.past_key_values.tensors()
+        return out.logits, out.cache.tensors()
 
 
 class _Step(nn.Module):
@@ -60,7 +60,7 @@ def export_step(model: TitansForCausalLM) -> ExportedProgram:
         raise ValueError("export_step needs a state of constant size: window_size is None")
     example = torch.zeros(2, 2, dtype=torch.long, device=model.device)
     with torch.no_grad():
-        state = model(example, use_cache=True).past_key_values
+        state = model(example, use_cache=True).cache
     rows = Dim("rows", min=1)
     tensors = {name: t.clone() for name, t in state.tensors().items()}  # one tensor of two names would be one input
     shapes = ({0: rows}, {name: {0: rows} for name in tensors})

@@ -10,6 +10,7 @@ from transformers.generation import GenerationMode, LogitsProcessorList, Stoppin
 
 from titans_lm.models.arguments import check_state
 from titans_lm.models.cache import TitansState
+from titans_lm.models.cache_argument import OF_TRANSFORMERS, rename_cache
 from titans_lm.utils.deprecation import renamed
 
 __getattr__ = renamed(__name__, {"Ended": "RowEnds", "Prompt": "PromptState"})
@@ -66,6 +67,10 @@ class TitansGeneration(GenerationMixin):
         ids, mask = state.take_pending()
         self(ids, attention_mask=mask, past_key_values=state, use_cache=True, logits_to_keep=1)
 
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """As transformers' `generate`. A state is given, and returned, as `past_key_values` or `cache`."""
+        return super().generate(*args, **rename_cache(options, OF_TRANSFORMERS))
+
     # ------------------------------------------------------------------------------------------ before the first token
 
     def _prepare_cache_for_generation(
@@ -85,9 +90,9 @@ class TitansGeneration(GenerationMixin):
             )
         if generation_config.output_attentions:
             raise ValueError("output_attentions=True: Titans models do not return attention weights")
-        state = model_kwargs.get("past_key_values")
+        state = model_kwargs.get(OF_TRANSFORMERS)
         if state is None and generation_config.prefill_chunk_size is not None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = state = self.initial_state(batch_size)
+            model_kwargs[OF_TRANSFORMERS] = state = self.initial_state(batch_size)
         if state is not None:
             if generation_config.use_cache is False:
                 raise ValueError(
@@ -112,7 +117,7 @@ class TitansGeneration(GenerationMixin):
     def _prefill(
         self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any], **options: Any
     ) -> Any:
-        state, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        state, mask = model_kwargs.get(OF_TRANSFORMERS), model_kwargs.get("attention_mask")
         if state is not None and model_kwargs.get("inputs_embeds") is None:
             columns = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
             if columns == input_ids.shape[1] <= state.columns:
@@ -122,7 +127,7 @@ class TitansGeneration(GenerationMixin):
                 )
         outputs = super()._prefill(input_ids, generation_config, model_kwargs, **options)
         if "prompt" in model_kwargs:
-            model_kwargs["prompt"].state = outputs.past_key_values.shallow_copy()
+            model_kwargs["prompt"].state = outputs.cache.shallow_copy()
         return outputs
 
     def prepare_inputs_for_generation(
@@ -135,22 +140,24 @@ class TitansGeneration(GenerationMixin):
         is_first_iteration: bool | None = False,
         row_ends: RowEnds | None = None,
         prompt: PromptState | None = None,  # noqa: ARG002 - for `_prefill`
+        cache: TitansState | None = None,
         **kwargs: Any,  # with this name, transformers lets `generate` take every argument of `forward`
     ) -> dict[str, Any]:
         kwargs = {key: value for key, value in kwargs.items() if key not in _OF_GENERATE}
+        state = past_key_values if cache is None else cache
         if row_ends is not None:
             columns = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
             attention_mask = row_ends.mask(attention_mask, columns, input_ids.shape[1])
-            if past_key_values is not None and not is_first_iteration and row_ends.state is None:
-                row_ends.state = past_key_values
-                self.begin_decoding(past_key_values)
+            if state is not None and not is_first_iteration and row_ends.state is None:
+                row_ends.state = state
+                self.begin_decoding(state)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{OF_TRANSFORMERS: state},
             **kwargs,
         )
 
@@ -173,7 +180,7 @@ class TitansGeneration(GenerationMixin):
             if row_ends.state is not None:
                 row_ends.state.end_decoding()
         sequences = out if isinstance(out, Tensor) else out.sequences
-        state = options.get("past_key_values") if isinstance(out, Tensor) else out.past_key_values
+        state = options.get(OF_TRANSFORMERS) if isinstance(out, Tensor) else getattr(out, OF_TRANSFORMERS)
         if state is not None:
             running = True if row_ends.ends is None else row_ends.ends >= sequences.shape[1]
             state.set_pending(sequences[:, -1], running)
@@ -188,7 +195,7 @@ class TitansGeneration(GenerationMixin):
         **options: Any,
     ) -> Any:
         """A state that is kept reads the returned sequences, because the beams have read others."""
-        given = options.get("past_key_values")
+        given = options.get(OF_TRANSFORMERS)
         if not generation_config.use_cache or (given is None and not generation_config.return_dict_in_generate):
             return super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **options)
         prompt, config = PromptState(), copy.copy(generation_config)
@@ -204,5 +211,5 @@ class TitansGeneration(GenerationMixin):
         state.set_pending(new[:, -1], length == new.shape[1])
         if given is not None:
             given.assign(state)
-        out.past_key_values = state if given is None else given
+        setattr(out, OF_TRANSFORMERS, state if given is None else given)
         return out if generation_config.return_dict_in_generate else out.sequences

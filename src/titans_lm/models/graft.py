@@ -26,6 +26,7 @@ from titans_lm.models.block_cache import AttentionCache, BlockCache, LMMCache, M
 from titans_lm.models.block_layers import make_memory
 from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.cache import TitansState
+from titans_lm.models.cache_argument import OF_TRANSFORMERS, accepts_cache
 from titans_lm.models.forward_context import ForwardContext
 from titans_lm.models.graft_base import check_options, load_base, load_weights, one_device, one_dtype, weights_digest
 from titans_lm.models.graft_cache import BaseShape, GraftCall
@@ -170,9 +171,9 @@ class GraftModel(TitansModel):
             inputs_embeds=x,
             attention_mask=call.masks(x),
             position_ids=position if limit is None else position.clamp(max=limit - 1),  # of padding
-            past_key_values=call,
             use_cache=True,
             output_hidden_states=options.hidden,
+            **{OF_TRANSFORMERS: call},
         )
         hidden = list(out.hidden_states[:-1]) if options.hidden else []
         return out.last_hidden_state, call.after(x.shape[1]), hidden, call.surprises
@@ -226,6 +227,7 @@ class GraftForCausalLM(TitansForCausalLM):
         """The weights that are not the base's: those of memories, gates and LoRA."""
         return {name: t for name, t in self.state_dict().items() if name not in self._keys_to_ignore_on_save}
 
+    @accepts_cache
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -51,7 +51,7 @@ class BaseShape(NamedTuple):
 
 
 class GraftCall(DynamicCache):
-    """What a base is given as `past_key_values` in one call. Grafted layers find their memory's state in it, and leave
+    """What a base is given as its cache in one call. Grafted layers find their memory's state in it, and leave
     the state after the call."""
 
     def __init__(self, shape: BaseShape, before: list[BlockCache] | list[None], context: ForwardContext):

@@ -30,6 +30,7 @@ from titans_lm.models.arguments import (
 from titans_lm.models.block_cache import BlockCache
 from titans_lm.models.blocks import BLOCKS, TitansBlock
 from titans_lm.models.cache import TitansState
+from titans_lm.models.cache_argument import NAMES, accepts_cache
 from titans_lm.models.configuration import TitansConfig
 from titans_lm.models.decoding import begin_decoding
 from titans_lm.models.forward_context import ForwardContext
@@ -49,7 +50,7 @@ class TitansPreTrainedModel(PreTrainedModel):
     config: TitansConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = list(NAMES)  # noqa: RUF012
     _supports_sdpa = True
     _is_stateful = True  # no assisted decoding: a memory cannot unread tokens
 
@@ -168,6 +169,7 @@ class TitansModel(TitansPreTrainedModel):
         """The layers, with their type."""
         return [block for block in self.layers if isinstance(block, TitansBlock)]
 
+    @accepts_cache
     @can_return_tuple
     @merge_with_config_defaults
     def forward(
@@ -224,7 +226,7 @@ class TitansModel(TitansPreTrainedModel):
             past_key_values = out.state
         return TitansModelOutput(
             last_hidden_state=out.x,
-            past_key_values=past_key_values,
+            cache=past_key_values,
             hidden_states=select_hidden_states(hidden, [*out.hidden, out.x]),
             surprise=tuple(out.surprise) if output_surprise else None,
         )
@@ -338,6 +340,7 @@ class TitansForCausalLM(TitansPreTrainedModel, TitansGeneration, GenerationMixin
         """See `TitansModel.begin_decoding`."""
         self.model.begin_decoding(state)
 
+    @accepts_cache
     @can_return_tuple
     def forward(
         self,
@@ -382,7 +385,7 @@ class TitansForCausalLM(TitansPreTrainedModel, TitansGeneration, GenerationMixin
         return TitansCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
+            cache=out.cache,
             hidden_states=out.hidden_states,
             surprise=out.surprise if output_surprise else None,
             memory_loss=memory_loss,

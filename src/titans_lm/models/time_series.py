@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForTimeSeriesPrediction
 from transformers import initialization as init
-from transformers.utils.generic import ModelOutput, can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from titans_lm.models.cache import TitansState
+from titans_lm.models.cache_argument import CacheOutput, accepts_cache
 from titans_lm.models.levels import LevelState, follow_levels
 from titans_lm.models.modeling import TitansModel, TitansPreTrainedModel
 from titans_lm.models.rev_in import RevIN, Scale
@@ -21,12 +22,12 @@ LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.smooth_l1_loss}
 
 
 @dataclass
-class TitansTimeSeriesOutput(ModelOutput):
+class TitansTimeSeriesOutput(CacheOutput):
     """`prediction_outputs` `[B, H, C]`, in the units of the input, as transformers' PatchTST has them."""
 
     loss: Tensor | None = None
     prediction_outputs: Tensor | None = None
-    past_key_values: TitansState | None = None
+    cache: TitansState | None = None
     hidden_states: tuple[Tensor | None, ...] | None = None
 
 
@@ -71,6 +72,7 @@ class TitansForTimeSeriesPrediction(TitansPreTrainedModel):
         if module is getattr(self, "levels", None):
             init.zeros_(module.weight)
 
+    @accepts_cache
     @can_return_tuple
     def forward(
         self,
@@ -103,7 +105,7 @@ class TitansForTimeSeriesPrediction(TitansPreTrainedModel):
         return TitansTimeSeriesOutput(
             loss=None if future_values is None else self._loss(predicted, future_values),
             prediction_outputs=predicted,
-            past_key_values=state if keep else None,
+            cache=state if keep else None,
             hidden_states=hidden,
         )
 
@@ -188,7 +190,7 @@ class TitansForTimeSeriesPrediction(TitansPreTrainedModel):
             inputs_embeds=self.embed(patches), past_key_values=state, use_cache=use_cache,
             output_hidden_states=output_hidden,
         )  # fmt: skip
-        return out.last_hidden_state, out.past_key_values, out.hidden_states
+        return out.last_hidden_state, out.cache, out.hidden_states
 
     def _inverse(self, y: Tensor, rows: Tensor, scale: Scale) -> Tensor:
         """The head's `[B, C, H]` and normalised look-backs `[B, C, L]` -> the forecast `[B, H, C]`."""

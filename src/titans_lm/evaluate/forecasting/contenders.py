@@ -105,7 +105,7 @@ class _Mamba2(nn.Module):
 
     def forward(self, inputs_embeds: Tensor, **options: Any) -> ModelOutput:  # noqa: ARG002 - of a stream
         out = self.mamba(inputs_embeds=inputs_embeds, use_cache=False)
-        return ModelOutput(last_hidden_state=out.last_hidden_state, past_key_values=None, hidden_states=None)
+        return ModelOutput(last_hidden_state=out.last_hidden_state, cache=None, hidden_states=None)
 
 
 class _Mamba2Forecaster(TitansForTimeSeriesPrediction):
