@@ -11,12 +11,15 @@ from torch import Tensor
 from conftest import KINDS, assert_bitwise, each_kind, tiny_model
 from titans_lm import TitansForCausalLM, TitansState
 from titans_lm.inference.serve.answer import Answer, Sampling
-from titans_lm.inference.serve.batch import RowBatch
+from titans_lm.inference.serve.batch import RowBatch, growing_layers, last_logits
 from titans_lm.inference.serve.engine import Engine
 from titans_lm.inference.serve.limits import Limits
+from titans_lm.inference.serve.prefill import prefill
 from titans_lm.inference.serve.worker import Worker
 from titans_lm.models.block_cache import cache_slots
+from titans_lm.models.cache_card import Source
 from titans_lm.models.tokenizer import byte_tokenizer
+from tolerance import assert_close
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -33,8 +36,9 @@ def no_call_fails(request, caplog) -> Iterator[None]:
         test_a_server_refuses_a_memory_that_cannot_join_and_answers_the_others,
         test_an_error_between_calls_ends_the_answers_and_not_the_server,
     )
-    expected = request.function in failing
-    assert ["failed" in record.getMessage() for record in caplog.get_records("call")] == [True] * expected
+    said = [record.getMessage() for record in caplog.get_records("call")]
+    assert bool(said) == (request.function in failing)
+    assert all("failed" in message for message in said)
 
 
 def read(model: TitansForCausalLM, tokens: int) -> TitansState:
@@ -261,7 +265,7 @@ def test_prompts_take_turns():
 
 
 def test_calls_are_shared(monkeypatch):
-    """One call for all tokens of a step; a call for each piece of a prompt."""
+    """One call for all tokens of a step, one for pieces of prompts whose lengths are similar."""
     engine = Engine(model := tiny_model("lmm", vocab_size=BYTES))
     *first, last = (request(model, tokens).answer() for tokens in (3, 5, 5, 2))
     widths: list[tuple[int, int]] = []
@@ -271,7 +275,45 @@ def test_calls_are_shared(monkeypatch):
     engine.step()
     engine.add(last)
     engine.step()
-    assert widths == [(1, 3), (1, 5), (1, 5), (3, 1), (1, 2)]
+    assert widths == [(3, 5), (3, 1), (1, 2)]
+    for tokens in (40, 4, 19, 41, 3, 10):
+        engine.add(request(model, tokens).answer())
+    widths.clear()  # of the memories of the requests
+    engine.step()
+    assert widths == [(4, 1), (2, 41), (2, 19), (2, 4)], "at most half of a row is padding"
+
+
+@each_kind
+def test_prompts_read_in_one_call_are_read_as_alone(kind: str):
+    """Into states that are new, at different positions, and of unlike columns and texts; each its own afterwards."""
+    model = tiny_model(kind, vocab_size=BYTES)
+    grows = growing_layers(model)
+    states = [read(model, tokens) for tokens in (0, 9, 4, 0, 6)]
+    states[1].sources = [Source("a book", 9, "a" * 64, "learning")]
+    for length in (8, 1):
+        pieces = [torch.arange(10 + i, 10 + i + n) for i, n in enumerate((length, length, 1 + length // 2, 3, 21))]
+        expected = [state.clone() for state in states]
+        logits = [last_logits(model, ids[None], state)[0] for ids, state in zip(pieces, expected, strict=True)]
+        for mine, other in zip(prefill(model, pieces, states, grows), logits, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-8)
+        for mine, other in zip(states, expected, strict=True):
+            assert (mine.columns, mine.sources, mine.positions()) == (other.columns, other.sources, other.positions())
+            assert mine.tensors().keys() == other.tensors().keys()
+            for name, tensor in other.tensors().items():
+                assert_close(mine.tensors()[name], tensor, name)
+
+
+def test_a_state_that_has_pending_tokens_reads_them_before_its_piece():
+    model = tiny_model("mag", vocab_size=BYTES)
+    states = [read(model, 4) for _ in range(3)]
+    states = [state.continuation() for state in states]
+    model.generate(torch.tensor([[5]]), past_key_values=states[1], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    states[1].columns = 0
+    pieces = [torch.tensor([7, 8, 9])] * 3
+    expected = [last_logits(model, ids[None], s.clone())[0] for ids, s in zip(pieces, states, strict=True)]
+    for mine, other in zip(prefill(model, pieces, states, growing_layers(model)), expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-8)
+    assert [state.positions() for state in states] == [[7], [11], [7]]
 
 
 def _noting(forward: Any, widths: list[tuple[int, int]]) -> Any:

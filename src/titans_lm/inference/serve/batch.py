@@ -27,9 +27,7 @@ class RowBatch:
         self.answers: list[Answer] = []
         self.state: TitansState | None = None
         """None while there are no rows."""
-        like = empty_like_weights(model.model)
-        self._grows = [cache_slots(block.empty_cache(1, like)) == 0 for block in model.model.blocks()]
-        """Which layers have a cache that grows: keys and values of unlimited attention."""
+        self.grows = growing_layers(model)
 
     def join(self, answers: Sequence[Answer], states: Sequence[TitansState]) -> None:
         """Add rows at the end, which belong to `answers` in this order."""
@@ -48,7 +46,7 @@ class RowBatch:
         if len(kept) == len(self.answers) or self.state is None:
             return
         self.answers = [self.answers[i] for i in kept]
-        self.state = self._without_empty_slots(self.state.select(kept)) if kept else None
+        self.state = without_empty_slots(self.state.select(kept), self.grows) if kept else None
 
     def run(self, tokens: Int[Tensor, "B 1"]) -> list[Float[Tensor, " V"] | Exception]:
         """Read a token in each row. Returns the logits after it, row by row.
@@ -59,7 +57,7 @@ class RowBatch:
         assert self.state is not None
         results: list[Tensor | Exception]
         try:
-            results = list(_logits(self.model, tokens, self.state))
+            results = list(last_logits(self.model, tokens, self.state))
         except Exception:
             LOG.exception("a call for %d rows failed: each row is computed alone", len(tokens))
             rows = [self.state.select([i]) for i in range(len(tokens))]
@@ -67,13 +65,20 @@ class RowBatch:
             self.state = TitansState.concat(rows)
         return results
 
-    def _without_empty_slots(self, state: TitansState) -> TitansState:
-        """The state without slots that are empty in all rows: those that a longer row needed, which has left."""
-        if any(self._grows):
-            longest = max(state.positions())
-            caches = zip(state.layer_caches, self._grows, strict=True)
-            state.layer_caches = [keep_right(cache, longest) if grows else cache for cache, grows in caches]
-        return state
+
+def growing_layers(model: TitansForCausalLM) -> list[bool]:
+    """Which layers have a cache that grows: keys and values of unlimited attention."""
+    like = empty_like_weights(model.model)
+    return [cache_slots(block.empty_cache(1, like)) == 0 for block in model.model.blocks()]
+
+
+def without_empty_slots(state: TitansState, grows: Sequence[bool]) -> TitansState:
+    """The state without slots that are empty in all rows: those that a longer row needed."""
+    if any(grows):
+        longest = max(state.positions())
+        caches = zip(state.layer_caches, grows, strict=True)
+        state.layer_caches = [keep_right(cache, longest) if layer else cache for cache, layer in caches]
+    return state
 
 
 def logits_or_error(
@@ -82,12 +87,16 @@ def logits_or_error(
     """Read tokens into the state of one row. Returns the logits after them, or the error, and then the state is as it
     was."""
     try:
-        return _logits(model, ids, state)[0]
+        return last_logits(model, ids, state)[0]
     except Exception as error:
         return error
 
 
-def _logits(model: TitansForCausalLM, ids: Int[Tensor, "B T"], state: TitansState) -> Float[Tensor, "B V"]:
+def last_logits(
+    model: TitansForCausalLM, ids: Int[Tensor, "B T"], state: TitansState, mask: Int[Tensor, "B T"] | None = None
+) -> Float[Tensor, "B V"]:
+    """Read tokens into the state's rows. Returns the logits after them, on the CPU."""
     with torch.no_grad():
-        out = model(ids.to(model.device), past_key_values=state, logits_to_keep=1)
+        mask = None if mask is None else mask.to(model.device)
+        out = model(ids.to(model.device), attention_mask=mask, past_key_values=state, logits_to_keep=1)
     return out.logits[:, -1].cpu()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from titans_lm.inference.serve.answer import Answer
-from titans_lm.inference.serve.batch import RowBatch, logits_or_error
+from titans_lm.inference.serve.batch import RowBatch
+from titans_lm.inference.serve.prefill import prefill
 from titans_lm.models.cache import TitansState
 from titans_lm.models.modeling import TitansForCausalLM
 
@@ -110,20 +111,20 @@ class Engine:
         return [Event(answer, _take(answer, 1, logits)) for answer, logits in zip(answers, results, strict=True)]
 
     def _prefill(self) -> list[Event]:
-        """Read pieces of prompts, each in a call of its own: prompts of different lengths would need padding, which
-        takes more time than it saves."""
-        events: list[Event] = []
+        """Read a piece of each prompt whose turn it is, those of similar length in one call."""
+        turn: list[Reading] = []
+        pieces: list[Tensor] = []
         left, share = self.prefill_chunk_size, max(MIN_PIECE, self.prefill_chunk_size // max(1, len(self.reading)))
-        for _ in range(len(self.reading)):
-            if left <= 0:
-                break
-            reading = self.reading.popleft()  # its next turn comes after the others'
-            self.reading.append(reading)
-            ids = reading.answer.next_ids(min(share, left))
-            logits = logits_or_error(self.model, ids[None], reading.state)
-            events.append(Event(reading.answer, _take(reading.answer, len(ids), logits)))
-            left -= len(ids)
-        return events
+        while left > 0 and len(turn) < len(self.reading):
+            turn.append(self.reading[len(turn)])
+            pieces.append(turn[-1].answer.next_ids(min(share, left)))
+            left -= len(pieces[-1])
+        self.reading.rotate(-len(turn))  # their next turn comes after the others'
+        results = prefill(self.model, pieces, [reading.state for reading in turn], self.decoding.grows)
+        return [
+            Event(reading.answer, _take(reading.answer, len(ids), logits))
+            for reading, ids, logits in zip(turn, pieces, results, strict=True)
+        ]
 
 
 def _take(answer: Answer, read: int, logits: Tensor | Exception) -> str | Exception:
