@@ -102,9 +102,10 @@ def test_a_position_that_was_not_read_has_the_shapes_of_one_that_was(kind):
 def test_mamba2_goes_on_from_what_it_has_read():
     net = decode.lm.build("mamba2", "tiny", Setting()).eval()
     tokens = decode.lm.ids(9, net)
-    after = net(tokens[:, :8], use_cache=True).cache_params
     with torch.no_grad():
-        whole, last = net(tokens).logits[:, -1], net(tokens[:, 8:], cache_params=after, use_cache=True).logits[:, -1]
+        out = decode._step_mamba2(net, tokens[:, :8], None)
+        out = net(tokens[:, 8:], use_cache=True, **{decode.lm.MAMBA_CACHE: out})
+        whole, last = net(tokens).logits[:, -1], out.logits[:, -1]
     torch.testing.assert_close(last, whole, rtol=1e-3, atol=1e-3)
 
 

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from conftest import each_kind, tiny_config, tiny_model, tokens
 from titans_lm import TitansForSequenceClassification, TitansForTokenClassification
 from titans_lm.models.cache_argument import NAMES, OF_TRANSFORMERS
+from titans_lm.models.outputs import TitansCausalLMOutput
 from titans_lm.models.time_series import TitansForTimeSeriesPrediction
 from titans_lm.models.time_series_configuration import TitansTimeSeriesConfig
 
@@ -43,16 +45,20 @@ def test_a_state_goes_on_by_either_name(kind, name):
 @each_kind
 @each_name
 @pytest.mark.parametrize("choice", [{}, {"num_beams": 2}, {"prefill_chunk_size": 3}])
-def test_generate_goes_on_by_either_name_and_says_nothing(kind, name, choice):
+def test_generate_goes_on_by_either_name_and_says_nothing(kind, name, choice, monkeypatch):
     model, ids = tiny_model(kind), tokens(2, 12)
     mask = torch.ones_like(ids)
     expected = model.generate(ids, attention_mask=mask, **OPTIONS, **choice)
     state = model(ids[:, :5], use_cache=True).cache
+    logger, said = logging.get_logger("transformers.utils.generic"), []
+    logger.warning_once.cache_clear()  # what was said before is said again
+    monkeypatch.setattr(logger, "warning", said.append)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         out = model.generate(
             ids, attention_mask=mask, return_dict_in_generate=True, **OPTIONS, **choice, **{name: state}
         )
+    assert not said
     assert torch.equal(out.sequences, expected)
     assert getattr(out, OF_TRANSFORMERS) is state
     assert state.columns == 15  # all but the last token
@@ -62,11 +68,14 @@ def test_two_caches_are_refused_and_none_is_none():
     model, ids = tiny_model("mag"), tokens(1, 5)
     first, second = model.initial_state(1), model.initial_state(1)
     both = {"past_key_values": first, "cache": second}
-    for call in (model, model.model, lambda ids, **options: model.generate(ids, **OPTIONS, **options)):
+    for call in (
+        model,
+        model.model,
+        lambda ids, **o: model(ids, None, first, cache=o["cache"]),
+        lambda ids, **options: model.generate(ids, **OPTIONS, **options),
+    ):
         with pytest.raises(ValueError, match="past_key_values and cache are two names of one argument"):
             call(ids, **both)
-    with pytest.raises(TypeError, match="multiple values"):
-        model(ids, None, first, cache=second)
     assert first.columns == second.columns == 0
     assert model(ids, past_key_values=first, cache=None).cache is first
     assert model(ids, past_key_values=None, cache=second).cache is second
@@ -95,5 +104,13 @@ def test_signatures_name_both():
     for model in (tiny_model("mag"), tiny_model("mag").model, labelled(TitansForTokenClassification)):
         parameters = inspect.signature(model.forward).parameters
         assert set(NAMES) <= parameters.keys()
-        assert "input_ids" in parameters
-    assert not isinstance(tiny_model("mag")(tokens(1, 3), return_dict=False, use_cache=True), dict)
+        assert next(iter(parameters)) == "input_ids"
+    assert "generation_config" in inspect.signature(tiny_model("mag").generate).parameters
+
+
+def test_what_is_set_under_the_old_name_is_the_field():
+    out = TitansCausalLMOutput(logits=torch.zeros(1), cache=1)
+    out.past_key_values = 2
+    assert (out.cache, out["cache"]) == (2, 2)
+    out["past_key_values"] = 3
+    assert (out.cache, out["cache"], list(out)) == (3, 3, ["logits", "cache"])

@@ -21,6 +21,8 @@ from test_serve import LIMITS, serving
 from titans_lm import Reader, TitansForCausalLM, TitansState, load, trace
 from titans_lm.cli import main
 from titans_lm.inference.serve.app import Service
+from titans_lm.inference.serve.batch import growing_layers, last_logits
+from titans_lm.inference.serve.prefill import prefill
 from titans_lm.layers.bypass import bypass_memory
 from titans_lm.models.graft import GraftForCausalLM
 from titans_lm.models.graft_base import one_device
@@ -634,3 +636,16 @@ def test_a_graft_takes_its_state_by_either_name(llama, name):
         for key in (name, "past_key_values")
     ]
     assert torch.equal(*out)
+
+
+def test_prompts_of_several_requests_are_read_together_as_alone(llama, bases):
+    for model in (llama, graft(bases["llama"], window_size=None)):
+        states = [model.initial_state(1) for _ in range(3)]
+        pieces = [ids(1, tokens)[0] for tokens in (9, 6, 5)]
+        for _ in range(2):
+            expected = [state.clone() for state in states]
+            logits = [last_logits(model, piece[None], state)[0] for piece, state in zip(pieces, expected, strict=True)]
+            found = prefill(model, pieces, states, growing_layers(model))
+            for mine, other in zip(found, logits, strict=True):
+                assert_close(mine, other)
+            assert [s.positions() for s in states] == [s.positions() for s in expected]

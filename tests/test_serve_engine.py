@@ -35,6 +35,7 @@ def no_call_fails(request, caplog) -> Iterator[None]:
         test_an_error_ends_one_answer_alone,
         test_a_server_refuses_a_memory_that_cannot_join_and_answers_the_others,
         test_an_error_between_calls_ends_the_answers_and_not_the_server,
+        test_a_call_for_several_prompts_that_fails_at_its_end_leaves_the_states,
     )
     said = [record.getMessage() for record in caplog.get_records("call")]
     assert bool(said) == (request.function in failing)
@@ -280,7 +281,7 @@ def test_calls_are_shared(monkeypatch):
         engine.add(request(model, tokens).answer())
     widths.clear()  # of the memories of the requests
     engine.step()
-    assert widths == [(4, 1), (2, 41), (2, 19), (2, 4)], "at most half of a row is padding"
+    assert widths == [(4, 1), (2, 4), (2, 19), (2, 41)], "at most half of a row is padding"
 
 
 @each_kind
@@ -301,6 +302,36 @@ def test_prompts_read_in_one_call_are_read_as_alone(kind: str):
             assert mine.tensors().keys() == other.tensors().keys()
             for name, tensor in other.tensors().items():
                 assert_close(mine.tensors()[name], tensor, name)
+
+
+def test_a_long_context_that_grows_is_not_the_padding_of_short_ones(monkeypatch):
+    for kind, expected in (("full", [(2, 4), (1, 4)]), ("window", [(3, 4)])):
+        model = tiny_model(kind, vocab_size=BYTES)
+        states, widths = [read(model, tokens) for tokens in (60, 0, 1)], []
+        monkeypatch.setattr(model, "forward", _noting(model.forward, widths))
+        prefill(model, [torch.arange(4)] * 3, states, growing_layers(model))
+        assert widths == expected
+
+
+def test_a_call_for_several_prompts_that_fails_at_its_end_leaves_the_states(monkeypatch):
+    model = tiny_model("mag", vocab_size=BYTES)
+    states, pieces = [read(model, tokens) for tokens in (4, 9)], [torch.arange(5), torch.arange(6)]
+    expected = [state.clone() for state in states]
+    logits = [last_logits(model, ids[None], state)[0] for ids, state in zip(pieces, expected, strict=True)]
+    select, selected = TitansState.select, []
+
+    def failing(self: TitansState, rows: list[int]) -> TitansState:
+        selected.append(rows)
+        if len(selected) == 2:
+            raise RuntimeError("no memory for a second row")
+        return select(self, rows)
+
+    monkeypatch.setattr(TitansState, "select", failing)
+    for mine, other in zip(prefill(model, pieces, states, growing_layers(model)), logits, strict=True):
+        assert torch.equal(mine, other)
+    assert selected == [[0], [1]]
+    for mine, other in zip(states, expected, strict=True):
+        assert_bitwise(mine, other)
 
 
 def test_a_state_that_has_pending_tokens_reads_them_before_its_piece():

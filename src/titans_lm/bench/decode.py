@@ -60,7 +60,7 @@ def _step_titans(model: nn.Module, token: Tensor, state: Any) -> Any:
 
 
 def _step_mamba2(model: nn.Module, token: Tensor, state: Any) -> Any:
-    return model(token, cache_params=state, use_cache=True).cache_params
+    return model(token, use_cache=True, **{lm.MAMBA_CACHE: state})[lm.MAMBA_CACHE]
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def _state(model: nn.Module, position: int, read_up_to: int, setting: Setting) -
             if isinstance(model, TitansForCausalLM):
                 model(part, past_key_values=state, logits_to_keep=1)
             else:
-                state = model(part, cache_params=state, use_cache=True, logits_to_keep=1).cache_params
+                state = model(part, use_cache=True, logits_to_keep=1, **{lm.MAMBA_CACHE: state})[lm.MAMBA_CACHE]
     if isinstance(model, TitansForCausalLM):
         state.position = torch.full_like(state.position, position)
         state.columns = position

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from titans_lm.bench.measure import Setting
 from titans_lm.layers.neural_memory import memories
 from titans_lm.models import baselines
+from titans_lm.models.cache_argument import OF_TRANSFORMERS
 from titans_lm.models.presets import SIZES, preset
 
 TITANS = ("mag", "mac", "mal", "lmm")
 WINDOW, FULL, MAMBA2 = "sliding window", "full attention", "mamba2"
 BASELINES = (WINDOW, FULL, MAMBA2)
+MAMBA_CACHE = "cache" if OF_TRANSFORMERS == "cache" else "cache_params"
+"""The name of Mamba2's cache, as an argument and in its output."""
 
 
 def build(name: str, size: str, setting: Setting) -> nn.Module:

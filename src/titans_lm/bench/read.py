@@ -62,8 +62,8 @@ class Reader:
         if isinstance(self.state, TitansState):
             out = self.model(ids, past_key_values=self.state, logits_to_keep=1)
         else:
-            out = self.model(ids, cache_params=self.state, use_cache=True, logits_to_keep=1)
-            self.state = out.cache_params
+            out = self.model(ids, use_cache=True, logits_to_keep=1, **{lm.MAMBA_CACHE: self.state})
+            self.state = out[lm.MAMBA_CACHE]
         logits: Tensor = out.logits
         return logits
 

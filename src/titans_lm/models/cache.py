@@ -294,9 +294,6 @@ class TitansState(Cache):
 
     # ------------------------------------------------------------------------------------------ as a Cache
 
-    is_linear = (False,)
-    """Not a cache without a sequence length: `generate` passes only the columns that come after it."""
-
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - equal in all layers
         return self.columns
 
@@ -341,6 +338,11 @@ class TitansState(Cache):
     @property
     def is_sliding(self) -> list[bool]:
         return [False] * len(self.layer_caches)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """False: `generate` passes the columns that come after `get_seq_length`, as to a cache of attention."""
+        return [False] * max(1, len(self.layer_caches))
 
     def __len__(self) -> int:
         return len(self.layer_caches)

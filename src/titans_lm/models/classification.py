@@ -9,7 +9,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast, Toke
 from transformers.utils.generic import can_return_tuple
 
 from titans_lm.models.cache import TitansState
-from titans_lm.models.cache_argument import OF_TRANSFORMERS, accepts_cache
+from titans_lm.models.cache_argument import OF_TRANSFORMERS
 from titans_lm.models.configuration import TitansConfig
 from titans_lm.models.modeling import TitansModel, TitansPreTrainedModel
 from titans_lm.models.packing import PACKED
@@ -39,7 +39,6 @@ class _Classifier(TitansPreTrainedModel):
 class TitansForSequenceClassification(_Classifier):
     """One label, several labels or numbers for a text: a linear score at its last token, as transformers has it."""
 
-    @accepts_cache
     @can_return_tuple
     def forward(
         self,
@@ -50,6 +49,7 @@ class TitansForSequenceClassification(_Classifier):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: TitansState | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """As `TitansModel.forward`, with `logits` `[B, num_labels]` of each row's last token.
@@ -75,7 +75,7 @@ class TitansForSequenceClassification(_Classifier):
             _check_one_document(position_ids, attention_mask)
         out = self.model(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, cache=cache, **kwargs,
         )  # fmt: skip
         hidden = out.last_hidden_state[torch.arange(len(tokens), device=tokens.device), last]
         logits = self.score(hidden)
@@ -111,7 +111,6 @@ class TitansForTokenClassification(_Classifier):
         dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
 
-    @accepts_cache
     @can_return_tuple
     def forward(
         self,
@@ -122,6 +121,7 @@ class TitansForTokenClassification(_Classifier):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: TitansState | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """As `TitansModel.forward`, packed documents included, with `logits` `[B, T, num_labels]`. `labels` `[B, T]`,
@@ -129,7 +129,7 @@ class TitansForTokenClassification(_Classifier):
         items = kwargs.pop("num_items_in_batch", None)
         out = self.model(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, cache=cache, **kwargs,
         )  # fmt: skip
         logits = self.score(self.dropout(out.last_hidden_state))
         loss: Tensor | None = None

@@ -10,7 +10,7 @@ from transformers.generation import GenerationMode, LogitsProcessorList, Stoppin
 
 from titans_lm.models.arguments import check_state
 from titans_lm.models.cache import TitansState
-from titans_lm.models.cache_argument import OF_TRANSFORMERS, rename_cache
+from titans_lm.models.cache_argument import NAMES, OF_TRANSFORMERS, given_state
 from titans_lm.utils.deprecation import renamed
 
 __getattr__ = renamed(__name__, {"Ended": "RowEnds", "Prompt": "PromptState"})
@@ -68,8 +68,11 @@ class TitansGeneration(GenerationMixin):
         self(ids, attention_mask=mask, past_key_values=state, use_cache=True, logits_to_keep=1)
 
     def generate(self, *args: Any, **options: Any) -> Any:
-        """As transformers' `generate`. A state is given, and returned, as `past_key_values` or `cache`."""
-        return super().generate(*args, **rename_cache(options, OF_TRANSFORMERS))
+        """As transformers' `generate`. A state is given as `past_key_values` or `cache`, which are the same."""
+        state = given_state(*(options.pop(name, None) for name in NAMES))
+        return super().generate(*args, **({} if state is None else {OF_TRANSFORMERS: state}), **options)
+
+    generate.__wrapped__ = GenerationMixin.generate  # type: ignore[attr-defined]  # whose signature `help` shows
 
     # ------------------------------------------------------------------------------------------ before the first token
 
@@ -144,14 +147,14 @@ class TitansGeneration(GenerationMixin):
         **kwargs: Any,  # with this name, transformers lets `generate` take every argument of `forward`
     ) -> dict[str, Any]:
         kwargs = {key: value for key, value in kwargs.items() if key not in _OF_GENERATE}
-        state = past_key_values if cache is None else cache
+        state = given_state(past_key_values, cache)
         if row_ends is not None:
             columns = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
             attention_mask = row_ends.mask(attention_mask, columns, input_ids.shape[1])
             if state is not None and not is_first_iteration and row_ends.state is None:
                 row_ends.state = state
                 self.begin_decoding(state)
-        return super().prepare_inputs_for_generation(
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
@@ -160,6 +163,7 @@ class TitansGeneration(GenerationMixin):
             **{OF_TRANSFORMERS: state},
             **kwargs,
         )
+        return inputs if state is None else {**inputs, **dict.fromkeys(NAMES, state)}  # PEFT looks for the old name
 
     # ------------------------------------------------------------------------------------------ decoding and after it
 

@@ -26,7 +26,7 @@ from titans_lm.models.block_cache import AttentionCache, BlockCache, LMMCache, M
 from titans_lm.models.block_layers import make_memory
 from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.cache import TitansState
-from titans_lm.models.cache_argument import OF_TRANSFORMERS, accepts_cache
+from titans_lm.models.cache_argument import OF_TRANSFORMERS
 from titans_lm.models.forward_context import ForwardContext
 from titans_lm.models.graft_base import check_options, load_base, load_weights, one_device, one_dtype, weights_digest
 from titans_lm.models.graft_cache import BaseShape, GraftCall
@@ -227,7 +227,6 @@ class GraftForCausalLM(TitansForCausalLM):
         """The weights that are not the base's: those of memories, gates and LoRA."""
         return {name: t for name, t in self.state_dict().items() if name not in self._keys_to_ignore_on_save}
 
-    @accepts_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -236,12 +235,13 @@ class GraftForCausalLM(TitansForCausalLM):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         distillation: Tensor | None = None,
+        cache: TitansState | None = None,
         **options: Any,
     ) -> TitansCausalLMOutput:
         """As `TitansForCausalLM.forward`. In training `labels` give the loss that the configuration's `distillation`
         names, or for each row the argument's, `[B]`."""
         out: TitansCausalLMOutput = super().forward(
-            input_ids, attention_mask, past_key_values, inputs_embeds, labels, **options
+            input_ids, attention_mask, past_key_values, inputs_embeds, labels, cache=cache, **options
         )
         if not self.training or labels is None or (distillation is None and not self.config.distillation):
             return out  # before any value of a tensor is looked at

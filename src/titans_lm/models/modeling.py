@@ -30,7 +30,7 @@ from titans_lm.models.arguments import (
 from titans_lm.models.block_cache import BlockCache
 from titans_lm.models.blocks import BLOCKS, TitansBlock
 from titans_lm.models.cache import TitansState
-from titans_lm.models.cache_argument import NAMES, accepts_cache
+from titans_lm.models.cache_argument import NAMES, given_state
 from titans_lm.models.configuration import TitansConfig
 from titans_lm.models.decoding import begin_decoding
 from titans_lm.models.forward_context import ForwardContext
@@ -169,7 +169,6 @@ class TitansModel(TitansPreTrainedModel):
         """The layers, with their type."""
         return [block for block in self.layers if isinstance(block, TitansBlock)]
 
-    @accepts_cache
     @can_return_tuple
     @merge_with_config_defaults
     def forward(
@@ -182,9 +181,11 @@ class TitansModel(TitansPreTrainedModel):
         output_surprise: bool = False,
         position_ids: Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
+        cache: TitansState | None = None,
         **kwargs: Any,
     ) -> TitansModelOutput:
-        """Read tokens `[B, T]` (or embeddings `[B, T, D]`) after those of `past_key_values`, and update it.
+        """Read tokens `[B, T]` (or embeddings `[B, T, D]`) after those of `past_key_values`, and update it. `cache` is
+        another name of it.
 
         `attention_mask` is `[B, T]`, or longer if it covers earlier tokens too. 0 is padding, at any place; it has no
         effect on the tokens. A row may hold several documents that do not see each other, as transformers' collators
@@ -195,6 +196,7 @@ class TitansModel(TitansPreTrainedModel):
         Raises ValueError for inputs or a state that do not fit, embeddings that are not finite, an argument that would
         have no effect, and a stream longer than `max_position_embeddings`.
         """
+        past_key_values = given_state(past_key_values, cache)
         x = embedded(self.embed_tokens, input_ids, inputs_embeds)
         state = self._new_state(x) if past_key_values is None else check_state(past_key_values)
         kwargs["output_attentions"] = kwargs.get("output_attentions", self.config.output_attentions)
@@ -340,7 +342,6 @@ class TitansForCausalLM(TitansPreTrainedModel, TitansGeneration, GenerationMixin
         """See `TitansModel.begin_decoding`."""
         self.model.begin_decoding(state)
 
-    @accepts_cache
     @can_return_tuple
     def forward(
         self,
@@ -353,6 +354,7 @@ class TitansForCausalLM(TitansPreTrainedModel, TitansGeneration, GenerationMixin
         logits_to_keep: int | Tensor = 0,
         output_surprise: bool = False,
         position_ids: Tensor | None = None,
+        cache: TitansState | None = None,
         **kwargs: Any,
     ) -> TitansCausalLMOutput:
         """As `TitansModel.forward`. `labels` `[B, T]` (-100: ignored) give the loss of the next token.
@@ -364,7 +366,7 @@ class TitansForCausalLM(TitansPreTrainedModel, TitansGeneration, GenerationMixin
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=given_state(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_surprise=output_surprise or weight > 0,

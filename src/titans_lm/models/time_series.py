@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
 from titans_lm.models.cache import TitansState
-from titans_lm.models.cache_argument import CacheOutput, accepts_cache
+from titans_lm.models.cache_argument import CacheOutput, given_state
 from titans_lm.models.levels import LevelState, follow_levels
 from titans_lm.models.modeling import TitansModel, TitansPreTrainedModel
 from titans_lm.models.rev_in import RevIN, Scale
@@ -72,7 +72,6 @@ class TitansForTimeSeriesPrediction(TitansPreTrainedModel):
         if module is getattr(self, "levels", None):
             init.zeros_(module.weight)
 
-    @accepts_cache
     @can_return_tuple
     def forward(
         self,
@@ -82,16 +81,18 @@ class TitansForTimeSeriesPrediction(TitansPreTrainedModel):
         past_key_values: TitansState | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: TitansState | None = None,
     ) -> TitansTimeSeriesOutput:
         """Forecast the `prediction_length` steps after `past_values`. `future_values` give the loss.
 
         *window*: T = context_length. *stream*: T = context_length + n * patch_stride; the memory reads n + 1
-        look-backs, after those of `past_key_values`, which it updates.
+        look-backs, after those of `past_key_values` (or `cache`, which is the same), which it updates.
 
         Raises ValueError for another length or number of channels, for values that are missing or not finite, and for
         a state without a stream.
         """
         c = self.config
+        past_key_values = given_state(past_key_values, cache)
         self._check(past_values, past_observed_mask, past_key_values)
         hidden: tuple[Tensor | None, ...] | None = None
         if c.use == "stream":

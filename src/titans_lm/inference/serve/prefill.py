@@ -14,7 +14,8 @@ from titans_lm.models.modeling import TitansForCausalLM
 
 LOG = logging.getLogger(__name__)
 SIMILAR = 0.5
-"""Pieces are read in one call if each has at least this part of the longest one's tokens: the rest is padding."""
+"""Pieces are read in one call if each has at least this part of the longest one's tokens, and where caches grow of the
+longest one's context: the rest is padding, which takes time and memory."""
 
 
 def prefill(
@@ -27,26 +28,29 @@ def prefill(
     call is logged. `grows`: see `growing_layers`.
     """
     results: list[Float[Tensor, " V"] | Exception] = [torch.empty(0)] * len(pieces)
-    for group in _groups(pieces, states):
+    for group in _groups(pieces, states, grows):
         found = _read(model, [pieces[i] for i in group], [states[i] for i in group], grows)
         for i, result in zip(group, found, strict=True):
             results[i] = result
     return results
 
 
-def _groups(pieces: Sequence[Tensor], states: Sequence[TitansState]) -> list[list[int]]:
+def _groups(pieces: Sequence[Tensor], states: Sequence[TitansState], grows: Sequence[bool]) -> list[list[int]]:
     """The places of pieces that are read in one call. A state with a pending token, which is read before the piece, has
     a call of its own."""
-    groups: list[list[int]] = [[i] for i, state in enumerate(states) if state.pending is not None]
-    longest = 0
-    for i in sorted(range(len(pieces)), key=lambda i: -len(pieces[i])):
-        if states[i].pending is not None:
-            continue
-        if len(pieces[i]) < SIMILAR * longest or not longest:
-            groups.append([])
-            longest = len(pieces[i])
-        groups[-1].append(i)
-    return groups
+    alone = [[i] for i, state in enumerate(states) if state.pending is not None]
+    contexts = [max(state.positions()) if any(grows) else 0 for state in states]
+    sizes = [(len(piece), context + len(piece)) for piece, context in zip(pieces, contexts, strict=True)]
+    groups: list[list[int]] = []
+    for i in sorted((i for i, state in enumerate(states) if state.pending is None), key=lambda i: sizes[i][::-1]):
+        for group in groups:
+            members = [sizes[j] for j in (*group, i)]
+            if all(min(size) >= SIMILAR * max(size) for size in zip(*members, strict=True)):
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return alone + groups
 
 
 def _read(
