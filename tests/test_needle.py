@@ -302,6 +302,19 @@ def test_code_is_lines_of_modules_that_are_not_held_out():
     assert len([line for line in own if line in text]) < len(own) / 50  # some modules wrap the same words elsewhere
 
 
+def test_numbers_are_many_and_none_is_a_value_after_a_key():
+    from titans_lm.tasks.haystack import make_haystack
+
+    docstrings, text = (make_haystack("text", (name,), "bytes", 0).text for name in ("python-stdlib", "numbers"))
+    digits = [sum(map(str.isdigit, some)) / len(some) for some in (docstrings, text)]
+    assert 8 < digits[1] / digits[0] < 24
+    assert {len(number) for number in re.findall(r"(?<= )\d+(?= )", text)} >= set(range(1, 7))
+    values = [len(re.findall(r"[a-z]-[a-z]+=\d+\.", some)) for some in (docstrings, text)]
+    assert values == [0, 0]
+    row = Needle(512, kind="number", style="short", digits=5, files=["numbers"]).examples(np.random.default_rng(0), 1)
+    assert len(row.values[0]) == 5
+
+
 def test_what_a_key_and_prose_are_made_of():
     assert len(set(ADJECTIVES)) == len(ADJECTIVES) >= 60
     assert len(set(NOUNS)) == len(NOUNS) >= 60

@@ -24,7 +24,7 @@ from titans_lm.evaluate.ask import follow
 from titans_lm.models.hub import load
 from titans_lm.models.model_files import MODEL_HELP, find
 from titans_lm.tasks import at_least
-from titans_lm.tasks.haystack import CODE, PROSE
+from titans_lm.tasks.haystack import CODE, NUMBERS, PROSE
 from titans_lm.tasks.needle import Kind, Needle
 from titans_lm.utils.corpora import STDLIB
 from titans_lm.utils.figures import figure_file
@@ -87,8 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=20, help="samples per kind, length and depth")
     parser.add_argument("--style", default="ruler", help="ruler: its sentences; short: key=value")
     parser.add_argument("--haystack", nargs="+", metavar="TEXT",
-                        help=f"noise or words, for all kinds; or text files, folders, {CODE}, {PROSE}, {STDLIB}, "
-                             "for those that have text (default: the last two)")  # fmt: skip
+                        help=f"noise or words, for all kinds; or text files, folders, {CODE}, {NUMBERS}, {PROSE}, "
+                             f"{STDLIB}, for those that have text (default: the last two)")  # fmt: skip
     parser.add_argument("--digits", type=int, default=7, help="digits of a number")
     parser.add_argument("--keys", type=int, default=1, help="needles of a haystack, of which one is asked for")
     parser.add_argument(

@@ -81,7 +81,8 @@ class Needle:
     haystack: Hay | None = None
     """One line repeated, random words, or text from `files`. None: the default of the kind."""
     files: Sequence[str] = (PROSE, STDLIB)
-    """Text files, folders, "prose" (made by a grammar), "python-stdlib" (its docstrings), "python-code" (its code)."""
+    """Text files, folders, "prose" (made by a grammar), "python-stdlib" (its docstrings), "python-code" (its code),
+    "numbers" (docstrings with many numbers)."""
     digits: int = 7
     depth: int | float | None = None
     """Depth of the needle in percent; 0 is the beginning. None: drawn from RULER's 40 depths in text, uniform over
