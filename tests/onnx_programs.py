@@ -18,7 +18,6 @@ from tolerance import assert_close
 
 FORMS = [
     ("lmm", {"memory_form": "plain", "memory_clip": None, "memory_activation": "gelu", "num_persistent_tokens": 0}),
-    ("lmm", {}),
     ("mac", {}),
     ("mag", {}),
     ("mal", {}),
