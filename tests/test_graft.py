@@ -22,7 +22,7 @@ from titans_lm import Reader, TitansForCausalLM, TitansState, load, trace
 from titans_lm.cli import main
 from titans_lm.inference.serve.app import Service
 from titans_lm.inference.serve.batch import growing_layers, last_logits
-from titans_lm.inference.serve.prefill import prefill
+from titans_lm.inference.serve.prefill import prefill_pieces
 from titans_lm.layers.bypass import bypass_memory
 from titans_lm.models.graft import GraftForCausalLM
 from titans_lm.models.graft_base import one_device
@@ -645,7 +645,7 @@ def test_prompts_of_several_requests_are_read_together_as_alone(llama, bases):
         for _ in range(2):
             expected = [state.clone() for state in states]
             logits = [last_logits(model, piece[None], state)[0] for piece, state in zip(pieces, expected, strict=True)]
-            found = prefill(model, pieces, states, growing_layers(model))
+            found = prefill_pieces(model, pieces, states, growing_layers(model))
             for mine, other in zip(found, logits, strict=True):
                 assert_close(mine, other)
             assert [s.positions() for s in states] == [s.positions() for s in expected]

@@ -14,7 +14,7 @@ from titans_lm.inference.serve.answer import Answer, Sampling
 from titans_lm.inference.serve.batch import RowBatch, growing_layers, last_logits
 from titans_lm.inference.serve.engine import Engine
 from titans_lm.inference.serve.limits import Limits
-from titans_lm.inference.serve.prefill import prefill
+from titans_lm.inference.serve.prefill import prefill_pieces
 from titans_lm.inference.serve.worker import Worker
 from titans_lm.models.block_cache import cache_slots
 from titans_lm.models.cache_card import Source
@@ -295,7 +295,7 @@ def test_prompts_read_in_one_call_are_read_as_alone(kind: str):
         pieces = [torch.arange(10 + i, 10 + i + n) for i, n in enumerate((length, length, 1 + length // 2, 3, 21))]
         expected = [state.clone() for state in states]
         logits = [last_logits(model, ids[None], state)[0] for ids, state in zip(pieces, expected, strict=True)]
-        for mine, other in zip(prefill(model, pieces, states, grows), logits, strict=True):
+        for mine, other in zip(prefill_pieces(model, pieces, states, grows), logits, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-8)
         for mine, other in zip(states, expected, strict=True):
             assert (mine.columns, mine.sources, mine.positions()) == (other.columns, other.sources, other.positions())
@@ -309,7 +309,7 @@ def test_a_long_context_that_grows_is_not_the_padding_of_short_ones(monkeypatch)
         model = tiny_model(kind, vocab_size=BYTES)
         states, widths = [read(model, tokens) for tokens in (60, 0, 1)], []
         monkeypatch.setattr(model, "forward", _noting(model.forward, widths))
-        prefill(model, [torch.arange(4)] * 3, states, growing_layers(model))
+        prefill_pieces(model, [torch.arange(4)] * 3, states, growing_layers(model))
         assert widths == expected
 
 
@@ -327,7 +327,7 @@ def test_a_call_for_several_prompts_that_fails_at_its_end_leaves_the_states(monk
         return select(self, rows)
 
     monkeypatch.setattr(TitansState, "select", failing)
-    for mine, other in zip(prefill(model, pieces, states, growing_layers(model)), logits, strict=True):
+    for mine, other in zip(prefill_pieces(model, pieces, states, growing_layers(model)), logits, strict=True):
         assert torch.equal(mine, other)
     assert selected == [[0], [1]]
     for mine, other in zip(states, expected, strict=True):
@@ -342,7 +342,7 @@ def test_a_state_that_has_pending_tokens_reads_them_before_its_piece():
     states[1].columns = 0
     pieces = [torch.tensor([7, 8, 9])] * 3
     expected = [last_logits(model, ids[None], s.clone())[0] for ids, s in zip(pieces, states, strict=True)]
-    for mine, other in zip(prefill(model, pieces, states, growing_layers(model)), expected, strict=True):
+    for mine, other in zip(prefill_pieces(model, pieces, states, growing_layers(model)), expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-8)
     assert [state.positions() for state in states] == [[7], [11], [7]]
 

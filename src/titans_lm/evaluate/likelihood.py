@@ -5,7 +5,7 @@ a time, so space does not grow with the text, except for its token ids.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.cache import TitansState
 from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.utils.padding import padded
 
 MAX_LOGITS = 2**24
 """Maximum logits at a time: 64 MiB of float32, and a few times that for log-probabilities."""
@@ -65,7 +66,7 @@ def scores(
 def read_rows(model: TitansForCausalLM, rows: Sequence[Sequence[int]], piece: int = PREFILL_TOKENS) -> TitansState:
     """Read rows of tokens of any lengths, also 0, from the initial state. Returns the state after them."""
     state = model.initial_state(len(rows))
-    ids, mask = _padded(rows, model.device, left=True)
+    ids, mask = _batch(rows, model.device, "left")
     for at in range(0, ids.shape[1], piece):
         part = slice(at, at + piece)
         model.model(ids[:, part], attention_mask=mask[:, part], past_key_values=state)
@@ -74,7 +75,7 @@ def read_rows(model: TitansForCausalLM, rows: Sequence[Sequence[int]], piece: in
 
 def _score(model: TitansForCausalLM, state: TitansState, rows: list[list[int]], piece: int) -> list[Score]:
     """Read rows from `state`, and score all tokens but the first of each."""
-    ids, mask = _padded(rows, model.device, left=False)
+    ids, mask = _batch(rows, model.device, "right")
     inputs, targets, mask = ids[:, :-1], ids[:, 1:], mask[:, 1:]
     total = torch.zeros(len(rows), dtype=torch.float64, device=model.device)
     wrong = torch.zeros(len(rows), dtype=torch.long, device=model.device)
@@ -102,13 +103,9 @@ def _tokens(model: TitansForCausalLM, hidden: Tensor, targets: Tensor) -> tuple[
     return torch.cat(found), torch.cat(missed)
 
 
-def _padded(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
+def _batch(
+    rows: Sequence[Sequence[int]], device: torch.device, side: Literal["left", "right"]
+) -> tuple[Tensor, Tensor]:
     """Rows of tokens -> `[B, T]`, and 1 where a token is there, else 0 `[B, T]`."""
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    there = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[number, place] = torch.tensor(row, dtype=torch.long)
-        there[number, place] = 1
-    return ids.to(device), there.to(device)
+    ids, mask = padded([torch.tensor(row, dtype=torch.long) for row in rows], side)
+    return ids.to(device), mask.to(device)

@@ -13,6 +13,7 @@ from titans_lm.models.cache_argument import NAMES
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import encode
 from titans_lm.utils.deprecation import renamed
+from titans_lm.utils.padding import padded
 
 MAX_LOGITS = 2**25
 """Maximum number of logits per forward call."""
@@ -64,21 +65,17 @@ def answer(
     ids = [encode(tokenizer, prompt) for prompt in prompts]
     if not all(len(row) for row in ids):
         raise ValueError("a prompt is empty: give at least one character to continue from")
-    width = max(map(len, ids))
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
-    padded = torch.stack(
-        [torch.cat([torch.zeros(width - len(row), dtype=torch.long), torch.as_tensor(row)]) for row in ids]
-    )
+    batch, mask = padded([torch.as_tensor(row) for row in ids])
     state = state.continuation()
     if options.get("stop_strings"):
         options["tokenizer"] = tokenizer
     out = model.generate(
-        padded.to(model.device), attention_mask=mask.to(model.device), past_key_values=state,
+        batch.to(model.device), attention_mask=mask.to(model.device), past_key_values=state,
         **{"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options},
     )  # fmt: skip
     with torch.no_grad():
         model.read_pending(state)
-    return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), state
+    return tokenizer.batch_decode(out[:, batch.shape[1] :], skip_special_tokens=True), state
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ from titans_lm.utils.deprecation import renamed
 
 __getattr__ = renamed(__name__, {"Ended": "RowEnds", "Prompt": "PromptState"})
 
-_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
-"""Arguments that `generate` handles itself, and passes on with those of the model."""
+_OF_GENERATE = ("tokenizer", "assistant_tokenizer", "row_ends", "prompt", *NAMES)
+"""Arguments that are not passed on as they are: those that `generate` and `TitansGeneration` handle themselves."""
 
 
 class RowEnds(StoppingCriteriaList):
@@ -137,17 +137,15 @@ class TitansGeneration(GenerationMixin):
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: TitansState | None = None,
+        *,
         attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,  # by this name, transformers knows that `generate` takes embeddings
         is_first_iteration: bool | None = False,
-        row_ends: RowEnds | None = None,
-        prompt: PromptState | None = None,  # noqa: ARG002 - for `_prefill`
-        cache: TitansState | None = None,
         **kwargs: Any,  # with this name, transformers lets `generate` take every argument of `forward`
     ) -> dict[str, Any]:
+        state = given_state(*(kwargs.get(name) for name in NAMES))
+        row_ends: RowEnds | None = kwargs.get("row_ends")
         kwargs = {key: value for key, value in kwargs.items() if key not in _OF_GENERATE}
-        state = given_state(past_key_values, cache)
         if row_ends is not None:
             columns = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
             attention_mask = row_ends.mask(attention_mask, columns, input_ids.shape[1])

@@ -38,7 +38,7 @@ from titans_lm.models.generation import TitansGeneration
 from titans_lm.models.loss import LOSS_ARGUMENTS, memory_loss_sum
 from titans_lm.models.model_identity import Identity, identity
 from titans_lm.models.outputs import TitansCausalLMOutput, TitansModelOutput
-from titans_lm.models.packing import OutputOptions, StackOutput, document_starts, documents, read_documents
+from titans_lm.models.packing import OutputOptions, StackOutput, document_starts, read_documents
 from titans_lm.models.replay import LayersCall, LayersOutput, run_or_replay
 from titans_lm.models.row_starts import RowStarts, check_length
 from titans_lm.ops import Surprise, gather_tokens, is_traced, left_align, masked_zero, undo_left_align
@@ -211,16 +211,7 @@ class TitansModel(TitansPreTrainedModel):
             state = self._with_pending(state, x, mask)
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         options = OutputOptions(output_surprise, bool(hidden))
-        if starts is None:
-            out = self._run_blocks(x, mask, state, options)
-        else:
-            out = read_documents(
-                documents(starts.to(x.device), mask),
-                x,
-                state if state.layer_caches else self.initial_state(x.shape[0]),
-                self.initial_state,
-                lambda x, valid, state: self._run_blocks(x, valid, state, options),
-            )
+        out = read_documents(starts, mask, x, state, self.initial_state, partial(self._run_blocks, options=options))
         if past_key_values is not None:
             past_key_values.assign(out.state)
             past_key_values.identity = Identity(partial(identity, self))  # an unpickled state has that of its old model

@@ -207,17 +207,23 @@ class StackOutput(NamedTuple):
 
 
 def read_documents(
-    groups: list[Documents],
+    starts: Tensor | None,
+    mask: Tensor | None,
     x: Tensor,
     state: TitansState,
     initial_state: Callable[[int], TitansState],
-    forward: Callable[[Tensor, Tensor, TitansState], StackOutput],
+    forward: Callable[[Tensor, Tensor | None, TitansState], StackOutput],
 ) -> StackOutput:
-    """Run `forward` on each group of documents of packed rows, whose embeddings are x `[B, T, D]`.
+    """Run `forward` on rows whose embeddings are x `[B, T, D]`; on packed rows, where documents begin at `starts`, once
+    for each group of documents.
 
     `initial_state` makes the state of a number of new documents. A row's first document continues `state`. Afterwards a
     row's state is that of its last document.
     """
+    if starts is None:
+        return forward(x, mask, state)
+    groups = documents(starts.to(x.device), mask)
+    state = state if state.layer_caches else initial_state(len(x))
     outputs, ends, rows = [], [], []
     for group in groups:
         new = torch.tensor(group.new, device=x.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from titans_lm.inference.serve.answer import Answer
 from titans_lm.inference.serve.batch import RowBatch
-from titans_lm.inference.serve.prefill import prefill
+from titans_lm.inference.serve.prefill import prefill_pieces
 from titans_lm.models.cache import TitansState
 from titans_lm.models.modeling import TitansForCausalLM
 
@@ -120,7 +120,7 @@ class Engine:
             pieces.append(turn[-1].answer.next_ids(min(share, left)))
             left -= len(pieces[-1])
         self.reading.rotate(-len(turn))  # their next turn comes after the others'
-        results = prefill(self.model, pieces, [reading.state for reading in turn], self.decoding.grows)
+        results = prefill_pieces(self.model, pieces, [reading.state for reading in turn], self.decoding.grows)
         return [
             Event(reading.answer, _take(reading.answer, len(ids), logits))
             for reading, ids, logits in zip(turn, pieces, results, strict=True)

@@ -3,14 +3,13 @@
 import logging
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from titans_lm.inference.serve.batch import last_logits, logits_or_error, without_empty_slots
 from titans_lm.models.cache import TitansState
 from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.utils.padding import padded
 
 LOG = logging.getLogger(__name__)
 SIMILAR = 0.5
@@ -18,7 +17,7 @@ SIMILAR = 0.5
 longest one's context: the rest is padding, which takes time and memory."""
 
 
-def prefill(
+def prefill_pieces(
     model: TitansForCausalLM, pieces: Sequence[Int[Tensor, " T"]], states: Sequence[TitansState], grows: Sequence[bool]
 ) -> list[Float[Tensor, " V"] | Exception]:
     """Read a piece into each state, of one row. Returns the logits after it, or the error, and then the state is as it
@@ -27,12 +26,11 @@ def prefill(
     If a call fails, each of its rows has one of its own, so that a row's error is that row's alone. The error of the
     call is logged. `grows`: see `growing_layers`.
     """
-    results: list[Float[Tensor, " V"] | Exception] = [torch.empty(0)] * len(pieces)
+    results: dict[int, Float[Tensor, " V"] | Exception] = {}
     for group in _groups(pieces, states, grows):
         found = _read(model, [pieces[i] for i in group], [states[i] for i in group], grows)
-        for i, result in zip(group, found, strict=True):
-            results[i] = result
-    return results
+        results |= zip(group, found, strict=True)
+    return [results[i] for i in range(len(pieces))]
 
 
 def _groups(pieces: Sequence[Tensor], states: Sequence[TitansState], grows: Sequence[bool]) -> list[list[int]]:
@@ -68,9 +66,7 @@ def _read_together(
     model: TitansForCausalLM, pieces: Sequence[Tensor], states: Sequence[TitansState], grows: Sequence[bool]
 ) -> Tensor:
     """The logits `[B, V]`. The states are changed at the end, by nothing that may fail."""
-    width = max(map(len, pieces))
-    ids = torch.stack([F.pad(piece, (width - len(piece), 0)) for piece in pieces])
-    mask = torch.stack([F.pad(torch.ones_like(piece), (width - len(piece), 0)) for piece in pieces])
+    ids, mask = padded(pieces)
     whole = TitansState.concat(list(states))
     logits = last_logits(model, ids, whole, None if bool(mask.all()) else mask)
     rows = [without_empty_slots(whole.select([i]), grows) for i in range(len(pieces))]
