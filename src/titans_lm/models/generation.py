@@ -140,10 +140,12 @@ class TitansGeneration(GenerationMixin):
         *,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,  # by this name, transformers knows that `generate` takes embeddings
+        past_key_values: TitansState | None = None,  # named for models whose `forward` is wrapped
+        cache: TitansState | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,  # with this name, transformers lets `generate` take every argument of `forward`
     ) -> dict[str, Any]:
-        state = given_state(*(kwargs.get(name) for name in NAMES))
+        state = given_state(past_key_values, cache)
         row_ends: RowEnds | None = kwargs.get("row_ends")
         kwargs = {key: value for key, value in kwargs.items() if key not in _OF_GENERATE}
         if row_ends is not None:
