@@ -212,7 +212,7 @@ class _Collected:
 
     def _gates(self, here: slice, layer: int, calls: list[MemoryCall], surprise: Any) -> None:
         gates = [torch.cat(part) for part in zip(*map(gates_of, calls), strict=True)]
-        loss, norm = (part[0].float().cpu() for part in surprise)
+        loss, norm = (part[0].float().cpu() for part in surprise[:2])
         theta, eta, alpha, output = (gate.float().cpu() for gate in gates)
         if self.threshold is not None:
             theta = theta * (loss > self.threshold)

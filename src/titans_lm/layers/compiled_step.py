@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from titans_lm.layers.few_rows import is_few_rows, runs_compiled
-from titans_lm.layers.memory_state import NeuralMemoryOutput, NeuralMemoryState
+from titans_lm.layers.memory_state import NeuralMemoryOutput, NeuralMemoryState, with_theta
 from titans_lm.layers.short_conv import ShortConvolution
 from titans_lm.layers.weight_addresses import NotPlainError, WeightAddresses, addresses_of
-from titans_lm.ops import FactoredMemory, Surprise
+from titans_lm.ops import FactoredMemory, MemoryState, Surprise
 from titans_lm.ops.cpu.compiled import as_contiguous, run_step, thread_count, unsupported_tensor_reason
 from titans_lm.ops.decode import Layers, TokenUpdate, advance_token
 
@@ -131,13 +131,29 @@ def read_token(layer: StepLayer, found: WeightAddresses, x: Tensor, conv_state: 
 
 
 def write_token(
-    layer: StepLayer, of_layer: WeightAddresses, x: Tensor, state: NeuralMemoryState, surprise: bool
+    layer: StepLayer, of_layer: WeightAddresses, x: Tensor, state: NeuralMemoryState, theta: Tensor | None
 ) -> NeuralMemoryOutput:
-    """Write the token x `[B, 1, D]`, and read the memory after it (eqs. 10 to 15)."""
-    found = Surprise(*(x.new_empty(len(x), 1, layer.num_heads) for _ in range(2))) if surprise else None
+    """Write the token x `[B, 1, D]`, and read the memory after it (eqs. 10 to 15). With `theta` `[B, 1, H]`, the step
+    that the layer's gate gives for x, also its surprise."""
+    found = None if theta is None else Surprise(*(x.new_empty(len(x), 1, layer.num_heads) for _ in range(2)))
     if isinstance(state.memory, FactoredMemory):
-        return _write_factors(layer, of_layer, x, state, state.memory, found)
-    old, conv_state = state.memory, state.conv_state
+        y, state = _write_factors(layer, of_layer, x, state, state.memory, found)
+    else:
+        y, state = _write_weights(layer, of_layer, x, state, state.memory, found)
+    if found is None or theta is None:
+        return NeuralMemoryOutput(y, state, None)
+    return NeuralMemoryOutput(y, state, with_theta(found, theta, layer.surprise_threshold, None))
+
+
+def _write_weights(
+    layer: StepLayer,
+    of_layer: WeightAddresses,
+    x: Tensor,
+    state: NeuralMemoryState,
+    old: MemoryState,
+    found: Surprise | None,
+) -> tuple[Tensor, NeuralMemoryState]:
+    conv_state = state.conv_state
 
     def update(anchor: Layers) -> TokenUpdate:
         nonlocal conv_state
@@ -147,8 +163,8 @@ def write_token(
         conv_state = tuple(after)
         return TokenUpdate(y, weights, momentum, found)
 
-    y, memory, found = advance_token(old, layer.chunk_size, None, update)
-    return NeuralMemoryOutput(y, state._replace(memory=memory, conv_state=conv_state), found)
+    y, memory, _ = advance_token(old, layer.chunk_size, None, update)
+    return y, state._replace(memory=memory, conv_state=conv_state)
 
 
 def _write_factors(
@@ -158,13 +174,13 @@ def _write_factors(
     state: NeuralMemoryState,
     old: FactoredMemory,
     found: Surprise | None,
-) -> NeuralMemoryOutput:
+) -> tuple[Tensor, NeuralMemoryState]:
     position, coefficients = torch.empty_like(old.position), torch.empty_like(old.coefficients)
     memory = (old.base_weights, old.base_anchor, old.base_momentum, old.x, old.g)
     of_factors = (old.coefficients, coefficients, old.position, position)
     y, *conv_state = _call(layer, of_layer, x, state.conv_state, memory, found, of_factors)
     new = old._replace(position=position, coefficients=coefficients)
-    return NeuralMemoryOutput(y, state._replace(memory=new, conv_state=tuple(conv_state)), found)
+    return y, state._replace(memory=new, conv_state=tuple(conv_state))
 
 
 def _call(

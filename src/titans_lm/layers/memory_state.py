@@ -55,13 +55,24 @@ class ProjectedQueries(NamedTuple):
     """The output gate before its sigmoid."""
 
 
+class LayerSurprise(NamedTuple):
+    """How unexpected each token was before it was written (`ops.Surprise`), and the step that it was written with."""
+
+    loss: Float[Tensor, "B T H"]
+    """|| M(k) - v ||^2 at the anchor (eq. 12); 0 where masked."""
+    gradient_norm: Float[Tensor, "B T H"]
+    """Frobenius norm of the gradient of that loss by the head's memory, after the clip; 0 where masked."""
+    theta: Float[Tensor, "B T H"]
+    """The step theta (eq. 9); 0 for a token that is not written, being masked or below `surprise_threshold`."""
+
+
 class NeuralMemoryOutput(NamedTuple):
     """What one pass over tokens returns."""
 
     y: Tensor
     """`[B, T, D]`; of `scan`, each head's retrieval `[B, T, H, V]` before `project_output`."""
     state: NeuralMemoryState
-    surprise: Surprise | None
+    surprise: LayerSurprise | None
     """None where it was not asked for."""
 
 
@@ -118,6 +129,14 @@ class StateShapes(NamedTuple):
         for name, tensor, shape in zip(("prev_input", "gates"), state[2:], self[2:], strict=True):
             if tensor is not None or shape is not None:
                 yield name, [] if tensor is None else [tensor.shape], [] if shape is None else [(rows, *shape)]
+
+
+def with_theta(surprise: Surprise, theta: Tensor, threshold: float | None, valid: Tensor | None) -> LayerSurprise:
+    """The surprise of tokens, beside the step that they were written with: `theta` `[B, T, H]` where a token is one of
+    the `valid` ones, and its loss is above the `threshold`."""
+    if threshold is not None:
+        theta = theta * (surprise.loss > threshold)
+    return LayerSurprise(*surprise, theta if valid is None else theta * valid[..., None])
 
 
 def check_inputs(dim: int, x: Tensor, state: Any, mask: Tensor | None = None) -> None:

@@ -17,6 +17,7 @@ from titans_lm.layers.gating import sigmoid_gates
 from titans_lm.layers.memory_options import RENAMED, check_options, head_width
 from titans_lm.layers.memory_state import (
     InitialMemory,
+    LayerSurprise,
     NeuralMemoryOutput,
     NeuralMemoryState,
     ProjectedQueries,
@@ -24,6 +25,7 @@ from titans_lm.layers.memory_state import (
     check_inputs,
     chunk_gates,
     next_prev_input,
+    with_theta,
 )
 from titans_lm.layers.module_call import as_call, empty_like_weights, routes_methods
 from titans_lm.layers.predictor import AuxiliaryLoss, Predictor
@@ -32,7 +34,6 @@ from titans_lm.ops import (
     Activation,
     Backend,
     MemoryForm,
-    Surprise,
     gather_tokens,
     initial_state,
     is_left_aligned,
@@ -49,6 +50,7 @@ MAX_SAVED_BYTES = 128 * 2**20
 LONGEST_MOMENTUM = 256
 """The momentum spans at most this many tokens before training."""
 
+WithSurprise = tuple[Float[Tensor, "B T D"], NeuralMemoryState, LayerSurprise]
 __getattr__ = renamed(__name__, {"Queries": "ProjectedQueries", "KEPT_BYTES": "MAX_SAVED_BYTES"})
 
 
@@ -203,8 +205,6 @@ class NeuralMemory(nn.Module):
         """`initial_state_like` with 0 in place of M_0. It uses no weights."""
         return self._state_shapes.zeros(batch, like)
 
-    # ---------------------------------------------------------------------------------------------- forward
-
     @overload
     def forward(
         self, x: Tensor, state: NeuralMemoryState | None = ..., mask: Tensor | None = ..., *, update: bool = ...,
@@ -214,7 +214,7 @@ class NeuralMemory(nn.Module):
     def forward(
         self, x: Tensor, state: NeuralMemoryState | None = ..., mask: Tensor | None = ..., *, update: bool = ...,
         surprise: Literal[True],
-    ) -> tuple[Tensor, NeuralMemoryState, Surprise]: ...  # fmt: skip
+    ) -> WithSurprise: ...  # fmt: skip
     @routes_methods
     def forward(
         self,
@@ -224,12 +224,12 @@ class NeuralMemory(nn.Module):
         *,
         update: bool = True,
         surprise: bool = False,
-    ) -> tuple[Float[Tensor, "B T D"], NeuralMemoryState] | tuple[Float[Tensor, "B T D"], NeuralMemoryState, Surprise]:
+    ) -> tuple[Float[Tensor, "B T D"], NeuralMemoryState] | WithSurprise:
         """Write each token, then read the memory as it is after it (eqs. 10 to 15). T >= 0; calls may be cut anywhere.
 
         `mask` is False at padding, which changes no state and whose y is 0. `update=False` reads without writing: the
-        state moves on to the next token, its memory does not change. `surprise=True` returns a `Surprise` as well
-        (`loss`, `gradient_norm`, `[B, T, H]`). Raises ValueError for arguments that do not fit the layer or each other.
+        state moves on to the next token, its memory does not change. `surprise=True` returns a `LayerSurprise` as well
+        (`loss`, `gradient_norm`, `theta`). Raises ValueError for arguments that do not fit the layer or each other.
         """
         check_inputs(self.dim, x, state, mask)
         state = self._initial_state(x.shape[0], x) if state is None else state
@@ -243,7 +243,7 @@ class NeuralMemory(nn.Module):
             valid = torch.arange(x.shape[1], device=x.device) < length[:, None]
             out = self._forward_aligned(gather_tokens(x, order), state, valid, **options)
             y, found = undo_left_align(out.y, mask), out.surprise
-            found = None if found is None else Surprise(*(undo_left_align(part, mask) for part in found))
+            found = None if found is None else LayerSurprise(*(undo_left_align(part, mask) for part in found))
         return (y, out.state) if found is None else (y, out.state, found)
 
     @as_call
@@ -301,7 +301,7 @@ class NeuralMemory(nn.Module):
         found = compiled_step.step_weights(self, x, state.memory[1], valid) if update and not bypass else None
         if found is not None:
             self._state_shapes.check(state, x.shape[0])
-            return compiled_step.write_token(self, found, x, state, surprise)
+            return compiled_step.write_token(self, found, x, state, self._gates(x)[0] if surprise else None)
         state = state._replace(memory=state.whole_memory())
         if update and not (surprise or bypass) and compiled_layer.is_supported(self, x, state, valid):
             return compiled_layer.run(self, x, state)
@@ -329,7 +329,7 @@ class NeuralMemory(nn.Module):
             raise ValueError("surprise=True needs update=True: a token's surprise is measured as it is written")
         if bypass:
             y = x.new_zeros(*x.shape[:2], self.num_heads, self.head_dim)
-            return NeuralMemoryOutput(y, state, Surprise(y[..., 0], y[..., 0]) if surprise else None)
+            return NeuralMemoryOutput(y, state, LayerSurprise(*[y[..., 0]] * 3) if surprise else None)
         memory = state.whole_memory()
         (q, k, v), conv_state = self._features(x, state.conv_state, valid)
         prev_input = None if state.prev_input is None else next_prev_input(x, state.prev_input, valid)
@@ -351,8 +351,8 @@ class NeuralMemory(nn.Module):
         if error is not None and y.requires_grad:
             total = (error if valid is None else error * valid).sum()
             y = AuxiliaryLoss.apply(y, total / (max(error.numel(), 1) if valid is None else valid.sum().clamp(min=1)))
-        state = NeuralMemoryState(memory, conv_state, prev_input, gates)
-        return NeuralMemoryOutput(y, state, found[0] if found else None)
+        of_tokens = with_theta(found[0], theta, self.form().threshold, valid) if found else None
+        return NeuralMemoryOutput(y, NeuralMemoryState(memory, conv_state, prev_input, gates), of_tokens)
 
     scan = as_call(_scan)
 

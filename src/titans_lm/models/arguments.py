@@ -76,14 +76,15 @@ def check_state(state: Any) -> TitansState:
     raise ValueError(reason)
 
 
-def warn_of_memory_loss(weight: float, unused: bool) -> None:
-    """Warns where a call in training cannot add `memory_loss_weight` times the memory's loss, because its loss is
-    computed elsewhere: some trainers, such as TRL's, compute it from the hidden states. `unused`: the call is in
-    training and does not return the surprise."""
-    if weight > 0 and unused and torch.is_grad_enabled():
+def warn_of_memory_loss(weights: dict[str, float], unused: bool) -> None:
+    """Warns where a call in training cannot add `memory_loss_weight` times the memory's loss, or `memory_theta_weight`
+    times its step, because its loss is computed elsewhere: some trainers, such as TRL's, compute it from the hidden
+    states. `unused`: the call is in training and does not return the surprise."""
+    if weights and unused and torch.is_grad_enabled():
+        keys = " and ".join(f"memory_{name}_weight={weight}" for name, weight in weights.items())
         warnings.warn(
-            f"memory_loss_weight={weight} has no effect in a call without labels, as trainers make that compute the "
-            f"loss themselves; set it to 0, or add the loss of output_surprise=True",
+            f"{keys} has no effect in a call without labels, as trainers make that compute the loss themselves; set it "
+            f"to 0, or add the {' and '.join(weights)} of output_surprise=True",
             stacklevel=2,
         )
 

@@ -18,7 +18,7 @@ from titans_lm.layers.compiled_segments import SegmentLayers
 from titans_lm.layers.few_rows import add, rms_norm
 from titans_lm.layers.gating import SwiGLU, residual_mlp
 from titans_lm.layers.key_values import KeyValues, SegmentBuffers, writes_in_place
-from titans_lm.layers.memory_state import NeuralMemoryOutput, NeuralMemoryState, ProjectedQueries
+from titans_lm.layers.memory_state import LayerSurprise, NeuralMemoryOutput, NeuralMemoryState, ProjectedQueries
 from titans_lm.layers.neural_memory import NeuralMemory
 from titans_lm.models.block_cache import (
     AttentionCache,
@@ -46,7 +46,7 @@ from titans_lm.models.segments import (
     read_segments_as_loop,
     split_whole,
 )
-from titans_lm.ops import Surprise, is_traced
+from titans_lm.ops import is_traced
 from titans_lm.utils.deprecation import renamed
 
 PREFILL_TOKENS = 4096
@@ -63,7 +63,7 @@ class BlockOutput(NamedTuple):
 
     x: Tensor
     cache: BlockCache
-    surprise: Surprise | None  # the memory's, if the call asked for it; None otherwise, and without a memory
+    surprise: LayerSurprise | None  # the memory's, if the call asked for it; None otherwise, and without a memory
 
 
 class TitansBlock(GradientCheckpointingLayer, Generic[Cache]):
@@ -302,7 +302,7 @@ class MACBlock(TitansBlock[MACCache]):
         if out is None:
             return BlockOutput(torch.zeros_like(x), cache, None)
         m = self.memory.project_output(out.written, out.retrieved, bypass=context.bypass)
-        surprise = None if out.surprise is None else Surprise(*map(layout.from_slots, out.surprise))
+        surprise = None if out.surprise is None else LayerSurprise(*map(layout.from_slots, out.surprise))
         return BlockOutput(layout.from_slots(self.gate(out.y, m)), cache, surprise)
 
     def may_replay(self, position: int) -> bool:

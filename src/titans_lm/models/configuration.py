@@ -97,6 +97,8 @@ class TitansConfig(PreTrainedConfig):
     """Width of the causal convolutions on q, k, v; 1: none."""
     memory_loss_weight: float = 0.0
     """Weight of the memory's own reconstruction loss in training (lambda)."""
+    memory_theta_weight: float = 0.0
+    """Weight of the mean theta in training: a price on writing, so that the memory writes what is read again."""
     surprise_threshold: float | None = None
     """Only tokens with a larger surprise are written; None: all are."""
     surprise_threshold_on: Literal["reconstruction", "prediction"] = "reconstruction"
@@ -199,9 +201,10 @@ _COUNTS = (
     "window_size", "segment_size", "max_position_embeddings", "num_memory_heads", "memory_head_dim", "memory_layers",
     "memory_dim", "memory_chunk_size", "memory_conv_size", "memory_lags",
 )  # fmt: skip
+_NOT_NEGATIVE = ("num_persistent_tokens", "memory_loss_weight", "memory_theta_weight", "initializer_range")
 _RANGES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
     (_COUNTS, lambda value: value >= 1, "at least 1"),
-    (("num_persistent_tokens", "memory_loss_weight", "initializer_range"), lambda value: value >= 0, "0 or more"),
+    (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
     (("rms_norm_eps", "rope_theta", "memory_clip"), lambda value: value > 0, "above 0"),
     (("memory_lr", "memory_lr_start"), lambda value: 0 < value <= 1, "in (0, 1]"),
     (("head_dim",), lambda value: value % 2 == 0, "even (rotary positions rotate pairs)"),

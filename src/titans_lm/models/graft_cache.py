@@ -13,11 +13,10 @@ from transformers.cache_utils import DynamicLayer
 
 from titans_lm.layers.attention import last_slots
 from titans_lm.layers.key_values import KeyValues
-from titans_lm.layers.memory_state import NeuralMemoryState
+from titans_lm.layers.memory_state import LayerSurprise, NeuralMemoryState
 from titans_lm.layers.query_blocks import visible_slots
 from titans_lm.models.block_cache import AttentionCache, BlockCache, MAGCache
 from titans_lm.models.forward_context import ForwardContext
-from titans_lm.ops import Surprise
 
 
 class BaseShape(NamedTuple):
@@ -61,7 +60,7 @@ class GraftCall(DynamicCache):
         self.layers = [_layer(kv) for kv in past]
         self.past = [0 if kv is None else kv.keys[0].shape[2] for kv in past]
         self.memories: list[NeuralMemoryState | None] = [getattr(cache, "memory", None) for cache in before]
-        self.surprises: list[Surprise] = []
+        self.surprises: list[LayerSurprise] = []
 
     def masks(self, x: Tensor) -> Any:
         """The base's `attention_mask` for x `[B, T, D]`: None where its own causal mask is right; else `[B, 1, T, S]`,

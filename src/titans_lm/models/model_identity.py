@@ -19,6 +19,7 @@ _NOT_IDENTITY = {
     "memory_start",
     "memory_lags",
     "memory_loss_weight",
+    "memory_theta_weight",
     "max_position_embeddings",
 }
 """Keys of the configuration that do not change what a trained model computes."""

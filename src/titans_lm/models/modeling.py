@@ -13,6 +13,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 
 from titans_lm.layers.attention import RotaryEmbedding, rotary_embedding
 from titans_lm.layers.few_rows import linears, rms_norm
+from titans_lm.layers.memory_state import LayerSurprise
 from titans_lm.layers.module_call import empty_like_weights
 from titans_lm.layers.neural_memory import NeuralMemory
 from titans_lm.layers.short_conv import ShortConvolution
@@ -35,13 +36,13 @@ from titans_lm.models.configuration import TitansConfig
 from titans_lm.models.decoding import begin_decoding
 from titans_lm.models.forward_context import ForwardContext
 from titans_lm.models.generation import TitansGeneration
-from titans_lm.models.loss import LOSS_ARGUMENTS, memory_loss_sum
+from titans_lm.models.loss import LOSS_ARGUMENTS, MemoryTerms, memory_terms, memory_weights
 from titans_lm.models.model_identity import Identity, identity
 from titans_lm.models.outputs import TitansCausalLMOutput, TitansModelOutput
 from titans_lm.models.packing import OutputOptions, StackOutput, document_starts, read_documents
 from titans_lm.models.replay import LayersCall, LayersOutput, run_or_replay
 from titans_lm.models.row_starts import RowStarts, check_length
-from titans_lm.ops import Surprise, gather_tokens, is_traced, left_align, masked_zero, undo_left_align
+from titans_lm.ops import gather_tokens, is_traced, left_align, masked_zero, undo_left_align
 
 
 class TitansPreTrainedModel(PreTrainedModel):
@@ -201,7 +202,7 @@ class TitansModel(TitansPreTrainedModel):
         state = self._new_state(x) if past_key_values is None else check_state(past_key_values)
         kwargs["output_attentions"] = kwargs.get("output_attentions", self.config.output_attentions)
         check_caches(state.layer_caches, [block.cache_type for block in self.blocks()])
-        warn_of_memory_loss(self.config.memory_loss_weight, self.training and not output_surprise)
+        warn_of_memory_loss(memory_weights(self.config), self.training and not output_surprise)
         check_arguments(kwargs, state.columns, x.shape[1])
         mask = token_mask(attention_mask, x, state.batch_size)
         if inputs_embeds is not None or not (self.training or x.is_cuda):  # in training, the loss shows it
@@ -250,7 +251,7 @@ class TitansModel(TitansPreTrainedModel):
         x, after, hidden, surprises = run_or_replay(self._run_layers, self, call, state.replay, starts.values)
         if mask is not None:
             x, *hidden = (undo_left_align(h, mask) for h in (x, *hidden))
-            surprises = [Surprise(*(undo_left_align(part, mask) for part in s)) for s in surprises]
+            surprises = [LayerSurprise(*(undo_left_align(part, mask) for part in s)) for s in surprises]
         known = None if mask is not None or starts.values is None else [value + tokens for value in starts.values]
         begun = starts.begun or (mask is None and tokens > 0)
         return StackOutput(x, state.advanced(after, position + length, tokens, known, begun), hidden, surprises)
@@ -260,7 +261,7 @@ class TitansModel(TitansPreTrainedModel):
         x, before, context, options = call
         after: list[BlockCache] = []
         hidden: list[Tensor] = []
-        surprises: list[Surprise] = []
+        surprises: list[LayerSurprise] = []
         for block, layer, cache in zip(self.blocks(), self.layers, before, strict=True):
             if options.hidden:
                 hidden.append(x)
@@ -353,35 +354,34 @@ class TitansForCausalLM(TitansPreTrainedModel, TitansGeneration, GenerationMixin
         loss_arguments = {key: kwargs.pop(key) for key in LOSS_ARGUMENTS if key in kwargs}
         if labels is None and (loss_arguments.keys() - {"num_items_in_batch"}):
             raise ValueError(f"{', '.join(loss_arguments)} without labels would have no effect")
-        weight = self.config.memory_loss_weight if labels is not None else 0.0
+        weights = memory_weights(self.config) if labels is not None else {}
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=given_state(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_surprise=output_surprise or weight > 0,
+            output_surprise=output_surprise or bool(weights),
             position_ids=position_ids,
             **kwargs,
         )
         (logits,) = linears(slice_logits_to_keep(out.last_hidden_state, logits_to_keep), (self.lm_head,))
         loss: Tensor | None = None
-        memory_loss: Tensor | None = None
+        terms = MemoryTerms(None, None)
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **loss_arguments)
-        if loss is not None and labels is not None and weight > 0 and out.surprise:
+        if loss is not None and labels is not None and weights and out.surprise:
             packed = {**kwargs, "position_ids": position_ids}
-            total, own = memory_loss_sum(out.surprise, labels, attention_mask, packed, loss_arguments)
-            items = loss_arguments.get("num_items_in_batch")
-            memory_loss = total / own.clamp(min=1)
-            loss = loss + weight * (memory_loss if items is None else total / items)
+            added, terms = memory_terms(weights, out.surprise, labels, attention_mask, packed, loss_arguments)
+            loss = loss + added
         return TitansCausalLMOutput(
             loss=loss,
             logits=logits,
             cache=out.cache,
             hidden_states=out.hidden_states,
             surprise=out.surprise if output_surprise else None,
-            memory_loss=memory_loss,
+            memory_loss=terms.loss,
+            memory_theta=terms.theta,
         )
 
 

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from titans_lm.layers.memory_state import LayerSurprise
 from titans_lm.models.cache import TitansState
-from titans_lm.ops import Surprise, gather_tokens, left_align
+from titans_lm.ops import gather_tokens, left_align
 from titans_lm.utils.deprecation import renamed
 
 __getattr__ = renamed(__name__, {"Asked": "OutputOptions", "Read": "StackOutput"})
@@ -202,7 +203,7 @@ class StackOutput(NamedTuple):
     state: TitansState
     hidden: list[Tensor]
     """The input of each layer, if it was asked for."""
-    surprise: list[Surprise]
+    surprise: list[LayerSurprise]
     """Of each layer with a memory, if it was asked for."""
 
 
@@ -245,7 +246,7 @@ def read_documents(
         pack(tuple(out.x for out in outputs)),
         state.advanced(end.layer_caches, end.position, x.shape[1]),
         [pack(layer) for layer in zip(*(out.hidden for out in outputs), strict=True)],
-        [Surprise(*map(pack, zip(*layer, strict=True))) for layer in surprises],
+        [LayerSurprise(*map(pack, zip(*layer, strict=True))) for layer in surprises],
     )
 
 

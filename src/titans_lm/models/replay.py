@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from titans_lm.layers.attention import RotaryEmbedding
 from titans_lm.layers.bypass import is_any_bypassed
 from titans_lm.layers.few_rows import is_few_rows, runs_compiled
+from titans_lm.layers.memory_state import LayerSurprise
 from titans_lm.layers.weight_addresses import NotPlainError, WeightAddresses
 from titans_lm.models.block_cache import AttentionCache, BlockCache, map_tensors
 from titans_lm.models.forward_context import ForwardContext
 from titans_lm.models.packing import OutputOptions
-from titans_lm.ops import FactoredMemory, Surprise
+from titans_lm.ops import FactoredMemory
 from titans_lm.ops.cpu.recorder import Recorder, Replay
 
 Caches = list[BlockCache]
-LayersOutput = tuple[Tensor, Caches, list[Tensor], list[Surprise]]
+LayersOutput = tuple[Tensor, Caches, list[Tensor], list[LayerSurprise]]
 """The output of all layers, their caches after it, and what was asked for of each."""
 
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans_lm.layers.memory_state import ProjectedQueries
+from titans_lm.layers.memory_state import LayerSurprise, ProjectedQueries
 from titans_lm.models.block_cache import MACCache, map_tensors
 from titans_lm.models.forward_context import ForwardContext
-from titans_lm.ops import Layout, Surprise, for_all_lengths, has_values, lay_out, lay_out_by_shape
+from titans_lm.ops import Layout, for_all_lengths, has_values, lay_out, lay_out_by_shape
 
 
 class SegmentInputs(NamedTuple):
@@ -41,7 +41,7 @@ class SegmentOutput(NamedTuple):
     """What the memory writes, `[B, S, D]`."""
     retrieved: Tensor
     """What is retrieved with it: by each head, `[B, S, H, V]`; of a token read alone `[B, 1, D]`, projected."""
-    surprise: Surprise | None
+    surprise: LayerSurprise | None
     cache: MACCache
 
 
@@ -120,7 +120,7 @@ def read_segments_as_loop(
     last, stacked = scan(step, _to_carry(start, None), parts)
     y, written, retrieved, *surprise = (t.movedim(0, 1).flatten(1, 2) for t in stacked)
     after = _as_cache(_from_carry(last, start)[:-1], first)
-    return SegmentOutput(y, written, retrieved, Surprise(*surprise) if surprise else None, after), after
+    return SegmentOutput(y, written, retrieved, LayerSurprise(*surprise) if surprise else None, after), after
 
 
 def _to_carry(tensors: list[Tensor], before: list[Tensor] | None) -> list[Tensor]:
@@ -150,7 +150,7 @@ def _tensors(cache: MACCache) -> list[Tensor]:
     return found
 
 
-def concat_surprises(surprises: list[Surprise | None]) -> Surprise | None:
+def concat_surprises(surprises: list[LayerSurprise | None]) -> LayerSurprise | None:
     """The surprises of successive tokens as one."""
     given = [surprise for surprise in surprises if surprise is not None]
-    return Surprise(*(torch.cat(part, 1) for part in zip(*given, strict=True))) if given else None
+    return LayerSurprise(*(torch.cat(part, 1) for part in zip(*given, strict=True))) if given else None

@@ -10,7 +10,7 @@ from titans_lm.models.graft_config import GraftConfig
 from titans_lm.tasks import make_task
 from titans_lm.training.data_settings import DataSettings
 
-_OF_MEMORY = ("memory_loss_weight", "surprise_threshold")
+_OF_MEMORY = ("memory_loss_weight", "memory_theta_weight", "surprise_threshold")
 _OF_VARIANTS = {"gate": ("mac", "mag"), "window_size": ("mag", "mal", "attention"), "segment_size": ("mac",)}
 """Keys of the model's section -> the variants that have them."""
 _WITH_MEMORY = ("mac", "mag", "mal", "lmm")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from titans_lm.models.loss import memory_weights
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.tasks import IGNORED
 
@@ -16,10 +17,10 @@ def only_needed_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[s
     """The arguments of a call of the model, with `logits_to_keep` and the labels of those logits, if at most half of
     the positions need logits; else `inputs`. The loss is the same.
 
-    A memory's own loss and a distillation look at all labels, so their models get `inputs`, as do labels on a GPU,
-    which would have to be waited for."""
+    What a memory adds to the loss and a distillation look at all labels, so their models get `inputs`, as do labels on
+    a GPU, which would have to be waited for."""
     labels = inputs.get("labels")
-    if type(model) is not TitansForCausalLM or model.config.memory_loss_weight or labels is None or not labels.is_cpu:
+    if type(model) is not TitansForCausalLM or memory_weights(model.config) or labels is None or not labels.is_cpu:
         return inputs
     if "logits_to_keep" in inputs or "shift_labels" in inputs:
         return inputs
