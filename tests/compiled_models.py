@@ -87,7 +87,7 @@ def test_ten_lengths_are_compiled_at_most_three_times(kind: str, training: bool)
 @pytest.mark.parametrize("kind", ["mac", "mal"])
 def test_compiled_backward_passes_are_eager_ones(kind: str):
     """Of operators, of those that return what no gradient goes through, and of the loop of MAC."""
-    model = small_model(kind, memory_loss_weight=0.5).train()
+    model = small_model(kind, memory_loss_weight=0.5, memory_theta_weight=0.3).train()
     assert_same_step(compiled(model, "aot_eager"), model, of_any_length(tokens(2, 16)))
 
 

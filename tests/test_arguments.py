@@ -34,7 +34,9 @@ BORDERS: dict[str, dict[str, bool]] = {
 @pytest.mark.parametrize("borders", BORDERS)
 def test_a_packed_document_is_read_as_if_alone(kind, borders):
     """Logits, loss, gradients, surprise, hidden states; the state afterwards is that of the last document."""
-    model, batch = tiny_model(kind, memory_loss_weight=0.5), flattened(**BORDERS[borders])
+    weights = {"loss": 0.5, "theta": 0.3}
+    model = tiny_model(kind, **{f"memory_{name}_weight": weight for name, weight in weights.items()})
+    batch = flattened(**BORDERS[borders])
     out = model(**batch, output_surprise=True, output_hidden_states=True, use_cache=True)
     alone = [model(d[None], labels=d[None], output_surprise=True, output_hidden_states=True) for d in DOCUMENTS]
     assert_close(out.logits[0], torch.cat([a.logits[0] for a in alone]))
@@ -44,15 +46,15 @@ def test_a_packed_document_is_read_as_if_alone(kind, borders):
         for j, part in enumerate(layer):
             assert_close(part[0], torch.cat([a.surprise[i][j][0] for a in alone]))
     assert_has_read(model, out.past_key_values, [DOCUMENTS[-1]])
-    losses = [
-        (a.loss - 0.5 * (a.memory_loss or 0)) * (len(d) - 1)
-        for a, d in zip(alone, DOCUMENTS, strict=True)
-        if len(d) > 1
-    ]
-    if out.memory_loss is not None:
-        own = torch.stack([a.memory_loss * (len(d) - 1) for a, d in zip(alone, DOCUMENTS, strict=True)])
-        assert_close(out.memory_loss.float(), (own.sum() / (sum(LENGTHS) - len(LENGTHS))).float())
-    plain = out.loss - 0.5 * (out.memory_loss or 0)
+
+    def of_next_token(out):
+        return out.loss - sum(weight * (out.get(f"memory_{name}") or 0) for name, weight in weights.items())
+
+    losses = [of_next_token(a) * (len(d) - 1) for a, d in zip(alone, DOCUMENTS, strict=True) if len(d) > 1]
+    for name in [f"memory_{name}" for name in weights if f"memory_{name}" in out]:
+        own = torch.stack([a[name] * (len(d) - 1) for a, d in zip(alone, DOCUMENTS, strict=True)])
+        assert_close(out[name].float(), (own.sum() / (sum(LENGTHS) - len(LENGTHS))).float())
+    plain = of_next_token(out)
     assert_close(plain.float(), (torch.stack(losses).sum() / (sum(LENGTHS) - len(LENGTHS))).float())
     parameters, weight = list(model.parameters()), torch.randn(sum(LENGTHS), VOCABULARY, dtype=torch.float64)
     ours = torch.autograd.grad((out.logits[0] * weight).sum(), parameters)

@@ -29,7 +29,7 @@ KEYS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "tbptt": {"training": {"tbptt_steps": [2]}},
     "stages": {"training": {"core_steps": 1, "memory_steps": 1}},
-    "memory loss": {"model": {"memory_loss_weight": 0.5}},
+    "memory loss": {"model": {"memory_loss_weight": 0.5, "memory_theta_weight": 0.3}},
     "keep": {"training": {"keep": 4}},
     "compile": {"training": {"compile": True, "compile_backend": "eager"}},
     "fsdp": {"training": {"fsdp": True}},

@@ -54,6 +54,7 @@ IMPOSSIBLE: list[dict[str, Any]] = [
     {"memory_conv_size": 0},
     {"num_persistent_tokens": -1},
     {"memory_loss_weight": -0.1},
+    {"memory_theta_weight": -0.1},
     {"initializer_range": -1.0},
     {"memory_lr": 0.0},
     {"memory_lr": 1.01},

@@ -82,6 +82,7 @@ TINY = {"size": "tiny"}
     [
         ({"parameters": 1e6, "intermediate_size": 64}, TASK, {}, r"model\.parameters=.* model\.intermediate_size"),
         ({**TINY, "variant": "attention", "memory_loss_weight": 0.1}, TASK, {}, r"weight=0\.1 is for a model with"),
+        ({**TINY, "variant": "attention", "memory_theta_weight": 0.1}, TASK, {}, r"weight=0\.1 is for a model with"),
         ({**TINY, "baseline": "mamba2", "surprise_threshold": 0.1}, TASK, {}, r"threshold=0\.1 is for a model with"),
         ({**TINY, "baseline": "full_attention", "memory_loss_weight": 1}, TASK, {}, r"weight=1 is for a model with"),
         ({**TINY, "max_position_embeddings": 63}, TASK, {}, r"max_position_embeddings=63 is below the 64 tokens"),

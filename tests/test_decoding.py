@@ -262,6 +262,7 @@ def test_the_surprise_is_that_without_buffers(kind):
     for ours, theirs in zip(*pairs, strict=True):
         assert_close(ours.loss, theirs.loss, "loss")
         assert_close(ours.gradient_norm, theirs.gradient_norm, "norm")
+        assert_close(ours.theta, theirs.theta, "theta")
 
 
 # ------------------------------------------------------------------------------------------------ generate

@@ -132,11 +132,11 @@ def test_padding_anywhere_leaves_no_trace(options, pattern, earlier):
                 inputs(2, len(pattern))[row : row + 1, mask[row]], own, surprise=True
             )
             assert_close(y[row, mask[row]], alone[0])
-            assert_close(surprise.loss[row, mask[row]], alone_surprise.loss[0])
-            assert_close(surprise.gradient_norm[row, mask[row]], alone_surprise.gradient_norm[0])
+            for part, expected in zip(surprise, alone_surprise, strict=True):
+                assert_close(part[row, mask[row]], expected[0])
             for a, b in zip(leaves(after), leaves(alone_after), strict=True):
                 assert_close(a[row], b[0])
-    for padded in (y, surprise.loss, surprise.gradient_norm):
+    for padded in (y, *surprise):
         assert (padded[~mask] == 0).all()
 
 
@@ -233,6 +233,31 @@ def test_surprise_is_the_error_before_the_write_and_the_norm_of_its_gradient():
             norm = torch.cat([g.flatten() for g in probe._gradient(h, k[h], v[h])]).norm()
             assert_close(surprise.gradient_norm[0, t, h], norm)
         stream.write_and_read(token)
+
+
+def test_the_theta_of_a_surprise_is_the_step_that_was_taken():
+    """0 for a token that is not written, whatever decides that."""
+    x, mask = inputs(2, 13), torch.ones(2, 13, dtype=torch.bool)
+    mask[1, 5:8] = False
+    plain = layer()
+    step = plain.lr * torch.sigmoid(plain.theta(x))
+    assert_close(plain(x, surprise=True)[2].theta, step)
+    assert_close(plain(x, None, mask, surprise=True)[2].theta, step * mask[..., None])
+    of_chunks = layer(gates_of="chunk", chunk_size=4)
+    step = of_chunks.lr * torch.sigmoid(of_chunks.theta(x))
+    assert_close(of_chunks(x, surprise=True)[2].theta, step[:, [t - t % 4 for t in range(13)]])
+    above = plain(x, surprise=True)[2].loss.median()
+    writes = layer(surprise_threshold=float(above))
+    _, _, surprise = writes(x, surprise=True)
+    written = surprise.loss > above
+    assert 0 < written.sum() < written.numel()
+    assert_close(surprise.theta, writes.lr * torch.sigmoid(writes.theta(x)) * written)
+    predicts = layer(surprise_threshold=1.0, surprise_threshold_on="prediction")
+    error = predicts.predictor(x, x.new_zeros(2, x.shape[-1]))
+    predicts.surprise_threshold = float(error.median())
+    step = predicts.lr * torch.sigmoid(predicts.theta(x)) * (error > error.median())[..., None]
+    assert 0 < (step > 0).sum() < step.numel()
+    assert_close(predicts(x, surprise=True)[2].theta, step)
 
 
 def test_no_token_at_all_changes_nothing():

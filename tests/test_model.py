@@ -28,6 +28,7 @@ from conftest import (
 )
 from definition import logits as logits_by_definition
 from titans_lm import TitansForCausalLM, TitansModel
+from titans_lm.layers.neural_memory import memories
 from tolerance import assert_close, relative_error
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -251,8 +252,8 @@ def test_a_long_text_is_read_in_pieces_to_the_same_numbers(kind, ragged, monkeyp
     for name, tensor in state_tensors(pieces.past_key_values).items():
         assert_close(tensor, state_tensors(whole.past_key_values)[name], name)
     for ours, theirs in zip(pieces.surprise, whole.surprise, strict=True):
-        assert_close(ours.loss, theirs.loss)
-        assert_close(ours.gradient_norm, theirs.gradient_norm)
+        for part, expected in zip(ours, theirs, strict=True):
+            assert_close(part, expected)
 
 
 @each_titan
@@ -268,7 +269,7 @@ def test_surprise_is_computed_only_where_it_is_asked_for(kind, monkeypatch):
         assert not any(asked)
         asked.clear()
         model(ids, output_surprise=True)
-        model.config.memory_loss_weight = 0.5
+        model.config.memory_theta_weight = 0.5
         model(ids, labels=ids)
     # the first memory of a stream reads its persistent tokens, whose surprise nobody sees
     assert asked.count(True) == 2 * model.config.num_hidden_layers
@@ -302,23 +303,47 @@ def test_the_loss_is_the_next_token_s_cross_entropy(kind):
 
 
 @each_titan
-def test_the_memory_s_own_loss_is_added_by_its_weight(kind):
+@pytest.mark.parametrize("term", ["loss", "theta", "both"])
+def test_the_memory_s_terms_are_added_by_their_weights(kind, term):
+    """The reconstruction loss and the step."""
     model, ids = tiny_model(kind), tokens(2, 11)
-    plain = model(ids, labels=ids).loss
-    model.config.memory_loss_weight = 0.5
+    plain, expected = model(ids, labels=ids).loss, {}
+    for name, weight in (("loss", 0.5), ("theta", 0.3)):
+        if term in (name, "both"):
+            setattr(model.config, f"memory_{name}_weight", weight)
+            expected[name] = weight
     out = model(ids, labels=ids, output_surprise=True)
-    expected = torch.stack([s.loss.mean() for s in out.surprise]).mean()
-    assert_close(out.memory_loss, expected)
-    assert_close(out.loss, plain + 0.5 * expected)
-    assert model(ids).memory_loss is None
+    added = torch.zeros_like(plain)
+    for name in ("loss", "theta"):
+        mean = torch.stack([getattr(s, name).mean() for s in out.surprise]).mean()
+        added = added + expected.get(name, 0.0) * mean
+        if name in expected:
+            assert_close(out[f"memory_{name}"], mean)
+        else:
+            assert getattr(out, f"memory_{name}") is None
+    assert added > 0
+    assert_close(out.loss, plain + added)
+    assert model(ids).memory_loss is model(ids).memory_theta is None
 
 
 @each_titan
-def test_the_memory_s_own_loss_does_not_count_padding(kind):
-    model, ids = tiny_model(kind, memory_loss_weight=0.5), tokens(2, 11)
+def test_a_price_on_the_step_lowers_it(kind):
+    """By the gradient of its gate."""
+    model, ids = tiny_model(kind, memory_theta_weight=1.0), tokens(2, 11)
+    out = model(ids, labels=ids)
+    gates = [memory.theta.bias for memory in memories(model)]
+    for gradient in torch.autograd.grad(out.memory_theta, gates):
+        assert (gradient > 0).all()
+
+
+@each_titan
+def test_the_memory_s_terms_do_not_count_padding(kind):
+    model, ids = tiny_model(kind, memory_loss_weight=0.5, memory_theta_weight=0.3), tokens(2, 11)
     padded, mask, labels = F.pad(ids, (4, 0)), F.pad(torch.ones_like(ids), (4, 0)), F.pad(ids, (4, 0), value=-100)
     out = model(padded, attention_mask=mask, labels=labels)
-    assert_close(out.memory_loss, model(ids, labels=ids).memory_loss)
+    alone = model(ids, labels=ids)
+    assert_close(out.memory_loss, alone.memory_loss)
+    assert_close(out.memory_theta, alone.memory_theta)
 
 
 @each_kind

@@ -45,7 +45,8 @@ def test_the_loss_and_its_gradients_are_those_of_all_logits(variant: str, labell
 
 
 @pytest.mark.parametrize(
-    "change", ["many", "first", "no labels", "elsewhere", "memory loss", "kept", "shifted", "another model"]
+    "change",
+    ["many", "first", "no labels", "elsewhere", "memory loss", "memory theta", "kept", "shifted", "another model"],
 )
 def test_other_calls_are_left_as_they_are(change: str):
     inputs = make_inputs(*{"many": (10, 19), "first": (0, 19)}.get(change, (19,)))
@@ -57,6 +58,9 @@ def test_other_calls_are_left_as_they_are(change: str):
         inputs["logits_to_keep"] = 20
     if change == "shifted":
         inputs["shift_labels"] = inputs["labels"]
-    model = make_model(variant="mag", memory_loss_weight=1.0 if change == "memory loss" else 0.0)
+    model = make_model(
+        variant="mag",
+        **{"memory loss": {"memory_loss_weight": 1.0}, "memory theta": {"memory_theta_weight": 1.0}}.get(change, {}),
+    )
     given = only_needed_logits(torch.nn.Linear(1, 1) if change == "another model" else model, inputs)
     assert given is inputs

@@ -73,7 +73,7 @@ def test_an_old_argument_of_the_layer_is_the_new_one_with_a_warning(old: str):
 def test_the_layer_s_arguments_are_the_configuration_s_keys():
     arguments = set(inspect.signature(NeuralMemory).parameters) - {"dim", "backend"}
     keys = {key for key in TitansConfig().own_fields() if "memory_" in key or "surprise_" in key}
-    of_the_loss = {"memory_loss_weight"}
+    of_the_loss = {"memory_loss_weight", "memory_theta_weight"}
     assert arguments == {key if key == "memory_dim" else key.replace("memory_", "") for key in keys - of_the_loss}
 
 

@@ -128,8 +128,11 @@ def test_documents_that_trl_packs_are_read_as_if_each_were_alone(kind, way, tmp_
 
 
 def test_a_memory_loss_that_a_trainer_leaves_out_is_named(tmp_path):
-    model = bytes_model(memory_loss_weight=0.5)
-    with pytest.warns(UserWarning, match=r"memory_loss_weight=0\.5 has no effect.*without labels"):
+    model = bytes_model(memory_loss_weight=0.5, memory_theta_weight=0.3)
+    words = (
+        r"memory_loss_weight=0\.5 and memory_theta_weight=0\.3 has no effect.*without labels.*add the loss and theta"
+    )
+    with pytest.warns(UserWarning, match=words):
         sft(model, tmp_path).train()
     model, ids = bytes_model(memory_loss_weight=0.5).train(), tokens(1, 5)
     with warnings.catch_warnings():

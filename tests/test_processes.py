@@ -27,7 +27,10 @@ VARIANTS = ("mac", "mag", "mal", "lmm")
 SPANS = [2, 3, 4, 1]
 MODES = {
     **{
-        f"{variant}-apart": ({"variant": variant, "memory_loss_weight": 0.1}, {"accumulation": 2})
+        f"{variant}-apart": (
+            {"variant": variant, "memory_loss_weight": 0.1, "memory_theta_weight": 0.1},
+            {"accumulation": 2},
+        )
         for variant in VARIANTS
     },
     **{f"{variant}-carried": ({"variant": variant}, {"tbptt_steps": SPANS}) for variant in VARIANTS},

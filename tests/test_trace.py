@@ -90,6 +90,7 @@ def test_a_memory_alone_says_the_same():
     assert found["surprise"][:, 0] == pytest.approx(surprise.loss[0].numpy(), rel=1e-5)
     assert found["gradient_norm"][:, 0] == pytest.approx(surprise.gradient_norm[0].numpy(), rel=1e-5)
     assert found["theta"][:, 0] == pytest.approx(theta[first].numpy(), rel=1e-5)
+    assert found["theta"][:, 0] == pytest.approx(surprise.theta[0].numpy(), rel=1e-5)
     assert found["output_gate"][:, 0] == pytest.approx(gate.numpy(), rel=1e-5)
     squares = [sum(w[0].square().sum((1, 2)) for w in part) for part in (after.memory.weights, after.memory.momentum)]
     assert found["memory_norm"][-1, 0] == pytest.approx(squares[0].sqrt().numpy(), rel=1e-5)

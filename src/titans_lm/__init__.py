@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from titans_lm.analyze.arrays import Trace
     from titans_lm.analyze.trace import trace
     from titans_lm.inference.reader import Reader
+    from titans_lm.layers.memory_state import LayerSurprise
     from titans_lm.layers.neural_memory import NeuralMemory, NeuralMemoryState
     from titans_lm.models.cache import TitansState
     from titans_lm.models.classification import TitansForSequenceClassification, TitansForTokenClassification
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_CONFIG",
     "VARIANT_CONFIGS",
+    "LayerSurprise",
     "MemoryState",
     "NeuralMemory",
     "NeuralMemoryState",
@@ -63,6 +65,7 @@ __version__ = "0.2.0"
 _MODULES = {
     "DEFAULT_CONFIG": "models.configuration",
     "VARIANT_CONFIGS": "models.configuration",
+    "LayerSurprise": "layers.memory_state",
     "MemoryState": "ops",
     "NeuralMemory": "layers.neural_memory",
     "NeuralMemoryState": "layers.neural_memory",
