@@ -124,7 +124,8 @@ def test_keys_of_a_run_are_all_obeyed(name, text):
             assert torch.equal(memory[key], core[key]) or own, key
         assert not all(torch.equal(memory[key], core[key]) for key in core)
         assert not any(torch.equal(whole[key], memory[key]) for key in core if "proj" in key)
-    for key in {"memory loss", "compile"} & set(names):
+    key = "compile" if "compile" in names else "memory loss"  # one of them: compiling takes long
+    if key in names:
         others = tuple(one for one in names if one != key)
         train(parse_settings(sections(others, text / key)))
         apart = difference(out, text / key)
