@@ -3,14 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: test test-fast lint docs demo learn gpu gpu-wheels clean
+.PHONY: test test-all test-fast lint docs demo learn gpu gpu-wheels clean
 
 test: $(READY) lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not exhaustive"
+
+# With the tests that look at one more form of what others look at: before a release.
+test-all: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # Without the tests that take longest, for work in between.
 test-fast: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not (slow or exhaustive)"
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from conftest import PERSISTENT, TITANS, each_titan, state_tensors, tiny_model, tokens
+from conftest import PERSISTENT, each_titan, exhaustive, state_tensors, tiny_model, tokens
 from titans_lm import TitansForCausalLM, TitansState
 from titans_lm.layers.bypass import bypass_memory
 from titans_lm.models.export import export_prefill, export_step
@@ -72,7 +72,7 @@ def assert_same_step(run: Callable[..., Any], model: TitansForCausalLM, ids: Ten
         assert_close(found[name], expected, name)
 
 
-@pytest.mark.parametrize(("kind", "training"), [("mac", False), ("mag", True), ("mal", False), ("lmm", True)])
+@pytest.mark.parametrize(("kind", "training"), [("mac", False), ("mag", True), ("lmm", True), exhaustive("mal", False)])
 def test_ten_lengths_are_compiled_at_most_three_times(kind: str, training: bool):
     model, counter = small_model(kind).train(training), CompileCounterWithBackend("eager")
     run = compiled(model, counter)
@@ -84,7 +84,7 @@ def test_ten_lengths_are_compiled_at_most_three_times(kind: str, training: bool)
     assert 0 < counter.frame_count <= 3
 
 
-@pytest.mark.parametrize("kind", ["mac", "mal"])
+@pytest.mark.parametrize("kind", ["mac", exhaustive("mal")])
 def test_compiled_backward_passes_are_eager_ones(kind: str):
     """Of operators, of those that return what no gradient goes through, and of the loop of MAC."""
     model = small_model(kind, memory_loss_weight=0.5, memory_theta_weight=0.3).train()
@@ -182,11 +182,15 @@ SHORTEST: dict[str, Any] = {
 """Sizes that a call of two tokens, as the trace has it, ends at, and options that compare tokens with those before."""
 
 
-@pytest.mark.parametrize(("kind", "changes"), [*((kind, {}) for kind in TITANS), ("mag", SHORTEST)])
+EXPORTED = [("mac", {}), ("lmm", {}), ("mag", SHORTEST), exhaustive("mag", {}), exhaustive("mal", {})]
+
+
+@pytest.mark.parametrize(("kind", "changes"), EXPORTED)
 @torch.no_grad()
 def test_exported_programs_are_the_model_at_any_length_and_number_of_rows(kind: str, changes: dict[str, Any]):
     model = small_model(kind, **changes)
-    prefill, step = reloaded(export_prefill(model)), reloaded(export_step(model))
+    made = export_prefill(model), export_step(model)
+    prefill, step = (reloaded(program) if kind == "mag" else program.module() for program in made)
     for rows, length in ((1, 2), (2, 16), (3, 5), (1, 33)):
         ids = tokens(rows, length)
         logits, state = prefill(ids)

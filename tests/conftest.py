@@ -67,6 +67,11 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 each_titan = pytest.mark.parametrize("kind", TITANS)
 
 
+def exhaustive(*values: Any) -> Any:
+    """A case of a parametrized test that only `make test-all` runs."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes and types unchecked, as for a user: what is wrong has to be found by the package itself."""

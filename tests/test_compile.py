@@ -11,10 +11,10 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["compiled_models.py", "onnx_programs.py"])
-def test_compiled_and_exported_models_are_the_model(name: str):
-    file = Path(__file__).with_name(name)
+def test_compiled_and_exported_models_are_the_model(name: str, pytestconfig: pytest.Config):
+    file, marks = Path(__file__).with_name(name), pytestconfig.getoption("markexpr")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", file],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--show-capture=no", "-m", marks, file],
         cwd=file.parent,
         env={**os.environ, "TITANS_UNCHECKED_TESTS": "1"},
         capture_output=True,

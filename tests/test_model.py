@@ -20,6 +20,7 @@ from conftest import (
     VOCABULARY,
     each_kind,
     each_titan,
+    exhaustive,
     read_in_calls,
     state_tensors,
     tiny_config,
@@ -387,8 +388,7 @@ def assert_finite(model: TitansForCausalLM) -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16 autocast"])
-@pytest.mark.parametrize("depth", [2, 4])
+@pytest.mark.parametrize(("depth", "half"), [(2, True), (4, False), exhaustive(2, False), exhaustive(4, True)])
 def test_training_on_a_repeated_pattern_stays_finite(depth, half):
     """A key that comes again in every chunk multiplies its error; unbounded, this diverges within some steps."""
     torch.manual_seed(0)
