@@ -190,7 +190,7 @@ EXPORTED = [("mac", {}), ("lmm", {}), ("mag", SHORTEST), exhaustive("mag", {}), 
 def test_exported_programs_are_the_model_at_any_length_and_number_of_rows(kind: str, changes: dict[str, Any]):
     model = small_model(kind, **changes)
     made = export_prefill(model), export_step(model)
-    prefill, step = (reloaded(program) if kind == "mag" else program.module() for program in made)
+    prefill, step = (reloaded(program) if kind in ("mac", "mag") else program.module() for program in made)
     for rows, length in ((1, 2), (2, 16), (3, 5), (1, 33)):
         ids = tokens(rows, length)
         logits, state = prefill(ids)

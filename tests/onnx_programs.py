@@ -20,7 +20,8 @@ FORMS = [
     ("lmm", {"memory_form": "plain", "memory_clip": None, "memory_activation": "gelu", "num_persistent_tokens": 0}),
     ("mac", {"num_persistent_tokens": 0}),
     ("mag", {}),
-    exhaustive("mal", {"num_persistent_tokens": 0}),
+    exhaustive("mac", {}),
+    exhaustive("mal", {}),
 ]
 
 

@@ -6,7 +6,17 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening
 
-from conftest import SEGMENT, VOCABULARY, assert_has_read, each_kind, each_titan, state_tensors, tiny_model, tokens
+from conftest import (
+    SEGMENT,
+    TITANS,
+    VOCABULARY,
+    assert_has_read,
+    each_kind,
+    each_titan,
+    state_tensors,
+    tiny_model,
+    tokens,
+)
 from test_generate import generate, left_padded
 from tolerance import assert_close
 
@@ -35,7 +45,7 @@ BORDERS: dict[str, dict[str, bool]] = {
 def test_a_packed_document_is_read_as_if_alone(kind, borders):
     """Logits, loss, gradients, surprise, hidden states; the state afterwards is that of the last document."""
     weights = {"loss": 0.5, "theta": 0.3}
-    model = tiny_model(kind, **{f"memory_{name}_weight": weight for name, weight in weights.items()})
+    model = tiny_model(kind, **{f"memory_{name}_weight": weight for name, weight in weights.items()}).train()
     batch = flattened(**BORDERS[borders])
     out = model(**batch, output_surprise=True, output_hidden_states=True, use_cache=True)
     alone = [model(d[None], labels=d[None], output_surprise=True, output_hidden_states=True) for d in DOCUMENTS]
@@ -46,6 +56,7 @@ def test_a_packed_document_is_read_as_if_alone(kind, borders):
         for j, part in enumerate(layer):
             assert_close(part[0], torch.cat([a.surprise[i][j][0] for a in alone]))
     assert_has_read(model, out.past_key_values, [DOCUMENTS[-1]])
+    assert (out.memory_loss is not None) == (out.memory_theta is not None) == (kind in TITANS)
 
     def of_next_token(out):
         return out.loss - sum(weight * (out.get(f"memory_{name}") or 0) for name, weight in weights.items())

@@ -64,6 +64,16 @@ def test_generate_goes_on_by_either_name_and_says_nothing(kind, name, choice, mo
     assert state.columns == 15  # all but the last token
 
 
+@each_name
+def test_a_model_whose_forward_is_wrapped_generates_by_either_name(name):
+    """By a function that does not show its arguments, as tools that watch a model make it."""
+    model, ids = tiny_model("mag"), tokens(1, 9)
+    expected = model.generate(ids, **{name: model.initial_state(1)}, **OPTIONS)
+    forward = model.forward
+    model.forward = lambda *arguments, **options: forward(*arguments, **options)
+    assert torch.equal(model.generate(ids, **{name: model.initial_state(1)}, **OPTIONS), expected)
+
+
 def test_two_caches_are_refused_and_none_is_none():
     model, ids = tiny_model("mag"), tokens(1, 5)
     first, second = model.initial_state(1), model.initial_state(1)

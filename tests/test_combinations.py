@@ -29,7 +29,7 @@ KEYS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "tbptt": {"training": {"tbptt_steps": [2]}},
     "stages": {"training": {"core_steps": 1, "memory_steps": 1}},
-    "memory loss": {"model": {"memory_loss_weight": 0.5, "memory_theta_weight": 0.3}},
+    "price": {"model": {"memory_theta_weight": 0.5}},
     "keep": {"training": {"keep": 4}},
     "compile": {"training": {"compile": True, "compile_backend": "eager"}},
     "fsdp": {"training": {"fsdp": True}},
@@ -38,12 +38,12 @@ KEYS: dict[str, dict[str, dict[str, Any]]] = {
 SOURCES = ("streams", "files", "stream", "sources")
 """A run has one of these."""
 RUNS = {
-    "streams": ("streams", "curriculum", "tbptt", "stages", "memory loss", "keep"),
-    "compiled": ("streams", "tbptt", "memory loss", "keep", "compile"),
-    "files": ("files", "documents", "curriculum", "tbptt", "stages", "memory loss", "keep"),
-    "stream": ("stream", "workers", "documents", "curriculum", "tbptt", "stages", "memory loss", "keep"),
-    "sources": ("sources", "workers", "documents", "curriculum", "stages", "memory loss", "keep"),
-    "files for a time": ("files", "documents", "tbptt", "stages", "memory loss", "keep", "minutes"),
+    "streams": ("streams", "curriculum", "tbptt", "stages", "price", "keep"),
+    "compiled": ("streams", "tbptt", "price", "keep", "compile"),
+    "files": ("files", "documents", "curriculum", "tbptt", "stages", "price", "keep"),
+    "stream": ("stream", "workers", "documents", "curriculum", "tbptt", "stages", "price", "keep"),
+    "sources": ("sources", "workers", "documents", "curriculum", "stages", "price", "keep"),
+    "files for a time": ("files", "documents", "tbptt", "stages", "price", "keep", "minutes"),
     "stream for a time": ("stream", "workers", "keep", "minutes"),
     "streams for a time": ("streams", "minutes"),
     "sources for a time": ("sources", "minutes"),
@@ -124,7 +124,7 @@ def test_keys_of_a_run_are_all_obeyed(name, text):
             assert torch.equal(memory[key], core[key]) or own, key
         assert not all(torch.equal(memory[key], core[key]) for key in core)
         assert not any(torch.equal(whole[key], memory[key]) for key in core if "proj" in key)
-    key = "compile" if "compile" in names else "memory loss"  # one of them: compiling takes long
+    key = "compile" if "compile" in names else "price"  # one of them: compiling takes long
     if key in names:
         others = tuple(one for one in names if one != key)
         train(parse_settings(sections(others, text / key)))

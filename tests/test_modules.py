@@ -284,7 +284,7 @@ def test_sharded_by_layer_all_is_as_on_one_device(tmp_path):
 
 @each_titan
 def test_gradients_of_a_batch_are_those_of_its_rows_accumulated(kind):
-    model, ids = tiny_model(kind, memory_loss_weight=1.0, memory_theta_weight=0.5), tokens(2, 20)
+    model, ids = tiny_model(kind, memory_loss_weight=1.0, memory_theta_weight=0.5).train(), tokens(2, 20)
     labels, mask = ids.clone(), torch.ones_like(ids)
     labels[0, :18] = -100
     mask[1, 14:] = 0

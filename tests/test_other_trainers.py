@@ -129,9 +129,7 @@ def test_documents_that_trl_packs_are_read_as_if_each_were_alone(kind, way, tmp_
 
 def test_a_memory_loss_that_a_trainer_leaves_out_is_named(tmp_path):
     model = bytes_model(memory_loss_weight=0.5, memory_theta_weight=0.3)
-    words = (
-        r"memory_loss_weight=0\.5 and memory_theta_weight=0\.3 has no effect.*without labels.*add the loss and theta"
-    )
+    words = r"no effect of memory_loss_weight=0\.5 and memory_theta_weight=0\.3 .*labels.*0\.3 \* surprise\.theta"
     with pytest.warns(UserWarning, match=words):
         sft(model, tmp_path).train()
     model, ids = bytes_model(memory_loss_weight=0.5).train(), tokens(1, 5)

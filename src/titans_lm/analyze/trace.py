@@ -183,7 +183,6 @@ class _Collected:
         blocks = memory_blocks(model)
         memory = memory_of(blocks[0])
         self.predictions, self.read = _Predictions(length, top), 0
-        self.threshold = None if memory.predictor is not None else memory.surprise_threshold
         shape = (length, len(blocks), memory.num_heads)
         names = ("surprise", "gradient_norm", "theta", "eta", "alpha", "output_gate")
         self.by_head = {name: np.zeros(shape, np.float32) for name in names}
@@ -212,12 +211,10 @@ class _Collected:
 
     def _gates(self, here: slice, layer: int, calls: list[MemoryCall], surprise: Any) -> None:
         gates = [torch.cat(part) for part in zip(*map(gates_of, calls), strict=True)]
-        loss, norm = (part[0].float().cpu() for part in surprise[:2])
-        theta, eta, alpha, output = (gate.float().cpu() for gate in gates)
-        if self.threshold is not None:
-            theta = theta * (loss > self.threshold)
-        for name, value in zip(self.by_head, (loss, norm, theta, eta, alpha, output), strict=True):
-            self.by_head[name][here, layer] = value.numpy()
+        loss, norm, theta = (part[0] for part in surprise)
+        _, *others = gates
+        for name, value in zip(self.by_head, (loss, norm, theta, *others), strict=True):
+            self.by_head[name][here, layer] = value.float().cpu().numpy()
 
     def _checkpoint(self, memories: list[Any]) -> None:
         if not self.start:

@@ -63,7 +63,7 @@ class LayerSurprise(NamedTuple):
     gradient_norm: Float[Tensor, "B T H"]
     """Frobenius norm of the gradient of that loss by the head's memory, after the clip; 0 where masked."""
     theta: Float[Tensor, "B T H"]
-    """The step theta (eq. 9); 0 for a token that is not written, being masked or below `surprise_threshold`."""
+    """The step theta (eq. 9); 0 for a token that is not written, being masked or not above `surprise_threshold`."""
 
 
 class NeuralMemoryOutput(NamedTuple):

@@ -82,9 +82,10 @@ def warn_of_memory_loss(weights: dict[str, float], unused: bool) -> None:
     states. `unused`: the call is in training and does not return the surprise."""
     if weights and unused and torch.is_grad_enabled():
         keys = " and ".join(f"memory_{name}_weight={weight}" for name, weight in weights.items())
+        terms = ", ".join(f"{weight} * surprise.{name}.mean()" for name, weight in weights.items())
         warnings.warn(
-            f"{keys} has no effect in a call without labels, as trainers make that compute the loss themselves; set it "
-            f"to 0, or add the {' and '.join(weights)} of output_surprise=True",
+            f"no effect of {keys} in a call without labels, because the loss is computed outside of the model; set 0, "
+            f"or call it with output_surprise=True and add {terms}, the mean over layers, to the loss",
             stacklevel=2,
         )
 

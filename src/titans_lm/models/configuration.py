@@ -98,7 +98,7 @@ class TitansConfig(PreTrainedConfig):
     memory_loss_weight: float = 0.0
     """Weight of the memory's own reconstruction loss in training (lambda)."""
     memory_theta_weight: float = 0.0
-    """Weight of the mean theta in training: a price on writing, so that the memory writes what is read again."""
+    """Weight of the mean theta, added to the loss in training: the larger, the fewer or smaller the memory's steps."""
     surprise_threshold: float | None = None
     """Only tokens with a larger surprise are written; None: all are."""
     surprise_threshold_on: Literal["reconstruction", "prediction"] = "reconstruction"

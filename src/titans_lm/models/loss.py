@@ -14,7 +14,8 @@ LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
 class MemoryTerms(NamedTuple):
-    """Means over the documents of a batch, of which weighted ones are added to the loss; None where not computed."""
+    """The mean of each quantity over the batch's documents. Training adds each times its weight to the loss. None if
+    its weight is 0."""
 
     loss: Tensor | None
     """The memory's reconstruction loss before each write."""
@@ -46,7 +47,8 @@ def memory_terms(
     means, items = totals / own.clamp(min=1), loss_arguments.get("num_items_in_batch")
     added = means if items is None else totals / items
     terms = dict(zip(weights, means, strict=True))
-    return (added * added.new_tensor([*weights.values()])).sum(), MemoryTerms(terms.get("loss"), terms.get("theta"))
+    total = sum((weight * part for weight, part in zip(weights.values(), added, strict=True)), added.new_zeros(()))
+    return total, MemoryTerms(terms.get("loss"), terms.get("theta"))
 
 
 def _document_sums(

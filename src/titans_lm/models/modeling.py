@@ -373,7 +373,7 @@ class TitansForCausalLM(TitansPreTrainedModel, TitansGeneration, GenerationMixin
         if loss is not None and labels is not None and weights and out.surprise:
             packed = {**kwargs, "position_ids": position_ids}
             added, terms = memory_terms(weights, out.surprise, labels, attention_mask, packed, loss_arguments)
-            loss = loss + added
+            loss = loss + added if self.training else loss
         return TitansCausalLMOutput(
             loss=loss,
             logits=logits,

@@ -22,9 +22,10 @@ class TitansModelOutput(CacheOutput):
 
 @dataclass
 class TitansCausalLMOutput(CacheOutput):
-    """`loss` includes `memory_loss_weight * memory_loss` and `memory_theta_weight * memory_theta`. `memory_loss` is the
-    mean reconstruction loss before each write, and `memory_theta` the mean step: of each row, and of rows weighted by
-    their number of labels, as in the rest of the loss. None where the weight is 0."""
+    """In training, `loss` includes `memory_loss_weight * memory_loss` and `memory_theta_weight * memory_theta`.
+    `memory_loss` is the mean reconstruction loss before each write, and `memory_theta` the mean step: of each row, and
+    of rows weighted by their number of labels, as in the rest of the loss. None without labels, without a weight, and
+    where no memory writes."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
