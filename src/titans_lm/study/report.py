@@ -154,6 +154,7 @@ def plot(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
             label = "" if label_of(others) == "score" else label_of(others)
             panel = panels.setdefault(", ".join(filter(None, [row["task"], label])), {})
             panel.setdefault(row["model"], {}).setdefault(score[axis], []).append(score_of(score))
+    kinds = {name for row in rows for score in row["scores"] for name in SCORE_KEYS if name in score}
     with figure_file(
         path, 1, max(len(panels), 1), figsize=(2 + 4 * max(len(panels), 1), 4), squeeze=False, layout="tight"
     ) as axes:
@@ -177,6 +178,7 @@ def plot(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
             ax.set_xticks(ticks, [f"{x:,}" for x in ticks], fontsize=8)
             ax.set_title(title, fontsize=9)
             ax.grid(alpha=0.3)
-        kinds = {name for row in rows for score in row["scores"] for name in SCORE_KEYS if name in score}
+            if kinds == {"score"}:  # shares: all of the scale, so that a little less does not look like nothing
+                ax.set_ylim(-0.03, 1.03)
         axes[0][0].set_ylabel(" or ".join(sorted(kinds)).replace("_", " "))
         axes[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
