@@ -212,8 +212,7 @@ class _Collected:
     def _gates(self, here: slice, layer: int, calls: list[MemoryCall], surprise: Any) -> None:
         gates = [torch.cat(part) for part in zip(*map(gates_of, calls), strict=True)]
         loss, norm, theta = (part[0] for part in surprise)
-        _, *others = gates
-        for name, value in zip(self.by_head, (loss, norm, theta, *others), strict=True):
+        for name, value in zip(self.by_head, (loss, norm, theta, *gates[1:]), strict=True):
             self.by_head[name][here, layer] = value.float().cpu().numpy()
 
     def _checkpoint(self, memories: list[Any]) -> None:
