@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import importlib
 import importlib.util
 import os
 import signal
@@ -21,6 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU, operation by operation
+# Before the hook below: what a module with checks is the first to import is compiled anew, in every process.
+LIBRARIES = ("accelerate", "torch._dynamo", "torch.distributed.tensor", "torch.export", "transformers.modeling_utils")
+for library in LIBRARIES:
+    importlib.import_module(library)
 SOURCE = Path(importlib.util.find_spec("titans_lm").origin).parent
 # Before anything imports the package. Not the configuration, whose initialiser takes keys that no signature has.
 if "TITANS_UNCHECKED_TESTS" not in os.environ:  # set where models are compiled, which the checks prevent

@@ -221,8 +221,10 @@ def test_a_size_has_the_parameters_of_its_name(size, variant):
     assert abs(count_parameters(preset(size, variant)) / NAMED[size] - 1) < 0.05
 
 
-def test_parameters_are_counted_as_built():
-    config = preset("small", "mac")
+@pytest.mark.parametrize("tied", [True, False])
+@each_kind
+def test_parameters_are_counted_as_built(kind, tied):
+    config = tiny_config(kind, num_hidden_layers=3, tie_word_embeddings=tied)
     assert count_parameters(config) == sum(p.numel() for p in TitansForCausalLM(config).parameters())
 
 

@@ -33,14 +33,16 @@ LONG_CASES = covering_cases(
 SHORT = 5
 
 
-@chunk_backends
 @pytest.mark.parametrize("case", LONG_CASES, ids=case_id)
 def test_a_chunk_read_in_parts_is_naive_in_outputs_and_all_gradients(
-    case: Case, backend: str, monkeypatch: pytest.MonkeyPatch
+    case: Case, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
 ):
     monkeypatch.setattr(scan_module, "MAX_CHUNK", SHORT)
     x = make_inputs(case)
-    assert_all_close(outputs_and_gradients(x, case, backend), outputs_and_gradients(x, case, "naive"))
+    expected = outputs_and_gradients(x, case, "naive")
+    for backend in ("chunked", "native"):
+        with subtests.test(backend):
+            assert_all_close(outputs_and_gradients(x, case, backend), expected)
 
 
 @chunk_backends

@@ -236,11 +236,13 @@ any_case_backends = pytest.mark.parametrize("backend", ["auto", "chunked"])
 """For any case. "auto" chooses "native", and "linear" where it can run."""
 
 
-@chunk_backends
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_chunked_is_naive_in_outputs_and_all_gradients(case: Case, backend: str):
+def test_chunked_is_naive_in_outputs_and_all_gradients(case: Case, subtests: pytest.Subtests):
     x = make_inputs(case)
-    assert_all_close(outputs_and_gradients(x, case, backend), outputs_and_gradients(x, case, "naive"))
+    expected = outputs_and_gradients(x, case, "naive")
+    for backend in ("chunked", "native"):
+        with subtests.test(backend):
+            assert_all_close(outputs_and_gradients(x, case, backend), expected)
 
 
 BACKENDS = ["naive", "chunked", "native", "step", "linear"]
@@ -330,12 +332,14 @@ def test_gradcheck(residual: bool, mask: str, backend: str):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("chunk", [1, 16, 64])
 @pytest.mark.parametrize("depth", [1, 4])
-@chunk_backends
-def test_chunked_in_float32_is_near_naive_in_float64(backend: str, depth: int, chunk: int, residual: bool):
+def test_chunked_in_float32_is_near_naive_in_float64(depth: int, chunk: int, residual: bool, subtests: pytest.Subtests):
     case = Case(depth, chunk, 40, residual, clip=1.0, gates="all", mask="random", start="ragged")
     x = make_inputs(case, torch.float32)
     wide = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
-    assert_all_close(outputs_and_gradients(x, case, backend), outputs_and_gradients(wide, case, "naive"))
+    expected = outputs_and_gradients(wide, case, "naive")
+    for backend in ("chunked", "native"):
+        with subtests.test(backend):
+            assert_all_close(outputs_and_gradients(x, case, backend), expected)
 
 
 # ------------------------------------------------------------------------------------------------ cut, mask, rows

@@ -28,8 +28,11 @@ def start_associative(
 
     The channels of each head form `lags` groups, at most size - 1. Group g = 0, 1, ... looks g tokens back in q and
     g + 1 tokens back in k; v looks at the current token. `scale_values` gives the values the scale of a residual
-    memory's output. Weights that a checkpoint provided stay (transformers marks them).
+    memory's output. Weights that a checkpoint provided stay (transformers marks them), and on the meta device, where
+    operations take long and set nothing, all.
     """
+    if filters[0].is_meta:
+        return
     q_proj, k_proj, v_proj = projections
     nn.init.normal_(q_proj.weight, std=QUERY_SCALE * q_proj.in_features**-0.5)
     _set(k_proj.weight, q_proj.weight)

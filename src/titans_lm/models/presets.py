@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+from transformers.initialization import no_init_weights
 
 from titans_lm.models.configuration import DEFAULT_CONFIG, TitansConfig, Variant
 from titans_lm.models.modeling import TitansForCausalLM
@@ -68,12 +69,12 @@ def fitted(parameters: float, **fields: Any) -> TitansConfig:
 def count_parameters(config: TitansConfig) -> int:
     """The number of parameters of `TitansForCausalLM(config)`, counted on the meta device, without memory for them.
 
-    All layers have the same shapes, so the count is extrapolated from models of one and of two; building 24 takes
+    All layers have the same shapes, so a model of one layer is built, without initialisation: all 24 would take
     seconds."""
-    counts = []
-    with torch.device("meta"):
-        for layers in (1, 2):
-            few = copy.deepcopy(config)
-            few.num_hidden_layers = layers
-            counts.append(sum(p.numel() for p in TitansForCausalLM(few).parameters()))
-    return counts[0] + (config.num_hidden_layers - 1) * (counts[1] - counts[0])
+    one = copy.deepcopy(config)
+    one.num_hidden_layers = 1
+    with torch.device("meta"), no_init_weights():
+        model = TitansForCausalLM(one)
+    model.tie_weights()
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    return sum(p.numel() for p in model.parameters()) + (config.num_hidden_layers - 1) * layer

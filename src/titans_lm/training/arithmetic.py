@@ -7,11 +7,8 @@ activations, and bytes sent in a step. `docs/scaling.md` is its output, and test
 import sys
 from dataclasses import dataclass
 
-import torch
-
 from titans_lm.models.configuration import TitansConfig
-from titans_lm.models.modeling import TitansForCausalLM
-from titans_lm.models.presets import preset
+from titans_lm.models.presets import count_parameters, preset
 
 FLOAT = 4
 """Bytes of a weight, of its gradient, of each of AdamW's two moments, and of a number of the memory's state."""
@@ -24,9 +21,8 @@ class Arithmetic:
     config: TitansConfig
 
     def parameters(self) -> int:
-        """Number of weights. The model is built on the meta device."""
-        with torch.device("meta"):
-            return sum(p.numel() for p in TitansForCausalLM(self.config).parameters())
+        """Number of weights."""
+        return count_parameters(self.config)
 
     def training_state(self, shards: int = 1) -> float:
         """Bytes of weights, gradients and AdamW's moments on each GPU; FSDP2 divides them by `shards`."""

@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.initialization import no_init_weights
 
 from titans_lm.models.baselines import build
 from titans_lm.models.graft_config import GraftConfig
@@ -116,7 +117,7 @@ def model_for(settings: Settings) -> PreTrainedModel:
 def _check_size(config: PreTrainedConfig) -> None:
     """Raises ValueError for a model larger than this machine's memory, before minutes are spent on filling it."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             size = sum(p.nbytes for p in build(config).parameters())
     except (RuntimeError, TypeError, OverflowError):  # a tensor of more numbers than torch can count
         size = 2**63
