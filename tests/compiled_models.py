@@ -111,6 +111,19 @@ def test_a_prompt_and_what_is_decoded_after_it_are_eager_ones(kind: str):
         run(ids[:, :1], past_key_values=state)
 
 
+@pytest.mark.parametrize("kind", ["mac", *(exhaustive(kind) for kind in ("mag", "mal", "lmm"))])
+@torch.no_grad()
+def test_dynamic_compiles_once_for_all_lengths(kind: str):
+    """MAC's loop takes no numbers of the modules as inputs: docs/compile.md has the setting."""
+    model, counter = small_model(kind), CompileCounterWithBackend("eager")
+    run = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    with torch._dynamo.config.patch(specialize_float=True):
+        for length in (16, 19, 30):
+            ids = tokens(2, length)
+            assert_close(run(ids).logits, model(ids).logits)
+    assert counter.frame_count == 1
+
+
 @each_titan
 @torch.no_grad()
 def test_a_state_that_is_decoding_is_a_value_in_a_graph(kind: str):
