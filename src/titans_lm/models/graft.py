@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 from titans_lm.layers.attention import RotaryEmbedding
 from titans_lm.layers.bypass import bypass_memory, is_bypassed
 from titans_lm.layers.gating import ResidualGate
-from titans_lm.layers.memory_state import LayerSurprise, NeuralMemoryState
+from titans_lm.layers.memory_state import NeuralMemoryState
 from titans_lm.models import model_files
 from titans_lm.models.block_cache import AttentionCache, BlockCache, LMMCache, MAGCache, as_value, restart_rows
 from titans_lm.models.block_layers import make_memory
@@ -33,6 +33,7 @@ from titans_lm.models.graft_cache import BaseShape, GraftCall
 from titans_lm.models.graft_config import GraftConfig, windows
 from titans_lm.models.modeling import TitansCausalLMOutput, TitansForCausalLM, TitansModel
 from titans_lm.models.replay import LayersCall, LayersOutput
+from titans_lm.models.segments import concat_surprises
 
 WINDOW_TOKENS = 1024
 """Without gradients a base with a window reads this many tokens at a time: its masks are dense."""
@@ -154,9 +155,9 @@ class GraftModel(TitansModel):
             moved = here.advanced(part.shape[1])
             context = context._replace(position=moved.position, uniform_position=moved.uniform_position, new_rows=None)
         xs, caches, hidden, surprises = zip(*outputs, strict=True)
-        whole = [torch.cat(layer, 1) for layer in zip(*hidden, strict=True)]
-        found = [LayerSurprise(*(torch.cat(p, 1) for p in zip(*s, strict=True))) for s in zip(*surprises, strict=True)]
-        return torch.cat(xs, 1), caches[-1], whole, found
+        layers = [torch.cat(layer, 1) for layer in zip(*hidden, strict=True)]
+        found = [whole for parts in zip(*surprises, strict=True) if (whole := concat_surprises(parts)) is not None]
+        return torch.cat(xs, 1), caches[-1], layers, found
 
     def _run_base(self, call: LayersCall) -> LayersOutput:
         x, before, context, options = call

@@ -1,6 +1,6 @@
 """MAC's segments, in turn: as a loop of Python, and as one operation of a compiled graph."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -150,7 +150,7 @@ def _tensors(cache: MACCache) -> list[Tensor]:
     return found
 
 
-def concat_surprises(surprises: list[LayerSurprise | None]) -> LayerSurprise | None:
+def concat_surprises(surprises: Sequence[LayerSurprise | None]) -> LayerSurprise | None:
     """The surprises of successive tokens as one."""
     given = [surprise for surprise in surprises if surprise is not None]
     return LayerSurprise(*(torch.cat(part, 1) for part in zip(*given, strict=True))) if given else None
