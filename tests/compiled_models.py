@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from conftest import PERSISTENT, TITANS, exhaustive, state_tensors, tiny_model, tokens
+from conftest import PERSISTENT, SEGMENT, exhaustive, state_tensors, tiny_model, tokens
 from titans_lm import TitansForCausalLM, TitansState
 from titans_lm.layers.bypass import bypass_memory
 from titans_lm.models.export import export_prefill, export_step
@@ -27,8 +27,8 @@ def _fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-each_form_of_core = pytest.mark.parametrize("kind", ["mac", "mag", exhaustive("mal"), exhaustive("lmm")])
-"""Attention by segments, and within a window; the other two have no further form of state."""
+each_form_of_state = pytest.mark.parametrize("kind", ["mac", "mal", exhaustive("mag"), exhaustive("lmm")])
+"""MAC's has a segment, MAL's a window and a prefix; MAG's and LMM's have nothing else."""
 
 
 def small_model(kind: str, **changes: Any) -> TitansForCausalLM:
@@ -95,7 +95,7 @@ def test_compiled_backward_passes_are_eager_ones(kind: str):
     assert_same_step(compiled(model, "aot_eager"), model, of_any_length(tokens(2, 16)))
 
 
-@each_form_of_core
+@each_form_of_state
 @torch.no_grad()
 def test_a_prompt_and_what_is_decoded_after_it_are_eager_ones(kind: str):
     model, ids, counter = small_model(kind), tokens(2, 30), CompileCounterWithBackend("eager")
@@ -115,20 +115,20 @@ def test_a_prompt_and_what_is_decoded_after_it_are_eager_ones(kind: str):
         run(ids[:, :1], past_key_values=state)
 
 
-@pytest.mark.parametrize("kind", [exhaustive(kind) for kind in TITANS])
+@pytest.mark.parametrize("kind", ["mac", *(exhaustive(kind) for kind in ("mag", "mal", "lmm"))])
 @torch.no_grad()
 def test_dynamic_compiles_once_for_all_lengths(kind: str):
     """MAC's loop takes no numbers of the modules as inputs: docs/compile.md has the setting."""
     model, counter = small_model(kind), CompileCounterWithBackend("eager")
     run = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
     with torch._dynamo.config.patch(specialize_float=True):
-        for length in (16, 19, 30):
+        for length in (16, 2 * SEGMENT, SEGMENT + 1, SEGMENT, 30):
             ids = tokens(2, length)
             assert_close(run(ids).logits, model(ids).logits)
     assert counter.frame_count == 1
 
 
-@each_form_of_core
+@each_form_of_state
 @torch.no_grad()
 def test_a_state_that_is_decoding_is_a_value_in_a_graph(kind: str):
     model = small_model(kind)
@@ -240,7 +240,6 @@ def test_a_step_is_exported_where_parts_of_the_state_are_one_tensor():
         assert_close(logits, model(token, past_key_values=state).logits)
 
 
-@pytest.mark.exhaustive
 def test_the_code_of_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
     """With a model of one layer in place of the shipped one, which takes ten times as long to export."""
     monkeypatch.chdir(tmp_path)

@@ -19,7 +19,7 @@ from tolerance import assert_close
 FORMS = [
     ("lmm", {"memory_form": "plain", "memory_clip": None, "memory_activation": "gelu", "num_persistent_tokens": 0}),
     ("mac", {"num_persistent_tokens": 0}),
-    exhaustive("mag", {}),
+    ("mag", {}),
     exhaustive("mac", {}),
     exhaustive("mal", {}),
 ]

@@ -81,6 +81,20 @@ def test_a_key_under_its_old_name_changes_the_new_one_and_not_both_are_given(tex
         parse_settings(tree(texts, tmp_path / "out", tbptt_steps=3, carried_steps=2))
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+@pytest.mark.parametrize("model", [{"baseline": "mamba2", "size": "tiny"}, MODEL])
+def test_a_model_may_take_all_of_the_memory_and_no_byte_more(texts, tmp_path, monkeypatch, model, missing):
+    """Weights that are tied are counted once."""
+    settings = parse_settings({**tree(texts, tmp_path / "out"), "model": model})
+    size = sum(p.nbytes for p in model_for(settings).parameters())
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else size - missing)
+    if missing:
+        with pytest.raises(ValueError, match="its weights take"):
+            model_for(settings)
+    else:
+        model_for(settings)
+
+
 def test_a_run_leaves_a_model_that_loads_and_says_how_it_was_made(texts, tmp_path):
     settings = parse_settings(tree(texts, tmp_path / "out"))
     model = train(settings)

@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 from titans_lm.layers.attention import RotaryEmbedding
 from titans_lm.layers.bypass import bypass_memory, is_bypassed
 from titans_lm.layers.gating import ResidualGate
-from titans_lm.layers.memory_state import NeuralMemoryState
+from titans_lm.layers.memory_state import LayerSurprise, NeuralMemoryState
 from titans_lm.models import model_files
 from titans_lm.models.block_cache import AttentionCache, BlockCache, LMMCache, MAGCache, as_value, restart_rows
 from titans_lm.models.block_layers import make_memory
@@ -156,7 +156,7 @@ class GraftModel(TitansModel):
             context = context._replace(position=moved.position, uniform_position=moved.uniform_position, new_rows=None)
         xs, caches, hidden, surprises = zip(*outputs, strict=True)
         layers = [torch.cat(layer, 1) for layer in zip(*hidden, strict=True)]
-        found = [whole for parts in zip(*surprises, strict=True) if (whole := concat_surprises(parts)) is not None]
+        found = [cast(LayerSurprise, concat_surprises(parts)) for parts in zip(*surprises, strict=True)]
         return torch.cat(xs, 1), caches[-1], layers, found
 
     def _run_base(self, call: LayersCall) -> LayersOutput:

@@ -118,7 +118,9 @@ def _check_size(config: PreTrainedConfig) -> None:
     """Raises ValueError for a model larger than this machine's memory, before minutes are spent on filling it."""
     try:
         with torch.device("meta"), no_init_weights():
-            size = sum(p.nbytes for p in build(config).parameters())
+            model = build(config)
+        model.tie_weights()
+        size = sum(p.nbytes for p in model.parameters())
     except (RuntimeError, TypeError, OverflowError):  # a tensor of more numbers than torch can count
         size = 2**63
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else size
