@@ -117,7 +117,7 @@ def test_a_prompt_and_what_is_decoded_after_it_are_eager_ones(kind: str):
 
 @pytest.mark.parametrize("kind", ["mac", *(exhaustive(kind) for kind in ("mag", "mal", "lmm"))])
 @torch.no_grad()
-def test_dynamic_compiles_once_for_all_lengths(kind: str):
+def test_dynamic_compiles_once_for_all_lengths_beyond_a_segment(kind: str):
     """MAC's loop takes no numbers of the modules as inputs: docs/compile.md has the setting."""
     model, counter = small_model(kind), CompileCounterWithBackend("eager")
     run = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)

@@ -1,13 +1,18 @@
 """Configurations by a named size, or fitted to a number of parameters; and the counting of parameters."""
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from titans_lm.models.configuration import DEFAULT_CONFIG, TitansConfig, Variant
 from titans_lm.models.modeling import TitansForCausalLM
+
+_Config = TypeVar("_Config", bound=PreTrainedConfig)
+_Model = TypeVar("_Model", bound=PreTrainedModel)
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2, "vocab_size": 320, "window_size": 64,
@@ -66,15 +71,21 @@ def fitted(parameters: float, **fields: Any) -> TitansConfig:
     return TitansConfig(**fields, intermediate_size=width)
 
 
-def count_parameters(config: TitansConfig) -> int:
-    """The number of parameters of `TitansForCausalLM(config)`, counted on the meta device, without memory for them.
+def build_on_meta(build: Callable[[_Config], _Model], config: _Config) -> _Model:
+    """The model of `config` on the meta device: shapes, without memory for weights. Weights are not initialised, which
+    takes long there and sets nothing, but tied, so that `parameters` has each once."""
+    with torch.device("meta"), no_init_weights():
+        model = build(config)
+    model.tie_weights()  # no_init_weights leaves it out
+    return model
 
-    All layers have the same shapes, so a model of one layer is built, without initialisation: all 24 would take
-    seconds."""
+
+def count_parameters(config: TitansConfig) -> int:
+    """The number of parameters of `TitansForCausalLM(config)`.
+
+    All layers have the same shapes, so a model of one layer is built: all 24 would take seconds."""
     one = copy.deepcopy(config)
     one.num_hidden_layers = 1
-    with torch.device("meta"), no_init_weights():
-        model = TitansForCausalLM(one)
-    model.tie_weights()
+    model = build_on_meta(TitansForCausalLM, one)
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     return sum(p.numel() for p in model.parameters()) + (config.num_hidden_layers - 1) * layer

@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.initialization import no_init_weights
 
 from titans_lm.models.baselines import build
 from titans_lm.models.graft_config import GraftConfig
 from titans_lm.models.graft_files import check_tokenizer, make_graft
 from titans_lm.models.hub import RUN, load
+from titans_lm.models.presets import build_on_meta
 from titans_lm.models.tokenizer import load_tokenizer
 from titans_lm.tasks import make_task
 from titans_lm.training.config import Settings, save_settings
@@ -117,10 +116,7 @@ def model_for(settings: Settings) -> PreTrainedModel:
 def _check_size(config: PreTrainedConfig) -> None:
     """Raises ValueError for a model larger than this machine's memory, before minutes are spent on filling it."""
     try:
-        with torch.device("meta"), no_init_weights():
-            model = build(config)
-        model.tie_weights()
-        size = sum(p.nbytes for p in model.parameters())
+        size = sum(p.nbytes for p in build_on_meta(build, config).parameters())
     except (RuntimeError, TypeError, OverflowError):  # a tensor of more numbers than torch can count
         size = 2**63
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else size
