@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from titans_lm.models.configuration import DEFAULT_CONFIG, VARIANT_CONFIGS, TitansConfig
     from titans_lm.models.export import export_prefill, export_step
     from titans_lm.models.graft_files import graft
+    from titans_lm.models.growth import grow_memory
     from titans_lm.models.hub import load
     from titans_lm.models.modeling import TitansForCausalLM, TitansModel
     from titans_lm.models.onnx import to_onnx
@@ -53,6 +54,7 @@ __all__ = [
     "export_prefill",
     "export_step",
     "graft",
+    "grow_memory",
     "keep_freed_memory",
     "load",
     "memory_scan",
@@ -83,6 +85,7 @@ _MODULES = {
     "export_prefill": "models.export",
     "export_step": "models.export",
     "graft": "models.graft_files",
+    "grow_memory": "models.growth",
     "keep_freed_memory": "utils.machine",
     "load": "models.hub",
     "memory_scan": "ops",

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from titans_lm.models.baselines import BASELINES, MAMBA2, NAMES, mamba2_config
 from titans_lm.models.configuration import TitansConfig, known_keys, unknown_key
 from titans_lm.models.graft_config import GraftConfig, graft_config, saved_config
+from titans_lm.models.growth import GROWTH, grown_config
 from titans_lm.models.hub import RUN
 from titans_lm.models.model_files import find
 from titans_lm.models.presets import SIZES, fitted, preset
@@ -150,9 +151,9 @@ class Settings:
     """A whole run: `model`, `data`, `training`.
 
     `model` has fields of TitansConfig and may have a `size` of the presets, a `baseline` (`baselines.NAMES`), and
-    `parameters`: the MLP's width is chosen to reach this count. Or it has `pretrained` alone: folder or name of the
-    model whose weights training starts from. Or it has `graft`, a pretrained model that gets a memory, and fields of
-    GraftConfig.
+    `parameters`: the MLP's width is chosen to reach this count. Or it has `pretrained`, folder or name of the model
+    whose weights training starts from, and beside it at most the sizes to which its memory grows
+    (`growth.grow_memory`). Or it has `graft`, a pretrained model that gets a memory, and fields of GraftConfig.
     """
 
     model: dict[str, Any]
@@ -182,6 +183,11 @@ class Settings:
     def pretrained(self) -> str | None:
         """Folder or name of the model whose weights training starts from, if any."""
         return self.model.get("pretrained")
+
+    @property
+    def growth(self) -> dict[str, int]:
+        """What is larger than in the pretrained model, as arguments of `grow_memory`."""
+        return {key: _typed_field(key, self.model[key]) for key in GROWTH if key in self.model and self.pretrained}
 
 
 _MODEL_KEYS = ("size", "baseline", "parameters", "pretrained")
@@ -220,15 +226,19 @@ def _config(fields: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _pretrained_config(fields: dict[str, Any]) -> PreTrainedConfig:
-    """The configuration that the weights were saved with. No key may change it, because the weights would not fit, but
-    a graft's `distillation`, which is of its training."""
+    """The configuration that the weights were saved with. No other key may change it, because the weights would not
+    fit, but those of `GROWTH`, and a graft's `distillation`, which is of its training."""
     model = fields.pop("pretrained")
     if not isinstance(model, str) or not model:
         raise ValueError(f"model.pretrained must be a folder or a shipped model's name, got {model!r}")
+    growth = {key: _typed_field(key, fields[key]) for key in GROWTH if key in fields}
     try:
         config: PreTrainedConfig = saved_config(find(model))
         if isinstance(config, GraftConfig) and "distillation" in fields:
             config = GraftConfig.from_dict({**config.to_dict(), "distillation": fields.pop("distillation")})
+        if isinstance(config, TitansConfig):
+            config = grown_config(config, **growth)
+            fields = {key: value for key, value in fields.items() if key not in growth}
     except (ValueError, OSError) as error:
         raise ValueError(f"model.pretrained: {error}") from error
     if fields:

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from titans_lm.models.baselines import build
 from titans_lm.models.graft_config import GraftConfig
 from titans_lm.models.graft_files import check_tokenizer, make_graft
+from titans_lm.models.growth import grow_memory
 from titans_lm.models.hub import RUN, load
 from titans_lm.models.presets import build_on_meta
 from titans_lm.models.tokenizer import load_tokenizer
@@ -108,6 +109,8 @@ def model_for(settings: Settings) -> PreTrainedModel:
         )
     if isinstance(config, GraftConfig):
         model.config.distillation = config.distillation
+    if settings.growth:
+        model = grow_memory(model, **settings.growth)
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(model.config, key, getattr(config, key))
     return model.train()
