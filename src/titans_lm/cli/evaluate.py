@@ -14,6 +14,7 @@ WHAT = {
     "babilong": "bAbI's facts in a long text (BABILong)",
     "perplexity": "bits per byte and perplexity along a stream: memory on, frozen, reset, off",
     "adapt": "how fast a model learns a stream, compared with compressors and dynamic evaluation",
+    "layers": "what the memory of each layer is worth on a text, and how much its keys are alike",
     "harness": "tasks of lm-evaluation-harness, RULER and BABILong among them, with the carried state",
     "synthetic": "train and test on recall or state tracking: MQAR, copying, parity, word problems",
     "forecast": "forecasting of series at long horizons: the memory and published rivals, by the standard protocol",

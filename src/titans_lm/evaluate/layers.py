@@ -1,0 +1,174 @@
+"""`titans evaluate layers`: what the memory of each layer is worth on a text, and how much its keys are alike.
+
+A text is read with all memories written, with none, and with all but one, for each in turn. A memory that is not
+written is read as M_0. What a memory is worth is the bits per byte that are lost without its writes.
+
+Keys that share a direction share what is written at it: a memory whose keys are all alike holds one value, the mean. So
+two figures of each layer's keys, means over its heads: `cosine`, the mean over all pairs of tokens, from 0 (spread
+evenly) to 1 (all the same); and `rank`, the participation ratio (sum_i s_i)^2 / sum_i s_i^2 of the eigenvalues s_i of
+K^T K: along how many directions they are spread, from 1 to the width of a head.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from titans_lm.evaluate.adapt import SUFFIXES, Stream, read_stream
+from titans_lm.evaluate.perplexity import token_nats
+from titans_lm.layers.neural_memory import NeuralMemory
+from titans_lm.models.hub import load
+from titans_lm.models.model_files import MODEL_HELP
+from titans_lm.models.model_identity import identity
+from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.utils.corpora import text_files
+from titans_lm.utils.record import Lines, check_least, check_output, command_line
+from titans_lm.utils.terminal import PlainConsole
+
+TOKENS = 16384
+"""Tokens of each text, by default."""
+KEY_TOKENS = 4096
+"""Tokens of a text whose keys are compared, at most."""
+ALL, NONE, ALL_BUT = "all", "none", "all but "
+
+
+# ------------------------------------------------------------------------------------------------ what is measured
+
+
+def named_memories(model: nn.Module) -> dict[str, NeuralMemory]:
+    """The memories of the model by their names in it, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, NeuralMemory)}
+
+
+@contextlib.contextmanager
+def unwritten(layers: Iterable[NeuralMemory]) -> Iterator[None]:
+    """Within this context the model's calls of these memories read them and do not write."""
+    hooks = [memory.register_forward_pre_hook(_without_update, with_kwargs=True) for memory in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _without_update(
+    _: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return inputs, {**options, "update": False} if "update" in options else options
+
+
+def bits_per_byte(model: TitansForCausalLM, stream: Stream, writes: str) -> dict[str, Any]:
+    """Read the stream while the memories that `writes` says are written: "all", "none", or "all but NAME"."""
+    own = named_memories(model)
+    skipped = list(own.values()) if writes == NONE else [own[writes.removeprefix(ALL_BUT)]] if writes != ALL else []
+    with unwritten(skipped):
+        nats = sum(float(part.sum()) for _, part in token_nats(model, stream.ids, "on", 1))
+    return {"bits_per_byte": nats / math.log(2) / float(stream.sizes[1:].sum())}
+
+
+@torch.no_grad()
+def key_spread(model: TitansForCausalLM, ids: Tensor) -> dict[str, dict[str, float]]:
+    """`cosine` and `rank` of the keys at the tokens of ids `[1, T]`, T >= 2, by the memory's name."""
+    inputs: dict[str, list[Tensor]] = {}
+    own, hooks = named_memories(model), []
+    for name, memory in own.items():
+        note = partial(_note_input, inputs.setdefault(name, []))
+        hooks.append(memory.theta.register_forward_hook(note))
+    try:
+        model.eval()(ids.to(model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: _spread(own[name], torch.cat(parts, 1)) for name, parts in inputs.items()}
+
+
+def _note_input(parts: list[Tensor], _: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
+    parts.append(inputs[0])
+
+
+def _spread(memory: NeuralMemory, x: Tensor) -> dict[str, float]:
+    (_, keys, _), _ = memory._features(x, memory.initial_state_like(1, x).conv_state, None)
+    k = keys[0].double()  # [T, H, K], each of length 1
+    tokens, together = len(k), k.sum(0).square().sum(-1)
+    rank = tokens**2 / torch.einsum("thi,thj->hij", k, k).square().sum((1, 2))
+    return {"cosine": float(((together - tokens) / (tokens * (tokens - 1))).mean()), "rank": float(rank.mean())}
+
+
+# ------------------------------------------------------------------------------------------------ command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help='files, folders, "python-stdlib"')
+    parser.add_argument("--model", type=Path, required=True, help=MODEL_HELP)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="maximum tokens of each text")
+    parser.add_argument(
+        "--suffixes", nargs="+", default=list(SUFFIXES), help="file name endings that are read from a folder"
+    )
+    parser.add_argument("--out", type=Path, default=Path("results/layers.jsonl"), help="JSON lines")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    check_least(arguments, 2, "tokens")
+    check_output(arguments.out, ours=False)
+    files = text_files(arguments.files, arguments.suffixes)
+    model, tokenizer = load(arguments.model)
+    if not named_memories(model):
+        raise ValueError(f"{arguments.model} is attention alone: it has no memory to measure")
+    streams = [read_stream(path, tokenizer, arguments.tokens) for path in files]
+    settings = {
+        "weights": identity(model)["weights"],
+        "streams": {s.name: hashlib.sha256(s.data).hexdigest() for s in streams},
+    }
+    with Lines(arguments.out, settings, command_line("evaluate layers", arguments, ["files"])) as lines:
+        work = [item for stream in streams for item in _work(model, stream) if lines.find(**item[0]) is None]
+        with Progress() as bars:
+            bar = bars.add_task("", total=sum(tokens for _, tokens, _ in work))
+            for key, tokens, measure in work:
+                bars.update(bar, description=" ".join(map(str, key.values())))
+                lines.add({**key, **measure()})
+                bars.advance(bar, tokens)
+    console = PlainConsole()
+    console.print(table(lines.rows, list(named_memories(model))))
+    console.print(f"Results are in {arguments.out}.")
+
+
+def _work(
+    model: TitansForCausalLM, stream: Stream
+) -> Iterator[tuple[dict[str, Any], int, Callable[[], dict[str, Any]]]]:
+    """Yields key, number of tokens, and function of each measurement."""
+    for writes in (ALL, NONE, *(ALL_BUT + name for name in named_memories(model))):
+        measure = partial(bits_per_byte, model, stream, writes)
+        yield {"stream": stream.name, "writes": writes}, stream.ids.shape[1], measure
+    ids = stream.ids[:, :KEY_TOKENS]
+    yield {"stream": stream.name, "of": "keys"}, ids.shape[1], lambda: {"layers": key_spread(model, ids)}
+
+
+def table(rows: list[dict[str, Any]], names: list[str]) -> Table:
+    """Bits per byte of each stream by what is written, and beside each memory its keys' cosine and rank."""
+    shown = Table("stream", "written", "bits per byte", "keys' cosine", "keys' rank")
+    for stream in dict.fromkeys(row["stream"] for row in rows):
+        own = [row for row in rows if row["stream"] == stream]
+        bits = {row["writes"]: f"{row['bits_per_byte']:.3f}" for row in own if "writes" in row}
+        spread: dict[str, dict[str, float]] = next((row["layers"] for row in own if row.get("of") == "keys"), {})
+        for writes in (ALL, NONE, *(ALL_BUT + name for name in names)):
+            keys = spread.get(writes.removeprefix(ALL_BUT))
+            cells = ("", "") if keys is None else (f"{keys['cosine']:.2f}", f"{keys['rank']:.1f}")
+            shown.add_row(stream if writes == ALL else "", _short(writes), bits.get(writes, "-"), *cells)
+        shown.add_section()
+    return shown
+
+
+def _short(writes: str) -> str:
+    """With the number of the layer in place of its memory's name."""
+    number = re.search(r"\d+", writes)
+    return writes if number is None else f"{ALL_BUT}layer {number[0]}"
