@@ -1,12 +1,24 @@
 """A memory that grows: the model computes what it did, its new parts learn, and what cannot grow is refused."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import KINDS, each_titan, tiny_model, tokens
-from titans_lm import TitansForCausalLM, grow_memory, load
+from conftest import each_titan, tiny_config, tiny_model, tokens
+from titans_lm import (
+    TitansForCausalLM,
+    TitansForSequenceClassification,
+    TitansForTimeSeriesPrediction,
+    TitansTimeSeriesConfig,
+    graft,
+    grow_memory,
+    load,
+)
 from titans_lm.models.growth import grown_config
+from titans_lm.models.tokenizer import byte_tokenizer
 from titans_lm.training.config import parse_settings
 from titans_lm.training.train import model_for, train
 
@@ -73,10 +85,60 @@ def test_new_heads_begin_with_their_own_lags():
     assert back[:32].max() < 4
 
 
-def test_dtype_and_mode_stay():
-    grown = grow_memory(tiny_model("mag", torch.bfloat16).train(), **LARGER)
-    assert grown.dtype == torch.bfloat16
+def test_all_else_of_a_model_stays():
+    model = tiny_model("mag", torch.bfloat16).train()
+    model.model.layers[0].memory.output_norm.float()
+    model.model.layers[0].memory.k_proj.requires_grad_(False)
+    model.lm_head.requires_grad_(False)
+    model.generation_config.max_new_tokens = 77
+    model.set_attn_implementation("eager")
+    grown = grow_memory(model, **LARGER)
     assert grown.training
+    assert grown.generation_config.max_new_tokens == 77
+    assert grown.config._attn_implementation == "eager"
+    assert grown.config is grown.model.config
+    assert {name: (p.dtype, p.requires_grad) for name, p in grown.named_parameters()} == {
+        name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()
+    }
+    assert model.config.num_memory_heads == 2
+    assert model.model.layers[0].memory.num_heads == 2
+
+
+@torch.no_grad()
+def test_bfloat16_is_as_it_was():
+    model, ids = tiny_model("mag", torch.bfloat16), tokens(1, 20)
+    assert torch.equal(grow_memory(model, num_memory_heads=3)(ids).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_classifiers_and_forecasters_grow():
+    torch.manual_seed(0)
+    classifier = TitansForSequenceClassification(tiny_config("mag", num_labels=3)).double().eval()
+    ids = tokens(2, 30)
+    torch.testing.assert_close(grow_memory(classifier, **LARGER)(ids).logits, classifier(ids).logits)
+    config = TitansTimeSeriesConfig(
+        context_length=24, prediction_length=4, patch_length=4, num_input_channels=2, hidden_size=16,
+        num_hidden_layers=1, num_attention_heads=2, memory_head_dim=8, window_size=4,
+    )  # fmt: skip
+    forecaster, series = TitansForTimeSeriesPrediction(config).double().eval(), torch.randn(2, 24, 2).double()
+    expected = forecaster(past_values=series).prediction_outputs
+    torch.testing.assert_close(grow_memory(forecaster, **LARGER)(past_values=series).prediction_outputs, expected)
+
+
+def test_what_would_be_lost_is_refused():
+    model = tiny_model("mag", memory_lr=0.1)
+    model.begin_with(model(tokens(1, 9), use_cache=True).past_key_values)
+    with pytest.raises(ValueError, match="call begin_with"):
+        grow_memory(model, **LARGER)
+    model.begin_with(None)
+    memory = model.model.layers[1].memory
+    memory.q_proj = torch.nn.Sequential(memory.q_proj)  # as an adapter has it
+    with pytest.raises(ValueError, match="adapters or other weights of their own"):
+        grow_memory(model, **LARGER)
+
+
+NO_MEMORY = [("window", {}, {"num_memory_heads": 3}, "attention alone has no memory")]
+RANDOM = {"memory_start": "random"}
 
 
 @pytest.mark.parametrize(
@@ -84,14 +146,17 @@ def test_dtype_and_mode_stay():
     [
         ("mag", {}, {"hidden_size": 64}, "hidden_size cannot be changed in a trained model"),
         ("mag", {}, {"num_memory_heads": 1}, "num_memory_heads must be at least the model's 2, got 1"),
-        ("mag", {}, {"memory_conv_size": 3}, "memory_conv_size must be at least the model's 4, got 3"),
-        ("mag", {}, {"memory_lags": 6}, "memory_lags has no effect without new heads"),
-        ("mag", {"memory_conv_size": 1}, {"memory_conv_size": 4}, "memory_conv_size must be 1, as this model has no"),
+        ("mag", {}, {"num_memory_heads": None}, "num_memory_heads must be a whole number, got None"),
+        ("mag", {}, {"num_memory_heads": 3.0}, "num_memory_heads must be a whole number, got 3.0"),
+        ("mag", {}, {"num_memory_heads": True}, "num_memory_heads must be a whole number, got True"),
         ("mag", {}, {"num_memory_heads": 0}, "num_memory_heads must be"),
-        *(
-            (kind, {}, {"num_memory_heads": 3}, "num_memory_heads has no effect")
-            for kind in KINDS.keys() & {"window", "full"}
-        ),
+        ("mag", {}, {"memory_conv_size": 3}, "memory_conv_size must be at least the model's 4, got 3"),
+        ("mag", {"memory_conv_size": 1}, {"memory_conv_size": 4}, "memory_conv_size must be 1, as this model has no"),
+        ("mag", {}, {"memory_lags": 3}, "memory_lags has no effect without new heads"),
+        ("mag", {}, {"num_memory_heads": 3, "memory_lags": 4}, "at most memory_conv_size - 1, which is 3, got 4"),
+        ("mag", RANDOM, {"num_memory_heads": 3, "memory_lags": 3}, "no associative start"),
+        ("mag", {"memory_conv_size": 1}, {"num_memory_heads": 3, "memory_lags": 1}, "no associative start"),
+        *NO_MEMORY,
     ],
 )
 def test_what_cannot_grow_is_refused(kind, options, changes, words):
@@ -100,6 +165,20 @@ def test_what_cannot_grow_is_refused(kind, options, changes, words):
     with pytest.raises(ValueError, match=words):
         grown_config(config, **changes)
     assert config.to_dict() == before
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_graft_is_refused(tmp_path):
+    LlamaForCausalLM(LlamaConfig(vocab_size=260, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                 num_attention_heads=2)).save_pretrained(tmp_path / "base")  # fmt: skip
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    grafted = graft(tmp_path / "base", memory_head_dim=8)
+    with pytest.raises(ValueError, match="num_memory_heads cannot be changed: a graft does not grow"):
+        grow_memory(grafted, num_memory_heads=4)
+    grafted.save_pretrained(tmp_path / "graft")
+    byte_tokenizer().save_pretrained(tmp_path / "graft")
+    with pytest.raises(ValueError, match=r"model\.pretrained: num_memory_heads cannot be changed: a graft"):
+        parse_settings(sections(tmp_path / "graft", tmp_path / "out", num_memory_heads=4))
 
 
 def sections(folder, out, **growth):
@@ -122,15 +201,24 @@ def test_training_begins_with_a_grown_model_and_saves_it(folder, tmp_path):
     loaded = TitansForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.config.memory_conv_size == 6
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), trained.parameters(), strict=True))
-    made["training"] |= {"max_steps": 3, "resume": True}
-    assert train(parse_settings(made)).config.num_memory_heads == 3
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")  # as if it had been stopped after the first step
+    (tmp_path / "out" / "model.safetensors").unlink()
+    made["training"]["resume"] = True
+    resumed = train(parse_settings(made))
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), trained.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("key", ["num_memory_heads", "memory_conv_size", "memory_lags", "memory_dim"])
+def test_a_key_that_is_null_counts_as_left_out(folder, tmp_path, key):
+    config = parse_settings(sections(folder, tmp_path / "out", **{key: None})).config()
+    assert config.own_fields() == load(folder)[0].config.own_fields()
 
 
 @pytest.mark.parametrize(
     ("growth", "words"),
     [
         ({"num_memory_heads": 1}, "model.pretrained: num_memory_heads must be at least"),
-        ({"num_memory_heads": "many"}, "num_memory_heads"),
+        ({"num_memory_heads": "many"}, "model.num_memory_heads must be a whole number, got 'many'"),
         ({"memory_dim": 4096}, "model.memory_dim has no effect beside model.pretrained"),
     ],
 )

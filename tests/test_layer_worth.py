@@ -11,6 +11,7 @@ from titans_lm.cli import main
 from titans_lm.evaluate.adapt import Stream
 from titans_lm.evaluate.layers import bits_per_byte, key_spread, named_memories, unwritten
 from titans_lm.evaluate.perplexity import measure, whole
+from titans_lm.models.tokenizer import byte_tokenizer
 
 LAYERS = ["model.layers.0.memory", "model.layers.1.memory"]
 
@@ -24,8 +25,8 @@ def test_all_and_none_are_the_modes_on_and_frozen(kind):
     model, ids = tiny_model(kind), tokens(1, 60)
     expected = {row: found["bits_per_byte"] for row, found in whole(
         measure(model, ids, ["on", "frozen"], sizes=torch.ones(60))).items()}  # fmt: skip
-    assert bits_per_byte(model, stream(ids), "all")["bits_per_byte"] == pytest.approx(expected["on"], rel=1e-12)
-    assert bits_per_byte(model, stream(ids), "none")["bits_per_byte"] == pytest.approx(expected["frozen"], rel=1e-9)
+    assert bits_per_byte(model, stream(ids), "all") == pytest.approx(expected["on"], rel=1e-12)
+    assert bits_per_byte(model, stream(ids), "none") == pytest.approx(expected["frozen"], rel=1e-9)
 
 
 @each_titan
@@ -42,7 +43,7 @@ def test_one_memory_stays_as_it_was_and_the_other_is_written(kind):
     assert not any(first)
     assert all(second)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    found = {writes: bits_per_byte(model, stream(ids), writes)["bits_per_byte"] for writes in (
+    found = {writes: bits_per_byte(model, stream(ids), writes) for writes in (
         "all", "none", *(f"all but {name}" for name in LAYERS))}  # fmt: skip
     assert len({round(bits, 6) for bits in found.values()}) == 4
 
@@ -58,14 +59,20 @@ def test_an_error_leaves_the_model_as_it_was():
 
 
 @each_titan
-def test_cosine_and_rank_are_those_of_all_pairs(kind):
-    model, ids = tiny_model(kind, memory_conv_size=1, num_persistent_tokens=0), tokens(1, 33)
-    projected = {name: [] for name in LAYERS}
-    for name, memory in named_memories(model).items():
-        memory.k_proj.register_forward_hook(lambda _, __, out, name=name: projected[name].append(out))
+def test_cosine_and_rank_are_those_of_all_pairs_of_the_text(kind):
+    model, ids = tiny_model(kind, memory_conv_size=1), tokens(1, 33)
+    read = {name: [] for name in LAYERS}
+    hooks = [memory.k_proj.register_forward_hook(lambda _, __, out, name=name: read[name].append(out))
+             for name, memory in named_memories(model).items()]  # fmt: skip
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
     found = key_spread(model, ids)
     for name in LAYERS:
-        k = F.normalize(F.silu(torch.cat(projected[name], 1)[0, :33].unflatten(-1, (2, 16))), dim=-1)
+        first = len(read[name]) > 1 and kind != "mac"  # the call of the persistent tokens
+        k = F.normalize(F.silu(torch.cat(read[name][first:], 1)[0].unflatten(-1, (2, 16))), dim=-1)
+        assert len(k) == 33
         pairs = torch.einsum("ihd,jhd->hij", k, k)
         cosine = (pairs.sum((1, 2)) - 33) / (33 * 32)
         values = torch.linalg.eigvalsh(torch.einsum("ihc,ihd->hcd", k, k))
@@ -86,6 +93,37 @@ def test_keys_are_those_of_the_convolution():
     assert key_spread(model, ids)[LAYERS[0]]["cosine"] == pytest.approx(float(cosine.mean()), rel=1e-6)
 
 
+def test_other_words_than_these_are_refused():
+    with pytest.raises(
+        ValueError, match=r"writes must be one of all, none, all but model\.layers\.0\.memory, .*got 'off'"
+    ):
+        bits_per_byte(tiny_model("mag"), stream(tokens(1, 9)), "off")
+
+
+@pytest.mark.slow
+def test_files_of_one_name_and_models_of_one_layer(tmp_path, capsys):
+    texts = [tmp_path / name / "a.txt" for name in ("one", "two")]
+    for number, path in enumerate(texts):
+        path.parent.mkdir()
+        path.write_text("a line of text, and another\n" * (9 + number))
+    model = tiny_model("mag", vocab_size=260, num_hidden_layers=1, surprise_threshold=5.0).float()
+    model.save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    out = tmp_path / "layers.jsonl"
+    command = ["evaluate", "layers", *map(str, texts), str(texts[0]), "--model", str(tmp_path / "m"), "--out", str(out)]
+    assert main(command) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()[1:]]
+    expected = [
+        (name, writes) for name in ("one/a.txt", "two/a.txt") for writes in ("all", f"all but {LAYERS[0]}", "keys")
+    ]
+    assert [(row["stream"], row.get("writes", row.get("of"))) for row in rows] == expected
+    assert "layer 0" in capsys.readouterr().out
+    model.config.surprise_threshold = 6.0  # the same weights, another model
+    model.save_pretrained(tmp_path / "m")
+    assert main(command) == 2
+    assert "has results of other settings (configuration)" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_command_writes_lines_and_goes_on(folder, tmp_path, capsys):
     texts = [tmp_path / "a.txt", tmp_path / "b.log"]
@@ -102,7 +140,7 @@ def test_the_command_writes_lines_and_goes_on(folder, tmp_path, capsys):
         *(f"all but {n}" for n in LAYERS),
         "keys",
     ]
-    assert "all but layer 1" in capsys.readouterr().out
+    assert "layer 1" in capsys.readouterr().out
     out.write_text("".join(line + "\n" for line in out.read_text().splitlines()[:4]))  # what an interrupted run left
     assert main(command) == 0
     again = [json.loads(line) for line in out.read_text().splitlines()[1:]]
@@ -123,8 +161,6 @@ def test_what_is_wrong_is_one_line(more, words, folder, tmp_path, capsys):
 
 
 def test_a_model_without_memory_is_named(tmp_path, capsys):
-    from titans_lm.models.tokenizer import byte_tokenizer
-
     tiny_model("window", vocab_size=260).float().save_pretrained(tmp_path / "m")
     byte_tokenizer().save_pretrained(tmp_path / "m")
     (tmp_path / "a.txt").write_text("some text")

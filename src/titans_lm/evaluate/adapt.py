@@ -36,7 +36,7 @@ from titans_lm.evaluate.dynamic import dynamic_nats
 from titans_lm.evaluate.rereading import LAGS, PASSAGE, PASSAGES, reread
 from titans_lm.models.hub import load
 from titans_lm.models.model_files import MODEL_HELP
-from titans_lm.models.model_identity import identity
+from titans_lm.models.model_identity import digests
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import is_bytes
 from titans_lm.utils.corpora import text_files
@@ -83,6 +83,26 @@ def read_streams(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, most
     if ids.shape[1] < 2:
         raise ValueError(f"{paths[0]} has {ids.shape[1]} tokens; give a file with at least 2")
     return Stream(paths[0].name, ids, sizes, data)
+
+
+def read_each(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, most: int | None) -> list[Stream]:
+    """`read_stream` of each file, once. Files with the same name are called by as much of their paths as tells them
+    apart."""
+    paths = list({path.absolute(): path for path in paths}.values())
+    return [read_stream(p, tokenizer, most)._replace(name=name) for p, name in zip(paths, _names(paths), strict=True)]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    parts = 1
+    names = [path.name for path in paths]
+    while len(set(names)) < len(names):
+        parts += 1
+        same = {name for name in names if names.count(name) > 1}
+        names = [
+            "/".join(path.absolute().parts[-parts:]) if name in same else name
+            for path, name in zip(paths, names, strict=True)
+        ]
+    return names
 
 
 def _first_bytes(paths: Sequence[Path], most: int | None) -> bytes:
@@ -201,12 +221,12 @@ def run(arguments: argparse.Namespace) -> None:
     model, tokenizer = load(arguments.model)
     modes = arguments.modes or perplexity.possible_modes(model)
     perplexity.check_modes(model, modes)
-    streams = [read_stream(path, tokenizer, arguments.tokens) for path in files]
+    streams = read_each(files, tokenizer, arguments.tokens)
     predictors = [*modes, *(f"{DYNAMIC} {rate:g}" for rate in arguments.rates), *arguments.compressors]
     options = {key: getattr(arguments, key) for key in ("bucket", "reset_every", "passage", "passages")}
     settings = {
         **options,
-        "weights": identity(model)["weights"],
+        **digests(model),
         "streams": {s.name: hashlib.sha256(s.data).hexdigest() for s in streams},
     }
     with Lines(arguments.out, settings, command_line("evaluate adapt", arguments, ["files"])) as lines:

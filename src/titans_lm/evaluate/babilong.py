@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from titans_lm.evaluate.ask import follow
 from titans_lm.models.hub import load
 from titans_lm.models.model_files import MODEL_HELP, find
-from titans_lm.models.model_identity import identity
+from titans_lm.models.model_identity import digests
 from titans_lm.models.tokenizer import load_tokenizer
 from titans_lm.tasks import at_least
 from titans_lm.tasks.babilong import Babilong, Example, Tokens, members
@@ -153,7 +153,7 @@ def run(arguments: argparse.Namespace) -> None:
     model, _ = load(arguments.model)
     cells = _cells(arguments)
     with Lines(
-        arguments.out, _settings(arguments, identity(model)["weights"]), command_line("evaluate babilong", arguments)
+        arguments.out, _settings(arguments, digests(model)), command_line("evaluate babilong", arguments)
     ) as lines:
         for (name, length), task in cells.items():
             if lines.find(task=name, length=length) is None:
@@ -176,13 +176,13 @@ def _cells(arguments: argparse.Namespace) -> dict[tuple[str, int], Babilong]:
     return cells
 
 
-def _settings(arguments: argparse.Namespace, weights: str) -> dict[str, Any]:
+def _settings(arguments: argparse.Namespace, model: dict[str, str]) -> dict[str, Any]:
     return {
         "babi": str(arguments.babi),
         "background": arguments.background,
         "samples": arguments.samples,
         "seed": arguments.seed,
-        "weights": weights,
+        **model,
     }
 
 

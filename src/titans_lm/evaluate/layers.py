@@ -1,12 +1,13 @@
 """`titans evaluate layers`: what the memory of each layer is worth on a text, and how much its keys are alike.
 
 A text is read with all memories written, with none, and with all but one, for each in turn. A memory that is not
-written is read as M_0. What a memory is worth is the bits per byte that are lost without its writes.
+written is read as it is when a stream begins. What a memory is worth is the bits per byte that are lost without its
+writes.
 
-Keys that share a direction share what is written at it: a memory whose keys are all alike holds one value, the mean. So
-two figures of each layer's keys, means over its heads: `cosine`, the mean over all pairs of tokens, from 0 (spread
-evenly) to 1 (all the same); and `rank`, the participation ratio (sum_i s_i)^2 / sum_i s_i^2 of the eigenvalues s_i of
-K^T K: along how many directions they are spread, from 1 to the width of a head.
+Keys that share a direction share what is written at it: a memory whose keys are all alike holds one value, the mean.
+So two figures of each layer's keys, means over its heads: `cosine`, the mean over all pairs of tokens, from about 0
+(spread evenly) to 1 (all the same); and `rank`, the participation ratio (sum_i s_i)^2 / sum_i s_i^2 of the eigenvalues
+s_i of K^T K: along how many directions they are spread, from 1 to the width of a head.
 """
 
 import argparse
@@ -14,22 +15,22 @@ import contextlib
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
-from titans_lm.evaluate.adapt import SUFFIXES, Stream, read_stream
-from titans_lm.evaluate.perplexity import token_nats
+from titans_lm.evaluate.adapt import SUFFIXES, Stream, read_each
+from titans_lm.evaluate.perplexity import RESET, token_nats
 from titans_lm.layers.neural_memory import NeuralMemory
 from titans_lm.models.hub import load
 from titans_lm.models.model_files import MODEL_HELP
-from titans_lm.models.model_identity import identity
+from titans_lm.models.model_identity import digests
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.utils.corpora import text_files
 from titans_lm.utils.record import Lines, check_least, check_output, command_line
@@ -67,39 +68,42 @@ def _without_update(
     return inputs, {**options, "update": False} if "update" in options else options
 
 
-def bits_per_byte(model: TitansForCausalLM, stream: Stream, writes: str) -> dict[str, Any]:
-    """Read the stream while the memories that `writes` says are written: "all", "none", or "all but NAME"."""
+def bits_per_byte(model: TitansForCausalLM, stream: Stream, writes: str) -> float:
+    """Read the stream while the memories that `writes` says are written: "all", "none", or "all but NAME", with a name
+    of `named_memories`. Raises ValueError for other words."""
     own = named_memories(model)
-    skipped = list(own.values()) if writes == NONE else [own[writes.removeprefix(ALL_BUT)]] if writes != ALL else []
-    with unwritten(skipped):
-        nats = sum(float(part.sum()) for _, part in token_nats(model, stream.ids, "on", 1))
-    return {"bits_per_byte": nats / math.log(2) / float(stream.sizes[1:].sum())}
+    unwritten_ones = {ALL: [], NONE: list(own.values()), **{ALL_BUT + name: [memory] for name, memory in own.items()}}
+    if writes not in unwritten_ones:
+        raise ValueError(f"writes must be one of {', '.join(unwritten_ones)}, got {writes!r}")
+    with unwritten(unwritten_ones[writes]):
+        nats = sum(float(part.sum()) for _, part in token_nats(model, stream.ids, "on", RESET))
+    return nats / math.log(2) / float(stream.sizes[1:].sum())
 
 
 @torch.no_grad()
 def key_spread(model: TitansForCausalLM, ids: Tensor) -> dict[str, dict[str, float]]:
-    """`cosine` and `rank` of the keys at the tokens of ids `[1, T]`, T >= 2, by the memory's name."""
-    inputs: dict[str, list[Tensor]] = {}
-    own, hooks = named_memories(model), []
-    for name, memory in own.items():
-        note = partial(_note_input, inputs.setdefault(name, []))
-        hooks.append(memory.theta.register_forward_hook(note))
+    """`cosine` and `rank` of the keys at the tokens of ids `[1, T]`, T >= 2, by the memory's name. Leaves the model in
+    evaluation mode."""
+    own = named_memories(model)
+    inputs: dict[str, list[Tensor]] = {name: [] for name in own}
+    hooks = [own[name].theta.register_forward_hook(partial(_note_input, parts)) for name, parts in inputs.items()]
     try:
-        model.eval()(ids.to(model.device))
+        model.eval().model(ids.to(model.device))
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: _spread(own[name], torch.cat(parts, 1)) for name, parts in inputs.items()}
+    return {name: _spread(own[name], torch.cat(parts, 1), ids.shape[1]) for name, parts in inputs.items()}
 
 
 def _note_input(parts: list[Tensor], _: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
     parts.append(inputs[0])
 
 
-def _spread(memory: NeuralMemory, x: Tensor) -> dict[str, float]:
+def _spread(memory: NeuralMemory, x: Tensor, tokens: int) -> dict[str, float]:
+    """Of the last `tokens` inputs: persistent tokens may be before them."""
     (_, keys, _), _ = memory._features(x, memory.initial_state_like(1, x).conv_state, None)
-    k = keys[0].double()  # [T, H, K], each of length 1
-    tokens, together = len(k), k.sum(0).square().sum(-1)
+    k = keys[0, -tokens:].double()  # [T, H, K], each of length 1
+    together = k.sum(0).square().sum(-1)
     rank = tokens**2 / torch.einsum("thi,thj->hij", k, k).square().sum((1, 2))
     return {"cosine": float(((together - tokens) / (tokens * (tokens - 1))).mean()), "rank": float(rank.mean())}
 
@@ -124,11 +128,8 @@ def run(arguments: argparse.Namespace) -> None:
     model, tokenizer = load(arguments.model)
     if not named_memories(model):
         raise ValueError(f"{arguments.model} is attention alone: it has no memory to measure")
-    streams = [read_stream(path, tokenizer, arguments.tokens) for path in files]
-    settings = {
-        "weights": identity(model)["weights"],
-        "streams": {s.name: hashlib.sha256(s.data).hexdigest() for s in streams},
-    }
+    streams = read_each(files, tokenizer, arguments.tokens)
+    settings = {**digests(model), "streams": {s.name: hashlib.sha256(s.data).hexdigest() for s in streams}}
     with Lines(arguments.out, settings, command_line("evaluate layers", arguments, ["files"])) as lines:
         work = [item for stream in streams for item in _work(model, stream) if lines.find(**item[0]) is None]
         with Progress() as bars:
@@ -142,33 +143,49 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"Results are in {arguments.out}.")
 
 
+def _written(names: Sequence[str]) -> list[str]:
+    """What is written in each reading. Of one memory, none and all but one is the same."""
+    return [ALL, *([NONE] if len(names) > 1 else []), *(ALL_BUT + name for name in names)]
+
+
 def _work(
     model: TitansForCausalLM, stream: Stream
 ) -> Iterator[tuple[dict[str, Any], int, Callable[[], dict[str, Any]]]]:
     """Yields key, number of tokens, and function of each measurement."""
-    for writes in (ALL, NONE, *(ALL_BUT + name for name in named_memories(model))):
+    for writes in _written(list(named_memories(model))):
         measure = partial(bits_per_byte, model, stream, writes)
-        yield {"stream": stream.name, "writes": writes}, stream.ids.shape[1], measure
+        yield {"stream": stream.name, "writes": writes}, stream.ids.shape[1], partial(_named, "bits_per_byte", measure)
     ids = stream.ids[:, :KEY_TOKENS]
-    yield {"stream": stream.name, "of": "keys"}, ids.shape[1], lambda: {"layers": key_spread(model, ids)}
+    yield (
+        {"stream": stream.name, "of": "keys"},
+        ids.shape[1],
+        partial(_named, "layers", partial(key_spread, model, ids)),
+    )
+
+
+def _named(name: str, measure: Callable[[], Any]) -> dict[str, Any]:
+    return {name: measure()}
 
 
 def table(rows: list[dict[str, Any]], names: list[str]) -> Table:
-    """Bits per byte of each stream by what is written, and beside each memory its keys' cosine and rank."""
-    shown = Table("stream", "written", "bits per byte", "keys' cosine", "keys' rank")
+    """Of each stream: bits per byte without the writes of all, none or one of the memories, what those writes are
+    worth, and cosine and rank of its keys."""
+    columns = ("bits per byte", "worth", "its keys' cosine", "rank")
+    shown = Table("stream", Column("not written", no_wrap=True), *columns)
     for stream in dict.fromkeys(row["stream"] for row in rows):
         own = [row for row in rows if row["stream"] == stream]
-        bits = {row["writes"]: f"{row['bits_per_byte']:.3f}" for row in own if "writes" in row}
+        bits = {row["writes"]: row["bits_per_byte"] for row in own if "writes" in row}
         spread: dict[str, dict[str, float]] = next((row["layers"] for row in own if row.get("of") == "keys"), {})
-        for writes in (ALL, NONE, *(ALL_BUT + name for name in names)):
+        for writes in (found for found in _written(names) if found in bits):
+            worth = "" if writes == ALL or ALL not in bits else f"{bits[writes] - bits[ALL]:.3f}"
             keys = spread.get(writes.removeprefix(ALL_BUT))
             cells = ("", "") if keys is None else (f"{keys['cosine']:.2f}", f"{keys['rank']:.1f}")
-            shown.add_row(stream if writes == ALL else "", _short(writes), bits.get(writes, "-"), *cells)
+            shown.add_row(stream if writes == ALL else "", _not_written(writes), f"{bits[writes]:.3f}", worth, *cells)
         shown.add_section()
     return shown
 
 
-def _short(writes: str) -> str:
-    """With the number of the layer in place of its memory's name."""
+def _not_written(writes: str) -> str:
+    """The layers that `writes` leaves out, counted from 0."""
     number = re.search(r"\d+", writes)
-    return writes if number is None else f"{ALL_BUT}layer {number[0]}"
+    return {ALL: "none", NONE: "all"}.get(writes) or (writes if number is None else f"layer {number[0]}")

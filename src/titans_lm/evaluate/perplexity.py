@@ -36,7 +36,7 @@ from titans_lm.layers.neural_memory import memories
 from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.hub import load
 from titans_lm.models.model_files import MODEL_HELP
-from titans_lm.models.model_identity import identity
+from titans_lm.models.model_identity import digests
 from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import encode, is_bytes
 from titans_lm.tasks import at_least
@@ -268,7 +268,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _settings(arguments: argparse.Namespace, model: TitansForCausalLM, ids: Tensor) -> dict[str, Any]:
     return {
-        "weights": identity(model)["weights"],
+        **digests(model),
         "text": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         "tokens": ids.shape[1],
         "bucket": arguments.bucket,

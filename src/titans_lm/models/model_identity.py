@@ -47,6 +47,12 @@ def identity(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
+def digests(model: PreTrainedModel) -> dict[str, str]:
+    """The two digests of `identity`: results of models that have both are of one model."""
+    found = identity(model)
+    return {key: found[key] for key in ("configuration", "weights")}
+
+
 class Identity:
     """Which model a state belongs to: a description and two SHA-256 digests, as in `cache_file.Card`.
 

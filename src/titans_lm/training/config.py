@@ -186,8 +186,8 @@ class Settings:
 
     @property
     def growth(self) -> dict[str, int]:
-        """What is larger than in the pretrained model, as arguments of `grow_memory`."""
-        return {key: _typed_field(key, self.model[key]) for key in GROWTH if key in self.model and self.pretrained}
+        """The keys of `GROWTH` that are given beside `pretrained`, as arguments of `grow_memory`."""
+        return _growth(self.model) if self.pretrained else {}
 
 
 _MODEL_KEYS = ("size", "baseline", "parameters", "pretrained")
@@ -231,12 +231,12 @@ def _pretrained_config(fields: dict[str, Any]) -> PreTrainedConfig:
     model = fields.pop("pretrained")
     if not isinstance(model, str) or not model:
         raise ValueError(f"model.pretrained must be a folder or a shipped model's name, got {model!r}")
-    growth = {key: _typed_field(key, fields[key]) for key in GROWTH if key in fields}
+    growth, fields = _growth(fields), {key: value for key, value in fields.items() if value is not None}
     try:
         config: PreTrainedConfig = saved_config(find(model))
         if isinstance(config, GraftConfig) and "distillation" in fields:
             config = GraftConfig.from_dict({**config.to_dict(), "distillation": fields.pop("distillation")})
-        if isinstance(config, TitansConfig):
+        if growth and isinstance(config, TitansConfig):
             config = grown_config(config, **growth)
             fields = {key: value for key, value in fields.items() if key not in growth}
     except (ValueError, OSError) as error:
@@ -244,6 +244,11 @@ def _pretrained_config(fields: dict[str, Any]) -> PreTrainedConfig:
     if fields:
         raise ValueError(f"model.{min(fields)} has no effect beside model.pretrained={model}; leave it out")
     return config
+
+
+def _growth(fields: dict[str, Any]) -> dict[str, int]:
+    """The keys of `GROWTH`, without those that are null."""
+    return {key: _typed_field(key, fields[key]) for key in GROWTH if fields.get(key) is not None}
 
 
 def _graft_config(fields: dict[str, Any]) -> PreTrainedConfig:
