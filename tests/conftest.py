@@ -161,6 +161,15 @@ def folder(model: TitansForCausalLM, tmp_path_factory: pytest.TempPathFactory) -
     return path
 
 
+def of_other_configuration(folder: Path, path: Path) -> Path:
+    """A copy of a saved model, at `path`: the same weights, but it computes something else."""
+    model = TitansForCausalLM.from_pretrained(folder)
+    model.config.surprise_threshold = 6.0
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import tiny_model
+from conftest import of_other_configuration, tiny_model
 from titans_lm.cli import main
 from titans_lm.evaluate import perplexity
 from titans_lm.evaluate.adapt import code_lengths, read_stream
@@ -160,6 +160,8 @@ def test_the_command_writes_rows_a_figure_and_goes_on(file, folder, tmp_path, ca
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert again[1] == rows[0]
     assert {**again[-1], "seconds": 0} == {**rows[1], "seconds": 0}
+    assert command(file, of_other_configuration(folder, tmp_path / "other"), out) == 2
+    assert "results of other settings (configuration)" in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import tiny_config, tiny_model
+from conftest import of_other_configuration, tiny_config, tiny_model
 from titans_lm import TitansForCausalLM
 from titans_lm.cli import main
 from titans_lm.evaluate.babilong import TOKENS, babilong_rule, exact, score, substring
@@ -391,6 +391,9 @@ def test_the_command_goes_on_where_it_was(folder, babi, book, tmp_path, capsys):
     assert len(out.read_text().splitlines()) == 5
     assert main([*arguments, "--lengths", "0", "--seed", "1"]) == 2
     assert "results of other settings (seed)" in capsys.readouterr().err.replace("\n", " ")
+    arguments[3] = str(of_other_configuration(folder, tmp_path / "other"))
+    assert main([*arguments, "--lengths", "0"]) == 2
+    assert "results of other settings (configuration)" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_what_is_wrong_is_one_line(folder, babi, book, tmp_path, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import each_titan, tiny_model, tokens
+from conftest import each_titan, of_other_configuration, tiny_model, tokens
 from titans_lm.cli import main
 from titans_lm.evaluate.adapt import Stream
 from titans_lm.evaluate.layers import bits_per_byte, key_spread, named_memories, unwritten
@@ -106,7 +106,7 @@ def test_files_of_one_name_and_models_of_one_layer(tmp_path, capsys):
     for number, path in enumerate(texts):
         path.parent.mkdir()
         path.write_text("a line of text, and another\n" * (9 + number))
-    model = tiny_model("mag", vocab_size=260, num_hidden_layers=1, surprise_threshold=5.0).float()
+    model = tiny_model("mag", vocab_size=260, num_hidden_layers=1).float()
     model.save_pretrained(tmp_path / "m")
     byte_tokenizer().save_pretrained(tmp_path / "m")
     out = tmp_path / "layers.jsonl"
@@ -118,8 +118,7 @@ def test_files_of_one_name_and_models_of_one_layer(tmp_path, capsys):
     ]
     assert [(row["stream"], row.get("writes", row.get("of"))) for row in rows] == expected
     assert "layer 0" in capsys.readouterr().out
-    model.config.surprise_threshold = 6.0  # the same weights, another model
-    model.save_pretrained(tmp_path / "m")
+    command[command.index("--model") + 1] = str(of_other_configuration(tmp_path / "m", tmp_path / "other"))
     assert main(command) == 2
     assert "has results of other settings (configuration)" in capsys.readouterr().err
 

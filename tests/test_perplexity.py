@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from conftest import KINDS, TITANS, each_titan, tiny_model, tokens
+from conftest import KINDS, TITANS, each_titan, of_other_configuration, tiny_model, tokens
 from titans_lm.cli import main
 from titans_lm.evaluate import perplexity as evaluation
 from titans_lm.evaluate.perplexity import MODES, Sums, measure, possible_modes, token_sizes, whole
@@ -278,6 +278,12 @@ def test_what_was_measured_before_an_interruption_is_kept(folder, tmp_path, caps
     assert after["complete"]
     assert [row for row in after["rows"] if row["mode"] == "off"] == first
     assert sum(row["tokens"] for row in after["rows"]) == 2 * (len(BOOK) * 30 - 1)
+    out.write_text(json.dumps({**after, "complete": False}))
+    arguments[4] = str(of_other_configuration(folder, tmp_path / "other"))
+    assert main(arguments) == 0  # another model
+    assert {row["nats"] for row in json.loads(out.read_text())["rows"]}.isdisjoint({1.5})
+    out.write_text(json.dumps(after))
+    arguments[4] = str(folder)
     assert main([*arguments, "--tokens", "500"]) == 0  # something else, and that was complete
     assert {row["nats"] for row in json.loads(out.read_text())["rows"]}.isdisjoint({1.5})
 

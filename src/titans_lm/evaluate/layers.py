@@ -133,10 +133,10 @@ def run(arguments: argparse.Namespace) -> None:
     with Lines(arguments.out, settings, command_line("evaluate layers", arguments, ["files"])) as lines:
         work = [item for stream in streams for item in _work(model, stream) if lines.find(**item[0]) is None]
         with Progress() as bars:
-            bar = bars.add_task("", total=sum(tokens for _, tokens, _ in work))
-            for key, tokens, measure in work:
+            bar = bars.add_task("", total=sum(tokens for _, tokens, *_ in work))
+            for key, tokens, name, measure in work:
                 bars.update(bar, description=" ".join(map(str, key.values())))
-                lines.add({**key, **measure()})
+                lines.add({**key, name: measure()})
                 bars.advance(bar, tokens)
     console = PlainConsole()
     console.print(table(lines.rows, list(named_memories(model))))
@@ -148,23 +148,13 @@ def _written(names: Sequence[str]) -> list[str]:
     return [ALL, *([NONE] if len(names) > 1 else []), *(ALL_BUT + name for name in names)]
 
 
-def _work(
-    model: TitansForCausalLM, stream: Stream
-) -> Iterator[tuple[dict[str, Any], int, Callable[[], dict[str, Any]]]]:
-    """Yields key, number of tokens, and function of each measurement."""
+def _work(model: TitansForCausalLM, stream: Stream) -> Iterator[tuple[dict[str, Any], int, str, Callable[[], Any]]]:
+    """Yields key, number of tokens, name and function of each measurement."""
     for writes in _written(list(named_memories(model))):
-        measure = partial(bits_per_byte, model, stream, writes)
-        yield {"stream": stream.name, "writes": writes}, stream.ids.shape[1], partial(_named, "bits_per_byte", measure)
+        key, measure = {"stream": stream.name, "writes": writes}, partial(bits_per_byte, model, stream, writes)
+        yield key, stream.ids.shape[1], "bits_per_byte", measure
     ids = stream.ids[:, :KEY_TOKENS]
-    yield (
-        {"stream": stream.name, "of": "keys"},
-        ids.shape[1],
-        partial(_named, "layers", partial(key_spread, model, ids)),
-    )
-
-
-def _named(name: str, measure: Callable[[], Any]) -> dict[str, Any]:
-    return {name: measure()}
+    yield {"stream": stream.name, "of": "keys"}, ids.shape[1], "layers", partial(key_spread, model, ids)
 
 
 def table(rows: list[dict[str, Any]], names: list[str]) -> Table:
@@ -187,5 +177,8 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> Table:
 
 def _not_written(writes: str) -> str:
     """The layers that `writes` leaves out, counted from 0."""
-    number = re.search(r"\d+", writes)
-    return {ALL: "none", NONE: "all"}.get(writes) or (writes if number is None else f"layer {number[0]}")
+    if writes in (ALL, NONE):
+        return NONE if writes == ALL else ALL
+    name = writes.removeprefix(ALL_BUT)
+    number = re.search(r"\d+", name)
+    return name if number is None else f"layer {number[0]}"
