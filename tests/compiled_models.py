@@ -76,7 +76,9 @@ def assert_same_step(run: Callable[..., Any], model: TitansForCausalLM, ids: Ten
         assert_close(found[name], expected, name)
 
 
-@pytest.mark.parametrize(("kind", "training"), [("mac", False), ("mag", True), ("lmm", True), exhaustive("mal", False)])
+@pytest.mark.parametrize(
+    ("kind", "training"), [("mac", False), ("mag", True), exhaustive("lmm", True), exhaustive("mal", False)]
+)
 def test_ten_lengths_are_compiled_at_most_three_times(kind: str, training: bool):
     model, counter = small_model(kind).train(training), CompileCounterWithBackend("eager")
     run = compiled(model, counter)

@@ -93,6 +93,12 @@ def new_data(block: nn.Module, _: ExitStack) -> None:
     block.mlp.up_proj.weight.data = block.mlp.up_proj.weight.data + 1
 
 
+def transposed(block: nn.Module, _: ExitStack) -> None:
+    weight = block.memory.q_proj.weight
+    assert weight.shape[0] == weight.shape[1]
+    weight.data = weight.data.T
+
+
 def in_place(block: nn.Module, _: ExitStack) -> None:
     with torch.no_grad():
         block.memory.q_proj.weight.mul_(-1)
@@ -130,8 +136,8 @@ def autocast(_: nn.Module, stack: ExitStack) -> None:
 
 
 MORE: dict[str, Callable[[nn.Module, ExitStack], None]] = {
-    "new data": new_data, "in place": in_place, "another module": another_module, "lr": setting("lr", 0.1),
-    "clip": setting("clip", 0.01), "threshold": setting("surprise_threshold", 1e9),
+    "new data": new_data, "transposed": transposed, "in place": in_place, "another module": another_module,
+    "lr": setting("lr", 0.1), "clip": setting("clip", 0.01), "threshold": setting("surprise_threshold", 1e9),
     "activation": setting("activation", "gelu"), "backend": setting("backend", "chunked"),
     "hook of the block": hook_of(""), "hook of the memory": hook_of("memory"), "hook of the MLP": hook_of("mlp"),
     "hook of the attention": hook_of("attention"), "hook of a norm": hook_of("mlp_norm"), "own forward": own_forward,

@@ -50,13 +50,14 @@ class WeightAddresses:
         """Of each of `_modules` its class, and how many attributes of its own it has."""
 
     def is_current(self) -> bool:
-        """Whether the layer has the same modules, without hooks, and their weights are where they were.
+        """Whether the layer has the same modules, without hooks, and their weights are where they were, row by row.
 
-        It would not notice another shape at the same address."""
+        It would not notice another shape of as many numbers at the same address."""
         return (
             not any(self._hooks)
             and all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
             and list(map(Tensor.data_ptr, self._weights)) == self._addresses
+            and all(map(Tensor.is_contiguous, self._weights))  # a transposed one is not
             and not any("forward" in attributes for attributes in self._attributes)
             and list(map(_kind, self._modules)) == self._kinds
         )
