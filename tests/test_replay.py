@@ -278,6 +278,21 @@ def test_operators_beside_compiled_steps_are_not_left_out(replayed):
     assert not replayed
 
 
+def test_after_a_hook_for_some_tokens_others_are_replayed_again(replayed):
+    model, ids, found = tiny_model("mag"), tokens(1, 16), []
+    for replays in (True, False):
+        state = begin(model, replays=replays)
+        logits = decode(model, state, ids[:, :5])
+        hook = model.model.layers[0].register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2, *inputs[1:]))
+        logits += decode(model, state, ids[:, 5 : 2 + MAX_FAILURES])
+        hook.remove()
+        before = len(replayed)
+        logits += decode(model, state, ids[:, 2 + MAX_FAILURES :])
+        assert (len(replayed) > before) == replays
+        found.append(logits)
+    assert all(map(torch.equal, *found))
+
+
 class SwitchedGate(ProductGate):
     """Runs the compiled steps of its class, but of which inputs is decided in each call."""
 

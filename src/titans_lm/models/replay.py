@@ -40,7 +40,7 @@ class LayersCall(NamedTuple):
 
 RunLayers = Callable[[LayersCall], LayersOutput]
 MAX_FAILURES = 6
-"""Recorded tokens in a row that no other follows, after which none is recorded: recording one takes longer than it."""
+"""Tokens in a row that were recorded for nothing, after which none is: recording one takes longer than it."""
 SETTINGS = ("lr", "clip", "surprise_threshold", "activation", "chunk_size", "backend", "num_heads", "window_size")
 """Attributes of layers that are among the numbers of a step, or decide which steps there are."""
 
@@ -100,7 +100,8 @@ class DecodingReplay:
     def __init__(self) -> None:
         self.tokens: list[RecordedToken] = []
         self.is_possible = True
-        """False once a token took more than compiled steps, or tokens do not follow each other, as in a beam search."""
+        """False once tokens in a row took more than compiled steps, as with a hook, or did not follow each other, as in
+        a beam search."""
         self._failures = 0
 
     def find(self, model: nn.Module, x: Tensor, caches: Caches) -> RecordedToken | None:
@@ -115,14 +116,18 @@ class DecodingReplay:
         try:
             self._add(RecordedToken(recorder, model, x, call.context.rope, y, call.caches, after))
         except NotPlainError:
-            self.is_possible = False
+            self._add(None)
         return y.clone(), after, hidden, surprises
 
-    def _add(self, token: RecordedToken) -> None:
+    def _add(self, token: RecordedToken | None) -> None:
+        """Keep a recorded token; None: its record is no list of steps."""
         last = self.tokens[-1] if self.tokens else None
         self.tokens = []  # an interrupt while `last` is changed leaves nothing to replay or to change again
-        follows = last is not None and all(map(_is, last.after, token.before)) and last.follow(token)
-        self.tokens = [last, token] if follows and last is not None else [token]
+        if last is None or token is None:
+            follows = False
+        else:
+            follows = all(map(_is, last.after, token.before)) and last.follow(token)
+        self.tokens = [kept for kept in (last if follows else None, token) if kept is not None]
         self._failures = 0 if follows else self._failures + 1
         self.is_possible = self._failures < MAX_FAILURES
 
