@@ -171,14 +171,6 @@ def test_addresses_are_those_of_the_weights_at_hand(change, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_weight_that_was_transposed_is_not_read_as_it_was():
-    plain, x = scattered(nn.Linear(8, 8, bias=False)), torch.randn(1, 1, 8, dtype=DTYPE)
-    for _ in range(2):
-        close(linears(x, [plain])[0], x @ plain.weight.mT)
-        plain.weight.data = plain.weight.data.mT
-
-
-@torch.no_grad()
 def test_attention_in_compiled_code_is_attention(monkeypatch):
     """Of rows at different positions, and of an odd width."""
     monkeypatch.setattr(attention_step, "thread_count", lambda _: 2)
