@@ -53,6 +53,12 @@ def pytest_configure() -> None:
             signal.signal(number, default)
 
 
+def pytest_collection_finish() -> None:
+    """What was imported is left out when garbage is searched for, as after each training."""
+    gc.collect()
+    gc.freeze()
+
+
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True  # torch.empty gives NaN

@@ -18,7 +18,7 @@ from tolerance import assert_close
 
 FORMS = [
     ("mag", {"memory_form": "plain", "memory_clip": None, "memory_activation": "gelu", "num_persistent_tokens": 0}),
-    ("mac", {"num_persistent_tokens": 0}),
+    exhaustive("mac", {"num_persistent_tokens": 0}),
     exhaustive("mag", {}),
     exhaustive("mac", {}),
     exhaustive("mal", {}),

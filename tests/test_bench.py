@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import TITANS, tiny_config, tiny_model
+from conftest import TITANS, exhaustive, tiny_config, tiny_model
 from titans_lm import TitansForCausalLM
 from titans_lm.bench import decode, measure, model, op, operation, race, write
 from titans_lm.bench.measure import Action, Contender, Meter, Setting
@@ -110,7 +110,7 @@ READ = ["read", "--tokens", "90", "--stretches", "3", "--piece", "20"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "more"), [("mag", []), ("operation", ["--operation"])])
+@pytest.mark.parametrize(("name", "more"), [("mag", []), exhaustive("operation", ["--operation"])])
 def test_read(name, more, tmp_path):
     result = bench(*READ, *more, out=tmp_path / "read.json")
     stretches = result["rows"][0]["repetitions"]["stretch"]

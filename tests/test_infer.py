@@ -4,14 +4,13 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import commands
 import titans_lm
 from conftest import tiny_config
 from titans_lm import TitansForCausalLM, TitansState
@@ -377,30 +376,21 @@ def test_stability_writes_what_it_found(tmp_path, capsys):
     assert "does not exist" in said(capsys)[1]
 
 
-FEW_RUNS = """
-import sys
-from titans_lm import cli
-from titans_lm.cli import stability
-stability.long_runs = lambda steps: [({"memory_chunk_size": c}, steps, 64, "float32") for c in range(8, 12)]
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.slow
 def test_an_interrupted_stability_goes_on(tmp_path, capsys):
     out = tmp_path / "x.json"
-    command = [sys.executable, "-c", FEW_RUNS, "stability", "--steps", "20", "--processes", "1", "--output", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not out.exists() and process.poll() is None:
+    command = ["stability", "--steps", "20", "--processes", "1", "--output", str(out)]
+    process = commands.started(command, tmp_path / "said", commands.few_stability_runs)
+    while not out.exists() and process.is_alive():
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, told
+    status, told = commands.ended(process), (tmp_path / "said").read_text()
+    assert status == 130, told
     assert told.startswith("titans stability: interrupted: ")
     assert told.endswith(f"of 4 runs are in {out}; the same command continues\n")
     before = json.loads(out.read_text())["runs"]
     assert 0 < len(before) < 4
-    assert subprocess.run(command, check=False).returncode == 0
+    assert commands.ended(commands.started(command, tmp_path / "said", commands.few_stability_runs)) == 0
     after = json.loads(out.read_text())
     assert [run["changes"]["memory_chunk_size"] for run in after["runs"]] == list(range(8, 12))
     assert all(run in after["runs"] for run in before)  # to the seconds that they took

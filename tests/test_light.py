@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 
 import titans_lm
+from conftest import exhaustive
 from titans_lm import TitansForCausalLM
 from titans_lm.cli import flags
 from titans_lm.inference.reader import Mode
@@ -28,7 +29,7 @@ def test_importing_the_package_loads_nothing_heavy():
     assert all(repr(name) in run(code) for name in titans_lm.__all__)
 
 
-@pytest.mark.parametrize("module", ["models.tokenizer", "models.graft_config", "tasks.babilong"])
+@pytest.mark.parametrize("module", ["tasks.babilong", *map(exhaustive, ("models.tokenizer", "models.graft_config"))])
 def test_a_module_may_be_the_first_that_is_imported(module: str):
     """Importing transformers registers the models, which import others of the package."""
     run(f"import titans_lm.{module}")

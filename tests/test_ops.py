@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import exhaustive
 from titans_lm.ops import (
     MemoryForm,
     MemoryState,
@@ -612,8 +613,10 @@ def scan_without_grad(x: dict[str, Tensor], case: Case, backend: str) -> tuple[d
 
 
 @pytest.mark.parametrize("mask", ["none", "random"])
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("depth", "residual"),
+    [(1, True), (2, False), *(exhaustive(*case) for case in ((1, False), (2, True), (3, False), (3, True)))],
+)
 def test_chunks_that_write_nothing_cost_less_and_change_no_number(depth: int, residual: bool, mask: str):
     case = Case(depth=depth, residual=residual, mask=mask, start="ragged", tokens=8 * 4 + 3)
     x = make_inputs(case)

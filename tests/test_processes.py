@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import distributed, nn
 
+from conftest import exhaustive
 from titans_lm import TitansConfig, TitansForCausalLM
 from titans_lm.training.arithmetic import Arithmetic
 from titans_lm.training.config import parse_settings
@@ -40,6 +41,8 @@ MODES = {
     ),
 }
 """Name -> the model's section and the training's."""
+USUAL = ("mac-apart", "mag-apart", "mag-carried", "mal-carried", "stages")
+"""What is always run: each way of training in two variants. The others are for `make test-all`."""
 
 
 HALF = {"bf16": True, "activation_checkpointing": True, "accumulation": 2, "learning_rate": 0.01}
@@ -80,7 +83,7 @@ def environment():
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, request):
     """All runs: of one process, of two, and of four that go on with what two have saved."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "texts").mkdir()
@@ -88,7 +91,9 @@ def runs(tmp_path_factory):
         (folder / "texts" / f"{i}.txt").write_text("".join(f"line {n * (i + 3)} of many\n" for n in range(60)))
     two = {"batch_size": 2}
     alone, pairs = {}, {}
-    for name, (model, training) in MODES.items():
+    selected = {item.name for item in request.session.items}
+    modes = [mode for mode in MODES if mode in USUAL or any(mode in name for name in selected)]
+    for name, (model, training) in ((mode, MODES[mode]) for mode in modes):
         alone[name] = tree(folder, f"one/{name}", model, **training)
         pairs[f"ddp/{name}"] = tree(folder, f"ddp/{name}", model, **training, **two)
         pairs[f"fsdp/{name}"] = tree(folder, f"fsdp/{name}", model, **training, **two, fsdp=True)
@@ -138,7 +143,7 @@ def _begun(name):
     return "ddp/streamed" if "ddp" in name else "stopped"
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode if mode in USUAL else exhaustive(mode) for mode in MODES])
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_processes_are_one_with_the_same_batches(runs, how, mode):
     folder, _ = runs

@@ -19,6 +19,7 @@ import torch
 import yaml
 from rich.console import Console
 
+import commands
 from titans_lm import cli
 from titans_lm.evaluate.cell import run_test
 from titans_lm.models.tokenizer import byte_tokenizer
@@ -148,16 +149,14 @@ def test_a_process_that_dies_takes_no_other_with_it(write, tmp_path):
 def test_an_interrupted_study_goes_on_to_the_same_results(write):
     training = {**STUDY["shared"]["training"], "max_steps": 60, "save_steps": 5}
     study = write(shared={**STUDY["shared"], "training": training}, seeds=[0], models={"lmm": {"model.variant": "lmm"}})
-    code = "import sys; from titans_lm.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "study", study]
-    process = subprocess.Popen([*command, "--runs", "a"], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    folders = ["--runs", str(Path("a").absolute()), "--results", str(Path("results").absolute())]
+    process = commands.started(["study", str(Path(study).absolute()), *folders], Path("said").absolute(), os.setsid)
     deadline = time.monotonic() + 120
     while not list(Path("a").glob("small/*/checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "the same command continues" in said
+    assert commands.ended(process) == 130
+    assert "the same command continues" in Path("said").read_text()
     assert not Path("results/small.jsonl").exists()
     assert cli.main(["study", study, "--runs", "a"]) == 0
     interrupted = figures(lines())

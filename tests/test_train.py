@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 import commands
+from conftest import exhaustive
 from titans_lm import TitansState
 from titans_lm.cli import main
 from titans_lm.models.hub import SHIPPED, load
@@ -133,7 +134,7 @@ def test_an_interrupted_run_goes_on_to_the_same_losses(texts, tmp_path, carried)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("step", [6, 8, 10])
+@pytest.mark.parametrize("step", [exhaustive(6), 8, exhaustive(10)])
 def test_a_run_goes_on_past_an_epoch_whose_last_update_has_fewer_batches(texts, tmp_path, step):
     """Epochs of nine batches, by twos: five updates."""
     data = {"sequence_length": 256}
@@ -181,8 +182,19 @@ def test_carried_batches_know_what_came_before_and_begin_anew_after(texts, tmp_p
     assert losses(tmp_path / "b") != pytest.approx(by_hand, rel=1e-3)
 
 
-@pytest.mark.parametrize("more", [{}, {"tbptt_steps": 3}, {"activation_checkpointing": True}], ids=str)
-@pytest.mark.parametrize("variant", ["mac", "mag", "mal"])
+CARRIED, CHECKPOINTED = {"tbptt_steps": 3}, {"activation_checkpointing": True}
+
+
+@pytest.mark.parametrize(
+    ("variant", "more"),
+    [
+        ("mac", {}), ("mag", CARRIED), ("mal", CHECKPOINTED),
+        *(exhaustive("mac", more) for more in (CARRIED, CHECKPOINTED)),
+        *(exhaustive("mag", more) for more in ({}, CHECKPOINTED)),
+        *(exhaustive("mal", more) for more in ({}, CARRIED)),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_the_core_learns_first_and_then_all_of_the_model(texts, tmp_path, variant, more):
     model, training = {"variant": variant, "segment_size": 8}, {"max_steps": 5, "save_steps": 3, **more}
     settings = parse_settings(tree(texts, tmp_path / "out", model, core_steps=3, **training))

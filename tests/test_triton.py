@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import test_ops
+from conftest import exhaustive
 from test_ops import (
     TOKENS,
     B,
@@ -89,7 +90,9 @@ def test_kernels_are_naive_in_outputs_and_all_gradients(case: Case):
     assert_equals_naive(case)
 
 
-@pytest.mark.parametrize(("depth", "chunk", "width", "hidden"), [(1, 16, 64, 0), (2, 64, 64, 64), (2, 16, 128, 32)])
+@pytest.mark.parametrize(
+    ("depth", "chunk", "width", "hidden"), [(1, 16, 64, 0), (2, 16, 128, 32), exhaustive(2, 64, 64, 64)]
+)
 def test_kernels_are_naive_at_the_sizes_of_models(depth: int, chunk: int, width: int, hidden: int):
     assert_equals_naive(
         SMALL._replace(
@@ -123,7 +126,7 @@ def test_kernels_may_be_cut_anywhere():
     assert_all_close(gradients(pieces, x), gradients(whole, x))
 
 
-@pytest.mark.parametrize("scale", [1e4, math.nan])
+@pytest.mark.parametrize("scale", [math.nan, exhaustive(1e4)])
 def test_kernels_do_not_see_masked_tokens(scale: float):
     case = SMALL._replace(tokens=9, start="ragged", residual=True, clip=0.7)
     x = make_inputs(case, torch.float32)

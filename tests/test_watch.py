@@ -1,5 +1,6 @@
 """What a run shows while it trains: figures by layer, histograms and samples in trackers; lines of progress."""
 
+import itertools
 import json
 import re
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import each_titan, tiny_model, tokens
 from titans_lm.analyze.trace import trace
@@ -18,7 +20,7 @@ from titans_lm.training.progress import line
 from titans_lm.training.resume import check_resumed
 from titans_lm.training.run_folder import is_begun
 from titans_lm.training.train import train
-from titans_lm.training.watch import matmul_rate, memory_statistics, operations_per_token
+from titans_lm.training.watch import MATMULS, matmul_rate, memory_statistics, operations_per_token
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -106,6 +108,15 @@ def test_a_matmul_runs_at_a_rate_and_tokens_take_the_products_of_linear_maps():
     maps = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     assert operations_per_token(model) == 6 * sum(m.weight.numel() for m in maps)
     assert any(m is model.lm_head for m in maps)
+
+
+def test_a_device_that_is_slow_is_measured_by_small_products(monkeypatch):
+    monkeypatch.setattr("titans_lm.training.watch.time.perf_counter", map(float, itertools.count()).__next__)
+    with FlopCounterMode(display=False) as counter:
+        rate = matmul_rate(torch.device("cpu"), torch.bfloat16)
+    width = MATMULS[0]
+    assert rate == 2 * width**3  # a second a product
+    assert counter.get_total_flops() == 4 * 2 * width**3
 
 
 # ------------------------------------------------------------------------------------------------ trackers

@@ -22,8 +22,10 @@ ROWS, TOKENS = 2, 4096
 """The part of a batch that is read again: its first rows, and their first tokens."""
 READ = ("input_ids", "attention_mask", "position_ids", "seq_idx")
 """The arguments, each `[B, T]`, that say what a batch's tokens are."""
-MATMUL = 1024
-"""Width of the matmul that measures what a device can do."""
+MATMULS = (128, 8192)
+"""The least and the largest width of the matmul that measures what a device can do."""
+TIMED_SECONDS = 2e-3
+"""What a matmul takes at least that is timed, unless it is of the largest width."""
 OPERATIONS = 6
 """Of each weight for each token: a product and a sum, forward, and twice that backward."""
 
@@ -114,8 +116,17 @@ def _gates(model: TitansForCausalLM, persistent: bool) -> Iterator[Callable[[], 
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matmul, the best of three."""
-    a = torch.ones(MATMUL, MATMUL, dtype=dtype, device=device)  # draws no random numbers
+    """Operations a second of a matmul. Its width doubles until one takes TIMED_SECONDS: without instructions for
+    bfloat16, a processor takes seconds for one that another does in a millisecond."""
+    width, largest = MATMULS
+    while (seconds := _matmul_seconds(width, device, dtype)) < TIMED_SECONDS and width < largest:
+        width *= 2
+    return 2 * width**3 / seconds
+
+
+def _matmul_seconds(width: int, device: torch.device, dtype: torch.dtype) -> float:
+    """The best of three."""
+    a = torch.ones(width, width, dtype=dtype, device=device)  # draws no random numbers
     best = float("inf")
     for _ in range(4):  # the first one warms up
         _wait(device)
@@ -123,7 +134,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
         torch.mm(a, a)
         _wait(device)
         best = min(best, time.perf_counter() - begin)
-    return 2 * MATMUL**3 / best
+    return best
 
 
 def _wait(device: torch.device) -> None:
