@@ -1,11 +1,13 @@
 """What all tests stand on: shapes checked, uninitialised memory NaN, one thread, and tiny models of every kind."""
 
 import atexit
+import ctypes
 import gc
 import importlib
 import importlib.util
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,12 @@ LIBRARIES = ("accelerate", "torch._dynamo", "torch.distributed.tensor", "torch.e
 for library in LIBRARIES:
     if importlib.util.find_spec(library.partition(".")[0]):  # the tests of a GPU do without some of them
         importlib.import_module(library)
+CHILD = "TITANS_UNCHECKED_TESTS"
+"""Set by `test_compile.py` for the pytest that it starts: shapes are not checked there, as checks prevent compiling."""
+PR_SET_PDEATHSIG = 1
 SOURCE = Path(importlib.util.find_spec("titans_lm").origin).parent
 # Before anything imports the package. Modules that state shapes: mypy knows all other types, and a check takes time.
-if "TITANS_UNCHECKED_TESTS" not in os.environ:  # set where models are compiled, which the checks prevent
+if CHILD not in os.environ:
     hook = install_import_hook(
         [
             f"titans_lm.{path.relative_to(SOURCE).with_suffix('').as_posix().replace('/', '.')}"
@@ -51,6 +56,8 @@ def pytest_configure() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, default)
+    if CHILD in os.environ and sys.platform == "linux":  # ends with the pytest that has started it, even a killed one
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def pytest_collection_finish() -> None:
