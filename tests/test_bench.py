@@ -357,6 +357,8 @@ def test_a_rate_is_over_the_matmul_of_its_own_repetition():
     op.summary([row])
     assert row["actions"]["forward"]["part_of_matmul_rate"] == 0.5
     assert row["actions"]["forward"]["operations_per_second"] == row["operations"] / 1.5
+    op.summary([row | {"matmul_operations": measure.MATMUL_OPERATIONS // 8}])
+    assert row["actions"]["forward"]["part_of_matmul_rate"] == 4
 
 
 def test_a_contender_s_facts_and_actions_are_what_the_command_asks_for():

@@ -20,7 +20,8 @@ from titans_lm.training.progress import line
 from titans_lm.training.resume import check_resumed
 from titans_lm.training.run_folder import is_begun
 from titans_lm.training.train import train
-from titans_lm.training.watch import MATMULS, matmul_rate, memory_statistics, operations_per_token
+from titans_lm.training.watch import memory_statistics, operations_per_token
+from titans_lm.utils.matmul import WIDTHS, matmul_rate, width_within
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -111,12 +112,13 @@ def test_a_matmul_runs_at_a_rate_and_tokens_take_the_products_of_linear_maps():
 
 
 def test_a_device_that_is_slow_is_measured_by_small_products(monkeypatch):
-    monkeypatch.setattr("titans_lm.training.watch.time.perf_counter", map(float, itertools.count()).__next__)
+    monkeypatch.setattr("titans_lm.utils.matmul.time.perf_counter", map(float, itertools.count()).__next__)
+    device, least = torch.device("cpu"), WIDTHS[0]
     with FlopCounterMode(display=False) as counter:
-        rate = matmul_rate(torch.device("cpu"), torch.bfloat16)
-    width = MATMULS[0]
-    assert rate == 2 * width**3  # a second a product
-    assert counter.get_total_flops() == 4 * 2 * width**3
+        assert matmul_rate(device, torch.bfloat16) == 2 * least**3  # a second a product
+    assert counter.get_total_flops() == 4 * 2 * least**3
+    for seconds, width in ((1e9, 2048), (512.0, 1024), (511.0, 512), (1e-9, least)):
+        assert width_within(2048, seconds, device, torch.bfloat16) == width
 
 
 # ------------------------------------------------------------------------------------------------ trackers

@@ -16,10 +16,16 @@ from typing import Any
 
 import torch
 
+from titans_lm.utils.matmul import width_within
+
 LEAST_SECONDS = 0.2
 """A shorter action is repeated within a repetition, for the resolution of clock and scheduler."""
 MATMUL = 2048
 """Width of the large matmul that measures what the machine can do."""
+MATMUL_OPERATIONS = 2 * MATMUL**3
+"""Of that matmul; a row of a result says so itself where it has another (`matmul_operations`)."""
+MATMUL_SECONDS = 4.0
+"""What it may take. In bfloat16 a processor without instructions for it would take half a minute."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +68,13 @@ class Contender:
     small: Callable[[], None] = lambda: None
 
 
-def matmul(setting: Setting) -> Action:
-    """The large matmul, in the run's type."""
-    a, b = (torch.randn(MATMUL, MATMUL, dtype=setting.torch_dtype(), device=setting.device) for _ in "ab")
+def matmul(setting: Setting) -> tuple[Action, dict[str, int]]:
+    """The large matmul, in the run's type, and what to say about it. It is smaller where it would take too long."""
+    device, dtype = torch.device(setting.device), setting.torch_dtype()
+    width = width_within(MATMUL, MATMUL_SECONDS, device, dtype)
+    a, b = (torch.randn(width, width, dtype=dtype, device=device) for _ in "ab")
     out = torch.empty_like(a)
-    return Action(lambda _: torch.mm(a, b, out=out))
-
-
-MATMUL_OPERATIONS = 2 * MATMUL**3
+    return Action(lambda _: torch.mm(a, b, out=out)), {"matmul_operations": 2 * width**3}
 
 
 class Meter:

@@ -53,7 +53,8 @@ def ours(options: dict[str, Any], setting: Setting, scan: Callable[..., Any] = m
     about: dict[str, Any] = {"operations": shape.operations(), "backend": backend(shape, setting, x)}
     if setting.backend == "auto" and (decision := choice.decided(_call(shape, setting, x), gradients=True)):
         about["decision"] = str(decision)  # on a GPU: what was compared, and how fast each was
-    return Contender({"matmul": matmul(setting), **actions, **profile}, about, warm)
+    large, facts = matmul(setting)
+    return Contender({"matmul": large, **actions, **profile}, {**about, **facts}, warm)
 
 
 def backend(shape: Shape, setting: Setting, x: Inputs) -> str:
@@ -178,12 +179,12 @@ def _ratio(theirs: dict[str, Any], ours: dict[str, Any], action: str, what: str)
 def _rates(row: dict[str, Any]) -> None:
     """Rates relative to the matmul of the same repetition, which cancels other load."""
     repetitions = row["repetitions"]
-    large = repetitions.get("matmul", [])
+    large, large_work = repetitions.get("matmul", []), row.get("matmul_operations", MATMUL_OPERATIONS)
     for action, passes in (("forward", 1), ("training", 3)):
         work = passes * row["operations"]
         pairs = list(zip(repetitions.get(action, []), large, strict=False))
         for key, spent in (("part_of_matmul_rate", "seconds"), ("part_of_matmul_rate_cpu", "cpu_seconds")):
-            parts = [(work / r[spent]) / (MATMUL_OPERATIONS / m[spent]) for r, m in pairs]
+            parts = [(work / r[spent]) / (large_work / m[spent]) for r, m in pairs]
             if parts:
                 row["actions"][action][key] = statistics.median(parts[1:] or parts)
         if pairs:

@@ -135,7 +135,8 @@ def titans_pytorch(options: dict[str, Any], setting: Setting) -> Contender:
         for action in both_ways(read, small).values():
             action.run(action.prepare())
 
-    return Contender({"matmul": matmul(setting), **both_ways(read, x)}, about, warm)
+    large, facts = matmul(setting)
+    return Contender({"matmul": large, **both_ways(read, x)}, {**about, **facts}, warm)
 
 
 def _difference(shape: Shape, variant: tuple[int, int | None], setting: Setting) -> float:
@@ -191,4 +192,5 @@ def attention(options: dict[str, Any], setting: Setting) -> Contender:
 
 def _other(options: dict[str, Any], setting: Setting, read: Read) -> Contender:
     x = inputs(Shape(**options), setting.torch_dtype(), setting.device)
-    return Contender({"matmul": matmul(setting), **both_ways(read, x)}, {"same_function": False})
+    large, facts = matmul(setting)
+    return Contender({"matmul": large, **both_ways(read, x)}, {"same_function": False, **facts})

@@ -4,7 +4,6 @@ At logging steps a part of the last batch is read once more, without gradients, 
 the model while it trains, so its outputs keep every bit, and steps between cost nothing.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,15 +16,12 @@ from titans_lm.layers.gating import ConvexGate, ProductGate, ResidualGate
 from titans_lm.layers.neural_memory import NeuralMemory
 from titans_lm.models.cache import TitansState
 from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.utils.matmul import matmul_rate
 
 ROWS, TOKENS = 2, 4096
 """The part of a batch that is read again: its first rows, and their first tokens."""
 READ = ("input_ids", "attention_mask", "position_ids", "seq_idx")
 """The arguments, each `[B, T]`, that say what a batch's tokens are."""
-MATMULS = (128, 8192)
-"""The least and the largest width of the matmul that measures what a device can do."""
-TIMED_SECONDS = 2e-3
-"""What a matmul takes at least that is timed, unless it is of the largest width."""
 OPERATIONS = 6
 """Of each weight for each token: a product and a sum, forward, and twice that backward."""
 
@@ -113,33 +109,6 @@ def _gates(model: TitansForCausalLM, persistent: bool) -> Iterator[Callable[[], 
 
 
 # ------------------------------------------------------------------------------------------------ rates
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a matmul. Its width doubles until one takes TIMED_SECONDS: without instructions for
-    bfloat16, a processor takes seconds for one that another does in a millisecond."""
-    width, largest = MATMULS
-    while (seconds := _matmul_seconds(width, device, dtype)) < TIMED_SECONDS and width < largest:
-        width *= 2
-    return 2 * width**3 / seconds
-
-
-def _matmul_seconds(width: int, device: torch.device, dtype: torch.dtype) -> float:
-    """The best of three."""
-    a = torch.ones(width, width, dtype=dtype, device=device)  # draws no random numbers
-    best = float("inf")
-    for _ in range(4):  # the first one warms up
-        _wait(device)
-        begin = time.perf_counter()
-        torch.mm(a, a)
-        _wait(device)
-        best = min(best, time.perf_counter() - begin)
-    return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def operations_per_token(model: nn.Module) -> int:
