@@ -1,6 +1,7 @@
 """Tables (mean and standard deviation over seeds, on screen and as Markdown) and the figure of a study."""
 
 import statistics
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,8 @@ def _line(cells: Iterable[str]) -> str:
 
 
 _MARKERS, _DASHES = "os^vDPX*<>", ("-", "--", "-.", ":")
+TITLE_WIDTH = 48
+"""Characters in a line of a panel's title, so that titles side by side do not overlap."""
 
 
 def plot(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
@@ -176,7 +179,7 @@ def plot(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
             ax.set_xlabel(axis)
             ticks = sorted({x for points in models.values() for x in points})
             ax.set_xticks(ticks, [f"{x:,}" for x in ticks], fontsize=8)
-            ax.set_title(title, fontsize=9)
+            ax.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=9)
             ax.grid(alpha=0.3)
             if kinds == {"score"}:  # shares: all of the scale, so that a little less does not look like nothing
                 ax.set_ylim(-0.03, 1.03)
