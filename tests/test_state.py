@@ -578,3 +578,24 @@ def test_a_state_knows_that_its_rows_have_begun_until_one_is_reset():
     assert pickle.loads(pickle.dumps(state)).has_begun()
     state.reset([0])
     assert not state.has_begun()
+
+
+def test_pending_tokens_are_joined_with_their_rows(tmp_path):
+    model = tiny_model("mag", torch.float32)
+    one, two = model.initial_state(1), model.initial_state(2)
+    model(tokens(1, 4), past_key_values=one)
+    model(tokens(2, 4), past_key_values=two)
+    one.set_pending(torch.tensor([7]), True)
+    whole = TitansState.concat([two, one])
+    whole.save(tmp_path / "three.memory")
+    assert TitansState.load(tmp_path / "three.memory", model).pending.tolist() == [-1, -1, 7]
+    assert TitansState.concat([two, two]).pending is None
+
+
+def test_a_state_whose_pending_tokens_were_read_has_none():
+    model, ids = tiny_model("mag", torch.float32), tokens(2, 5)
+    state = model.initial_state(2)
+    model(ids[:, :3], past_key_values=state)
+    state.set_pending(ids[:, 3], torch.tensor([True, False]))
+    model(ids[:, 3:], past_key_values=state)
+    assert state.pending is None

@@ -320,3 +320,9 @@ def test_a_curriculum_keeps_the_tokens_of_a_batch(tmp_path):
 def test_settings_that_cannot_be_are_named(data, words):
     with pytest.raises(ValueError, match=words):
         settings({"files": ["a.txt"], **data})
+
+
+def test_texts_of_separators_alone_are_counted_and_end_the_first_pass(tmp_path):
+    (tmp_path / "a.txt").write_text("----")
+    with pytest.raises(ValueError, match=r"no text: 1 rows, .*separators alone"):
+        next(Documents(TextFiles([tmp_path / "a.txt"]), "--"))

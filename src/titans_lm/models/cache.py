@@ -218,7 +218,8 @@ class TitansState(Cache):
                 f"call model.read_pending(state), or continue with state.continuation()"
             )
         state = self.shallow_copy()
-        state.pending = torch.where(expected, -1, self.pending)
+        left = torch.where(expected, -1, self.pending)
+        state.pending = left if bool((left >= 0).any()) else None
         return state
 
     def advanced(
@@ -252,6 +253,11 @@ class TitansState(Cache):
         layers = zip(*(state.layer_caches if decoding else state._values() for state in states), strict=True)
         whole.layer_caches = [concat_rows(list(caches)) for caches in layers]
         whole.position = torch.cat([state.position for state in states])
+        if any(state.pending is not None for state in states):
+            none = (torch.full_like(state.position, -1) for state in states)
+            whole.pending = torch.cat(
+                [n if s.pending is None else s.pending for s, n in zip(states, none, strict=True)]
+            )
         return whole
 
     def save(self, path: str | Path, lock: MemoryLock | None = None) -> Card:

@@ -148,12 +148,16 @@ class Documents:
         self._go_to(self.begin)
 
     def _split(self, value: Any) -> list[str]:
-        if not isinstance(value, str) or not value:
-            self.skipped += 1
+        texts = []
+        if isinstance(value, str) and value:
+            texts = [text for text in value.split(self.separator) if text] if self.separator else [value]
+            what = "separators alone"
+        else:
             what = "null" if value is None else "an empty text" if value == "" else type(value).__name__
+        if not texts:
+            self.skipped += 1
             self.first_skipped = self.first_skipped or f"row {self.row} of the data set has no text ({what})"
-            return []
-        return [text for text in value.split(self.separator) if text] if self.separator else [value]
+        return texts
 
     def _go_to(self, state: State) -> None:
         self.reader.load_state_dict(state)
@@ -192,7 +196,7 @@ def streamed(name: str, config: str | None, split: str, data_files: list[str] | 
 
 def tables(files: list[Path], given: str | None = None) -> Any:
     """The rows of local files of one format, streamed. Raises ValueError for files of several formats."""
-    kinds = {(format_of(file, given), ".tsv" in file.suffixes) for file in files}
+    kinds = {(format_of(file, given), ".tsv" in map(str.lower, file.suffixes)) for file in files}
     if len(kinds) > 1:
         found = " and ".join(sorted({kind for kind, _ in kinds}))
         raise ValueError(f"files that are streamed must be of one format, got {found}; give them as data.sources")
