@@ -229,6 +229,12 @@ def test_hidden_states_stand_where_their_tokens_stand(kind):
     assert chosen[1] is None
     assert torch.equal(chosen[0], states[0])
     assert torch.equal(chosen[2], states[2])
+    first = model(ids, attention_mask=mask, output_hidden_states=0).hidden_states
+    assert torch.equal(first[0], states[0])
+    assert first[1:] == (None, None)
+    for outside in (3, [0, -4]):
+        with pytest.raises(ValueError, match=r"output_hidden_states=(3|-4): there are 3"):
+            model(ids, output_hidden_states=outside)
     model.config.output_hidden_states = True
     assert len(model(ids).hidden_states) == 3
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import VOCABULARY, assert_bitwise, state_tensors, tiny_config
 from titans_lm import Reader, TitansForCausalLM, TitansState
 from titans_lm.cli import main
+from titans_lm.inference.generate import answer
 from titans_lm.layers.neural_memory import memories
 from titans_lm.models.tokenizer import byte_tokenizer
 from tolerance import assert_close, relative_error
@@ -344,7 +345,7 @@ def test_a_question_leaves_no_trace(model, books):
 
 def test_a_conversation_is_the_talk_read_as_a_whole(model, books):
     r, talk = reader(model).read(books[0]), reader(model).read(books[0])
-    for prompt, options in (("It was", {}), ("night", {"num_beams": 3}), ("rain", {"temperature": 1.0})):
+    for prompt, options in (("It was", {}), ("night", {"num_beams": 3}), ("rain", {"temperature": 1.0, "top_k": 0})):
         ids = torch.tensor([list(prompt.encode())])
         options = {"max_new_tokens": 6, "do_sample": "temperature" in options, "pad_token_id": 256, **options}
         torch.manual_seed(0)
@@ -457,3 +458,39 @@ def test_the_command_reads_and_goes_on(folder, model, books, whole, tmp_path, ca
     assert main([*arguments, "--abandon"]) == 0
     assert main([*arguments[:4], str(tmp_path / "no" / "memory"), *arguments[5:]]) == 2
     assert "its folder does not exist" in capsys.readouterr().err
+
+
+def test_a_memory_that_has_not_read_its_last_token_reads_on(tmp_path):
+    """As `generate` leaves it."""
+    model, state = TitansForCausalLM(tiny_config("mag", vocab_size=260)).eval(), None
+    ids = torch.tensor([list(b"It was a dark and stormy night. ")])
+    state = model.initial_state(1)
+    out = model.generate(
+        ids, past_key_values=state, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=256
+    )
+    assert state.pending is not None
+    state.save(tmp_path / "memory")
+    reader = Reader(model, byte_tokenizer(), memory=tmp_path / "memory").read("Rain fell.")
+    expected = model.initial_state(1)
+    with torch.no_grad():
+        model(torch.cat([out, torch.tensor([list(b"Rain fell.")])], 1), past_key_values=expected)
+    assert reader.state.pending is None
+    for name, tensor in state_tensors(expected).items():
+        assert_close(state_tensors(reader.state)[name], tensor, name)
+
+
+def test_an_answer_is_sampled_from_all_tokens():
+    torch.manual_seed(0)
+    model = TitansForCausalLM(tiny_config("lmm", vocab_size=260, initializer_range=0.02)).eval()
+    texts, _ = answer(
+        model,
+        byte_tokenizer(),
+        model.initial_state(1),
+        ["a"],
+        do_sample=True,
+        max_new_tokens=1,
+        num_return_sequences=400,
+    )
+    assert len(set(texts)) > 50
+    with pytest.raises(ValueError, match="generation_config cannot be passed"):
+        answer(model, byte_tokenizer(), model.initial_state(1), ["a"], generation_config=model.generation_config)

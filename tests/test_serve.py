@@ -32,6 +32,7 @@ from titans_lm.cli import main
 from titans_lm.cli.serve import KEY, listen
 from titans_lm.inference.serve.answer import Answer, Decoder, Sampling, Stops
 from titans_lm.inference.serve.app import Server, Service
+from titans_lm.inference.serve.engine import Engine
 from titans_lm.inference.serve.limits import Limits
 from titans_lm.inference.serve.worker import Worker
 from titans_lm.models.tokenizer import byte_tokenizer
@@ -449,6 +450,25 @@ def test_the_room_of_a_model_is_not_exceeded(http, service, monkeypatch):
     assert http.post("/v1/completions", json=body).status_code == 200
     error = refusal(http.post("/v1/completions", json={**body, "max_tokens": 7}), 400)
     assert error["message"].startswith(f"prompt: {room + 1} tokens")
+    answered = http.post("/v1/completions", json={"model": "titans", "prompt": "abcd"}).json()
+    assert answered["usage"]["completion_tokens"] <= 6
+    assert refusal(http.post("/v1/completions", json={"model": "titans", "prompt": "a" * 10}), 400)
+
+
+def test_an_engine_that_fails_to_remove_a_row_fails_its_jobs_alone(http, service, monkeypatch):
+    discard, failures = Engine.discard, [MemoryError("no memory for a copy")]
+
+    def failing(engine, answers):
+        if answers and failures:
+            raise failures.pop()
+        discard(engine, answers)
+
+    monkeypatch.setattr(Engine, "discard", failing)
+    body = {"model": "titans", "prompt": "a", "max_tokens": 2}
+    for _ in range(2):
+        assert http.post("/v1/completions", json=body).status_code == 200  # it had its answer
+    assert not failures
+    assert service.worker.is_alive
 
 
 # ------------------------------------------------------------------------------------------------ limits

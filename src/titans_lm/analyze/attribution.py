@@ -74,7 +74,7 @@ def prediction_sources(
             raise ValueError(f"a token whose prediction is attributed must be in the text, and not its first: {token}")
     _check(model, len(stream))
     answers = one_stream(ids, model.config.vocab_size)
-    begin = model.initial_state(1) if state is None else state.detach()
+    begin = model.initial_state(1) if state is None else model.with_pending_read(state).detach()
     with torch.enable_grad(), _writes(model, None) as offsets:
         logits = model(stream[None].to(model.device), past_key_values=begin.shallow_copy()).logits[0]
         chances = torch.log_softmax(logits.float(), -1)
@@ -94,7 +94,7 @@ def log_probability(
     """The log-probability of ids[`token`], where the tokens `without` are read but not written."""
     stream = one_stream(ids, model.config.vocab_size)
     _check(model, 0)
-    begin = model.initial_state(1) if state is None else state
+    begin = model.initial_state(1) if state is None else model.with_pending_read(state)
     with _writes(model, set(without)):
         logits = model(stream[None, :token].to(model.device), past_key_values=begin.shallow_copy()).logits[0, -1]
     return float(torch.log_softmax(logits.float(), -1)[stream[token]])
@@ -166,7 +166,7 @@ def retrieval_sources(model: TitansForCausalLM, ids: Any, token: int, state: Tit
     stream = one_stream(ids, model.config.vocab_size)
     if not 0 <= token < len(stream):
         raise ValueError(f"the text has tokens 0 to {len(stream) - 1}, not {token}")
-    begin = model.initial_state(1) if state is None else state
+    begin = model.initial_state(1) if state is None else model.with_pending_read(state)
     with recording(model) as recorder:
         model(stream[None, : token + 1].to(model.device), past_key_values=begin.shallow_copy())
     shares, starts = [], []

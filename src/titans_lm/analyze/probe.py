@@ -65,7 +65,7 @@ def probe(
     first, end = passage
     if not 0 <= first < end <= len(tokens):
         raise ValueError(f"the passage must be within the {len(tokens):,} tokens of the text, got {first:,} to {end:,}")
-    begin = (model.initial_state(1) if state is None else state).shallow_copy()
+    begin = (model.initial_state(1) if state is None else model.with_pending_read(state)).shallow_copy()
     step = max(1, len(tokens) // CANDIDATES)
     values: list[list[Tensor]] = []
     held: list[tuple[NeuralMemory, Features]] = []

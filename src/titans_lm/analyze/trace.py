@@ -63,7 +63,7 @@ def trace(
         raise ValueError(f"one stream is traced at a time, this state has {state.batch_size} rows")
     top = min(top, model.config.vocab_size)
     with torch.no_grad():
-        begin = model.initial_state(1) if state is None else state
+        begin = model.initial_state(1) if state is None else model.with_pending_read(state)
         found = _Collected(model, len(tokens), top, piece, snapshots)
         after = begin.shallow_copy()
         after.frozen = mode == "frozen"
@@ -101,7 +101,7 @@ def read_bits(
     Returns the bits of each token `[T]`, and the `prediction`s with their `probability`, each `[T, top]`. `state` stays
     as it is.
     """
-    state = model.initial_state(1) if state is None else state.shallow_copy()
+    state = model.initial_state(1) if state is None else model.with_pending_read(state).shallow_copy()
     predictions, first = _Predictions(len(tokens), top), 0
     for end, still in _stretches(len(tokens), frozen):
         state.frozen = still

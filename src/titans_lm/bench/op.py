@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 
 from titans_lm.bench import peers
-from titans_lm.bench.measure import MATMUL_OPERATIONS, Action, Contender, Setting, matmul
+from titans_lm.bench.measure import Action, Contender, Setting, matmul, matmul_operations
 from titans_lm.bench.operation import HEADS, Inputs, Shape, both_ways, form, inputs, reader
 from titans_lm.bench.race import Entrant, Heat
 from titans_lm.ops import ScanInputs, Tokens, choice, initial_state, memory_scan, resolve_backend
@@ -179,7 +179,7 @@ def _ratio(theirs: dict[str, Any], ours: dict[str, Any], action: str, what: str)
 def _rates(row: dict[str, Any]) -> None:
     """Rates relative to the matmul of the same repetition, which cancels other load."""
     repetitions = row["repetitions"]
-    large, large_work = repetitions.get("matmul", []), row.get("matmul_operations", MATMUL_OPERATIONS)
+    large, large_work = repetitions.get("matmul", []), matmul_operations(row)
     for action, passes in (("forward", 1), ("training", 3)):
         work = passes * row["operations"]
         pairs = list(zip(repetitions.get(action, []), large, strict=False))

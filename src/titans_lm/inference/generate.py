@@ -50,7 +50,9 @@ def generate_from(
 
     `options` are those of transformers' `generate`. Does not change `state`.
     """
-    return model.generate(prompt, past_key_values=state.continuation(), pad_token_id=tokenizer.pad_token_id, **options)
+    return model.generate(
+        prompt, past_key_values=state.continuation(), **{"pad_token_id": tokenizer.pad_token_id, **options}
+    )
 
 
 def answer(
@@ -71,11 +73,17 @@ def answer(
         options["tokenizer"] = tokenizer
     out = model.generate(
         batch.to(model.device), attention_mask=mask.to(model.device), past_key_values=state,
-        **{"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options},
+        **_defaults(model, tokenizer, options),
     )  # fmt: skip
     with torch.no_grad():
         model.read_pending(state)
     return tokenizer.batch_decode(out[:, batch.shape[1] :], skip_special_tokens=True), state
+
+
+def _defaults(model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, greedy if they do not say, and sampling from all tokens, where `generate` takes the 50 likeliest."""
+    all_tokens = {"top_k": 0} if options.get("do_sample") and model.generation_config.top_k is None else {}
+    return {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **all_tokens, **options}
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -88,5 +96,7 @@ def _check_options(options: dict[str, Any]) -> None:
                 f"{name}={options[name]!r}: answers are texts; "
                 f"for more call model.generate(..., past_key_values=state.continuation())"
             )
+    if options.get("generation_config") is not None:
+        raise ValueError("generation_config cannot be passed: give its values as options, such as temperature=0.7")
     if options.get("use_cache") is False:
         raise ValueError("use_cache=False: answers are given from the memory, which is the cache; leave it out")

@@ -107,7 +107,8 @@ class Reader:
         if self.memory is not None and self._found is None:
             check_target(self.memory)
         with torch.no_grad():
-            self.state = TitansState.load(self.memory, model) if self.memory and self._found else model.initial_state(1)
+            found = TitansState.load(self.memory, model) if self.memory and self._found else model.initial_state(1)
+        self.state = model.with_pending_read(found)  # of a `generate` before
 
     def read(self, *texts: Text) -> "Reader":
         """Read texts to their end. Raises as `reading` does."""

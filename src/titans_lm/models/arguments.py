@@ -157,10 +157,17 @@ def check_finite(x: Tensor, mask: Tensor | None) -> None:
 def select_hidden_states(
     option: bool | int | list[int] | None, states: list[Tensor]
 ) -> tuple[Tensor | None, ...] | None:
-    """What `output_hidden_states=option` returns: all of the states; those at some indices, else None; or None."""
+    """What `output_hidden_states=option` returns: all of the states; those at some indices, else None; or None.
+
+    Raises ValueError for an index of none of them."""
     if option is None or option is False:
         return None
     if option is True:
         return tuple(states)
-    chosen = {index % len(states) for index in ([option] if isinstance(option, int) else option)}
+    indices, count = [option] if isinstance(option, int) else option, len(states)
+    if outside := [index for index in indices if not -count <= index < count]:
+        raise ValueError(
+            f"output_hidden_states={outside[0]}: there are {count}, the embeddings and each layer's output"
+        )
+    chosen = {index % count for index in indices}
     return tuple(state if i in chosen else None for i, state in enumerate(states))

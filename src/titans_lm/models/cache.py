@@ -143,15 +143,15 @@ class TitansState(Cache):
         """The same state, cut off from the autograd graph: truncated BPTT continues from it."""
         return self._value()._map_tensors(lambda t: t.detach())
 
-    def to(self, device: str | torch.device | int | None, **options: Any) -> "TitansState":
-        """The state on `device`; None: where it is. `options` are those of `Tensor.to`.
+    def to(self, device: str | torch.device | int | None, non_blocking: bool = False) -> "TitansState":
+        """The state on `device`; None: where it is.
 
         A state that is there already is returned itself: accelerate's hooks pass on what they move, and a call has to
         update the state that it was given."""
         goal = self.position.device if device is None else torch.empty(0, device=device).device
         if device is None or all(t.device == goal for t in self.tensors().values()):
             return self
-        return self._value()._map_tensors(lambda t: t.to(goal, **options))
+        return self._value()._map_tensors(lambda t: t.to(goal, non_blocking=non_blocking))
 
     def select(self, rows: list[int] | Tensor) -> "TitansState":
         """The state of these rows, in this order. A row may be selected several times."""

@@ -67,6 +67,15 @@ class TitansGeneration(GenerationMixin):
         ids, mask = state.take_pending()
         self(ids, attention_mask=mask, past_key_values=state, use_cache=True, logits_to_keep=1)
 
+    def with_pending_read(self, state: TitansState) -> TitansState:
+        """`state`, or a fork of it that has read its pending tokens: to go on with tokens that do not repeat them."""
+        if state.pending is None:
+            return state
+        fork = state.clone()
+        with torch.no_grad():
+            self.read_pending(fork)
+        return fork
+
     def generate(self, *args: Any, **options: Any) -> Any:
         """As transformers' `generate`. A state is given as `past_key_values` or `cache`, which are the same."""
         state = given_state(*(options.pop(name, None) for name in NAMES))

@@ -211,7 +211,7 @@ class TitansModel(TitansPreTrainedModel):
         if state.pending is not None:
             state = self._with_pending(state, x, mask)
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        options = OutputOptions(output_surprise, bool(hidden))
+        options = OutputOptions(output_surprise, hidden is not None and hidden is not False)
         out = read_documents(starts, mask, x, state, self.initial_state, partial(self._run_blocks, options=options))
         if past_key_values is not None:
             past_key_values.assign(out.state)

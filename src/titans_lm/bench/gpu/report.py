@@ -7,7 +7,7 @@ from rich.table import Table
 
 from titans_lm.bench import lm
 from titans_lm.bench.gpu.cells import FLA, SDPA
-from titans_lm.bench.measure import MATMUL_OPERATIONS
+from titans_lm.bench.measure import matmul_operations
 
 Row = dict[str, Any]
 Verdict = dict[str, str]
@@ -77,15 +77,10 @@ def _compile(rows: list[Row]) -> list[Verdict]:
     return [_verdict("kernels compile and run at every size?", None if not rows else not failed, said)]
 
 
-def _matmul_operations(row: Row) -> int:
-    operations: int = row.get("matmul_operations", MATMUL_OPERATIONS)
-    return operations
-
-
 def _op(rows: list[Row]) -> list[Verdict]:
     seconds = {row["name"]: {a: m["seconds"] for a, m in row["actions"].items()} for row in rows if row["actions"]}
     parts = [
-        (action, row["name"], passes * row["operations"] / _matmul_operations(row) * m["matmul"] / m[action])
+        (action, row["name"], passes * row["operations"] / matmul_operations(row) * m["matmul"] / m[action])
         for row in rows if row["name"].startswith("triton") and (m := seconds.get(row["name"])) and "operations" in row
         for action, passes in (("forward", 1), ("training", 3))
     ]  # fmt: skip

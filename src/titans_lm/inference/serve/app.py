@@ -63,16 +63,15 @@ class Service:
         self.model, self.tokenizer, self.api_key = model, tokenizer, api_key
         self.limits = limits or Limits()
         with torch.no_grad():
-            self.memory = model.initial_state(1) if memory is None else memory
-            if self.memory.pending is not None:  # `generate` has not read its last token
-                self.memory = self.memory.continuation()
-                model.read_pending(self.memory)
+            self.memory = model.initial_state(1) if memory is None else model.with_pending_read(memory)
         self.worker = Worker(model, self.limits)
         end = model.generation_config.eos_token_id
         self.ends = frozenset([] if end is None else end if isinstance(end, list) else [end])
 
-    def answer(self, prompt: str | list[int], field: str, sampling: Sampling) -> Answer:
-        """Prepare the answer to a prompt with a fork of the memory. Errors name `field`. Raises Refused."""
+    def answer(self, prompt: str | list[int], field: str, sampling: Sampling, any_length: bool = False) -> Answer:
+        """Prepare the answer to a prompt with a fork of the memory. Errors name `field`. Raises Refused.
+
+        `any_length`: the answer may be shorter than `sampling` says, where the model takes no more positions."""
         vocabulary, limit = self.model.config.vocab_size, self.model.config.max_position_embeddings
         if not isinstance(prompt, str) and not 0 <= min(prompt) <= max(prompt) < vocabulary:
             raise Refused(
@@ -81,7 +80,10 @@ class Service:
         ids = torch.as_tensor(encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt)
         if not len(ids):
             raise Refused(400, f"{field}: is empty; give at least one character to continue from", field)
-        total = int(self.memory.position[0]) + len(ids) + sampling.max_tokens
+        read = int(self.memory.position[0]) + len(ids)
+        if limit is not None and any_length:
+            sampling = sampling._replace(max_tokens=max(1, min(sampling.max_tokens, limit - read)))
+        total = read + sampling.max_tokens
         if limit is not None and total > limit:
             raise Refused(
                 400, f"{field}: {total} tokens with memory and answer, this model takes at most {limit}", field
@@ -314,7 +316,7 @@ async def complete(question: CompletionQuestion, request: Request, service: Serv
 
     def prepare() -> Answer:
         service.check_size(question.prompt, "prompt")
-        return service.answer(question.prompt, "prompt", sampling)
+        return service.answer(question.prompt, "prompt", sampling, any_length=question.tokens()[1] is None)
 
     return await _answer(service, request, question, prepare, CompletionReply())
 
@@ -326,7 +328,7 @@ async def chat(question: ChatQuestion, request: Request, service: Served) -> Res
     def prepare() -> Answer:
         service.check_size("".join(message.content for message in question.messages), "messages")
         text = service.render([message.model_dump() for message in question.messages])
-        return service.answer(text, "messages", sampling)
+        return service.answer(text, "messages", sampling, any_length=question.tokens()[1] is None)
 
     return await _answer(service, request, question, prepare, ChatReply())
 

@@ -125,18 +125,18 @@ class Worker:
     def turn(self) -> None:
         """One step of the engine, between which jobs are added and those that are over removed.
 
-        An error of the step itself, such as no memory for one more row, ends the jobs and leaves the worker alive."""
+        An error of the engine, such as no memory for one more row, ends the jobs and leaves the worker alive."""
         with self._changed:
             jobs, new, self._new = list(self.jobs), self._new, []
         for job in new:
             try:
                 self.engine.add(job.answer)
-            except ValueError as error:  # its memory cannot be read beside those of the others
+            except Exception as error:  # such as a memory that cannot be read beside those of the others
                 self._fail(job, error)
-        self.engine.discard([job.answer for job in jobs if job.over() is not None])
+        self._discard([job.answer for job in jobs if job.over() is not None], jobs)
         self._step({id(job.answer): job for job in jobs})
         ended = [(job, end) for job in jobs if (end := job.over()) is not None]
-        self.engine.discard([job.answer for job, _ in ended])
+        self._discard([job.answer for job, _ in ended], jobs)
         with self._changed:
             self.jobs = [job for job in self.jobs if not any(job is other for other, _ in ended)]
         for job, end in ended:
@@ -147,16 +147,25 @@ class Worker:
         try:
             events = self.engine.step()
         except Exception as error:
-            for job in jobs.values():
-                if job.over() is None:
-                    self._fail(job, error)
-            self.engine = self._new_engine(self.engine.model)
+            self._fail_all(list(jobs.values()), error)
             return
         for answer, result in events:
             if isinstance(result, Exception):
                 self._fail(jobs[id(answer)], result)
             elif result:
                 jobs[id(answer)].add(result)
+
+    def _discard(self, answers: list[Answer], jobs: list[Job]) -> None:
+        try:
+            self.engine.discard(answers)  # copies the rows of the others
+        except Exception as error:
+            self._fail_all(jobs, error)
+
+    def _fail_all(self, jobs: list[Job], error: Exception) -> None:
+        for job in jobs:
+            if job.over() is None:
+                self._fail(job, error)
+        self.engine = self._new_engine(self.engine.model)
 
     def _fail(self, job: Job, error: Exception) -> None:
         LOG.error("a request failed", exc_info=error)
