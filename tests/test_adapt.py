@@ -197,6 +197,6 @@ def test_the_command_makes_its_default_folder(file, folder, tmp_path, monkeypatc
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_file_without_text_is_named(folder, tmp_path, capsys):
-    (tmp_path / "nothing.log").write_bytes(b"x")
+    (tmp_path / "nothing.log").write_bytes(b"xyz")
     assert command(tmp_path / "nothing.log", folder, tmp_path / "out.jsonl") == 2
-    assert "nothing.log has 1 tokens; give a file with at least 2" in capsys.readouterr().err
+    assert "nothing.log has 3 tokens; give a file with at least 4" in capsys.readouterr().err

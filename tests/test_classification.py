@@ -124,6 +124,29 @@ def test_each_token_gets_a_label_and_padding_none():
         model(ids, labels=labels[:, 1:])
 
 
+def test_a_stream_of_labels_is_carried_on_by_the_cache_it_returns():
+    torch.manual_seed(0)
+    model = TitansForTokenClassification(tiny_config("mag", num_labels=4)).eval()
+    ids = torch.randint(1, 20, (2, 12))
+    first = model(ids[:, :7], use_cache=True)
+    assert first.past_key_values is first.cache
+    second = model(ids[:, 7:], cache=first.cache)
+    assert torch.allclose(torch.cat([first.logits, second.logits], 1), model(ids).logits, atol=1e-5)
+    assert model(ids, use_cache=False).cache is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_training_drops_the_share_of_the_configuration(share: float):
+    torch.manual_seed(0)
+    model = TitansForTokenClassification(tiny_config("lmm", num_labels=4, classifier_dropout=share)).train()
+    seen = []
+    model.score.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0] == 0).float().mean().item()))
+    model(torch.randint(1, 20, (4, 200)))
+    assert abs(seen[0] - share) < 0.05
+    with pytest.raises(ValueError, match=r"classifier_dropout must be in \[0, 1\)"):
+        tiny_config("lmm", classifier_dropout=1.0)
+
+
 def test_packed_documents_get_their_own_labels():
     torch.manual_seed(0)
     model = TitansForTokenClassification(tiny_config("mag", num_labels=4)).eval()

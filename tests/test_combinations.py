@@ -33,18 +33,19 @@ KEYS: dict[str, dict[str, dict[str, Any]]] = {
     "keep": {"training": {"keep": 4}},
     "compile": {"training": {"compile": True, "compile_backend": "eager"}},
     "fsdp": {"training": {"fsdp": True}},
+    "muon": {"training": {"optimizer": "muon"}},
     "minutes": {"training": {"max_minutes": 60.0}},
 }
 SOURCES = ("streams", "files", "stream", "sources")
 """A run has one of these."""
 RUNS = {
-    "streams": ("streams", "curriculum", "tbptt", "stages", "price", "keep"),
-    "compiled": ("streams", "tbptt", "price", "keep", "compile"),
-    "files": ("files", "documents", "curriculum", "tbptt", "stages", "price", "keep"),
+    "streams": ("streams", "curriculum", "tbptt", "stages", "price", "keep", "muon"),
+    "compiled": ("streams", "tbptt", "price", "keep", "compile", "muon"),
+    "files": ("files", "documents", "curriculum", "tbptt", "stages", "price", "keep", "muon"),
     "stream": ("stream", "workers", "documents", "curriculum", "tbptt", "stages", "price", "keep"),
-    "sources": ("sources", "workers", "documents", "curriculum", "stages", "price", "keep"),
+    "sources": ("sources", "workers", "documents", "curriculum", "stages", "price", "keep", "muon"),
     "files for a time": ("files", "documents", "tbptt", "stages", "price", "keep", "minutes"),
-    "stream for a time": ("stream", "workers", "keep", "minutes"),
+    "stream for a time": ("stream", "workers", "keep", "minutes", "muon"),
     "streams for a time": ("streams", "minutes"),
     "sources for a time": ("sources", "minutes"),
 }
@@ -56,6 +57,7 @@ REFUSED = {
     ("sources", "tbptt"): "training.tbptt_steps above 1 needs data.files",
     ("curriculum", "minutes"): "data.curriculum has shares of max_steps, which training.max_minutes may end early",
     ("documents", "fsdp"): "training.fsdp gathers weights as often in each process: data.documents=reset needs DDP",
+    ("fsdp", "muon"): "training.fsdp shards matrices, and training.optimizer=muon needs them whole: use adamw",
 }
 BY_HAND = {
     ("compile", other)

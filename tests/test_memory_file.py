@@ -6,6 +6,7 @@ import resource
 import signal
 import stat
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,6 +181,45 @@ def test_a_lock_says_who_holds_it_and_ends_with_its_process(file):
     with MemoryLock(file):
         assert len(list(file.parent.glob(".*.lock"))) == 1
     assert not list(file.parent.glob(".*.lock"))
+
+
+def test_a_lock_whose_holder_leaves_while_another_looks_at_it_is_waited_for(file, monkeypatch):
+    """The holder removes its file after the other has locked it, and before it has compared the two."""
+    lock = MemoryLock(file)
+    stat, left = Path.stat, []
+
+    def removed(path: Path, **options: object) -> os.stat_result:
+        if path == lock.path and not left:
+            left.append(path)
+            path.unlink()
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", removed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with lock:
+            assert lock.path.exists()
+            with pytest.raises(ValueError, match="is in use by"):
+                MemoryLock(file).__enter__()
+    assert left
+
+
+@pytest.mark.parametrize(
+    ("pending", "columns", "message"),
+    [
+        (torch.tensor([260]), 0, r"does not fit this model: its pending tokens are \[260\]"),
+        (torch.tensor([-2]), 0, r"its pending tokens are \[-2\]"),
+        (torch.tensor([3], dtype=torch.int32), 0, r"'pending' is \[1\], torch.int32"),
+        (torch.tensor([[3]]), 0, r"'pending' is \[1, 1\], torch.int64"),
+        (None, -1, r"description cannot be read \(ValueError\('columns=-1'\)\)"),
+    ],
+)
+def test_a_handmade_file_with_impossible_numbers_is_refused(model, file, pending, columns, message):
+    tensors, card = cache_file.load_file(file)
+    more = {} if pending is None else {"pending": pending}
+    cache_file.save_file(file, {**tensors, **more}, replace(card, columns=columns))
+    with pytest.raises(ValueError, match=message):
+        TitansState.load(file, model)
 
 
 # ------------------------------------------------------------------------------------------------ titans memory

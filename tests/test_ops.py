@@ -865,6 +865,9 @@ def test_what_is_elsewhere_or_of_another_kind_is_named():
     x = make_inputs(case)
     for wrong, message in (
         (x | {"momentum1": x["momentum1"].float()}, "momentum must be as its weights, .* in torch.float64, got .*"),
+        (x | {"position": x["position"][:1]}, r"position must be \[B\] = \[2\] integers, .* got \[1\] in torch.int64"),
+        (x | {"mask": torch.ones(B, 5)}, "mask must be torch.bool, True where a token is read, got torch.float32"),
+        (x | {"position": x["position"].float()}, r"position must be .* got \[2\] in torch.float32"),
         (x | {"eta": x["eta"].to("meta")}, "one device: q is on cpu, another is on meta"),
         (x | {"weights1": x["weights1"].to("meta")}, "one device: q is on cpu, another is on meta"),
     ):

@@ -209,6 +209,26 @@ def test_inputs_that_do_not_fit_are_refused(use: str, past: torch.Tensor, argume
         forecaster(use=use)(past, **arguments)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_stream_s_look_backs_are_checked_as_forward_s_and_its_state_has_either_name():
+    model = forecaster(use="stream")
+    for windows, message in (
+        (torch.zeros(1, 2, 23, 2), r"windows must be \[B, N, L, C\] with L = context_length = 24, got"),
+        (torch.zeros(1, 24, 2), "windows must be"),
+        (torch.zeros(1, 0, 24, 2), "windows must be"),
+        (torch.zeros(1, 2, 24, 3), "with C = 2 channels, got"),
+        (torch.full((1, 2, 24, 2), torch.inf), "not finite in row 0, step 0, channel 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.stream(windows)
+    state, x = model.initial_state(1), torch.randn(1, 2, 24, 2)
+    first, after = model.stream(x, cache=state)
+    assert after is state
+    assert torch.equal(first, model.stream(x, past_key_values=model.initial_state(1))[0])
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model.stream(x, model.initial_state(1), cache=state)
+
+
 def test_a_window_model_has_no_stream():
     with pytest.raises(ValueError, match="carries no memory"):
         forecaster().stream(torch.zeros(1, 1, 24, 2))

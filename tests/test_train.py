@@ -308,6 +308,7 @@ def test_only_linear_maps_decay(texts, tmp_path):
         ("data.tokenizer=no/such", "tokenizer 'no/such' cannot be loaded"),
         ("training.resume=true", "no checkpoint to resume from"),
         ("training.output_dir=", "training.output_dir"),
+        ("training.optimizer=sgd", "training.optimizer='sgd' is not one of adamw, muon"),
         ("training", "must be section.key=value"),
     ],
 )

@@ -105,6 +105,7 @@ def test_another_learning_rate_takes_effect_on_resume(trained, run):
     ("change", "words"),
     [
         ("training.seed=1", "training.seed=1 (was 0)"),
+        ("training.optimizer=muon", "training.optimizer='muon' (was 'adamw')"),
         ("training.batch_size=4", "training.batch_size=4 (was 2)"),
         ("training.accumulation=2", "training.accumulation=2 (was 1)"),
         ("training.tbptt_steps=2", "training.tbptt_steps=[2] (was [1])"),

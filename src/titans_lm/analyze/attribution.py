@@ -28,6 +28,7 @@ from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.ops import MemoryState, memory_scan, retrieve
 from titans_lm.ops.mlp import act_backward, activate, inner_loss
 from titans_lm.ops.types import Tokens
+from titans_lm.utils.nats import target_nats
 
 EXACT, FIRST_ORDER = "closed form, exact", "gradient times input"
 MOST_TOKENS = 16_384
@@ -77,11 +78,10 @@ def prediction_sources(
     begin = model.initial_state(1) if state is None else model.with_pending_read(state).detach()
     with torch.enable_grad(), _writes(model, None) as offsets:
         logits = model(stream[None].to(model.device), past_key_values=begin.shallow_copy()).logits[0]
-        chances = torch.log_softmax(logits.float(), -1)
         found = []
         flat = [part for layer in offsets for part, _ in layer]
         for number, token in enumerate(tokens):
-            goal = chances[token - 1, answers[token]]
+            goal = -target_nats(logits[token - 1], answers[token])
             grads = torch.autograd.grad(goal, flat, retain_graph=number + 1 < len(tokens), allow_unused=True)
             found.append(Attribution(token, _strengths(offsets, grads)[:token], None, FIRST_ORDER))
     return found
@@ -97,7 +97,7 @@ def log_probability(
     begin = model.initial_state(1) if state is None else model.with_pending_read(state)
     with _writes(model, set(without)):
         logits = model(stream[None, :token].to(model.device), past_key_values=begin.shallow_copy()).logits[0, -1]
-    return float(torch.log_softmax(logits.float(), -1)[stream[token]])
+    return -float(target_nats(logits, stream[token]))
 
 
 def _check(model: TitansForCausalLM, tokens: int) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import encode
 from titans_lm.tasks.haystack import NOISE
 from titans_lm.utils.corpora import stdlib_files
+from titans_lm.utils.nats import target_nats
 from titans_lm.utils.record import check_least
 from titans_lm.utils.terminal import red
 from titans_lm.utils.text_file import read_text
@@ -90,7 +90,7 @@ def bits(model: TitansForCausalLM, ids: Tensor) -> float:
     state, total, count = model.initial_state(1), 0.0, 0
     for piece in ids.split(PREFILL_TOKENS):
         logits = model(piece[None], past_key_values=state).logits[0, :-1]
-        total += float(F.cross_entropy(logits.float(), piece[1:], reduction="sum"))
+        total += float(target_nats(logits, piece[1:]).sum())
         count += len(piece) - 1
     return total / max(count, 1) / math.log(2)
 

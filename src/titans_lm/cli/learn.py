@@ -25,6 +25,7 @@ from titans_lm.training.config import Settings, parse_settings
 from titans_lm.training.train import earlier, train
 from titans_lm.utils.corpora import STDLIB, stdlib_files
 from titans_lm.utils.figures import figure_file
+from titans_lm.utils.nats import target_nats
 from titans_lm.utils.record import check_folder, provenance, write_json
 from titans_lm.utils.terminal import PlainConsole
 from titans_lm.utils.text_file import read_text
@@ -142,7 +143,7 @@ def _read(model: TitansForCausalLM, batches: Any, state: TitansState | None, nam
     bits, surprise = [], []
     for batch in track(batches, f"{name:25}"):
         ((_, out),) = prefill(model, batch, state if state is not None else model.initial_state(len(batch)))
-        loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].transpose(1, 2), batch[:, 1:], reduction="none")
+        loss = target_nats(out.logits[:, :-1], batch[:, 1:])
         bits.append(loss.mean(1) / math.log(2))
         if out.surprise:
             surprise.append(torch.stack([s.loss.mean((1, 2)) for s in out.surprise]).mean(0))

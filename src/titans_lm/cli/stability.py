@@ -22,6 +22,7 @@ from torch import Tensor
 from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.configuration import TitansConfig
 from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.utils.nats import target_nats
 from titans_lm.utils.record import check_least, provenance, write_json
 from titans_lm.utils.terminal import PlainConsole
 
@@ -66,8 +67,8 @@ def train_on_phrases(
     for step in range(1, steps + 1):  # noqa: B007 - reported at the end
         ids, mask = phrases(BATCH, TOKENS, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            logits = model(ids, use_cache=False).logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+            logits = model(ids, use_cache=False).logits[:, :-1]
+        losses = target_nats(logits, ids[:, 1:])
         optimizer.zero_grad()
         losses.mean().backward()
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))

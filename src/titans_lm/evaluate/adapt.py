@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from titans_lm.evaluate import perplexity
@@ -41,6 +40,7 @@ from titans_lm.models.modeling import TitansForCausalLM
 from titans_lm.models.tokenizer import is_bytes
 from titans_lm.utils.corpora import text_files
 from titans_lm.utils.figures import figure_file
+from titans_lm.utils.nats import target_nats
 from titans_lm.utils.record import Lines, check_least, check_output, command_line
 from titans_lm.utils.terminal import PlainConsole
 
@@ -66,7 +66,8 @@ class Stream(NamedTuple):
 def read_stream(path: Path, tokenizer: PreTrainedTokenizerBase, most: int | None) -> Stream:
     """Read at most `most` tokens of a file. A byte tokenizer reads any file; others read UTF-8 text.
 
-    Raises ValueError for a file of fewer than two tokens, OSError for one that cannot be read.
+    Raises ValueError for a file of fewer than four tokens, each half of which would have none that is predicted;
+    OSError for one that cannot be read.
     """
     return read_streams([path], tokenizer, most)
 
@@ -80,8 +81,8 @@ def read_streams(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, most
     else:
         ids, sizes = perplexity.stream(paths, tokenizer, most)
         data = b"".join(path.read_bytes() for path in paths)[: int(sizes.sum())]
-    if ids.shape[1] < 2:
-        raise ValueError(f"{paths[0]} has {ids.shape[1]} tokens; give a file with at least 2")
+    if ids.shape[1] < 4:
+        raise ValueError(f"{paths[0]} has {ids.shape[1]} tokens; give a file with at least 4")
     return Stream(paths[0].name, ids, sizes, data)
 
 
@@ -158,8 +159,8 @@ def nats_at_once(model: PreTrainedModel, ids: Tensor) -> Iterator[tuple[int, Ten
     a call after the first."""
     model.eval()
     with torch.no_grad():
-        logits = model(ids.to(model.device), use_cache=False).logits[0, :-1].float()
-    yield 1, F.cross_entropy(logits, ids[0, 1:].to(logits.device), reduction="none").double().cpu()
+        logits = model(ids.to(model.device), use_cache=False).logits[0, :-1]
+    yield 1, target_nats(logits, ids[0, 1:]).double().cpu()
 
 
 def nats_of(length: int, parts: Iterable[tuple[int, Tensor]]) -> NDArray[np.float64]:

@@ -8,11 +8,11 @@ import copy
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from titans_lm.layers.bypass import bypass_memory
 from titans_lm.models.modeling import TitansForCausalLM
+from titans_lm.utils.nats import target_nats
 
 
 def dynamic_nats(
@@ -33,10 +33,10 @@ def dynamic_nats(
     with bypass_memory(learner):
         for first in range(0, ids.shape[1] - 1, segment):
             inputs = ids[:, first : first + segment].to(learner.device)
-            targets = ids[0, first + 1 : first + segment + 1].to(learner.device)
+            targets = ids[0, first + 1 : first + segment + 1]
             with torch.enable_grad():
-                logits = learner(inputs, past_key_values=state).logits[0, : len(targets)].float()
-                nats = F.cross_entropy(logits, targets, reduction="none")
+                logits = learner(inputs, past_key_values=state).logits[0, : len(targets)]
+                nats = target_nats(logits, targets)
             yield first + 1, nats.detach().double().cpu()
             nats.mean().backward()
             torch.nn.utils.clip_grad_norm_(learner.parameters(), max_grad_norm)

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from rich.progress import Progress
 from rich.table import Table
@@ -43,6 +42,7 @@ from titans_lm.tasks import at_least
 from titans_lm.utils.corpora import text_files
 from titans_lm.utils.deprecation import renamed
 from titans_lm.utils.figures import figure_file
+from titans_lm.utils.nats import target_nats
 from titans_lm.utils.record import check_least, check_output, command_line, provenance, write_json
 from titans_lm.utils.terminal import PlainConsole
 from titans_lm.utils.text_file import text_pieces
@@ -118,7 +118,7 @@ def token_nats(
             part = inputs[:, first : first + width].to(model.device)
             with bypass_memory(model) if mode == "off" else contextlib.nullcontext(), torch.no_grad():
                 logits = model(part, past_key_values=state).logits
-            nats = _nats(logits, targets[:, first : first + width])
+            nats = target_nats(logits, targets[:, first : first + width]).double().cpu()
             for row in range(rows):
                 yield start + row * length + first + 1, nats[row]
 
@@ -132,13 +132,6 @@ def _stretches(tokens: int, reset_every: int | None) -> Iterator[tuple[int, int,
             yield start, rows, length
         if rest:
             yield start + rows * length, 1, rest
-
-
-def _nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """`[R, n, V]`, `[R, n]` -> `[R, n]`"""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    targets = targets.to(logits.device)
-    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").double().cpu()
 
 
 def bucket_edges(length: int, bucket: int) -> list[int]:

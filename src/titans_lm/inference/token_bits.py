@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from titans_lm.models.tokenizer import is_bytes
+from titans_lm.utils.nats import target_nats
 
 
 class TokenBits:
@@ -25,11 +25,8 @@ class TokenBits:
         self._next = logits[-1:].detach()
         bits = np.full(len(ids), np.nan)
         if len(before):
-            targets = torch.from_numpy(ids[-len(before) :]).to(before.device)
-            nats = F.cross_entropy(
-                before.to(torch.promote_types(before.dtype, torch.float32)), targets, reduction="none"
-            )
-            bits[-len(before) :] = nats.double().cpu().numpy() / math.log(2)
+            targets = torch.from_numpy(ids[-len(before) :])
+            bits[-len(before) :] = target_nats(before, targets).double().cpu().numpy() / math.log(2)
         return bits
 
 

@@ -285,8 +285,7 @@ class TitansState(Cache):
             if getattr(card, part) != value:
                 raise ValueError(f"{path} belongs to another model: its {part} differs from this model's")
         expected, pending = state.tensors(), tensors.pop("pending", None)
-        if pending is not None and (pending.shape != tensors["position"].shape or pending.is_floating_point()):
-            raise ValueError(f"{path} does not fit this model: 'pending' is {list(pending.shape)}, {pending.dtype}")
+        cache_file.check_pending(path, pending, len(tensors["position"]), model.config.vocab_size)
         cache_file.check_shapes(
             path, {name: tuple(t.shape) for name, t in tensors.items()}, expected, model.config.window_size
         )

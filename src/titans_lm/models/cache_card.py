@@ -99,7 +99,10 @@ def load_card(path: str | Path) -> tuple[dict[str, StoredTensor], Card]:
     try:
         sources = [Source(**{f.name: s[f.name] for f in fields(Source)}) for s in json.loads(metadata["sources"])]
         text = {key: metadata[key].strip() for key in ("model", "configuration", "weights", "parent")}
-        return tensors, Card(**text, columns=int(metadata["columns"]), sources=sources, digest=digest)
+        columns = int(metadata["columns"])
+        if columns < 0:
+            raise ValueError(f"columns={columns}")
+        return tensors, Card(**text, columns=columns, sources=sources, digest=digest)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: its description cannot be read ({error!r})") from None
 

@@ -204,6 +204,16 @@ def possible_dtypes(name: str, dtype: torch.dtype) -> set[torch.dtype]:
     return {dtype, torch.bfloat16, torch.float16} if half else {dtype}
 
 
+def check_pending(path: str | Path, pending: Tensor | None, rows: int, vocab_size: int) -> None:
+    """Raises ValueError unless the pending tokens are one for each row, a token of the model or -1."""
+    if pending is None:
+        return
+    if list(pending.shape) != [rows] or pending.dtype != torch.int64:
+        raise ValueError(f"{path} does not fit this model: 'pending' is {list(pending.shape)}, {pending.dtype}")
+    if int(pending.min()) < -1 or int(pending.max()) >= vocab_size:
+        raise ValueError(f"{path} does not fit this model: its pending tokens are {pending.tolist()}")
+
+
 def check_shapes(
     path: str | Path, found: dict[str, tuple[int, ...]], expected: dict[str, Tensor], window: int | None
 ) -> None:

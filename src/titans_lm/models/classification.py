@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
-from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from titans_lm.models.cache import TitansState
 from titans_lm.models.cache_argument import OF_TRANSFORMERS
 from titans_lm.models.configuration import TitansConfig
 from titans_lm.models.modeling import TitansModel, TitansPreTrainedModel
+from titans_lm.models.outputs import TitansTokenClassifierOutput
 from titans_lm.models.packing import PACKED
 
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
@@ -104,12 +105,12 @@ class TitansForSequenceClassification(_Classifier):
 
 
 class TitansForTokenClassification(_Classifier):
-    """A label for each token. A token's label may depend on the tokens up to it, and on none after it."""
+    """A label for each token. A token's label may depend on the tokens up to it, and on none after it. In training
+    `config.classifier_dropout` of the hidden states are dropped."""
 
     def __init__(self, config: TitansConfig):
         super().__init__(config)
-        dropout = getattr(config, "classifier_dropout", None)
-        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.dropout = nn.Dropout(config.classifier_dropout)
 
     @can_return_tuple
     def forward(
@@ -123,7 +124,7 @@ class TitansForTokenClassification(_Classifier):
         use_cache: bool | None = None,
         cache: TitansState | None = None,
         **kwargs: Any,
-    ) -> TokenClassifierOutput:
+    ) -> TitansTokenClassifierOutput:
         """As `TitansModel.forward`, packed documents included, with `logits` `[B, T, num_labels]`. `labels` `[B, T]`,
         -100 where there is none."""
         items = kwargs.pop("num_items_in_batch", None)
@@ -137,7 +138,7 @@ class TitansForTokenClassification(_Classifier):
             if labels.shape != logits.shape[:2]:
                 raise ValueError(f"labels must be [B, T] = {list(logits.shape[:2])}, got {list(labels.shape)}")
             loss = self.loss_function(logits, labels, self.config, num_items_in_batch=items)
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+        return TitansTokenClassifierOutput(loss, logits, out.cache, out.hidden_states)
 
 
 def _share(labels: Tensor, items: Tensor | int | None) -> Tensor | float:

@@ -103,6 +103,8 @@ class TitansConfig(PreTrainedConfig):
     """Only tokens with a larger surprise are written; None: all are."""
     surprise_threshold_on: Literal["reconstruction", "prediction"] = "reconstruction"
     """The surprise: the memory's reconstruction loss, or the error of a learned prediction of the layer's input."""
+    classifier_dropout: float = 0.1
+    """Share of the hidden states that a token classifier drops in training, in [0, 1)."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         for alias, key in self.attribute_map.items():
@@ -206,6 +208,7 @@ _RANGES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
     (_COUNTS, lambda value: value >= 1, "at least 1"),
     (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
     (("rms_norm_eps", "rope_theta", "memory_clip"), lambda value: value > 0, "above 0"),
+    (("classifier_dropout",), lambda value: 0 <= value < 1, "in [0, 1)"),
     (("memory_lr", "memory_lr_start"), lambda value: 0 < value <= 1, "in (0, 1]"),
     (("head_dim",), lambda value: value % 2 == 0, "even (rotary positions rotate pairs)"),
 ]

@@ -16,6 +16,7 @@ _NOT_IDENTITY = {
     "eos_token_id",
     "use_cache",
     "initializer_range",
+    "classifier_dropout",
     "memory_start",
     "memory_lags",
     "memory_loss_weight",

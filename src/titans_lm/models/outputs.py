@@ -21,6 +21,16 @@ class TitansModelOutput(CacheOutput):
 
 
 @dataclass
+class TitansTokenClassifierOutput(CacheOutput):
+    """`logits` `[B, T, num_labels]`; `cache` with use_cache=True or where a state was passed."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache: TitansState | None = None
+    hidden_states: tuple[Tensor | None, ...] | None = None
+
+
+@dataclass
 class TitansCausalLMOutput(CacheOutput):
     """In training, `loss` includes `memory_loss_weight * memory_loss` and `memory_theta_weight * memory_theta`.
     `memory_loss` is the mean reconstruction loss before each write, and `memory_theta` the mean step: of each row, and

@@ -1,5 +1,6 @@
 """`TitansForTimeSeriesPrediction`: forecasts of a series, with a memory as sequence model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from titans_lm.models.modeling import TitansModel, TitansPreTrainedModel
 from titans_lm.models.rev_in import RevIN, Scale
 from titans_lm.models.time_series_configuration import TitansTimeSeriesConfig
 
-LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.smooth_l1_loss}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.smooth_l1_loss}
 
 
 @dataclass
@@ -111,17 +112,29 @@ class TitansForTimeSeriesPrediction(TitansPreTrainedModel):
         )
 
     def stream(
-        self, windows: Float[Tensor, "B N L C"], past_key_values: TitansState | None = None
+        self,
+        windows: Float[Tensor, "B N L C"],
+        past_key_values: TitansState | None = None,
+        cache: TitansState | None = None,
     ) -> tuple[Float[Tensor, "B N H C"], TitansState]:
         """Read N successive look-backs of each stream, `patch_stride` steps apart -> the forecast after each, from it
-        and all before it; and the state, with one row for each channel. `past_key_values` is updated.
+        and all before it; and the state, with one row for each channel. `past_key_values` (or `cache`, which is the
+        same) is updated.
 
-        Raises ValueError for a model whose `use` is "window".
+        Raises ValueError for a model whose `use` is "window", for look-backs of another length or number of channels or
+        that are not finite, and for a state without a stream.
         """
         if self.config.use != "stream":
             raise ValueError(
                 'this model was made with use="window", which carries no memory; make one with use="stream"'
             )
+        past_key_values = given_state(past_key_values, cache)
+        c = self.config
+        if windows.dim() != 4 or windows.shape[2] != c.context_length or not windows.shape[1]:
+            raise ValueError(
+                f"windows must be [B, N, L, C] with L = context_length = {c.context_length}, got {list(windows.shape)}"
+            )
+        self._check(windows.flatten(0, 1), None, past_key_values)
         predicted, state, _ = self._stream(windows, past_key_values, False)
         return predicted, state
 

@@ -203,6 +203,8 @@ def _check(inputs: ScanInputs) -> None:
             raise ValueError(f"{name} must be [B, T, H] = {list(q.shape[:3])}, got {list(gate.shape)}")
     if inputs.mask is not None and inputs.mask.shape != q.shape[:2]:
         raise ValueError(f"mask must be [B, T] = {list(q.shape[:2])}, got {list(inputs.mask.shape)}")
+    if inputs.mask is not None and inputs.mask.dtype != torch.bool:
+        raise ValueError(f"mask must be torch.bool, True where a token is read, got {inputs.mask.dtype}")
     _check_weights(q, v, inputs.state)
     _check_consistency(inputs)
     if chunk_size < 1:
@@ -231,6 +233,11 @@ def _check_weights(q: Tensor, v: Tensor, state: MemoryState) -> None:
 def _check_consistency(inputs: ScanInputs) -> None:
     """Check that all tensors share a device, and the parts of the state shapes and a dtype: C++ reads addresses."""
     tokens, state, form = inputs.tokens, inputs.state, inputs.form
+    if state.position.shape != tokens.q.shape[:1] or state.position.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"the state's position must be [B] = {list(tokens.q.shape[:1])} integers, tokens of the chunk so far, got "
+            f"{_shapes(state.position)} in {state.position.dtype}"
+        )
     for name, part in (("anchor", state.anchor), ("momentum", state.momentum)):
         if [(w.shape, w.dtype) for w in part] != [(w.shape, w.dtype) for w in state.weights]:
             kinds = [f"{_shapes(*x)} in {', '.join(sorted({str(w.dtype) for w in x}))}" for x in (state.weights, part)]

@@ -30,13 +30,14 @@ from titans_lm.training.data_settings import RESET, DataSettings
 from titans_lm.training.trackers import check_names
 from titans_lm.utils.yaml_values import Dumper, at_least, parse_yaml, read_yaml, typed
 
+OPTIMIZERS = ("adamw", "muon")
 RENAMED = {"training": {"carried_steps": "tbptt_steps"}}
 """Section -> old key -> its name now. Old keys are still read."""
 
 
 @dataclass
 class TrainingSettings:
-    """The optimization: AdamW, linear warm-up, cosine decay to `final_rate`."""
+    """The optimization: linear warm-up, cosine decay to `final_rate`."""
 
     output_dir: str = ""
     max_steps: int = 1000
@@ -46,6 +47,8 @@ class TrainingSettings:
     """Sequences per device and forward pass."""
     accumulation: int = 1
     """Gradient accumulation: batches per update."""
+    optimizer: str = "adamw"
+    """muon: Muon for the matrices of the blocks and AdamW for all other weights, at one learning rate."""
     learning_rate: float = 1e-3
     final_rate: float = 0.1
     """The last learning rate as a fraction of the peak."""
@@ -96,6 +99,10 @@ class TrainingSettings:
             at_least(f"training.{key}", getattr(self, key), 1)
         self._check_rates()
         self._check_watching()
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"training.optimizer={self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+        if self.optimizer == "muon" and self.fsdp:
+            raise ValueError("training.fsdp shards matrices, and training.optimizer=muon needs them whole: use adamw")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"training.seed must be from 0 to 2**32 - 1, got {self.seed}")
         at_least("training.core_steps", self.core_steps, 0)

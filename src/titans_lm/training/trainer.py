@@ -35,6 +35,7 @@ from titans_lm.training.data.continued import continue_documents
 from titans_lm.training.data.loader import Loader, Stream
 from titans_lm.training.data_settings import RESET
 from titans_lm.training.fsdp import prepare_fsdp, reshard
+from titans_lm.training.muon import muon
 from titans_lm.training.needed_logits import only_needed_logits
 from titans_lm.training.not_finite import NotFinite
 from titans_lm.training.processes import OwnOrder, Processes
@@ -108,6 +109,8 @@ class TitansTrainer(Trainer):
                 block.compile(backend=self.settings.compile_backend)  # in place: its name in checkpoints stays
         self.remove_callback(PrinterCallback)  # `Clock` and `Progress` show how far the run is
 
+    optimizer: Any
+
     def _reset_run_state(self) -> None:
         s = self.settings
         self.carried = CarriedMemory(s.tbptt_steps, s.batch_size, self.processes)
@@ -119,6 +122,16 @@ class TitansTrainer(Trainer):
         """As `Trainer`'s. Each trial of a search starts anew."""
         self._reset_run_state()
         return super().train(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """The optimizer of `training.optimizer`."""
+        if self.settings.optimizer == "adamw":
+            return super().create_optimizer(model)
+        if self.optimizer is None:
+            model, s = self.model if model is None else model, self.args
+            decayed = set(self.get_decay_parameter_names(model))
+            self.optimizer = muon(model, decayed, s.learning_rate, s.weight_decay, (s.adam_beta1, s.adam_beta2))
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002
         """Linear warm-up, then cosine decay, over the steps or the minutes, whichever ends first."""
@@ -322,7 +335,8 @@ class TitansTrainer(Trainer):
     def _apply_settings(self) -> None:
         s = self.settings
         groups = self.optimizer.param_groups
-        for group, decay in zip(groups, (s.weight_decay, 0.0), strict=True):  # those that decay come first
+        for group in groups:
+            decay = 0.0 if group is groups[-1] else s.weight_decay
             if s.max_minutes is None:
                 scale = self._lr_factor(self.lr_scheduler.last_epoch)
             else:  # the rate depends on the time, of which the scheduler knows nothing yet

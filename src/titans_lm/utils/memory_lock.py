@@ -63,8 +63,9 @@ class FileLock:
             raise OSError(f"cannot write {self.target}: its lock file cannot be made: {error.strerror}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self.path.exists() and os.path.samestat(os.fstat(file), self.path.stat()):
-                return file
+            with suppress(FileNotFoundError):  # its holder has just removed it
+                if os.path.samestat(os.fstat(file), self.path.stat()):
+                    return file
         except BlockingIOError:
             holder = os.pread(file, 1000, 0).decode(errors="replace") or "another process"
             os.close(file)

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from titans_lm.evaluate.forecasting.contenders import Contender, ours
-from titans_lm.evaluate.forecasting.fit import LOSSES, Recipe
+from titans_lm.evaluate.forecasting.fit import Recipe
+from titans_lm.models.time_series import LOSSES
 from titans_lm.models.time_series_configuration import TitansTimeSeriesConfig
 from titans_lm.utils.yaml_values import read_yaml
 

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_lm.evaluate.forecasting.metrics import Errors, ErrorSum
 from titans_lm.evaluate.forecasting.windows import Data, Windows
+from titans_lm.models.time_series import LOSSES
 
 EVAL_BATCH = 256
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.smooth_l1_loss}
 
 
 class Recipe(NamedTuple):

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from titans_lm.evaluate.forecasting.fit import LOSSES, Best, Fitted, Recipe, step, train_epochs
+from titans_lm.evaluate.forecasting.fit import Best, Fitted, Recipe, step, train_epochs
 from titans_lm.evaluate.forecasting.metrics import Errors, ErrorSum
 from titans_lm.evaluate.forecasting.windows import Data, Windows
-from titans_lm.models.time_series import TitansForTimeSeriesPrediction
+from titans_lm.models.time_series import LOSSES, TitansForTimeSeriesPrediction
 
 SEGMENT = 24
 """Tokens through which a gradient flows back (truncated BPTT). The memory is carried on."""
