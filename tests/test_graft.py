@@ -361,6 +361,22 @@ def test_distillation_is_the_divergence_from_the_base(bases):
     assert_close(cut.train()(x, labels=x, distillation=each).loss, (halves[0] + 0.5 * halves[1] + 0.5 * last) / 2)
 
 
+def test_the_base_teaches_each_packed_document_by_itself(bases):
+    x, lengths = ids(2, 12), (5, 7)
+    cut = graft(bases["llama"], distillation=1.0, window_size=4).train()
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].expand(2, -1)
+    labels = x.masked_fill(positions == 0, -100)
+    packed = cut(x, labels=labels, position_ids=positions, distillation=torch.tensor([1.0, 0.0])).loss
+    parts = [
+        (cut(part[row : row + 1], labels=part[row : row + 1], distillation=torch.tensor([taught])).loss, n - 1)
+        for row, taught in enumerate((1.0, 0.0))
+        for part, n in zip(x.split(lengths, 1), lengths, strict=True)
+    ]
+    assert_close(packed, sum(loss * n for loss, n in parts) / sum(n for _, n in parts))
+    with pytest.raises(ValueError, match="distillation needs labels"):
+        cut(x, distillation=torch.tensor([1.0, 0.0]))
+
+
 def test_distillation_of_rows_longer_than_the_base_is_from_its_window(bases):
     x = ids(2, LONGEST + 5)
     cut = graft(bases["llama"], distillation=1.0, window_size=8).train()

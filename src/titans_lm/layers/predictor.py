@@ -14,7 +14,9 @@ __getattr__ = renamed(__name__, {"TrainAlong": "AuxiliaryLoss"})
 class Predictor(nn.Module):
     """A linear map f that predicts an input from the one before it.
 
-    Its squared error trains it and nothing else (see `AuxiliaryLoss`).
+    Its squared error trains it and nothing else (see `AuxiliaryLoss`): the mean over a call's tokens, at weight 1. So
+    the gradients of several calls before an update add up, those of MAC's segments and of gradient accumulation too.
+    AdamW does not depend on their scale; the norm that `max_grad_norm` bounds includes them.
     """
 
     def __init__(self, dim: int):

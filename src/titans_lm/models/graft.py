@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -27,10 +26,12 @@ from titans_lm.models.block_layers import make_memory
 from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.cache import TitansState
 from titans_lm.models.cache_argument import OF_TRANSFORMERS
+from titans_lm.models.distillation import distilled, teacher_logits
 from titans_lm.models.forward_context import ForwardContext
-from titans_lm.models.graft_base import check_options, load_base, load_weights, one_device, one_dtype, weights_digest
+from titans_lm.models.graft_base import check_options, load_base, load_weights, one_device, one_dtype
 from titans_lm.models.graft_cache import BaseShape, GraftCall
 from titans_lm.models.graft_config import GraftConfig, windows
+from titans_lm.models.model_identity import weights_digest
 from titans_lm.models.modeling import TitansCausalLMOutput, TitansForCausalLM, TitansModel
 from titans_lm.models.replay import LayersCall, LayersOutput
 from titans_lm.models.segments import concat_surprises
@@ -231,6 +232,7 @@ class GraftForCausalLM(TitansForCausalLM):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: TitansState | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -239,9 +241,11 @@ class GraftForCausalLM(TitansForCausalLM):
         **options: Any,
     ) -> TitansCausalLMOutput:
         """As `TitansForCausalLM.forward`. In training `labels` give the loss that the configuration's `distillation`
-        names, or for each row the argument's, `[B]`."""
+        names, or for each row the argument's, `[B]`. Raises ValueError for the argument without labels."""
+        if distillation is not None and labels is None:
+            raise ValueError("distillation needs labels: it replaces their loss, row by row")
         out: TitansCausalLMOutput = super().forward(
-            input_ids, attention_mask, past_key_values, inputs_embeds, labels, cache=cache, **options
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, cache=cache, **options
         )
         if not self.training or labels is None or (distillation is None and not self.config.distillation):
             return out  # before any value of a tensor is looked at
@@ -250,9 +254,12 @@ class GraftForCausalLM(TitansForCausalLM):
         rows = weight > 0
         if rows.any():
             x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            teacher = self.base_logits(None, None if attention_mask is None else attention_mask[rows], x[rows])
+            teacher = teacher_logits(
+                lambda x, mask: self.base_logits(None, mask, x), x, attention_mask, rows,
+                {"position_ids": position_ids, **options},
+            )  # fmt: skip
             assert out.loss is not None and out.logits is not None
-            more = _distilled(teacher, out.logits[rows], labels[rows]) * weight[rows]
+            more = distilled(teacher, out.logits[rows], labels[rows]) * weight[rows]
             items = options.get("num_items_in_batch")
             out.loss = out.loss + more.sum() / ((labels[:, 1:] != -100).sum().clamp(min=1) if items is None else items)
         return out
@@ -319,16 +326,6 @@ class GraftForCausalLM(TitansForCausalLM):
         PreTrainedModel.save_pretrained(self, save_directory, is_main_process=is_main_process, **options)
         if is_main_process:
             model_files.add_companions(save_directory, adapter=False, code=False)
-
-
-def _distilled(teacher: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """What distillation puts in place of the next token's loss: KL(teacher, graft) less that loss, summed over the
-    labels of each row, `[B]`."""
-    counted = labels[:, 1:] != -100
-    p, q = (F.log_softmax(x[:, :-1].float(), -1) for x in (teacher, logits))
-    divergence = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
-    own = q.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
-    return ((divergence + own) * counted).sum(1)
 
 
 # ------------------------------------------------------------------------------------------------ the base's parts

@@ -1,6 +1,5 @@
 """A graft's base: load it, tell its weights; and the graft's own weights. Runs no code of a folder, reads no pickle."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,15 +78,6 @@ def load_base(name: str) -> PreTrainedModel:
         base.set_attn_implementation("sdpa")
     model: PreTrainedModel = base
     return model
-
-
-def weights_digest(base: PreTrainedModel) -> str:
-    """SHA-256 of a model's weights, their names and dtypes."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(base.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def load_weights(folder: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:

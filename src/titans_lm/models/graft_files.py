@@ -9,9 +9,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from titans_lm.models.configuration import plain_reason
 from titans_lm.models.graft import GraftForCausalLM
-from titans_lm.models.graft_base import load_base, weights_digest
+from titans_lm.models.graft_base import load_base
 from titans_lm.models.graft_config import GraftConfig, graft_config
 from titans_lm.models.model_files import add_digests
+from titans_lm.models.model_identity import weights_digest
 
 _PROBE = 12
 """Tokens with which a new graft is compared with its base."""

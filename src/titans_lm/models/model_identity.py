@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -33,19 +34,24 @@ def identity(model: PreTrainedModel) -> dict[str, str]:
     """What identifies a model: a description, and the SHA-256 of its configuration and of every parameter's bytes."""
     own = {k: v for k, v in model.config.own_fields().items() if k not in _NOT_IDENTITY}
     own = {k: v for k, v in own.items() if k not in _ADDED_LATER or v != _ADDED_LATER[k]}
-    weights, count = hashlib.sha256(), 0
-    for name, parameter in sorted(model.base_model.named_parameters()):
-        weights.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+    count = sum(parameter.numel() for parameter in model.base_model.parameters())
+    return {
+        "configuration": hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest(),
+        "weights": weights_digest(model.base_model),
+        "model": f"{model.config.variant}, {model.config.num_hidden_layers} layers, {count:,} parameters",
+    }
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's weights, their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         whole: Any = parameter.detach()
         if isinstance(whole, DTensor):  # sharded by FSDP: a collective call
             whole = whole.full_tensor()
-        weights.update(whole.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        count += parameter.numel()
-    return {
-        "configuration": hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest(),
-        "weights": weights.hexdigest(),
-        "model": f"{model.config.variant}, {model.config.num_hidden_layers} layers, {count:,} parameters",
-    }
+        digest.update(whole.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def digests(model: PreTrainedModel) -> dict[str, str]:

@@ -238,7 +238,7 @@ def read_documents(
         rows.append(group.row[last])
 
     def pack(parts: tuple[Tensor, ...]) -> Tensor:
-        return _packed(groups, parts, (x.shape[0], x.shape[1]))
+        return in_rows(groups, parts, (x.shape[0], x.shape[1]))
 
     end = TitansState.concat(ends).select(torch.cat(rows).argsort())
     surprises = zip(*(out.surprise for out in outputs), strict=True)
@@ -250,7 +250,7 @@ def read_documents(
     )
 
 
-def _packed(groups: list[Documents], parts: tuple[Tensor, ...], shape: tuple[int, int]) -> Tensor:
+def in_rows(groups: list[Documents], parts: tuple[Tensor, ...], shape: tuple[int, int]) -> Tensor:
     """Undo `unpack`: `parts` `[N, L, ...]` of each group as `[B, T, ...]`, 0 at padding."""
     flat = parts[0].new_zeros(shape[0] * shape[1], *parts[0].shape[2:])
     index = torch.cat([group.flat_index(shape[1]) for group in groups])
