@@ -7,6 +7,7 @@ import math
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from conftest import of_other_configuration, tiny_model
 from titans_lm.cli import main
 from titans_lm.evaluate import perplexity
-from titans_lm.evaluate.adapt import code_lengths, read_stream
+from titans_lm.evaluate.adapt import Stream, code_lengths, read_stream
 from titans_lm.evaluate.compressors import compressed_bits, installed
 from titans_lm.evaluate.dynamic import dynamic_nats
 from titans_lm.evaluate.rereading import reread
@@ -70,6 +71,16 @@ def test_compressors_spend_what_their_prefixes_take(name, compress):
     assert spent[0] == 8 * len(compress(LOG[:10]))
     assert sum(spent) == 8 * len(compress(LOG))
     assert sum(spent[:2]) == 8 * len(compress(LOG[:100]))
+
+
+def test_halves_of_a_compressor_are_those_of_its_prefixes(model):
+    data = np.random.default_rng(0).integers(0, 256, 500, dtype=np.uint8).tobytes() * 2
+    stream = Stream("twice", torch.tensor([list(data)]), torch.ones(1000, dtype=torch.float64), data)
+    found = code_lengths(model, stream, "zlib", {"bucket": 1024, "reset_every": 4096})
+    half, whole = (8 * len(zlib.compress(data[:end], 9)) for end in (500, 1000))
+    assert found["first_half"] == pytest.approx(half / 500)
+    assert found["last_half"] == pytest.approx((whole - half) / 500)
+    assert found["buckets"] == [[0, 1000, pytest.approx((half * 499 / 500 + whole - half) / 999)]]
 
 
 def test_a_compressor_that_is_not_there_is_named():

@@ -82,6 +82,13 @@ def test_problem_types_have_their_losses():
         ({"seq_idx": torch.zeros(3, 6, dtype=torch.long)}, "seq_idx describes several documents"),
         ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]] * 3)}, "starts a second document in row 0, column 3"),
         ({"attention_mask": torch.tensor([[1] * 6, [0] * 6, [1] * 6])}, "row 1 holds padding alone"),
+        (
+            {
+                "attention_mask": torch.tensor([[1, 1, 0, 0, 1, 1]] * 3),
+                "position_ids": torch.tensor([[0, 1, 0, 0, 0, 1]] * 3),
+            },
+            "starts a second document in row 0, column 4",
+        ),
     ],
 )
 def test_what_has_no_meaning_is_refused(
@@ -90,6 +97,20 @@ def test_what_has_no_meaning_is_refused(
     ids = torch.randint(1, 20, (3, 6))
     with pytest.raises(ValueError, match=message):
         model(ids, **arguments)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_one_row_of_ids_is_refused_by_its_shape(model: TitansForSequenceClassification):
+    with pytest.raises(ValueError, match=r"input_ids must be \[B, T\], got \[5\]"):
+        model(torch.randint(1, 20, (5,)))
+
+
+def test_positions_of_a_padded_row_that_goes_on_are_those_of_one_document(model: TitansForSequenceClassification):
+    ids = torch.randint(1, 20, (1, 6))
+    state = model(ids[:, :3], use_cache=True).past_key_values
+    mask = torch.tensor([[1, 1, 1, 0, 1, 1]])
+    out = model(ids[:, 3:], attention_mask=mask, position_ids=torch.tensor([[0, 3, 4]]), past_key_values=state)
+    assert torch.allclose(out.logits, model(ids[:, [0, 1, 2, 4, 5]]).logits, atol=1e-5)
 
 
 def test_a_row_of_padding_ids_is_refused(model: TitansForSequenceClassification):

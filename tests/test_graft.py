@@ -377,6 +377,24 @@ def test_the_base_teaches_each_packed_document_by_itself(bases):
         cut(x, distillation=torch.tensor([1.0, 0.0]))
 
 
+@each_family
+def test_the_teacher_is_the_published_base_whatever_padding_and_dropout(bases, family):
+    x, mask = ids(), torch.ones(2, TOKENS, dtype=torch.long)
+    mask[0, :4] = 0
+    new = graft(bases[family], opened=False, distillation=1.0).train()
+    for part in new.model.base.modules():  # as in GPT-2's published configuration
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.5
+    alone = plain(bases[family])(x[:1, 4:]).logits
+    assert_close(new.base_logits(x, mask)[:1, 4:], alone)
+    assert all(part.training for part in new.modules())
+    assert_close(new.eval()(x, attention_mask=mask).logits[:1, 4:], alone)
+    new.training = True  # it distils, and nothing below drops
+    labels = x.masked_fill(mask == 0, -100)
+    labels[0, 4] = -100  # what padding predicts
+    assert new(x, attention_mask=mask, labels=labels).loss.abs() < 1e-5
+
+
 def test_distillation_of_rows_longer_than_the_base_is_from_its_window(bases):
     x = ids(2, LONGEST + 5)
     cut = graft(bases["llama"], distillation=1.0, window_size=8).train()

@@ -53,6 +53,19 @@ def test_reading_in_two_calls_through_a_file_is_reading_in_one(folder, text, tmp
     assert said(capsys)[0] != whole
 
 
+def test_a_memory_that_generate_left_with_a_pending_token_reads_on(folder, text, tmp_path, capsys):
+    model = TitansForCausalLM.from_pretrained(folder)
+    state = model.initial_state(1)
+    ids = model.generate(torch.tensor([list(b"It was")]), past_key_values=state, max_new_tokens=3, do_sample=False)
+    state.save(tmp_path / "pending")
+    model(ids, use_cache=True).past_key_values.save(tmp_path / "read")
+    answers = []
+    for name in ("pending", "read"):
+        assert infer(folder, "--load-memory", tmp_path / name, "--context", text, "--prompt", "The ") == 0
+        answers.append(said(capsys)[0])
+    assert answers[0] == answers[1]
+
+
 def test_short_work_of_transformers_shows_no_progress_bar(folder, capsys, monkeypatch):
     monkeypatch.setattr("transformers.utils.logging._tqdm_hook", None)  # as in a process that ran no command yet
     assert infer(folder, "--prompt", "It") == 0

@@ -3,13 +3,17 @@
 import copy
 import json
 import shutil
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
 from conftest import tiny_model
+from titans_lm.models.graft_config import graft_config
+from titans_lm.models.graft_files import make_graft
 from titans_lm.training.config import parse_settings
 from titans_lm.training.muon import muon, orthogonalized
 from titans_lm.training.train import train
@@ -25,7 +29,7 @@ def optimizer_of(model: Any) -> Any:
 def step_twice(model: Any, *optimizers: Any) -> None:
     """Two updates, with gradients that depend on the name of a weight and the step alone."""
     for step in range(2):
-        for number, (_, p) in enumerate(sorted(model.named_parameters())):
+        for number, (_, p) in enumerate(sorted(model.named_parameters(), key=itemgetter(0))):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + number))
         for optimizer in optimizers:
             optimizer.step()
@@ -80,6 +84,21 @@ def test_matrices_of_the_blocks_alone_are_orthogonalized():
     }  # fmt: skip
     assert all(name.endswith(".weight") and "norm" not in name for name in groups[1])
     assert not any(name.endswith("proj.weight") for name in groups[2])
+
+
+def test_of_a_graft_the_memory_and_lora_are_trained(tmp_path: Path):
+    base = hf.LlamaConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    hf.LlamaForCausalLM(base).save_pretrained(tmp_path)
+    fields = {"graft": str(tmp_path), "layers": [1], "memory_head_dim": 16, "memory_dim": 16, "lora_rank": 2}
+    model = make_graft(graft_config(fields))
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [{names[id(p)] for p in group["params"]} for group in optimizer_of(model).param_groups]
+    assert set.union(*groups) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("lora_A" in name for name in groups[0])
+    assert any(name.endswith("memory.q_proj.weight") for name in groups[0])
+    step_twice(model, optimizer_of(model))
 
 
 def test_a_weight_without_a_gradient_stays_and_frozen_ones_are_not_taken():

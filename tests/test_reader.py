@@ -388,6 +388,8 @@ def test_an_answer_stops_at_a_text_and_follows_the_seed(model, books):
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_wrong_is_said(model, books, tmp_path):
+    with pytest.raises(ValueError, match="tokenizer cannot be passed: prompts, memory and reader determine it"):
+        reader(model).read(books[0]).ask("a", stop_strings=["b"], tokenizer=byte_tokenizer())
     with pytest.raises(ValueError, match="mode='learn' is not one of: learning, frozen, reset"):
         Reader(model, mode="learn")
     with pytest.raises(ValueError, match="piece must be at least 1"):

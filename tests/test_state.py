@@ -592,6 +592,19 @@ def test_pending_tokens_are_joined_with_their_rows(tmp_path):
     assert TitansState.concat([two, two]).pending is None
 
 
+def test_positions_of_a_continuation_count_the_pending_token():
+    model, ids = tiny_model("mag"), tokens(1, 20)
+    state = model(ids[:, :10], use_cache=True).past_key_values
+    state.set_pending(ids[:, 10], True)
+    positions = torch.arange(11, 16)[None]
+    out = model(ids[:, 11:16], position_ids=positions, past_key_values=state.continuation()).logits
+    assert_close(out, model(ids[:, :16]).logits[:, 11:])
+    with pytest.raises(ValueError, match="begins at 10 in row 0, which has read 11 tokens"):
+        model(ids[:, 11:16], position_ids=positions - 1, past_key_values=state.continuation())
+    again = model(ids[:, 10:16], position_ids=torch.arange(10, 16)[None], past_key_values=state).logits
+    assert_close(again[:, 1:], out)
+
+
 def test_a_state_whose_pending_tokens_were_read_has_none():
     model, ids = tiny_model("mag", torch.float32), tokens(2, 5)
     state = model.initial_state(2)

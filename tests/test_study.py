@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 import yaml
@@ -260,6 +261,18 @@ def test_a_search_finds_each_model_s_values(write):
     assert search_cell(again.cells[0], Path("runs"), "", again.search, 3)["trials"] == row["trials"]  # not by chance
 
 
+@pytest.mark.slow
+def test_an_interrupted_trial_of_a_search_is_made_again_and_whole_numbers_are_drawn(write):
+    study = load_study(Path(write(search={"model.memory_dim": [8, 32]}, seeds=[0])), [])
+    cell, runs = study.cells[0], Path("runs")
+    storage = f"sqlite:///{(runs / cell.name).absolute()}.db"
+    runs.mkdir()
+    optuna.create_study(study_name="search", storage=storage).ask()  # a trial that its process did not end
+    row = search_cell(cell, runs, "", study.search, 2)
+    assert [trial["state"] for trial in row["trials"]] == ["complete"] * 2
+    assert all(trial["model.memory_dim"] in range(8, 33) for trial in row["trials"])
+
+
 # ------------------------------------------------------------------------------------------------ the grid
 
 
@@ -388,6 +401,9 @@ def test_a_search_of_what_cannot_be_searched_is_one_line(write, capsys):
         ({"training.max_steps": [1, 2]}, "training.max_steps"),
         ({"model.memory_lr": [0.5, 0.1]}, "model.memory_lr must be [low, high]"),
         ({"data.task": {"choices": [1]}}, "data.task"),
+        ({"model.num_memory_heads": [1.5, 8]}, "search: model.num_memory_heads must be a whole number, got 1.5"),
+        ({"model.memory_lr": [0.1, 2]}, "search: model: memory_lr must be in (0, 1], got 2.0"),
+        ({"model.variant": {"choices": ["lmm", "mga"]}}, "mga"),
     ):
         assert cli.main(["study", write(search=space), "--search", "2"]) == 2
         assert told in capsys.readouterr().err
@@ -487,6 +503,23 @@ def test_streams_are_read_by_every_model_as_evaluate_adapt_reads_them(write, mod
     assert rows[0]["last_half"] == pytest.approx(float(nats[8:].mean()) / math.log(2), rel=1e-5)
     own = [row["bits_per_byte"] for row in rows if row["mode"] == "on"]
     assert own[2] == pytest.approx((own[0] + own[1]) / 2)
+
+
+@pytest.mark.parametrize("data", [{"files": ["text"]}, {"task": {"name": "streams", "length": 16}}])
+def test_streams_are_read_by_the_tokenizer_of_the_data(write, data):
+    from titans_lm.training.train import model_for
+
+    Path("text").mkdir()
+    for name in ("text/a.txt", "text/b.txt"):
+        Path(name).write_text("one and one and one " * 20)
+    sections = {**STUDY["shared"], "data": {**data, "sequence_length": 16} if "files" in data else data}
+    sections["model"] = {"size": "tiny", "num_hidden_layers": 1, "variant": "lmm"}
+    study = load_study(Path(write(shared=sections, models={"a": {}}, tests=[ADAPT], figure=None)), [])
+    settings = study.cells[0].settings(Path("runs"))
+    model = model_for(settings)
+    for measure in ("adapt", "perplexity"):
+        rows = run_test(model, settings, {"measure": measure, "files": ["text/a.txt"], "modes": ["on"], "tokens": 40})
+        assert all(row["bits_per_byte"] > 0 for row in rows)
 
 
 def test_a_test_that_is_called_something_tells_that_and_its_lists(write):

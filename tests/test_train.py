@@ -18,7 +18,7 @@ from titans_lm import TitansState
 from titans_lm.cli import main
 from titans_lm.models.hub import SHIPPED, load
 from titans_lm.training.config import load_settings, parse_settings
-from titans_lm.training.train import model_for, train
+from titans_lm.training.train import model_for, train, trainer_for
 from titans_lm.training.trainer import TitansTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -148,6 +148,18 @@ def test_a_run_goes_on_past_an_epoch_whose_last_update_has_fewer_batches(texts, 
     train(settings)
     assert losses(tmp_path / "out") == whole
     assert len(whole) == 12
+
+
+def test_a_second_run_of_a_trainer_warms_up_anew_also_by_time(texts, tmp_path):
+    """As in a search: the first learning rate is computed before the clock of the run starts."""
+    settings = parse_settings(tree(texts, tmp_path / "out", max_minutes=10, max_steps=5, warmup=0.5))
+    trainer = trainer_for(settings)
+    trainer.train()
+    first = trainer.state.log_history[0]["learning_rate"]
+    trainer.clock.now = trainer.clock.limit  # as after a run that its time ended
+    trainer._reset_run_state()
+    assert trainer._lr_factor(0) == pytest.approx(1 / 5 / 0.5)
+    assert first > 0
 
 
 @pytest.mark.parametrize("spans", [[3, 3], [1, 3], [2, 3]])

@@ -52,7 +52,7 @@ def _remember(
 ) -> TitansState:
     """Load the memory and read the context into it. Save it if requested, also when interrupted."""
     if arguments.load_memory:
-        reader.state = files.load(arguments.load_memory, reader.model)
+        reader.state = reader.model.with_pending_read(files.load(arguments.load_memory, reader.model))
     if arguments.save_memory:
         files.check(arguments.save_memory)  # again: another process may have written it before this one had the lock
     try:

@@ -127,10 +127,10 @@ def code_lengths(model: PreTrainedModel, stream: Stream, predictor: str, options
     edges = perplexity.bucket_edges(length, options["bucket"])
     nats = np.zeros(length)
     if predictor in installed():
-        ends = np.cumsum(stream.sizes.numpy()).astype(int)
-        bits = compressed_bits(predictor, stream.data, [int(ends[edge - 1]) for edge in edges[1:]])
-        for (first, end), spent in zip(itertools.pairwise(edges), bits, strict=True):
-            nats[first:end] = spent * math.log(2) / (end - first)  # only sums over buckets are reported
+        ends, cuts = np.cumsum(stream.sizes.numpy()).astype(int), sorted({*edges, length // 2})
+        bits = compressed_bits(predictor, stream.data, [int(ends[cut - 1]) for cut in cuts[1:]])
+        for (first, end), spent in zip(itertools.pairwise(cuts), bits, strict=True):
+            nats[first:end] = spent * math.log(2) / (end - first)  # only sums between cuts are reported
     elif not isinstance(model, TitansForCausalLM):
         nats = nats_of(length, nats_at_once(model, stream.ids))
     elif predictor.startswith(DYNAMIC):
@@ -147,7 +147,7 @@ def code_lengths(model: PreTrainedModel, stream: Stream, predictor: str, options
         )
     }
     buckets = [
-        [first, end, float(nats[first:end].sum() / math.log(2) / sizes[max(first, 1) : end].sum())]
+        [first, end, float(nats[max(first, 1) : end].sum() / math.log(2) / sizes[max(first, 1) : end].sum())]
         for first, end in itertools.pairwise(edges)
         if end > 1
     ]

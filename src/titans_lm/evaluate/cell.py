@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from titans_lm.evaluate import adapt, babilong, needle, perplexity
 from titans_lm.models.modeling import TitansForCausalLM
@@ -151,12 +151,20 @@ def _perplexity(model: PreTrainedModel, settings: Settings, test: dict[str, Any]
         raise ValueError("measure perplexity reads through the carried state, which only a Titans model has")
     data = settings.data
     files = text_files(test["files"], data.suffixes) if test.get("files") else _held_out(settings)
-    ids, sizes = perplexity.stream(files, load_tokenizer(data.tokenizer), test.get("tokens"))
+    ids, sizes = perplexity.stream(files, _tokenizer(settings), test.get("tokens"))
     options = {key: test[key] for key in ("bucket", "reset_every") if key in test}
     possible = perplexity.possible_modes(model)
     modes = [mode for mode in test.get("modes", possible) if mode in possible]
     rows = perplexity.measure(model, ids, modes, sizes=sizes, **options)
     return [{"mode": row["mode"], "until": row["to"], "bits_per_byte": row["bits_per_byte"]} for row in rows]
+
+
+def _tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+    """That of the data which the model was trained on; of bytes, where a task's tokens are numbers."""
+    data = settings.data
+    return load_tokenizer(
+        (getattr(make_task(data.task), "tokenizer", None) or "bytes") if data.task else data.tokenizer
+    )
 
 
 _ADAPT = ("measure", "called", "files", "suffixes", "tokens", "modes", "bucket", "reset_every")
@@ -171,7 +179,7 @@ def _check_adapt(test: dict[str, Any]) -> None:
 def _adapt(model: PreTrainedModel, settings: Settings, test: dict[str, Any]) -> list[dict[str, Any]]:
     """Bits per byte of each of `files` as a stream, and their mean, in modes that the model has."""
     files = text_files(test["files"], test.get("suffixes", adapt.SUFFIXES))
-    tokenizer = load_tokenizer(getattr(make_task(settings.data.task), "tokenizer", settings.data.tokenizer))
+    tokenizer = _tokenizer(settings)
     options = {
         "bucket": test.get("bucket", perplexity.BUCKET),
         "reset_every": test.get("reset_every", perplexity.RESET),

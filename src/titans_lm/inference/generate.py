@@ -17,8 +17,8 @@ from titans_lm.utils.padding import padded
 
 MAX_LOGITS = 2**25
 """Maximum number of logits per forward call."""
-_GIVEN = ("inputs", "input_ids", "inputs_embeds", "attention_mask", *NAMES)
-"""Options of `generate` that prompts and memory determine."""
+_GIVEN = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "tokenizer", *NAMES)
+"""Options of `generate` that prompts, memory and reader determine."""
 _MORE_THAN_TEXT = (
     "return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states",
 )  # fmt: skip
@@ -56,7 +56,12 @@ def generate_from(
 
 
 def answer(
-    model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, state: TitansState, prompts: list[str], **options: Any
+    model: TitansForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    state: TitansState,
+    prompts: list[str],
+    /,
+    **options: Any,
 ) -> tuple[list[str], TitansState]:
     """Generate an answer to each prompt, row by row of `state`, which has a row per prompt.
 
@@ -89,7 +94,7 @@ def _defaults(model: TitansForCausalLM, tokenizer: PreTrainedTokenizerBase, opti
 def _check_options(options: dict[str, Any]) -> None:
     for name in _GIVEN:
         if name in options:
-            raise ValueError(f"{name} cannot be passed: prompts and memory determine it; use model.generate")
+            raise ValueError(f"{name} cannot be passed: prompts, memory and reader determine it; use model.generate")
     for name in _MORE_THAN_TEXT:
         if options.get(name):
             raise ValueError(

@@ -100,21 +100,28 @@ def check_caches(caches: list[BlockCache], expected: list[type[Any]]) -> None:
 
 
 def embedded(embedding: nn.Module | None, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """The inputs as `[B, T, D]`. Raises ValueError unless exactly one of the two is given, for another number of
-    dimensions, and for tokens without an `embedding`, which a forecaster's model does not have."""
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("pass input_ids or inputs_embeds, and not both")
+    """The inputs as `[B, T, D]`. Raises ValueError as `given_tokens` does, and for tokens without an `embedding`, which
+    a forecaster's model does not have."""
+    tokens = given_tokens(input_ids, inputs_embeds)
     if inputs_embeds is not None:
-        if inputs_embeds.dim() != 3:
-            raise ValueError(f"inputs_embeds must be [B, T, D], got {list(inputs_embeds.shape)}")
         return inputs_embeds
     if embedding is None:
         raise ValueError("this model has no embedding of tokens: pass inputs_embeds")
-    assert input_ids is not None
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
-    embeds: Tensor = embedding(input_ids)
+    embeds: Tensor = embedding(tokens)
     return embeds
+
+
+def given_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """The one of the two that is given. Raises ValueError for none, for both and for another number of dimensions."""
+    if input_ids is not None and inputs_embeds is None:
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
+        return input_ids
+    if inputs_embeds is None or input_ids is not None:
+        raise ValueError("pass input_ids or inputs_embeds, and not both")
+    if inputs_embeds.dim() != 3:
+        raise ValueError(f"inputs_embeds must be [B, T, D], got {list(inputs_embeds.shape)}")
+    return inputs_embeds
 
 
 def token_mask(attention_mask: Tensor | None, x: Tensor, rows: int) -> Tensor | None:

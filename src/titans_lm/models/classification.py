@@ -8,12 +8,13 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from titans_lm.models.arguments import given_tokens
 from titans_lm.models.cache import TitansState
 from titans_lm.models.cache_argument import OF_TRANSFORMERS
 from titans_lm.models.configuration import TitansConfig
 from titans_lm.models.modeling import TitansModel, TitansPreTrainedModel
 from titans_lm.models.outputs import TitansTokenClassifierOutput
-from titans_lm.models.packing import PACKED
+from titans_lm.models.packing import PACKED, document_starts
 
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -65,15 +66,13 @@ class TitansForSequenceClassification(_Classifier):
         if packed:
             raise ValueError(f"{packed[0]} describes several documents in a row, and a row gets one label: give each "
                              f"document a row of its own")  # fmt: skip
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        if tokens is None:
-            raise ValueError("pass input_ids or inputs_embeds")
+        tokens = given_tokens(input_ids, inputs_embeds)
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         last = _last_tokens(attention_mask, tokens)
         items = kwargs.pop("num_items_in_batch", None)
         if position_ids is not None:
-            _check_one_document(position_ids, attention_mask)
+            _check_one_document(position_ids, attention_mask, tokens)
         out = self.model(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, use_cache=use_cache, cache=cache, **kwargs,
@@ -159,14 +158,14 @@ def _last_tokens(mask: Tensor | None, tokens: Tensor) -> Tensor:
     return (mask * torch.arange(1, columns + 1, device=tokens.device)).argmax(1)
 
 
-def _check_one_document(position_ids: Tensor, mask: Tensor | None) -> None:
-    """Raises ValueError where positions start at 0 again."""
-    later = position_ids[:, 1:] == 0
-    if mask is not None and mask.shape == position_ids.shape:  # padding may have position 0
-        later = later & mask[:, 1:].bool() & mask[:, :-1].bool()
-    if not later.is_meta and bool(later.any()):
-        row, column = later.nonzero()[0].tolist()
-        raise ValueError(f"position_ids starts a second document in row {row}, column {column + 1}, and a row gets one "
+def _check_one_document(position_ids: Tensor, mask: Tensor | None, tokens: Tensor) -> None:
+    """Raises ValueError where positions start at 0 again, and as `document_starts` does."""
+    rows, columns = tokens.shape[:2]
+    mask = None if mask is None else mask[:, -columns:].bool()
+    starts = document_starts(mask, (rows, columns), position_ids, lambda: [[]] * rows, {})
+    if starts is not None:
+        row, column = starts.nonzero()[0].tolist()
+        raise ValueError(f"position_ids starts a second document in row {row}, column {column}, and a row gets one "
                          f"label: give each document a row of its own")  # fmt: skip
 
 

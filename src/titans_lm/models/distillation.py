@@ -1,10 +1,13 @@
 """Distillation of a graft: the base that it was made from is its teacher."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from titans_lm.models.packing import PACKED, document_starts, documents, in_rows
 
@@ -26,6 +29,37 @@ def teacher_logits(
         return base_logits(x, mask)
     groups = documents(starts.to(x.device)[rows], mask)
     return in_rows(groups, tuple(base_logits(g.unpack(x), g.valid) for g in groups), (x.shape[0], x.shape[1]))
+
+
+def published_hidden_states(base: PreTrainedModel, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """What the decoder `base` computes of embeddings `[B, T, D]` as it was published. Padding has no position, in bases
+    that take positions; others derive them from the mask."""
+    options: dict[str, Any] = {}
+    if attention_mask is not None and "position_ids" in inspect.signature(base.forward).parameters:
+        options["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    with as_published(base):
+        out = base(inputs_embeds=x, attention_mask=attention_mask, use_cache=False, **options)
+    hidden: Tensor = out.last_hidden_state
+    return hidden
+
+
+@contextmanager
+def as_published(base: nn.Module) -> Iterator[None]:
+    """Within this context, LoRA is left out of `base` and nothing is dropped."""
+    modules: list[Any] = list(base.modules())
+    training = [part for part in modules if part.training]
+    adapted = [part for part in modules if hasattr(part, "lora_A")]
+    for part in training:
+        part.training = False
+    for part in adapted:
+        part._disable_adapters = True  # `enable_adapters(False)` would change requires_grad too
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+        for part in adapted:
+            part._disable_adapters = False
 
 
 def distilled(teacher: Tensor, logits: Tensor, labels: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ takes it.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +24,7 @@ from titans_lm.models.block_layers import make_memory
 from titans_lm.models.blocks import PREFILL_TOKENS
 from titans_lm.models.cache import TitansState
 from titans_lm.models.cache_argument import OF_TRANSFORMERS
-from titans_lm.models.distillation import distilled, teacher_logits
+from titans_lm.models.distillation import as_published, distilled, published_hidden_states, teacher_logits
 from titans_lm.models.forward_context import ForwardContext
 from titans_lm.models.graft_base import check_options, load_base, load_weights, one_device, one_dtype
 from titans_lm.models.graft_cache import BaseShape, GraftCall
@@ -275,12 +273,10 @@ class GraftForCausalLM(TitansForCausalLM):
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         limit = getattr(self.model.base.config, "max_position_embeddings", None)
         if limit is not None and x.shape[1] > limit:
-            with without_lora(self.model.base), bypass_memory(self.model):
+            with as_published(self.model.base), bypass_memory(self.model):
                 logits: Tensor = super().forward(attention_mask=attention_mask, inputs_embeds=x, use_cache=False).logits
             return logits
-        with without_lora(self.model.base):
-            out = self.model.base(inputs_embeds=x, attention_mask=attention_mask, use_cache=False)
-        return self.lm_head(out.last_hidden_state)
+        return self.lm_head(published_hidden_states(self.model.base, x, attention_mask))
 
     @classmethod
     def from_pretrained(
@@ -370,19 +366,6 @@ def _add_lora(base: PreTrainedModel, config: GraftConfig) -> None:
         inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=targets), base)  # type: ignore[arg-type]
     except ValueError as error:  # no module has such a name
         raise ValueError(f"lora_targets={targets}: {' '.join(str(error).split())}") from error
-
-
-@contextmanager
-def without_lora(module: nn.Module) -> Iterator[None]:
-    """Within this context, LoRA is left out."""
-    layers: list[Any] = [part for part in module.modules() if hasattr(part, "lora_A")]
-    for layer in layers:
-        layer._disable_adapters = True  # `enable_adapters(False)` would change requires_grad too
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
 
 
 AutoModelForCausalLM.register(GraftConfig, GraftForCausalLM, exist_ok=True)

@@ -207,9 +207,9 @@ class TitansModel(TitansPreTrainedModel):
         mask = token_mask(attention_mask, x, state.batch_size)
         if inputs_embeds is not None or not (self.training or x.is_cuda):  # in training, the loss shows it
             check_finite(x, mask)  # of the model's own embeddings a GPU would have to be waited for
-        starts = document_starts(mask, (x.shape[0], x.shape[1]), position_ids, partial(self._expected, state), kwargs)
         if state.pending is not None:
             state = self._with_pending(state, x, mask)
+        starts = document_starts(mask, (x.shape[0], x.shape[1]), position_ids, partial(self._expected, state), kwargs)
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         options = OutputOptions(output_surprise, hidden is not None and hidden is not False)
         out = read_documents(starts, mask, x, state, self.initial_state, partial(self._run_blocks, options=options))

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from titans_lm.models.configuration import TitansConfig
 from titans_lm.study.grid import SECTIONS, Cell, Study
 from titans_lm.study.scheduler import run_cells
 from titans_lm.training.config import Settings
@@ -20,6 +21,8 @@ from titans_lm.utils.terminal import PlainConsole
 
 TRAINING_KEYS = ("learning_rate", "weight_decay", "max_grad_norm")
 """Keys of `training` that can be searched; of `model` every key can."""
+FRACTIONS = {*TRAINING_KEYS, *(f.name for f in dataclasses.fields(TitansConfig) if f.type in (float, float | None))}
+"""Keys whose values are any numbers, also in a range between whole ones."""
 
 
 def run_search(study: Study, arguments: argparse.Namespace, command: str) -> None:
@@ -29,6 +32,8 @@ def run_search(study: Study, arguments: argparse.Namespace, command: str) -> Non
     _check(space, trials)
     first = study.cells[0].seed
     cells = [cell for cell in study.cells if cell.seed == first]
+    for cell in cells:
+        _check_values(cell.settings(arguments.runs), space)
     command = f"{command} --search {trials}"
     with Lines(arguments.results / f"{study.name}_search.jsonl", {"search": space, "trials": trials}, command) as lines:
         missing = [cell for cell in cells if cell.result(lines.rows) is None]
@@ -50,8 +55,9 @@ def search_cell(cell: Cell, runs: Path, command: str, space: dict[str, Any], tri
     settings = dataclasses.replace(settings, training=never)
     storage = f"sqlite:///{(runs / cell.name).absolute()}.db"
     optuna.create_study(study_name="search", storage=storage, load_if_exists=True)
-    done = len(optuna.load_study(study_name="search", storage=storage).trials)
-    sampler = optuna.samplers.TPESampler(seed=cell.seed + done)  # a resumed search must not repeat the same draws
+    earlier = optuna.load_study(study_name="search", storage=storage).trials
+    done = sum(trial.state.is_finished() for trial in earlier)  # one that was interrupted is not, and stays as it is
+    sampler = optuna.samplers.TPESampler(seed=cell.seed + len(earlier))  # must not repeat the same draws
 
     def make(trial: Any) -> PreTrainedModel:
         return model_for(settings if trial is None else _changed(settings, suggested(trial, space)))
@@ -65,7 +71,10 @@ def search_cell(cell: Cell, runs: Path, command: str, space: dict[str, Any], tri
     )  # fmt: skip
     search_study = optuna.load_study(study_name="search", storage=storage)
     Path(storage.removeprefix("sqlite:///")).unlink()
-    tried = [{"loss": t.value, "state": t.state.name.lower(), **t.params} for t in search_study.trials]
+    finished = [trial for trial in search_study.trials if trial.state.is_finished()]
+    if all(trial.value is None for trial in finished):
+        raise ValueError(f"none of {len(finished)} trials ended with a loss: {[trial.params for trial in finished]}")
+    tried = [{"loss": t.value, "state": t.state.name.lower(), **t.params} for t in finished]
     return {
         **provenance(command), "status": "ok", "error": None, "scores": [], "loss": search_study.best_value,
         "best": search_study.best_params, "trials": tried, "seconds": round(time.monotonic() - begun, 1),
@@ -80,8 +89,14 @@ def suggested(trial: Any, space: dict[str, Any]) -> dict[str, Any]:
             values[key] = trial.suggest_categorical(key, choice["choices"])
         else:
             low, high, *log = choice
-            values[key] = trial.suggest_float(key, low, high, log=bool(log))
+            draw = trial.suggest_int if _is_whole(key, low, high) else trial.suggest_float
+            values[key] = draw(key, low, high, log=bool(log))
     return values
+
+
+def _is_whole(key: str, *values: Any) -> bool:
+    """Whether whole numbers are drawn: where both ends are, and the key does not take fractions."""
+    return key.partition(".")[2] not in FRACTIONS and all(isinstance(value, int) for value in values)
 
 
 def _arguments(values: dict[str, Any]) -> dict[str, Any]:
@@ -108,6 +123,17 @@ def _check(space: dict[str, Any], trials: int) -> None:
             raise ValueError(
                 f"search: {key} must be [low, high], [low, high, log] or {{choices: [...]}}, got {choice!r}"
             )
+
+
+def _check_values(settings: Settings, space: dict[str, Any]) -> None:
+    """Raises ValueError for an end of a range, or a choice, that is no value of its key."""
+    for key, choice in space.items():
+        for value in choice["choices"] if isinstance(choice, dict) else choice[:2]:
+            try:
+                _changed(settings, {key: value}).config()
+                dataclasses.replace(settings.training, **_arguments({key: value})).check()
+            except ValueError as error:
+                raise ValueError(f"search: {error}") from None
 
 
 def _is_range(choice: Any) -> bool:

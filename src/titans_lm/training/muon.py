@@ -77,16 +77,16 @@ def orthogonalized(x: Tensor) -> Tensor:
 
 
 def matrices(model: Any) -> set[Tensor]:
-    """The weights that Muon updates: those of linear maps in the blocks. The maps to one theta, eta or alpha for each
+    """The weights that Muon updates: those of linear maps below the head. The maps to one theta, eta or alpha for each
     head are vectors rather than matrices, and a predictor has a loss of its own."""
-    blocks = model.base_model.layers
+    modules = list(model.base_model.modules())
     others = {
         module
-        for memory in blocks.modules()
+        for memory in modules
         if isinstance(memory, NeuralMemory)
         for module in (memory.theta, memory.eta, memory.alpha, *(memory.predictor or nn.Module()).children())
     }
-    return {m.weight for m in blocks.modules() if isinstance(m, nn.Linear) and m not in others}
+    return {m.weight for m in modules if isinstance(m, nn.Linear) and m not in others}
 
 
 def muon(model: Any, decayed: set[str], rate: float, decay: float, betas: tuple[float, float]) -> Muon:

@@ -113,6 +113,7 @@ class TitansTrainer(Trainer):
 
     def _reset_run_state(self) -> None:
         s = self.settings
+        self.clock.now = 0.0  # the first learning rate is computed before the clock starts
         self.carried = CarriedMemory(s.tbptt_steps, s.batch_size, self.processes)
         self.last_batch: Any = None  # on the model's device
         self.last_state: TitansState | None = None  # the memory before it

@@ -144,10 +144,11 @@ class Worker:
 
     def _step(self, jobs: dict[int, Job]) -> None:
         """A step of the engine for these jobs, by the `id` of their answers."""
+        running = [job for job in jobs.values() if job.over() is None]
         try:
             events = self.engine.step()
-        except Exception as error:
-            self._fail_all(list(jobs.values()), error)
+        except Exception as error:  # an answer that this step completed has lost its last text
+            self._fail_all(running, error)
             return
         for answer, result in events:
             if isinstance(result, Exception):
@@ -159,12 +160,11 @@ class Worker:
         try:
             self.engine.discard(answers)  # copies the rows of the others
         except Exception as error:
-            self._fail_all(jobs, error)
+            self._fail_all([job for job in jobs if job.over() is None], error)
 
     def _fail_all(self, jobs: list[Job], error: Exception) -> None:
         for job in jobs:
-            if job.over() is None:
-                self._fail(job, error)
+            self._fail(job, error)
         self.engine = self._new_engine(self.engine.model)
 
     def _fail(self, job: Job, error: Exception) -> None:
